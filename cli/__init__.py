@@ -1,0 +1,1 @@
+"""The command line of sparsesearch: thin commands over the library."""

@@ -1,0 +1,1 @@
+"""What may be tried: one YAML per published method and per mixture."""

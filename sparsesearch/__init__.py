@@ -1,0 +1,1 @@
+"""sparsesearch: calibration -> Profile, search space -> candidates, device -> CostModel; ScoreTable -> search -> Plan -> apply -> report."""

@@ -1,0 +1,122 @@
+"""Reading and writing of artefacts: atomic, checksummed, versioned, and refused by name when anything is off.
+
+A JSON artefact is one object with `format`, `schema_version` ("major.minor"), and `sha256` of its own canonical text without that key.
+Keys are sorted and floats are written by `repr`, so the same content is the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO, Any
+
+from sparsesearch.errors import ArtifactError
+
+
+def canonical_json(content: Any) -> str:
+    """One text per content: sorted keys, indent 1, no NaN."""
+    return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sha256_text(text: str) -> str:
+    """Hex digest of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary neighbour for writing and rename it to `path` only when the body ended well.
+
+    Raises:
+        ArtifactError: the disk is full or the folder cannot be written; what stood at `path` before is untouched.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} must be writable, but {error.strerror or error}; nothing was changed there. "
+            "Free space or choose another folder with -o."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes atomically."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, content: dict[str, Any], *, format: str, schema_version: str) -> None:
+    """Write a checksummed JSON artefact atomically."""
+    stamped = {**content, "format": format, "schema_version": schema_version}
+    stamped["sha256"] = sha256_text(canonical_json(stamped))
+    write_bytes(path, canonical_json(stamped).encode())
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        ArtifactError: it is missing, a folder, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} must exist, but there is no such file. Check the path.") from error
+    except IsADirectoryError as error:
+        raise ArtifactError(f"{path} must be a file, but is a folder.") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"{path} must be UTF-8 text, but byte {error.start} is not. Re-save it as UTF-8."
+        ) from error
+
+
+def read_json(path: Path, *, format: str, schema_version: str) -> dict[str, Any]:
+    """Read a JSON artefact, checking its format, major version and checksum; the stamps are removed.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, of another format, of a newer major version, or edited by hand.
+    """
+    return parse_json(read_text(path), source=str(path), format=format, schema_version=schema_version)
+
+
+def parse_json(text: str, *, source: str, format: str, schema_version: str) -> dict[str, Any]:
+    """Like `read_json`, from a text; `source` names it in messages."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArtifactError(
+            f"{source} must be complete JSON, but it breaks off or is damaged at line {error.lineno}. Make it again."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != format:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ArtifactError(f"{source} must have format {format!r}, but has {found!r}. Give the right file.")
+    found_version = str(content.get("schema_version"))
+    if found_version.split(".")[0] != schema_version.split(".")[0]:
+        raise ArtifactError(
+            f"{source} has schema_version {found_version}, but this sparsesearch reads {schema_version}. "
+            "Upgrade sparsesearch or make the file again."
+        )
+    stated = content.pop("sha256", None)
+    if stated != sha256_text(canonical_json(content)):
+        raise ArtifactError(f"{source} does not match its own checksum: it was edited or damaged. Make it again.")
+    return {key: value for key, value in content.items() if key not in ("format", "schema_version")}

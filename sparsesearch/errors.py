@@ -1,0 +1,58 @@
+"""What can go wrong, and the exit code the command line gives for it.
+
+Every message says what must hold, what was given, and what to do next. Only these errors are shown without a traceback: any other
+exception is a defect of ours.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SparseSearchError(Exception):
+    """Base of every error a user can cause. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class SpecError(SparseSearchError, ValueError):
+    """A value, rule, search space, budget or file is not what it must be."""
+
+
+class ArtifactError(SparseSearchError):
+    """A file on disk is missing, truncated, edited, foreign, or of a newer major version."""
+
+
+class UnsupportedModelError(SparseSearchError):
+    """The model has attention that no rule can express; it is refused rather than run wrongly."""
+
+    exit_code = 5
+
+
+class PlanMismatchError(SparseSearchError):
+    """The plan was made for another model."""
+
+    exit_code = 5
+
+
+class BudgetInfeasibleError(SparseSearchError):
+    """No plan fits the budget; the message names the smallest feasible value."""
+
+    exit_code = 3
+
+
+class RegressionError(SparseSearchError):
+    """`check` found that the plan's quality or speed has got worse than allowed."""
+
+    exit_code = 4
+
+
+class UnsupportedKernelError(SparseSearchError):
+    """The backend that was asked for cannot serve this call; no other one is taken in silence."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known names there are, and the nearest one first, for the end of an error message."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(names)}."

@@ -1,0 +1,119 @@
+"""The contract of a rule: how one unit attends.
+
+A rule is one file `sparsesearch/rules/<kind>.py` holding one frozen pydantic class whose `kind` equals the file name. Everything else
+follows from the class: parsing of plans and search spaces, the listings, the README table, the contract tests.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid, blocks_of
+
+Rest = Literal["drop", "zero", "mean_value"]
+
+
+class LengthLaw(BaseModel):
+    """A number of tokens that grows with the sequence: tokens(N) = a + b·N, clipped to [0, N].
+
+    Source: Fu et al. 2024, MoA, arXiv:2406.14909, section 3.1 (elastic rules). In YAML a bare number is the constant law.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    a: float = Field(0.0, description="tokens at length 0; may be negative")
+    b: float = Field(0.0, ge=0, le=1, description="tokens per token of sequence")
+
+    def tokens(self, length: int) -> int:
+        """The law at a sequence of `length` tokens."""
+        return math.floor(min(max(self.a + self.b * length, 0.0), float(length)) + 1e-9)
+
+    def blocks(self, grid: BlockGrid) -> int:
+        """The law in whole blocks, rounded up, at the grid's law length."""
+        return blocks_of(self.tokens(grid.law_len), grid.block_tokens)
+
+    def __str__(self) -> str:
+        if self.b == 0:
+            return f"{self.a:g}"
+        return f"{self.a:g}+{self.b:g}N" if self.a else f"{self.b:g}N"
+
+
+def _as_law(value: Any) -> Any:
+    return {"a": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Law = Annotated[LengthLaw, BeforeValidator(_as_law)]
+
+
+class Rule(BaseModel):
+    """How one unit attends: which tiles each query block computes, and what stands for the rest.
+
+    Class attributes (the rest of the contract):
+        kind: equals the file name.
+        source: the paper, with arXiv number.
+        dynamic: the choice needs this call's queries and keys; such a rule acts in prefill, and decoding is dense.
+        rest: what stands for the tiles that are not computed. `drop` renormalises over the chosen ones; `zero` and `mean_value` replace
+            the unit's whole output (no tile is computed): by nothing, or by the running mean of the values.
+        needs_calibration: a template in a search space; profiling turns it into one rule per unit with `calibrated`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    source: ClassVar[str]
+    dynamic: ClassVar[bool] = False
+    rest: ClassVar[Rest] = "drop"
+    needs_calibration: ClassVar[bool] = False
+    kind: str
+
+    registry: ClassVar[dict[str, type["Rule"]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        file = cls.__module__.rsplit(".", 1)[-1]
+        if cls.kind_name() != file:
+            raise TypeError(f"{cls.__name__}.kind must equal its file name {file!r}, but is {cls.kind_name()!r}.")
+        if file in Rule.registry:
+            raise TypeError(f"{file}.py must hold one rule, but also defines {cls.__name__}.")
+        Rule.registry[file] = cls
+
+    @classmethod
+    def kind_name(cls) -> str:
+        """The value of `kind`, which names the rule in YAML and JSON."""
+        return str(cls.model_fields["kind"].default)
+
+    @abstractmethod
+    def select(
+        self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
+    ) -> Bool[Tensor, "*#unit M N"]:
+        """The tiles to compute; a subset of `grid.reachable()`, with no empty row unless `rest` replaces the output.
+
+        A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
+        are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
+        """
+
+    def calibrated(self, mass: Float[Tensor, "N N"]) -> Self:
+        """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default."""
+        return self
+
+    def kept_tokens(self, grid: BlockGrid) -> int:
+        """Most keys that decoding from this grid can still reach, hence must be cached; the sequence's length by default."""
+        return grid.kv_len
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> list[Self]:
+        """A few legal instances with their parameters' range covered; the contract tests run over them."""
+
+    @property
+    def label(self) -> str:
+        """Short name, unique per content: `sink_window(sink=64,window=0.25N)`."""
+        own = self.model_dump(exclude={"kind"}, exclude_defaults=False)
+        parts = ",".join(f"{name}={_short(getattr(self, name))}" for name in own)
+        return f"{self.kind}({parts})" if parts else self.kind
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,61 @@
+"""pooled_topk: per query block, the key blocks whose mean key scores highest against the mean query."""
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid, blocks_of
+from sparsesearch.errors import SpecError
+from sparsesearch.rules.base import Law, LengthLaw, Rule
+
+
+class PooledTopk(Rule):
+    """Top-k key blocks per query block by pooled scores; the first blocks and the diagonal are always in.
+
+    score[p, j] = mean(q in block p) · mean(k in block j);  row p keeps its k_p best reachable blocks, k_p = max(1, ⌈keep(n_p)/block⌉), where
+    n_p is the number of keys row p can see. The sink blocks and the diagonal count towards k_p.
+
+    Source: Jiang et al. 2024, MInference, arXiv:2407.02490, section 3.3 (block-sparse heads: mean pooling over 64, top-k). Differs: the
+    budget follows each row's own length; MInference keeps 100 blocks at every length.
+    """
+
+    source: ClassVar[str] = "MInference, arXiv:2407.02490"
+    dynamic: ClassVar[bool] = True
+    kind: Literal["pooled_topk"] = "pooled_topk"
+    keep: Law = Field(description="keys kept per query: a number, or {a, b} for a + b·(keys the row can see)")
+    sink: int = Field(64, ge=0, description="tokens at the start that are always in")
+
+    def select(
+        self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
+    ) -> Bool[Tensor, "*unit M N"]:
+        """Top-k tiles per row; ties go to the earlier block."""
+        if q is None or k is None:
+            raise SpecError("pooled_topk must be given this call's queries and keys; use it in prefill only.")
+        reachable = grid.reachable(q.device)
+        scores = block_means(q, grid, grid.q_start) @ block_means(k, grid, 0).transpose(-1, -2)
+        always = grid.diagonal(q.device) | (grid.k_blocks(q.device) < blocks_of(self.sink, grid.block_tokens))
+        scores = scores.masked_fill(always, torch.inf).masked_fill(~reachable, -torch.inf)
+        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        budgets = [self._row_blocks(int(row), grid) for row in grid.q_blocks()[:, 0]]
+        budget = torch.tensor(budgets, device=q.device)[:, None]
+        return reachable & ((rank < budget) | always)
+
+    def _row_blocks(self, row: int, grid: BlockGrid) -> int:
+        seen = min(grid.kv_len, (row + 1) * grid.block_tokens) if grid.causal else grid.kv_len
+        return max(1, blocks_of(self.keep.tokens(seen), grid.block_tokens))
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        """One block, a share of the row, no sink."""
+        return [cls(keep=LengthLaw(a=1)), cls(keep=LengthLaw(b=0.25)), cls(keep=LengthLaw(a=128, b=0.1), sink=0)]
+
+
+def block_means(x: Float[Tensor, "*unit S D"], grid: BlockGrid, start: int) -> Float[Tensor, "*unit M D"]:
+    """Mean of the rows of `x` in each block of the grid; row 0 of `x` is position `start`. Ragged blocks average what they have."""
+    blocks = torch.arange(start, start + x.shape[-2], device=x.device) // grid.block_tokens
+    blocks = blocks - blocks[0]
+    sums = x.new_zeros(*x.shape[:-2], int(blocks[-1]) + 1, x.shape[-1]).index_add_(-2, blocks, x)
+    return sums / torch.bincount(blocks)[:, None]
