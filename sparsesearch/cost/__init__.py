@@ -1,1 +1,35 @@
-"""The cost stage."""
+"""Cost models: what a unit's attention takes on a device, in seconds."""
+
+from pathlib import Path
+
+from sparsesearch.cost.base import CostModel, UnitWork
+from sparsesearch.cost.roofline import DATASHEETS, roofline
+from sparsesearch.cost.table import CostTable, TableCostModel
+from sparsesearch.errors import SpecError, nearest
+from sparsesearch.presets import preset_names, preset_path
+
+__all__ = ["CostModel", "UnitWork", "cost_model_names", "load_cost_model"]
+
+
+def cost_model_names() -> list[str]:
+    """Every name that `load_cost_model` knows, measured ones first."""
+    return preset_names("cost_models") + [f"roofline:{gpu}" for gpu in sorted(DATASHEETS)]
+
+
+def load_cost_model(name_or_path: str | Path) -> CostModel:
+    """A shipped model by name (`cpu`), a datasheet (`roofline:h100`), or a file that `sparsesearch calibrate` wrote.
+
+    Raises:
+        SpecError: no model has that name; the message names the nearest one.
+        ArtifactError: the file is missing or damaged.
+    """
+    name = str(name_or_path)
+    if name.startswith("roofline:"):
+        return roofline(name.removeprefix("roofline:"))
+    if isinstance(name_or_path, Path) or name.endswith(".json"):
+        return TableCostModel(CostTable.load(Path(name_or_path)))
+    if name not in preset_names("cost_models"):
+        raise SpecError(
+            f"a cost model must be a shipped name or a .json file, but got {name!r}.{nearest(name, cost_model_names())}"
+        )
+    return TableCostModel(CostTable.load(preset_path("cost_models", name)))

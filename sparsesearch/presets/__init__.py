@@ -1,7 +1,8 @@
 """Finds the data shipped with the package. The only module that knows where it lies.
 
-Rooms: `search_spaces` (YAML), `cost_models` (JSON), `profiles` (reference profiles and baseline plans), `models` (whole folders). The
-first three are folders at the top of the repository, mapped to packages `sparsesearch.presets.<room>` at build time.
+Rooms: `search_spaces` (YAML), `cost_models` (JSON), `profiles` (reference profiles and baseline plans), `models` (whole
+folders). The first three are folders at the top of the repository, mapped to packages `sparsesearch.presets.<room>` at
+build time.
 """
 
 from importlib.resources import files

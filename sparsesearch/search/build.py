@@ -40,8 +40,8 @@ def plan_from_choice(
         block_tokens: side of a tile.
         granularity: what the units are.
         budgets: what was asked for; the plan records what it uses of each.
-        solution: what was proved about the choice. A choice that was refined by true evaluations afterwards keeps the bound but has its
-            own loss.
+        solution: what was proved about the choice. A choice that was refined by true evaluations afterwards keeps the
+            bound but has its own loss.
         objective: name of the loss that was minimised.
         cost_model: who priced `latency`.
         provenance: where everything came from.

@@ -117,8 +117,8 @@ class _Result:
 def silent_stdout() -> Iterator[None]:
     """Send what C code prints to file descriptor 1 nowhere.
 
-    HiGHS prints debugging lines in rare cases even when told to be silent, which would spoil JSON on stdout. The C library's buffer is
-    flushed at both ends, since it holds text back when stdout is a pipe.
+    HiGHS prints debugging lines in rare cases even when told to be silent, which would spoil JSON on stdout. The C
+    library's buffer is flushed at both ends, since it holds text back when stdout is a pipe.
     """
     sys.stdout.flush()
     _flush_c()

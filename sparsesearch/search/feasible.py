@@ -2,8 +2,8 @@
 
     t = min_x max_k use_k(x) / limit_k   =>   feasible iff t <= 1
 
-Its dual is a matrix game: max over weights w >= 0, Σw = 1, of Σ_u min_c Σ_k w_k use[k, u, c] / limit_k. A value above 1 proves that
-no plan fits; any plan met on the way with t <= 1 proves that one does.
+Its dual is a matrix game: max over weights w >= 0, Σw = 1, of Σ_u min_c Σ_k w_k use[k, u, c] / limit_k. A value above 1
+proves that no plan fits; any plan met on the way with t <= 1 proves that one does.
 """
 
 import math

@@ -2,8 +2,9 @@
 
     minimise Σ_u loss[u, x_u]   subject to   Σ_u use[k, u, x_u] <= limit[k]   for every constraint k
 
-A constraint is one metric at one length; `use` is a unit's share of the dense plan's cost. Whatever couples units (heads of a KV group,
-menus of a layer) is expressed by making the coupled things one unit whose candidates are the joint choices.
+A constraint is one metric at one length; `use` is a unit's share of the dense plan's cost. Whatever couples units
+(heads of a KV group, menus of a layer) is expressed by making the coupled things one unit whose candidates are the
+joint choices.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,9 @@ TOLERANCE = 1e-12
 class Knapsack:
     """One choice per unit. Letters: U units, C candidates, K constraints.
 
-    Units stand in an order that depends on their content alone, so that the order of heads cannot change a result. Candidates that are
-    invalid, or beaten in loss and in all uses by another one of the same unit, are gone (of equal ones dense stays, else the first); the
-    rest stand first, padded to equal count.
+    Units stand in an order that depends on their content alone, so that the order of heads cannot change a result.
+    Candidates that are invalid, or beaten in loss and in all uses by another one of the same unit, are gone (of equal
+    ones dense stays, else the first); the rest stand first, padded to equal count.
 
     Attributes:
         loss: inf in padding.

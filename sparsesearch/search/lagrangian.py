@@ -2,11 +2,13 @@
 
     D(λ) = Σ_u min_c (loss[u, c] + Σ_k λ_k use[k, u, c]) − Σ_k λ_k limit[k],   λ >= 0
 
-Every λ gives a lower bound, and max_λ D equals the bound of the linear relaxation, because each unit's choice is a simplex. D is concave
-and piecewise linear; with hundreds of units its pieces are so short that a cutting-plane method needs a few dozen evaluations. The
-cuts are whole plans, (loss, use), and hold for any limit, so a sweep over budgets keeps them.
+Every λ gives a lower bound, and max_λ D equals the bound of the linear relaxation, because each unit's choice is a
+simplex. D is concave and piecewise linear; with hundreds of units its pieces are so short that a cutting-plane method
+needs a few dozen evaluations. The cuts are whole plans, (loss, use), and hold for any limit, so a sweep over budgets
+keeps them.
 
-Sources: Kelley 1960 (cutting planes); Ben-Ameur and Neto 2007, Networks 49(1) (evaluating between the best and the outermost point).
+Sources: Kelley 1960 (cutting planes); Ben-Ameur and Neto 2007, Networks 49(1) (evaluating between the best and the
+outermost point).
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +21,9 @@ from scipy.optimize import linprog
 from sparsesearch.search.knapsack import Knapsack
 
 STEP = 0.5
-"""From the best known prices towards the master's. 1 is Kelley's method, taken where a step removed little of what was left to gain (few
-units: the pieces are long); 0.5 needs half its evaluations otherwise (swept 0.2 to 1; 64 and 1024 units, 4 and 12 constraints)."""
+"""From the best known prices towards the master's. 1 is Kelley's method, taken where a step removed little of what was
+left to gain (few units: the pieces are long); 0.5 needs half its evaluations otherwise (swept 0.2 to 1; 64 and 1024
+units, 4 and 12 constraints)."""
 
 MAX_EVALUATIONS = 400
 FINEST = 1e-7
@@ -38,7 +41,8 @@ class Dual:
         rounding: how far `bound` may be off by the rounding of its sums.
         prices: λ, loss per share of dense.
         choice: the plan that minimises loss + λ·use; it may exceed the limits.
-        reduced: loss + λ·use − its minimum in the unit: by how much D rises when the unit must take that candidate; inf in padding.
+        reduced: loss + λ·use − its minimum in the unit: by how much D rises when the unit must take that candidate; inf
+            in padding.
     """
 
     bound: float
@@ -78,8 +82,8 @@ class Cuts:
     def maximum(self, limit: Float[ndarray, " K"], best: Dual, largest: float) -> tuple[float, Float[ndarray, " K"]]:
         """Maximum over 0 <= λ <= largest of the cuts' lower envelope, as its rise above `best`, and where it is.
 
-        The linear program is stated around the best prices and its rows are scaled to 1: losses of a coarse plan may be 10⁶ times the
-        rise that matters, and the solver's tolerance is absolute.
+        The linear program is stated around the best prices and its rows are scaled to 1: losses of a coarse plan may be
+        10⁶ times the rise that matters, and the solver's tolerance is absolute.
         """
         slope = np.array(self.use) - limit
         height = np.maximum(np.array(self.loss) + slope @ best.prices - best.bound, 0.0)

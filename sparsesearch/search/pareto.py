@@ -31,8 +31,8 @@ def pareto(
 ) -> list[Solution]:
     """The plan of least loss at each bound, with the gap that was proved for it.
 
-    Neighbouring bounds share prices, cuts and plans, so a point costs a fraction of a search of its own. Losses never rise with the
-    bound: where the plan of the next smaller bound is better, it stays.
+    Neighbouring bounds share prices, cuts and plans, so a point costs a fraction of a search of its own. Losses never
+    rise with the bound: where the plan of the next smaller bound is better, it stays.
 
     Args:
         table: losses and costs.

@@ -1,7 +1,8 @@
 """Plans within the limits: repair of the Lagrangian's choice, then exchanges of one and of two units.
 
-At the best prices a plan's loss exceeds the bound by exactly the reduced costs of its choices plus the price of the limits it leaves
-unused, so only moves of small reduced cost can belong to a good plan. All functions look at those alone.
+At the best prices a plan's loss exceeds the bound by exactly the reduced costs of its choices plus the price of the
+limits it leaves unused, so only moves of small reduced cost can belong to a good plan. All functions look at those
+alone.
 """
 
 import numpy as np
@@ -12,11 +13,12 @@ from sparsesearch.search.knapsack import TOLERANCE, Knapsack
 from sparsesearch.search.lagrangian import Dual
 
 NUM_MOVES = (160, 320)
-"""Sizes of the neighbourhood to try; pairs cost their square. Neither size is always the better one; 640 gained nothing."""
+"""Sizes of the neighbourhood to try; pairs cost their square. Neither size is always the better one; 640 gained
+nothing."""
 
 
 class Moves:
-    """The entries (unit, candidate) of smallest reduced cost that a plan does not hold, and what taking each would change.
+    """The entries (unit, candidate) of smallest reduced cost that a plan does not hold, and what each would change.
 
     Attributes:
         unit: of each move.
@@ -41,7 +43,7 @@ class Moves:
 
 
 def repair(problem: Knapsack, dual: Dual, choice: Int[ndarray, " U"], floor: Int[ndarray, " U"]) -> Int[ndarray, " U"]:
-    """Bring a plan within the limits by the cheapest moves per unit of excess removed; `floor` is where it ends at worst."""
+    """Bring a plan within the limits by the cheapest moves per unit of excess removed; `floor` is the last resort."""
     choice = choice.copy()
     for _ in range(2 * len(choice)):
         excess = problem.use_of(choice) - problem.limit

@@ -62,9 +62,9 @@ def solve(
 ) -> Solution:
     """Choose one candidate per unit with the least summed loss within every budget.
 
-    Lagrangian bound, repair and exchange; where that leaves more than `gap_target`, candidates whose reduced cost exceeds the gap are
-    ruled out and HiGHS decides among the rest. Deterministic unless the time runs out. A larger budget never loses more than a smaller
-    one beyond the proven gap.
+    Lagrangian bound, repair and exchange; where that leaves more than `gap_target`, candidates whose reduced cost
+    exceeds the gap are ruled out and HiGHS decides among the rest. Deterministic unless the time runs out. A larger
+    budget never loses more than a smaller one beyond the proven gap.
 
     Args:
         table: losses and costs per unit, candidate and length.

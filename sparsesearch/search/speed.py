@@ -26,8 +26,9 @@ def synthetic_table(
     """A table that resembles a profile.
 
     Losses fall with density, sensitivities are heavy-tailed, and laws a + b·N cost a different share at every length.
-    Two fifths of the candidates cost a different amount in every unit, as dynamic and calibrated rules do; the last two are `zero` and
-    `dense`. Metrics: `density` and `kv_fraction`, which rank the candidates differently, and `latency` with a floor per unit.
+    Two fifths of the candidates cost a different amount in every unit, as dynamic and calibrated rules do; the last two
+    are `zero` and `dense`. Metrics: `density` and `kv_fraction`, which rank the candidates differently, and `latency`
+    with a floor per unit.
     """
     rng = np.random.default_rng(seed)
     tokens = np.array(lengths, dtype=float)

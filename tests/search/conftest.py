@@ -9,7 +9,7 @@ from sparsesearch.shapes import Unit
 
 
 def small_table(seed: int) -> tuple[ScoreTable, list[Budget]]:
-    """A random table with ties, invalid entries, negative losses and per-length costs, and one to four constraints on it."""
+    """A random table (ties, invalid entries, negative losses, costs per length) and one to four constraints on it."""
     rng = np.random.default_rng(seed)
     num_units, num_candidates, num_lengths = rng.integers(1, 6), rng.integers(2, 6), rng.integers(1, 3)
     shape = (num_units, num_candidates, num_lengths)
@@ -26,7 +26,8 @@ def small_table(seed: int) -> tuple[ScoreTable, list[Budget]]:
     valid[:, dense] = True
     loss[~valid] = np.nan
     lengths = (512, 2048)[:num_lengths]
-    budgets = [Budget(metric, float(np.round(rng.uniform(0.2, 1.0), 2))) for metric in metrics]  # type: ignore[arg-type]
+    bounds = [round(rng.uniform(0.2, 1.0), 2) for _ in metrics]
+    budgets = [Budget(metric, bound) for metric, bound in zip(metrics, bounds, strict=True)]  # type: ignore[arg-type]
     if num_lengths == 2 and rng.random() < 0.5:
         budgets.append(Budget("density", float(np.round(rng.uniform(0.2, 1.0), 2)), (2048,)))
     units = tuple(Unit(f"layers.{index // 2}", (index % 2,)) for index in range(num_units))

@@ -1,0 +1,86 @@
+"""What a cost model is asked, and what it must answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+from jaxtyping import Float
+from numpy import ndarray
+
+from sparsesearch.errors import SpecError
+
+WorkKind = Literal["dense", "tiles", "zero", "mean_value"]
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """What one unit computes in one causal attention call.
+
+    Attributes:
+        kind: how: plain attention, chosen tiles, nothing, or the running mean of the values.
+        q_len: queries of the call.
+        kv_len: keys, the queries' own included.
+        head_dim: elements per head.
+        query_heads: query heads in the unit; they share one KV head.
+        tiles: computed tiles, summed over the unit's query heads; a mean over sequences for dynamic rules. Used by
+            `tiles` alone.
+        query_blocks: rows of tiles per query head.
+        block_tokens: side of a tile.
+        estimator: kind of the dynamic rule that must choose the tiles first; None for static rules.
+        dtype_bytes: bytes per element.
+    """
+
+    kind: WorkKind
+    q_len: int
+    kv_len: int
+    head_dim: int
+    query_heads: int = 1
+    tiles: float = 0.0
+    query_blocks: int = 0
+    block_tokens: int = 64
+    estimator: str | None = None
+    dtype_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(WorkKind):
+            raise SpecError(f"kind must be one of {', '.join(get_args(WorkKind))}, but got {self.kind!r}.")
+        if not 1 <= self.q_len <= self.kv_len:
+            raise SpecError(f"1 <= q_len <= kv_len must hold, but got q_len={self.q_len}, kv_len={self.kv_len}.")
+        if min(self.head_dim, self.query_heads, self.block_tokens, self.dtype_bytes) < 1 or self.tiles < 0:
+            raise SpecError(f"sizes must be positive and tiles not negative, but got {self}.")
+
+    @property
+    def pairs(self) -> float:
+        """Query-key pairs that a causal mask lets one head see."""
+        return self.q_len * (self.kv_len - self.q_len) + self.q_len * (self.q_len + 1) / 2
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Seconds of attention on a device.
+
+    Answers are per unit and are summed over the units of a layer and over layers. That is exact for a device that works
+    on one unit at a time and an approximation elsewhere (units share launches, caches and the last wave), so
+    predictions are always shown beside measurements. A model of whole tile lists may add a method for a layer; the
+    search needs only this one.
+
+    Contract: more tiles or a longer sequence never cost less, and `zero` costs no more than anything else.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is loaded by."""
+
+    @property
+    def device(self) -> str:
+        """The device it speaks of."""
+
+    @property
+    def measured(self) -> bool:
+        """False for a model made from a datasheet; shown wherever its numbers are."""
+
+    def unit_latency_s(self, work: UnitWork) -> float:
+        """Seconds that one unit adds to its attention call."""
+
+    def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
+        """The same for many units."""

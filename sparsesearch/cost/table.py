@@ -1,0 +1,180 @@
+"""A cost model made of measurements: `cost_models/<device>.json`, as `sparsesearch calibrate` writes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparsesearch.artifacts import read_json, write_json
+from sparsesearch.cost.base import UnitWork
+from sparsesearch.errors import ArtifactError, SpecError, nearest
+
+FORMAT = "sparsesearch.cost_model"
+SCHEMA_VERSION = "1.0"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Curve(_Frozen):
+    """Seconds per query head at some sequence lengths, for one head_dim."""
+
+    head_dim: int = Field(ge=1)
+    tokens: tuple[int, ...] = Field(min_length=2, description="rising")
+    seconds: tuple[float, ...] = Field(description="never falling")
+
+    @model_validator(mode="after")
+    def _monotone(self) -> Self:
+        rising = all(a < b for a, b in zip(self.tokens, self.tokens[1:], strict=False))
+        steady = all(0 < a <= b for a, b in zip(self.seconds, self.seconds[1:], strict=False))
+        if len(self.tokens) != len(self.seconds) or not rising or not steady:
+            raise ValueError("tokens must rise and seconds must be positive and never fall, one per length")
+        return self
+
+    def at(self, tokens: float, *, growth: float) -> float:
+        """Log-log interpolation; constant below the first length, and ∝ tokens^growth beyond the last."""
+        if tokens >= self.tokens[-1]:
+            return float(self.seconds[-1] * (tokens / self.tokens[-1]) ** growth)
+        return float(np.exp(np.interp(np.log(tokens), np.log(self.tokens), np.log(self.seconds))))
+
+
+class TileCost(_Frozen):
+    """Tile attention of one query head: call_s + rows·row_s + tiles·tile_s."""
+
+    head_dim: int = Field(ge=1)
+    block_tokens: int = Field(ge=1)
+    call_s: float = Field(ge=0, description="per query head and call")
+    row_s: float = Field(ge=0, description="per row of tiles")
+    tile_s: float = Field(gt=0, description="per computed tile")
+
+
+class CostTable(_Frozen):
+    """Everything that was measured on a device."""
+
+    name: str
+    device: str
+    backend: str = Field(description="which kernel runs the tiles; dense is always SDPA")
+    dtype_bytes: int
+    dense: tuple[Curve, ...] = Field(min_length=1)
+    mean_value: tuple[Curve, ...] = Field(min_length=1)
+    estimators: dict[str, tuple[Curve, ...]] = Field(description="dynamic rule kind -> cost of choosing the tiles")
+    tiles: tuple[TileCost, ...] = Field(min_length=1)
+    fit: dict[str, float] = Field(description="errors on the fitted and on held-out runs, and the noise of repeats")
+    provenance: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the JSON atomically, with its checksum."""
+        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a cost model file.
+
+        Raises:
+            ArtifactError: it is missing, truncated, foreign, edited, of a newer major version, or inconsistent.
+        """
+        content = read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(
+                f"{path}: {place}: {first['msg']}. Make it again with `sparsesearch calibrate`."
+            ) from error
+
+
+@dataclass(frozen=True)
+class TableCostModel:
+    """Dense attention, estimators and mean values by curves over length; tiles by a line per head_dim and block size.
+
+    A call of q queries against longer context is priced as the prefill with equally many query-key pairs. Between
+    measured head_dims costs are interpolated in log-log, beyond them taken as proportional; the nearest measured block
+    size is scaled by its area.
+    """
+
+    table: CostTable
+    measured: bool = True
+
+    @property
+    def name(self) -> str:
+        """What it is loaded by."""
+        return self.table.name
+
+    @property
+    def device(self) -> str:
+        """The processor that was measured."""
+        return self.table.device
+
+    def unit_latency_s(self, work: UnitWork) -> float:
+        """Seconds that one unit adds.
+
+        Raises:
+            SpecError: the element size or the estimator was not measured.
+        """
+        if work.dtype_bytes != self.table.dtype_bytes:
+            raise SpecError(
+                f"cost model {self.name} must be asked for {self.table.dtype_bytes} bytes per element, as it was "
+                f"measured, but got {work.dtype_bytes}. Calibrate with the model's dtype."
+            )
+        chosen = self._kind_s(work)
+        if work.estimator is None:
+            return chosen
+        curves = self.table.estimators
+        if work.estimator not in curves:
+            raise SpecError(
+                f"cost model {self.name} must know what {work.estimator!r} costs. Calibrate again."
+                f"{nearest(work.estimator, curves)}"
+            )
+        return chosen + work.query_heads * _at(curves[work.estimator], work.head_dim, work.kv_len, growth=1.0)
+
+    def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
+        """The same for many units."""
+        return np.array([self.unit_latency_s(work) for work in works])
+
+    def _kind_s(self, work: UnitWork) -> float:
+        match work.kind:
+            case "dense":
+                same_pairs = (2.0 * work.pairs) ** 0.5
+                return work.query_heads * _at(self.table.dense, work.head_dim, same_pairs, growth=2.0)
+            case "tiles":
+                return self._tiles_s(work)
+            case "mean_value":
+                return work.query_heads * _at(self.table.mean_value, work.head_dim, work.kv_len, growth=1.0)
+            case "zero":
+                return 0.0
+
+    def _tiles_s(self, work: UnitWork) -> float:
+        def distance(cost: TileCost) -> float:
+            return abs(float(np.log(cost.block_tokens / work.block_tokens)))
+
+        closest = min(distance(cost) for cost in self.table.tiles)
+        costs = [cost for cost in self.table.tiles if distance(cost) <= closest + 1e-9]
+        rows = work.query_heads * work.query_blocks
+        seconds = {}
+        for cost in costs:
+            side = work.block_tokens / cost.block_tokens
+            tiles_s = work.tiles * cost.tile_s * side**2
+            seconds[cost.head_dim] = work.query_heads * cost.call_s + rows * cost.row_s * side + tiles_s
+        return _between(seconds, work.head_dim)
+
+
+def _at(curves: Sequence[Curve], head_dim: int, tokens: float, *, growth: float) -> float:
+    return _between({curve.head_dim: curve.at(tokens, growth=growth) for curve in curves}, head_dim)
+
+
+def _between(seconds: dict[int, float], head_dim: int) -> float:
+    """Interpolate over head_dim in log-log; proportional outside."""
+    known = sorted(seconds)
+    if head_dim <= known[0]:
+        return seconds[known[0]] * head_dim / known[0]
+    if head_dim >= known[-1]:
+        return seconds[known[-1]] * head_dim / known[-1]
+    values = np.log([max(seconds[size], 1e-12) for size in known])
+    return float(np.exp(np.interp(np.log(head_dim), np.log(known), values)))

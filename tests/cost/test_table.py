@@ -1,0 +1,102 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.base import UnitWork
+from sparsesearch.cost.calibrate import calibrate
+from sparsesearch.cost.table import CostTable, Curve, TableCostModel, TileCost
+from sparsesearch.errors import ArtifactError, SpecError
+
+
+def table() -> CostTable:
+    curves = tuple(Curve(head_dim=d, tokens=(100, 1000), seconds=(1e-4 * d, 1e-2 * d)) for d in (32, 128))
+    return CostTable(
+        name="test",
+        device="a processor",
+        backend="torch",
+        dtype_bytes=4,
+        dense=curves,
+        mean_value=curves,
+        estimators={"pooled_topk": curves},
+        tiles=(
+            TileCost(head_dim=32, block_tokens=64, call_s=1.0, row_s=0.1, tile_s=0.01),
+            TileCost(head_dim=32, block_tokens=16, call_s=5.0, row_s=0.1, tile_s=0.01),
+        ),
+        fit={"held_out_tiles_mape": 0.0},
+        provenance={},
+    )
+
+
+DENSE = UnitWork("dense", 1000, 1000, head_dim=32, dtype_bytes=4)
+TILES = UnitWork("tiles", 640, 640, head_dim=32, tiles=40, query_blocks=10, query_heads=2, dtype_bytes=4)
+
+
+def test_curves_pass_through_their_points_and_extrapolate() -> None:
+    model = TableCostModel(table())
+    assert model.unit_latency_s(DENSE) == pytest.approx(0.32, rel=1e-2)  # n(n + 1) / 2 pairs, not n² / 2
+    assert model.unit_latency_s(replace(DENSE, head_dim=128)) == pytest.approx(1.28, rel=1e-2)
+    assert model.unit_latency_s(replace(DENSE, head_dim=64)) == pytest.approx(0.64, rel=1e-2)
+    assert model.unit_latency_s(replace(DENSE, head_dim=256)) == pytest.approx(2.56, rel=1e-2)
+    longer = replace(DENSE, q_len=4000, kv_len=4000)
+    assert model.unit_latency_s(longer) == pytest.approx(16 * 0.32, rel=1e-2)
+    assert model.unit_latency_s(replace(DENSE, query_heads=3)) == pytest.approx(3 * model.unit_latency_s(DENSE))
+
+
+def test_tiles_follow_the_line_and_scale_with_the_block() -> None:
+    model = TableCostModel(table())
+    assert model.unit_latency_s(TILES) == pytest.approx(2 * 1.0 + 20 * 0.1 + 40 * 0.01)
+    doubled = replace(TILES, block_tokens=128)
+    assert model.unit_latency_s(doubled) == pytest.approx(2 * 1.0 + 20 * 0.2 + 40 * 0.04)
+    assert model.unit_latency_s(replace(TILES, block_tokens=16)) == pytest.approx(2 * 5.0 + 20 * 0.1 + 40 * 0.01)
+
+
+def test_what_was_not_measured_is_refused() -> None:
+    model = TableCostModel(table())
+    with pytest.raises(SpecError, match="4 bytes per element"):
+        model.unit_latency_s(replace(DENSE, dtype_bytes=2))
+    with pytest.raises(SpecError, match=r"what 'pooled_topp' costs.*Did you mean 'pooled_topk'"):
+        model.unit_latency_s(replace(TILES, estimator="pooled_topp"))
+
+
+def test_round_trip_and_damage(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    table().save(path)
+    assert CostTable.load(path) == table()
+    assert load_cost_model(path) == load_cost_model(str(path))
+    path.write_text(path.read_text().replace("a processor", "another one"))
+    with pytest.raises(ArtifactError, match="checksum"):
+        load_cost_model(path)
+    with pytest.raises(ArtifactError, match="must exist"):
+        load_cost_model(tmp_path / "absent.json")
+    table().model_copy(update={"tiles": ()}).save(path)
+    with pytest.raises(ArtifactError, match="sparsesearch calibrate"):
+        load_cost_model(path)
+
+
+def test_a_falling_curve_is_refused() -> None:
+    with pytest.raises(ValueError, match="never fall"):
+        Curve(head_dim=32, tokens=(1, 2), seconds=(2.0, 1.0))
+
+
+def test_quick_calibration(tmp_path: Path) -> None:
+    shares: list[float] = []
+    threads = torch.get_num_threads()
+    model = calibrate(quick=True, out=tmp_path / "cpu.json", progress=shares.append)
+    assert torch.get_num_threads() == threads
+    assert load_cost_model(tmp_path / "cpu.json") == model
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert {"pooled_topk", "vertical_slash"} <= set(model.table.estimators)
+    assert {"processor", "cores", "threads", "torch", "rounds", "dtype"} <= set(model.table.provenance)
+    assert {"held_out_tiles_mape", "held_out_dense_mape", "tiles_mape"} <= set(model.table.fit)
+    sparse = UnitWork("tiles", 4096, 4096, head_dim=64, tiles=200, query_blocks=64, dtype_bytes=4)
+    dense = UnitWork("dense", 4096, 4096, head_dim=64, dtype_bytes=4)
+    assert 0 < model.unit_latency_s(sparse) < model.unit_latency_s(dense)
+
+
+def test_only_the_cpu_is_calibrated() -> None:
+    with pytest.raises(SpecError, match="must be given device 'cpu'"):
+        calibrate("cuda")
