@@ -22,6 +22,7 @@ class _Document(BaseModel):
     description: str
     block_tokens: int = Field(64, ge=16, le=256, multiple_of=16)
     unit: Granularity
+    include: list[str] = Field(default=[], description="shipped spaces whose candidates come first")
     candidates: list[dict[str, Any]]
 
 
@@ -77,6 +78,10 @@ class SearchSpace:
             first = error.errors()[0]
             raise SpecError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
         rules: dict[str, Rule] = {"dense": parse_rule({"kind": "dense"}, where=where)}
+        if document.name in document.include:
+            raise SpecError(f"{where}: include must name other spaces, but names {document.name!r} itself.")
+        for name in document.include:
+            rules |= {rule.label: rule for rule in cls.load(name).candidates}
         for index, entry in enumerate(document.candidates):
             for data in _grid(entry):
                 rule = parse_rule(data, where=f"{where}, candidates[{index}]")

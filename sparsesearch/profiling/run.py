@@ -84,7 +84,7 @@ def profile_model(
     store = ShardStore.open(out, request.fingerprint(model), resume=resume)
     if (out / "profile.json").exists():
         return Profile.load(out)
-    with _frozen(model):
+    with frozen(model):
         calibrated = _calibrate(model, request, progress)
         todo = [(length, index) for length in request.lengths for index in range(min(counts))]
         for done, (length, index) in enumerate(todo):
@@ -94,7 +94,7 @@ def profile_model(
     return _merge(model, request, calibrated, store, min(counts))
 
 
-class _frozen:
+class frozen:
     """No parameter needs a gradient; the embedding output does, so that attention outputs are part of the graph."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -172,19 +172,26 @@ def layer_inputs(model: PreTrainedModel, sample: Sample, *, num_probes: int, see
     )
     return [
         layer_input(
-            call, [*(probe[layer] for probe in gradients.fisher), gradients.answer[layer], gradients.answer_ce[layer]]
+            call, [probe[layer] for probe in gradients.fisher], gradients.answer[layer], gradients.answer_ce[layer]
         )
         for layer, call in enumerate(calls)
     ]
 
 
-def layer_input(call: AttentionCall, gradients: Sequence[Float[Tensor, "S H D"]]) -> LayerInput:
+def layer_input(
+    call: AttentionCall,
+    probes: Sequence[Float[Tensor, "S H D"]],
+    answer: Float[Tensor, "S H D"],
+    answer_ce: Float[Tensor, "S H D"],
+) -> LayerInput:
     """A recorded call and its gradients, as scoring wants them."""
     return LayerInput(
         q=call.q,
         k=_repeated(call)[1],
         v=call.v.repeat_interleave(call.q.shape[0] // call.v.shape[0], 0),
-        gradients=torch.stack([gradient.transpose(0, 1) for gradient in gradients]),
+        probes=torch.stack([gradient.transpose(0, 1) for gradient in probes]),
+        answer=answer.transpose(0, 1),
+        answer_ce=answer_ce.transpose(0, 1),
         projection_gram=projection_gram(call.module, call.q.shape[0]),
         sliding_window=call.sliding_window,
         num_kv_heads=call.k.shape[0],

@@ -26,14 +26,18 @@ class LayerInput:
     """One layer's tensors for one sequence; keys and values repeated to the query heads.
 
     Attributes:
-        gradients: K loss gradients: the Fisher probes, then the answer log-odds, then the answer cross-entropy.
+        probes: gradients of R scalar losses; each error's product with them is kept signed.
+        answer: gradient of the answer log-odds.
+        answer_ce: gradient of the answer cross-entropy.
         projection_gram: W_oᵀ W_o of each head's slice of the output projection; errors are measured behind it.
     """
 
     q: Float[Tensor, "H S D"]
     k: Float[Tensor, "H S D"]
     v: Float[Tensor, "H S D"]
-    gradients: Float[Tensor, "K H S D"]
+    probes: Float[Tensor, "R H S D"]
+    answer: Float[Tensor, "H S D"]
+    answer_ce: Float[Tensor, "H S D"]
     projection_gram: Float[Tensor, "H D D"]
     sliding_window: int | None
     num_kv_heads: int
@@ -103,7 +107,7 @@ def score_layer(
         current: which candidate each head runs now; errors are measured against its output. None: against dense.
     """
     heads, _, _ = layer.q.shape
-    num_probes, count = layer.gradients.shape[0] - 2, len(rules)
+    num_probes, count = layer.probes.shape[0], len(rules)
     zeros = partial(torch.zeros, device=layer.q.device)
     scores = LayerScores(
         fisher=zeros(num_probes, heads, count),
@@ -163,9 +167,8 @@ def _accumulate(
     span: slice,
 ) -> None:
     """Add one strip's errors to the sums."""
-    gradients = layer.gradients[:-1, :, span]
-    scores.fisher += torch.einsum("hcsd,rhsd->rhc", delta, gradients[:-1])
-    answer = torch.einsum("hcsd,hsd->hcs", delta, gradients[-1])
+    scores.fisher += torch.einsum("hcsd,rhsd->rhc", delta, layer.probes[:, :, span])
+    answer = torch.einsum("hcsd,hsd->hcs", delta, layer.answer[:, span])
     scores.answer += answer.square().sum(-1)
     scores.answer_group += answer.unflatten(0, (layer.num_kv_heads, -1)).sum(1).square().sum(-1)
     behind = delta.flatten(1, 2) @ layer.projection_gram
@@ -179,7 +182,7 @@ def _strip(layer: LayerInput, grid: BlockGrid, span: slice) -> _Strip:
     blocks = -(-seen // block)
     weight = _weights(layer.q, layer.k, span, layer.sliding_window)
     value = layer.v[:, :seen].float()
-    influence = _influence(weight, layer.gradients[-1, :, span], value)
+    influence = _influence(weight, layer.answer_ce[:, span], value)
     pad = blocks * block - seen
     tiled = torch.nn.functional.pad(weight, (0, pad)).unflatten(-1, (blocks, block)).transpose(1, 2)
     values = torch.nn.functional.pad(value, (0, 0, 0, pad)).unflatten(1, (blocks, block))
