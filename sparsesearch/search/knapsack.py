@@ -1,0 +1,160 @@
+"""The problem behind every search: a multiple-choice knapsack with several constraints.
+
+    minimise Σ_u loss[u, x_u]   subject to   Σ_u use[k, u, x_u] <= limit[k]   for every constraint k
+
+A constraint is one metric at one length; `use` is a unit's share of the dense plan's cost. Whatever couples units (heads of a KV group,
+menus of a layer) is expressed by making the coupled things one unit whose candidates are the joint choices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+from sparsesearch.errors import SpecError, nearest
+from sparsesearch.scores import ScoreTable
+from sparsesearch.search.budget import Budget
+
+TOLERANCE = 1e-12
+"""How far a sum of shares may exceed its limit: the rounding of the sum itself."""
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """One choice per unit. Letters: U units, C candidates, K constraints.
+
+    Units stand in an order that depends on their content alone, so that the order of heads cannot change a result. Candidates that are
+    invalid, or beaten in loss and in all uses by another one of the same unit, are gone (of equal ones dense stays, else the first); the
+    rest stand first, padded to equal count.
+
+    Attributes:
+        loss: inf in padding.
+        use: share of the dense plan's cost; 0 in padding.
+        limit: bound of each constraint.
+        names: constraint k as (metric, length in tokens).
+        candidate: the table's candidate index of each entry; -1 in padding.
+        unit: the table's unit index of each row.
+    """
+
+    loss: Float[ndarray, "U C"]
+    use: Float[ndarray, "K U C"]
+    limit: Float[ndarray, " K"]
+    names: tuple[tuple[str, int], ...]
+    candidate: Int[ndarray, "U C"]
+    unit: Int[ndarray, " U"]
+
+    @property
+    def allowed(self) -> Bool[ndarray, "U C"]:
+        """Entries that are not padding."""
+        return self.candidate >= 0
+
+    def loss_of(self, choice: Int[ndarray, " U"]) -> float:
+        """Summed loss."""
+        return float(self.loss[np.arange(len(choice)), choice].sum())
+
+    def use_of(self, choice: Int[ndarray, " U"]) -> Float[ndarray, " K"]:
+        """Summed use per constraint."""
+        return np.asarray(self.use[:, np.arange(len(choice)), choice].sum(1))
+
+    def fits(self, choice: Int[ndarray, " U"]) -> bool:
+        """Whether a plan keeps every limit."""
+        return bool((self.use_of(choice) <= self.limit + TOLERANCE).all())
+
+    def with_limit(self, limit: Float[ndarray, " K"]) -> "Knapsack":
+        """The same units under other limits."""
+        return replace(self, limit=limit)
+
+    def restore(self, choice: Int[ndarray, " U"]) -> Int[ndarray, " U"]:
+        """A choice in the table's own order of units and candidates."""
+        restored = np.empty(len(choice), dtype=np.int64)
+        restored[self.unit] = self.candidate[np.arange(len(choice)), choice]
+        return restored
+
+    def adopt(self, restored: Int[ndarray, " U"]) -> Int[ndarray, " U"] | None:
+        """The inverse of `restore`; None when the plan uses a candidate that was removed."""
+        match = self.candidate == restored[self.unit][:, None]
+        return np.asarray(match.argmax(1)) if match.any(1).all() else None
+
+
+def knapsack_of(table: ScoreTable, budgets: Sequence[Budget], *, loss: Float[ndarray, "U C"] | None = None) -> Knapsack:
+    """State a table and its budgets as a knapsack.
+
+    Args:
+        table: losses and costs.
+        budgets: all of them must hold; of two on the same metric and length the tighter one counts.
+        loss: replaces the table's losses, for example another weighting of the objectives.
+
+    Raises:
+        SpecError: there is no budget, the table lacks its metric or length, or a cost is negative or not finite.
+    """
+    limits: dict[tuple[str, int], float] = {}
+    for budget in budgets:
+        for length in _lengths(table, budget):
+            name = (budget.metric, length)
+            limits[name] = min(budget.bound, limits.get(name, 1.0))
+    if not limits:
+        raise SpecError("at least one budget must be given, such as density=0.25.")
+    losses = table.loss if loss is None else loss
+    if losses.shape != table.valid.shape or not np.isfinite(losses[table.valid]).all():
+        raise SpecError(f"loss must be finite and of shape {table.valid.shape}, but has shape {losses.shape}.")
+    use = np.stack([_share(table, metric, length) for metric, length in limits])
+    dense_first = np.argsort(np.arange(len(table.candidates)) != table.dense_index, kind="stable")
+    problem = _reduced(np.where(table.valid, losses, np.inf)[:, dense_first], use[:, :, dense_first])
+    candidate = np.where(problem.candidate >= 0, dense_first[problem.candidate], -1)
+    return replace(problem, limit=np.array(list(limits.values())), names=tuple(limits), candidate=candidate)
+
+
+def _lengths(table: ScoreTable, budget: Budget) -> tuple[int, ...]:
+    if budget.metric not in table.costs:
+        raise SpecError(f"{budget}: the score table must price {budget.metric!r}.{nearest(budget.metric, table.costs)}")
+    if missing := set(budget.lengths or ()) - set(table.lengths):
+        raise SpecError(f"{budget}: length {min(missing)} must be one of the profiled lengths {list(table.lengths)}.")
+    return table.lengths if budget.lengths is None else budget.lengths
+
+
+def _share(table: ScoreTable, metric: str, length: int) -> Float[ndarray, "U C"]:
+    position = table.lengths.index(length)
+    dense = table.dense_cost(metric)[position]
+    cost = np.where(table.valid, table.costs[metric][:, :, position], 0.0)
+    if not np.isfinite(cost).all() or cost.min() < 0 or not dense > 0:
+        raise SpecError(
+            f"{metric} at length {length} must be finite, non-negative, and positive for dense; "
+            f"got minimum {cost.min():g} and dense {dense:g}. Score the profile again."
+        )
+    return np.asarray(cost / dense)
+
+
+def _reduced(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"]) -> Knapsack:
+    """Drop what cannot matter, move the rest to the front, and order the units by content."""
+    kept = ~dominated(loss, use)
+    order = np.argsort(~kept, axis=1, kind="stable")[:, : kept.sum(1).max()]
+    kept = np.take_along_axis(kept, order, 1)
+    loss = np.where(kept, np.take_along_axis(loss, order, 1), np.inf)
+    use = np.where(kept, np.take_along_axis(use, order[None], 2), 0.0)
+    candidate = np.where(kept, order, -1)
+    content = np.concatenate([loss, *use], axis=1) + 0.0  # -0.0 becomes 0.0
+    unit = np.array(sorted(range(len(loss)), key=lambda row: content[row].tobytes()))
+    return Knapsack(loss[unit], use[:, unit], np.ones(len(use)), (), candidate[unit], unit)
+
+
+def dominated(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"]) -> Bool[ndarray, "U C"]:
+    """Entries of infinite loss, and those that another entry of the unit equals or beats in loss and in every use.
+
+    Of equal entries the first one stays.
+    """
+    num_candidates = loss.shape[1]
+    values = [loss, *use]
+    result: Bool[ndarray, "U C"] = ~np.isfinite(loss)
+    for rival in range(num_candidates):
+        beaten = np.isfinite(loss[:, [rival]]) & ~result[:, [rival]]
+        equal = np.ones_like(result)
+        for value in values:
+            beaten = beaten & (value[:, [rival]] <= value)
+            equal &= value[:, [rival]] == value
+        earlier = np.arange(num_candidates) < rival
+        beaten &= ~(equal & earlier)
+        beaten[:, rival] = False
+        result |= beaten
+    return result

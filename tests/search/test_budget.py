@@ -1,0 +1,49 @@
+import pytest
+
+from sparsesearch.errors import SpecError
+from sparsesearch.search.budget import Budget, parse_budget, parse_budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("density=0.25", Budget("density", 0.25)),
+        (" density = 25% ", Budget("density", 0.25)),
+        ("latency=0.5x", Budget("latency", 0.5)),
+        ("kv_fraction=1", Budget("kv_fraction", 1.0)),
+        ("density=0.25@8192+4096", Budget("density", 0.25, (4096, 8192))),
+    ],
+)
+def test_reads_and_prints(text: str, expected: Budget) -> None:
+    assert parse_budget(text) == expected
+    assert parse_budget(str(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("density=0", r"0 < density <= 1 must hold .* got 0\."),
+        ("density=1.5", r"0 < density <= 1"),
+        ("density=-0.5", r"0 < density <= 1"),
+        ("density=nan", r"0 < density <= 1"),
+        ("density=150%", r"got 1\.5"),
+        ("dencity=0.5", r"Did you mean 'density'\? Known: density, kv_fraction, latency\."),
+        ("density", r"must look like density=0\.25"),
+        ("density=", r"must look like"),
+        ("density=half", r"must be a number such as"),
+        ("latency=3ms", r"must be a number such as"),
+        ("density=0.5@", r"must look like"),
+        ("density=0.5@0", r"positive token counts"),
+    ],
+)
+def test_refuses_with_a_clear_sentence(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_budget(text)
+
+
+def test_several() -> None:
+    expected = (Budget("density", 0.25), Budget("latency", 0.5))
+    assert parse_budgets("density=0.25, latency=0.5x") == expected
+    assert parse_budgets(["density=0.25", "latency=0.5x"]) == expected
+    with pytest.raises(SpecError, match="at least one budget"):
+        parse_budgets(" , ")
