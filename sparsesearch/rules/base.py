@@ -18,7 +18,9 @@ Rest = Literal["drop", "zero", "mean_value"]
 
 
 class LengthLaw(BaseModel):
-    """A number of tokens that grows with the sequence: tokens(N) = a + b·N, clipped to [0, N].
+    """A number of tokens that grows with the sequence: tokens(N) = max(a + b·N, 0).
+
+    It may exceed N: a window of 256 given after a prompt of 3 tokens is still 256 while decoding.
 
     Source: Fu et al. 2024, MoA, arXiv:2406.14909, section 3.1 (elastic rules). In YAML a bare number is the constant law.
     """
@@ -29,7 +31,7 @@ class LengthLaw(BaseModel):
 
     def tokens(self, length: int) -> int:
         """The law at a sequence of `length` tokens."""
-        return math.floor(min(max(self.a + self.b * length, 0.0), float(length)) + 1e-9)
+        return math.floor(max(self.a + self.b * length, 0.0) + 1e-9)
 
     def blocks(self, grid: BlockGrid) -> int:
         """The law in whole blocks, rounded up, at the grid's law length."""

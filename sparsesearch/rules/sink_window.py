@@ -24,21 +24,22 @@ class SinkWindow(Rule):
     sink: int = Field(64, ge=0, description="tokens at the start that stay visible")
     window: Law = Field(description="nearest tokens that stay visible: a number or {a, b} for a + b·N")
 
-    def _blocks(self, grid: BlockGrid) -> tuple[int, int]:
+    def blocks(self, grid: BlockGrid) -> tuple[int, int]:
+        """Sink and window in blocks, at the grid's law length."""
         return blocks_of(self.sink, grid.block_tokens), max(1, self.window.blocks(grid))
 
     def select(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
     ) -> Bool[Tensor, "M N"]:
         """Sink blocks and the last W blocks of each row (both sides of the diagonal when the call is not causal)."""
-        sink, window = self._blocks(grid)
+        sink, window = self.blocks(grid)
         distance = grid.q_blocks() - grid.k_blocks()
         near = (distance < window) & (distance > -window)
         return grid.reachable() & (near | (grid.k_blocks() < sink))
 
     def kept_tokens(self, grid: BlockGrid) -> int:
         """Sink and window, never more than the sequence."""
-        sink, window = self._blocks(grid)
+        sink, window = self.blocks(grid)
         return min(grid.kv_len, (sink + window) * grid.block_tokens)
 
     @classmethod
