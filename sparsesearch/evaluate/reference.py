@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 ApplyPlan = Callable[["PreTrainedModel", Plan], AbstractContextManager[Any]]
 
-_CHUNK_LOGITS = 1 << 24  # 64 MiB of fp32 logits at a time
+# Logits at a time. CPU: of 2^18 … 2^24 on needle-7m (one core), 2^22 was the fastest, 0.49 s against 0.71 s at 2^24: chunks that stay in cache.
+# Elsewhere the one-token forward of each chunk must not show.
+_CHUNK_LOGITS = {"cpu": 1 << 22}
+_CHUNK_LOGITS_ELSEWHERE = 1 << 27
+_LEAST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,8 @@ class DenseReference:
         )
 
     def _chunks(self, num_rows: int) -> Iterator[slice]:
-        step = max(1, _CHUNK_LOGITS // self._head.vocab_size)
+        logits = _CHUNK_LOGITS.get(self._head.model.device.type, _CHUNK_LOGITS_ELSEWHERE)
+        step = max(_LEAST_ROWS, logits // self._head.vocab_size)
         return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))
 
 
