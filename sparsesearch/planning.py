@@ -9,15 +9,16 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.cost.base import CostModel, UnitWork
+from sparsesearch.cost.base import CostModel, UnitWork, WorkKind
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.proxies import length_terms, objective_loss, profile_units
 from sparsesearch.profiling.record import Profile
+from sparsesearch.rules import Rule
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.build import plan_from_choice
-from sparsesearch.search.pareto import pareto
+from sparsesearch.search.pareto import feasible_bounds, pareto
 from sparsesearch.search.solve import Solution, solve
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.shapes import Granularity, Unit
@@ -155,18 +156,48 @@ def _latency_s(
     """Seconds per unit, candidate and length."""
     manifest = profile.manifest
     size = dict(zip(manifest.base_model.modules, manifest.base_model.head_dim, strict=True))
-    works = []
-    for row, unit in enumerate(units):
-        for place, column in enumerate(columns):
-            rule = manifest.candidates[column]
-            works += [
-                UnitWork.of(
-                    rule,
-                    tiles=float(tiles[row, place, index]),
-                    grid=BlockGrid(length, length, manifest.block_tokens),
-                    head_dim=size[unit.module],
-                    num_heads=len(unit.heads),
-                )
-                for index, length in enumerate(manifest.lengths)
-            ]
+    works = [
+        _work(manifest.candidates[column], float(tiles[row, place, index]), grid, size[unit.module], len(unit.heads))
+        for row, unit in enumerate(units)
+        for place, column in enumerate(columns)
+        for index, grid in enumerate(BlockGrid(length, length, manifest.block_tokens) for length in manifest.lengths)
+    ]
     return np.asarray(cost_model.latency_s(works)).reshape(tiles.shape)
+
+
+def _work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_heads: int) -> UnitWork:
+    """What a unit under a rule computes, in the words of the cost models."""
+    kind: WorkKind = "dense" if rule.kind == "dense" else "tiles"
+    match rule.rest:
+        case "zero":
+            kind = "zero"
+        case "mean_value":
+            kind = "mean_value"
+    return UnitWork(
+        kind=kind,
+        q_len=grid.q_len,
+        kv_len=grid.kv_len,
+        head_dim=head_dim,
+        query_heads=query_heads,
+        tiles=tiles,
+        query_blocks=grid.num_q_blocks,
+        block_tokens=grid.block_tokens,
+        estimator=rule.kind if rule.dynamic else None,
+    )
+
+
+def front_rows(profile: Profile, question: Question, *, num_points: int = 24) -> list[dict[str, Any]]:
+    """The front over the first budget's metric, from the smallest feasible share to dense, as rows for a CSV file."""
+    table = score_table(profile, question)
+    swept, *others = question.budgets
+    bounds = feasible_bounds(table, swept.metric, num_points, others=others, lengths=swept.lengths)
+    front = pareto(table, swept.metric, bounds, others=others, lengths=swept.lengths)
+    return [
+        {
+            "bound": bound,
+            "loss": found.loss,
+            "lower_bound": found.lower_bound,
+            **{f"{name}@{length}": share for name, shares in found.used.items() for length, share in shares.items()},
+        }
+        for bound, found in zip(bounds, front, strict=True)
+    ]

@@ -55,7 +55,9 @@ def test_vertical_slash_finds_the_planted_column_and_diagonal() -> None:
     rule = VerticalSlash(vertical=LengthLaw(a=128), slash=LengthLaw(a=64))
     tiles = rule.select(BlockGrid(length, length, block), q, k)
     assert drawn(tiles[0])[7] == "#.#....#"
-    slash = VerticalSlash(vertical=LengthLaw(a=64), slash=LengthLaw(a=128)).select(BlockGrid(length, length, block), q, k)
+    slash = VerticalSlash(vertical=LengthLaw(a=64), slash=LengthLaw(a=128)).select(
+        BlockGrid(length, length, block), q, k
+    )
     assert drawn(slash[1])[7] == "#...#..#"
     assert drawn(slash[1])[5] == "#.#..#.."
 

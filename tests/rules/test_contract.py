@@ -30,7 +30,9 @@ def test_choice_is_legal(rule: Rule, q_len: int, kv_len: int, block_tokens: int)
     assert tiles.shape[-2:] == (grid.num_q_blocks, grid.num_k_blocks)
     assert not (tiles & ~grid.reachable()).any(), "a rule may not look into the future"
     if rule.rest == "drop":
-        assert (tiles & grid.diagonal()).sum() == tiles.shape[:-2].numel() * grid.num_q_blocks, "every query sees itself"
+        assert (tiles & grid.diagonal()).sum() == tiles.shape[:-2].numel() * grid.num_q_blocks, (
+            "every query sees itself"
+        )
         assert 0 < density(tiles, grid) <= 1
     else:
         assert not tiles.any()
