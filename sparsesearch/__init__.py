@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from sparsesearch.plan import Plan
     from sparsesearch.runtime.fingerprint import describe
     from sparsesearch.runtime.live import AppliedPlan, apply
+    from sparsesearch.runtime.prepare import sparse_cache
 
-__all__ = ["AppliedPlan", "Plan", "apply", "describe"]
+__all__ = ["AppliedPlan", "Plan", "apply", "describe", "sparse_cache"]
 
 _HOMES = {
     "AppliedPlan": "runtime.live",
     "Plan": "plan",
     "apply": "runtime.live",
     "describe": "runtime.fingerprint",
+    "sparse_cache": "runtime.prepare",
 }
 
 register()

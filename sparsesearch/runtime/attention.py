@@ -19,7 +19,7 @@ from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.runtime.backends import attend_tiles
 from sparsesearch.runtime.binding import LayerBinding, binding_of
-from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, spans
+from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans
 
 NAME = "sparsesearch"
 LAW_KEYWORD = "sparsesearch_law_tokens"
@@ -87,8 +87,8 @@ def unsupported_feature(
         return "additive position biases (position_bias) are not supported"
     if kwargs.get("output_attentions"):
         return "output_attentions=True is not supported: skipped tiles have no weights. Use attn_implementation='eager'"
-    if mask is not None and mask.dim() != 2:
-        return f"attention masks of {mask.dim()} dimensions are not supported; pass a 2-D padding mask"
+    if mask is not None and not is_mask_code(mask):
+        return f"a ready-made attention mask {tuple(mask.shape)} is not supported; pass a 2-D padding mask"
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if not causal and query.shape[2] > 1:
         return "bidirectional and cross attention are not supported"
