@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from sparsesearch_cli import options as o
 from sparsesearch_cli.errors import guarded
 from sparsesearch_cli.render import emit_json, lines, table
@@ -26,8 +25,9 @@ def apply(
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that plain from_pretrained loads, after `import sparsesearch`, with the plan active."""
-    from sparsesearch.plan import Plan
     from sparsesearch.runtime.export import export
+
+    from sparsesearch.plan import Plan
 
     opened = Plan.load(plan)
     export(

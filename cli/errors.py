@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-
 from sparsesearch_cli.render import say
 
 INTERRUPTED = 130

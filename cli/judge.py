@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from sparsesearch_cli import options as o
 from sparsesearch_cli.errors import guarded
 from sparsesearch_cli.render import emit_json, lines, progress_bar, table
@@ -30,10 +29,11 @@ def evaluate(
     json: o.Json = False,
 ) -> None:
     """Held-out loss, KL to dense, needle accuracy and prefill time of dense and every plan, in one job."""
+    from sparsesearch.runtime.loading import load_model
+
     from sparsesearch.evaluate import evaluate as run
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
-    from sparsesearch.runtime.loading import load_model
 
     opened = {path.stem if len(plans) > 1 else "plan": Plan.load(path) for path in plans}
     live, tokenizer = load_model(
@@ -107,12 +107,13 @@ def check(
     json: o.Json = False,
 ) -> None:
     """Gate for CI: exit 4 with a table when a plan is worse than its bounds or its recorded baseline."""
+    from sparsesearch.runtime.loading import load_model
+
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.check import Thresholds
     from sparsesearch.check import check as run
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan
-    from sparsesearch.runtime.loading import load_model
 
     opened = Plan.load(plan)
     recorded = None if baseline is None else Metrics.load(baseline)

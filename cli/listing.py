@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-
 from sparsesearch_cli import options as o
 from sparsesearch_cli.errors import guarded
 from sparsesearch_cli.render import emit_json, lines, table

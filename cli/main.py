@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
 from sparsesearch_cli import deploy, judge, listing, measure, plan
 
 app = typer.Typer(

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from sparsesearch_cli import options as o
 from sparsesearch_cli.errors import guarded
 from sparsesearch_cli.render import emit_json, lines, progress_bar, table
@@ -70,10 +69,11 @@ def search(
 
 
 def _refined(profile: object, question: "Question", model: str | None, evaluations: int, seed: int) -> "Plan":
+    from sparsesearch.runtime.loading import load_model
+
     from sparsesearch import calibration
     from sparsesearch.profiling.record import Profile
     from sparsesearch.refinement import refine
-    from sparsesearch.runtime.loading import load_model
 
     assert isinstance(profile, Profile)
     live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path)

@@ -20,7 +20,7 @@ from sparsesearch.planning import Question, find_choice, with_weight, write_plan
 from sparsesearch.profiling.local_model import loss_around, true_objective
 from sparsesearch.profiling.record import Profile
 from sparsesearch.scores import ScoreTable
-from sparsesearch.search.solve import Solution, solve
+from sparsesearch.search.solve import solve
 
 ANSWER_WEIGHTS = (1.0, 3.0, 0.3)
 PRICES = (0.02, 0.1, 0.5)
