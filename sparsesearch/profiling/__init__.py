@@ -1,1 +1,1 @@
-"""The profiling stage."""
+"""Profiling: model + calibration + candidates -> what every candidate would lose in every head."""

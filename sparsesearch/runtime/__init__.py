@@ -1,1 +1,1 @@
-"""The runtime stage."""
+"""Running a plan inside transformers: registration, binding, attention, cache, patched checkpoints."""

@@ -19,7 +19,7 @@ from sparsesearch.shapes import Granularity, Unit
 def plan_from_choice(
     table: ScoreTable,
     choice: Int[ndarray, " U"],
-    rules_for: Callable[[Unit, int], Rule],
+    rules_for: Callable[[Unit, int], Sequence[Rule]],
     *,
     base_model: BaseModelInfo,
     block_tokens: int,
@@ -35,7 +35,7 @@ def plan_from_choice(
     Args:
         table: whose units, candidates and costs the choice refers to.
         choice: candidate index per unit.
-        rules_for: the rule of a unit's candidate; calibrated rules differ from unit to unit.
+        rules_for: the rules of a unit's heads under a candidate; calibrated rules differ from head to head.
         base_model: which model the plan is for.
         block_tokens: side of a tile.
         granularity: what the units are.
@@ -57,7 +57,9 @@ def plan_from_choice(
         block_tokens=block_tokens,
         unit=granularity,
         lengths_tokens=table.lengths,
-        rules={rule.label: rule for rule in [Dense(), *rules] if rule.label in used},
+        rules={
+            rule.label: rule for rule in [Dense(), *(rule for heads in rules for rule in heads)] if rule.label in used
+        },
         assignments=assignments,
         budgets=tuple(_record(table, choice, budget, cost_model) for budget in budgets),
         certificate=None if solution is None else _certificate(table, choice, solution, objective),
@@ -65,7 +67,9 @@ def plan_from_choice(
     )
 
 
-def _assignments(units: Sequence[Unit], rules: Sequence[Rule], base_model: BaseModelInfo) -> dict[str, tuple[str, ...]]:
+def _assignments(
+    units: Sequence[Unit], rules: Sequence[Sequence[Rule]], base_model: BaseModelInfo
+) -> dict[str, tuple[str, ...]]:
     """The rule's label of every head, for the modules that some unit covers."""
     num_heads = dict(zip(base_model.modules, base_model.num_heads, strict=True))
     labels: dict[str, list[str]] = {}
@@ -76,8 +80,8 @@ def _assignments(units: Sequence[Unit], rules: Sequence[Rule], base_model: BaseM
                 "Profile this model, or give the model that was profiled."
             )
         names = labels.setdefault(unit.module, [Dense().label] * num_heads[unit.module])
-        for head in unit.heads:
-            names[head] = rule.label
+        for head, own in zip(unit.heads, rule, strict=True):
+            names[head] = own.label
     return {module: tuple(labels[module]) for module in base_model.modules if module in labels}
 
 

@@ -24,10 +24,10 @@ def table() -> ScoreTable:
     return ScoreTable(units, labels, (64, 128), loss, {"density": cost}, 2, np.ones((4, 3), dtype=bool))
 
 
-def rules_for(unit: Unit, candidate: int) -> Rule:
+def rules_for(unit: Unit, candidate: int) -> tuple[Rule, ...]:
     window = 64 * (1 + unit.heads[0])  # differs from unit to unit, as calibrated rules do
     kinds = [{"kind": "zero"}, {"kind": "sink_window", "window": window}, {"kind": "dense"}]
-    return parse_rule(kinds[candidate], where="test")
+    return (parse_rule(kinds[candidate], where="test"),) * len(unit.heads)
 
 
 def build(model: BaseModelInfo = MODEL, *, refined: bool = False) -> Plan:

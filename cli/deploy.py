@@ -1,0 +1,70 @@
+"""Commands that put a plan on a checkpoint and verify it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sparsesearch_cli import options as o
+from sparsesearch_cli.errors import guarded
+from sparsesearch_cli.render import emit_json, lines, table
+
+
+def apply(
+    plan: o.PlanFile,
+    model: o.Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory.")] = False,
+    allow_other_weights: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-weights", help="Accept weights the plan was not made for, such as a fine-tuned copy."
+        ),
+    ] = False,
+    json: o.Json = False,
+) -> None:
+    """Write a checkpoint that plain from_pretrained loads, after `import sparsesearch`, with the plan active."""
+    from sparsesearch.runtime.export import export
+
+    from sparsesearch.plan import Plan
+
+    opened = Plan.load(plan)
+    export(
+        opened,
+        model,
+        out,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        allow_other_weights=allow_other_weights,
+    )
+    counts = opened.kind_counts()
+    content = {"checkpoint": str(out), "plan_sha256": opened.sha256, "rules": counts}
+    if json:
+        emit_json(content)
+        return
+    sparse = sum(counts.values()) - counts.get("dense", 0)
+    lines(
+        f"written: {out} ({sparse} of {sum(counts.values())} query heads changed)",
+        f"load it with: import sparsesearch; AutoModelForCausalLM.from_pretrained({str(out)!r})",
+    )
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory written by `sparsesearch apply`.", metavar="DIR")],
+    json: o.Json = False,
+) -> None:
+    """Check a patched checkpoint: hashes, geometry, weights, and its output against the oracle."""
+    from dataclasses import asdict
+
+    from sparsesearch.runtime.verify import verify as run
+
+    found = asdict(run(checkpoint))
+    emit_json(found) if json else table(f"{checkpoint} is sound", ["", ""], list(found.items()))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command("apply")(guarded(apply))
+    app.command("verify")(guarded(verify))

@@ -1,0 +1,180 @@
+"""Commands that judge plans: evaluate, gate, report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from sparsesearch_cli import options as o
+from sparsesearch_cli.errors import guarded
+from sparsesearch_cli.render import emit_json, lines, progress_bar, table
+
+if TYPE_CHECKING:
+    from sparsesearch.evaluate import Metrics
+
+
+def evaluate(
+    plans: Annotated[list[Path], typer.Argument(help="One or more sparse_plan.json", metavar="PLAN...")],
+    model: o.OptionalModel = None,
+    lengths: o.Lengths = "2048",
+    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.")] = 96,
+    data: o.Data = "text",
+    timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.")] = 5,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "auto",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Metrics file to write; the baseline of `check`.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Also run these lm-eval tasks (extra lm-eval), by commas.")] = None,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Held-out loss, KL to dense, needle accuracy and prefill time of dense and every plan, in one job."""
+    from sparsesearch.runtime.loading import load_model
+
+    from sparsesearch.evaluate import evaluate as run
+    from sparsesearch.evaluate.tasks import lm_eval_tasks
+    from sparsesearch.plan import Plan
+
+    opened = {path.stem if len(plans) > 1 else "plan": Plan.load(path) for path in plans}
+    live, tokenizer = load_model(
+        model or next(iter(opened.values())).base_model.name_or_path, device=device, dtype=dtype
+    )
+    with progress_bar() as progress:
+        metrics = run(
+            live,
+            tokenizer,
+            opened,
+            lengths=o.parsed_lengths(lengths),
+            num_sequences=num_sequences,
+            data=data,
+            seed=seed,
+            timing_rounds=timing_rounds,
+            progress=progress,
+            command="sparsesearch eval",
+        )
+    if out is not None:
+        metrics.save(out)
+    content = metrics.model_dump(mode="json")
+    if tasks is not None:
+        content["lm_eval"] = lm_eval_tasks(live, tokenizer, tasks.split(","), opened)
+    if json:
+        emit_json(content)
+        return
+    show_metrics(metrics)
+    if tasks is not None:
+        lines(str(content["lm_eval"]))
+
+
+def show_metrics(metrics: "Metrics") -> None:
+    """One table per length."""
+    for length in metrics.lengths_tokens:
+        rows = []
+        for name in metrics.variants:
+            cell = metrics.at(length, name)
+            rows.append(
+                [
+                    name,
+                    cell.density,
+                    cell.needle.mean,
+                    cell.kl_text.mean,
+                    cell.kl_answer.mean,
+                    cell.heldout_loss.mean,
+                    None if cell.prefill_s is None else cell.prefill_s * 1e3,
+                ]
+            )
+        table(
+            f"{metrics.model}, {length} tokens, {metrics.at(length, 'dense').needle.num_sequences} sequences",
+            ["variant", "density", "needle", "KL text", "KL answer", "text loss", "prefill (ms)"],
+            rows,
+        )
+
+
+def check(
+    plan: o.PlanFile,
+    baseline: Annotated[Path | None, typer.Option(help="Metrics file recorded with `sparsesearch eval -o`.")] = None,
+    model: o.OptionalModel = None,
+    recovery: Annotated[float, typer.Option(help="Least share of dense's needle accuracy and loss.")] = 0.98,
+    max_kl: Annotated[float | None, typer.Option(help="Most KL to dense over all positions, nats.")] = None,
+    max_slowdown: Annotated[float | None, typer.Option(help="Most prefill time relative to dense.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Lengths to judge; those of the baseline or plan by default.")
+    ] = None,
+    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.")] = 48,
+    device: o.Device = "cpu",
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.")] = None,
+    annotations: Annotated[bool, typer.Option("--annotations", help="Print GitHub workflow annotations.")] = False,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Gate for CI: exit 4 with a table when a plan is worse than its bounds or its recorded baseline."""
+    from sparsesearch.runtime.loading import load_model
+
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.check import Thresholds
+    from sparsesearch.check import check as run
+    from sparsesearch.evaluate import Metrics
+    from sparsesearch.plan import Plan
+
+    opened = Plan.load(plan)
+    recorded = None if baseline is None else Metrics.load(baseline)
+    live, tokenizer = load_model(model or opened.base_model.name_or_path, device=device)
+    with progress_bar() as progress:
+        result = run(
+            opened,
+            live,
+            tokenizer,
+            baseline=recorded,
+            thresholds=Thresholds(recovery=recovery, max_kl=max_kl, max_slowdown=max_slowdown),
+            lengths=None if lengths is None else o.parsed_lengths(lengths),
+            num_sequences=num_sequences,
+            timing_rounds=0 if max_slowdown is None else 5,
+            seed=seed,
+            progress=progress,
+        )
+    if junit is not None:
+        write_bytes(junit, result.junit_xml().encode())
+    rows = [
+        [row.figure, row.length_tokens, row.measured, row.bound, row.reason, "ok" if row.passed else "REGRESSED"]
+        for row in result.rows
+    ]
+    if json:
+        emit_json(
+            {
+                "passed": result.passed,
+                "rows": [
+                    dict(zip(("figure", "length_tokens", "measured", "bound", "reason", "verdict"), row, strict=True))
+                    for row in rows
+                ],
+            }
+        )
+    else:
+        table(f"check of {plan}", ["figure", "length", "measured", "bound", "why", "verdict"], rows)
+        if annotations:
+            lines(*result.annotations(str(plan)))
+    result.raise_if_failed()
+
+
+def report(
+    plan: o.PlanFile,
+    metrics: Annotated[Path, typer.Argument(help="Metrics file written by eval or quickstart.", metavar="METRICS")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("report.html"),
+    profile: Annotated[Path | None, typer.Option(help="Profile directory, for the Pareto front.")] = None,
+) -> None:
+    """Write one self-contained HTML page: rules per head, masks, front, predicted beside measured."""
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.evaluate import Metrics
+    from sparsesearch.plan import Plan
+    from sparsesearch.planning import report_front
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.report import render
+
+    opened = Plan.load(plan)
+    front = None if profile is None else report_front(Profile.load(profile), opened.unit)
+    write_bytes(out, render(opened, Metrics.load(metrics), pareto=front).encode())
+    lines(f"written: {out}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    for name, command in (("eval", evaluate), ("check", check), ("report", report)):
+        app.command(name)(guarded(command))

@@ -1,0 +1,120 @@
+"""Commands that list what there is."""
+
+from typing import Annotated
+
+import typer
+from sparsesearch_cli import options as o
+from sparsesearch_cli.errors import guarded
+from sparsesearch_cli.render import emit_json, lines, table
+
+
+def rules(json: o.Json = False) -> None:
+    """List the rules: how a head may attend."""
+    from sparsesearch.rules import rule_kinds
+
+    rows = [
+        {
+            "kind": kind,
+            "acts": "prefill" if rule.dynamic else "prefill and decode",
+            "parameters": ", ".join(name for name in rule.model_fields if name != "kind"),
+            "what": (rule.__doc__ or "").split("\n")[0],
+            "source": rule.source,
+        }
+        for kind, rule in rule_kinds().items()
+    ]
+    emit_json(rows) if json else table("rules", list(rows[0]), [list(row.values()) for row in rows])
+
+
+def spaces(json: o.Json = False) -> None:
+    """List the shipped search spaces."""
+    from sparsesearch.presets import preset_names
+    from sparsesearch.search_space import SearchSpace
+
+    loaded = [SearchSpace.load(name) for name in preset_names("search_spaces")]
+    rows = [
+        {"name": s.name, "candidates": len(s.candidates), "unit": s.unit, "what": s.description, "source": s.source}
+        for s in loaded
+    ]
+    emit_json(rows) if json else table("search spaces", list(rows[0]), [list(row.values()) for row in rows])
+
+
+def models(json: o.Json = False) -> None:
+    """List the embedded models and the model families whose attention can be planned."""
+    from sparsesearch.presets import preset_names
+    from sparsesearch.runtime.families import supported_families
+
+    content = {"embedded": preset_names("models"), "families": supported_families()}
+    if json:
+        emit_json(content)
+        return
+    lines(
+        f"embedded: {', '.join(content['embedded'])}",
+        f"causal LM families of this transformers release that route through AttentionInterface ({len(content['families'])}):",
+        ", ".join(content["families"]),
+        "A family that soft-caps scores or adds attention sinks is refused by name when it is loaded.",
+    )
+
+
+def schema(
+    artifact: Annotated[str, typer.Argument(help="plan, metrics or rules")] = "plan",
+) -> None:
+    """Print the JSON Schema of an artefact."""
+    from sparsesearch.errors import SpecError, nearest
+    from sparsesearch.evaluate import Metrics
+    from sparsesearch.plan import Plan
+    from sparsesearch.rules import rule_kinds
+
+    match artifact:
+        case "plan":
+            emit_json(Plan.model_json_schema())
+        case "metrics":
+            emit_json(Metrics.model_json_schema())
+        case "rules":
+            emit_json({kind: rule.model_json_schema() for kind, rule in rule_kinds().items()})
+        case _:
+            raise SpecError(f"unknown artefact {artifact!r}.{nearest(artifact, ['plan', 'metrics', 'rules'])}")
+
+
+def doctor(json: o.Json = False) -> None:
+    """Show what this installation can do here, and what is missing."""
+    import os
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    content: dict[str, object] = {}
+    for name in (
+        "sparsesearch",
+        "torch",
+        "transformers",
+        "triton",
+        "optuna",
+        "scipy",
+        "gguf",
+        "accelerate",
+        "datasets",
+        "pyarrow",
+        "lm-eval",
+    ):
+        try:
+            content[name] = version(name)
+        except PackageNotFoundError:
+            content[name] = "not installed"
+    content["cpu cores"] = os.cpu_count()
+    content["torch threads"] = torch.get_num_threads()
+    content["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "not set (set it to passive on shared machines)")
+    cuda = torch.cuda.is_available()
+    content["gpu"] = torch.cuda.get_device_name() if cuda else "none: profile and search run on the CPU"
+    emit_json(content) if json else table("doctor", ["", ""], list(content.items()))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    for name, command in (
+        ("rules", rules),
+        ("spaces", spaces),
+        ("models", models),
+        ("schema", schema),
+        ("doctor", doctor),
+    ):
+        app.command(name)(guarded(command))

@@ -1,0 +1,203 @@
+"""Commands that measure: the whole corridor at once, a profile, its proxies, a device."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sparsesearch_cli import options as o
+from sparsesearch_cli.errors import guarded
+from sparsesearch_cli.render import emit_json, lines, progress_bar, say, table
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to fill; must be new or empty.")] = Path(
+        "quickstart"
+    ),
+    density: Annotated[float, typer.Option(help="Share of dense attention's tiles the plan may compute.")] = 0.25,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Profile here instead of using the profile shipped with the package.")
+    ] = False,
+    evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.")] = 4,
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.")] = 24,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Run everything on the embedded model: profile, search, apply, eval, check, report."""
+    from sparsesearch.quickstart import quickstart as run
+
+    with progress_bar() as progress:
+        found = run(
+            out,
+            density_budget=density,
+            from_scratch=from_scratch,
+            evaluations=evaluations,
+            num_sequences=num_sequences,
+            seed=seed,
+            progress=progress,
+        )
+    summary = found.summary()
+    if json:
+        emit_json(summary)
+        return
+    say(f"profile: {found.profile_source}")
+    names = list(found.metrics.variants)
+    shares = {"dense": 1.0, "uniform_window": summary["density_uniform_window"], "plan": summary["density"]}
+    table(
+        f"needle-7m, {summary['num_sequences']} held-out sequences of {summary['quality_length_tokens']} tokens",
+        [
+            "variant",
+            "density",
+            "needle",
+            "KL to dense",
+            "text loss",
+            f"prefill {summary['prefill_length_tokens']} (ms)",
+        ],
+        [
+            [
+                name.replace("_", " "),
+                shares[name],
+                summary["needle_accuracy"][name],
+                summary["kl_to_dense"][name],
+                summary["heldout_loss"][name],
+                summary["prefill_s"][name] * 1e3,
+            ]
+            for name in names
+        ],
+    )
+    gap = "none stated" if summary["gap"] is None else f"{summary['gap']:.2g}"
+    lines(
+        f"proven gap of the search: {gap};  check: {'passed' if found.check.passed else 'FAILED'}",
+        f"written: {out}/report.html",
+    )
+
+
+def profile(
+    model: o.Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Profile directory to write.")] = Path("profile"),
+    space: Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")] = "mixture",
+    data: o.Data = "needle",
+    text_column: Annotated[
+        str, typer.Option(help="Field of a .jsonl, .parquet or hub dataset that holds the text.")
+    ] = "text",
+    lengths: o.Lengths = "2048",
+    num_samples: Annotated[int, typer.Option(help="Sequences per length.")] = 6,
+    num_probes: Annotated[int, typer.Option(help="Fisher probes per sequence.")] = 4,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "auto",
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted profile.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Score every candidate rule in every head on calibration data."""
+    from sparsesearch.runtime.loading import load_model
+
+    from sparsesearch import calibration
+    from sparsesearch.profiling.estimate import estimate
+    from sparsesearch.profiling.record import summary
+    from sparsesearch.profiling.run import Request, profile_model
+    from sparsesearch.runtime.fingerprint import describe
+    from sparsesearch.search_space import SearchSpace
+
+    menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
+    if dry_run:
+        needs = estimate(
+            model,
+            menu,
+            wanted,
+            num_samples=num_samples,
+            num_probes=num_probes,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        emit_json(needs) if json else table(f"profile of {model}", ["needs", "value"], list(needs.items()))
+        return
+    live, tokenizer = load_model(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    sets = {
+        length: calibration.load(
+            data, tokenizer, length_tokens=length, num_samples=num_samples, seed=seed, text_column=text_column
+        )
+        for length in wanted
+    }
+    request = Request(describe(live, model), menu, sets, num_probes=num_probes, seed=seed)
+    with progress_bar() as progress:
+        found = profile_model(live, request, out, resume=resume, progress=progress)
+    content = summary(found)
+    emit_json(content) if json else table(f"profile in {out}", ["", ""], list(content.items()))
+
+
+def validate_proxy(
+    profile: o.ProfileDir,
+    model: o.OptionalModel = None,
+    num_plans: Annotated[int, typer.Option(help="Whole plans to draw and measure.")] = 60,
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences per plan.")] = 12,
+    unit: Annotated[str, typer.Option(help="query_head or kv_group.")] = "query_head",
+    device: o.Device = "cpu",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Measure whole plans and print how well each proxy ranks them (Kendall's tau)."""
+    from dataclasses import asdict
+
+    from sparsesearch.runtime.loading import load_model
+
+    from sparsesearch import calibration
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.proxy_validation import validate_proxies
+
+    opened = Profile.load(profile)
+    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=device)
+    length = max(opened.manifest.lengths)
+    held_out = calibration.load(
+        "needle", tokenizer, length_tokens=length, num_samples=num_sequences, seed=seed, split="heldout"
+    )
+    with progress_bar() as progress:
+        found = validate_proxies(
+            live,
+            opened,
+            held_out.samples,
+            num_plans=num_plans,
+            granularity=o.granularity(unit),
+            seed=seed,
+            progress=progress,
+        )
+    if json:
+        emit_json(asdict(found))
+        return
+    truths = list(next(iter(found.tau.values())))
+    table(
+        f"Kendall's tau over {len(found.plans)} plans at {length} tokens",
+        ["proxy", *truths],
+        [[proxy, *(row[truth] for truth in truths)] for proxy, row in found.tau.items()],
+    )
+
+
+def calibrate(
+    device: Annotated[str, typer.Option(help="Device to measure: cpu.")] = "cpu",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; <device>.json by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths and repeats, for a first look.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Measure what attention costs on this device, for latency budgets."""
+    from sparsesearch.cost.calibrate import calibrate as run
+
+    path = out or Path(f"{device}.json")
+    with progress_bar() as progress:
+        found = run(device, out=path, quick=quick, progress=progress)
+    content = found.summary()
+    emit_json(content) if json else table(f"cost model in {path}", ["", ""], list(content.items()))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    for name, command in (
+        ("quickstart", quickstart),
+        ("profile", profile),
+        ("validate-proxy", validate_proxy),
+        ("calibrate", calibrate),
+    ):
+        app.command(name)(guarded(command))

@@ -1,0 +1,188 @@
+"""Commands about plans: make one, read one, compare two."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from sparsesearch_cli import options as o
+from sparsesearch_cli.errors import guarded
+from sparsesearch_cli.render import emit_json, lines, progress_bar, table
+
+if TYPE_CHECKING:
+    from sparsesearch.plan import Plan
+    from sparsesearch.planning import Question
+
+
+def search(
+    profile: o.ProfileDir,
+    budget: Annotated[
+        list[str], typer.Option(help="density=0.25, kv_fraction=0.4 or latency=0.5x; several must all hold.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
+    space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
+    unit: Annotated[str | None, typer.Option(help="query_head or kv_group; the space's own by default.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="combined, text, answer, output_error, dropped_mass or moa.")
+    ] = "combined",
+    answer_weight: Annotated[float, typer.Option(help="Weight of the answer proxy in `combined`.", min=0)] = 1.0,
+    device: Annotated[
+        str | None, typer.Option(help="Cost model for latency budgets: cpu, roofline:h100 or a file.")
+    ] = None,
+    refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
+    model: o.OptionalModel = None,
+    pareto: Annotated[
+        Path | None, typer.Option(help="Also write the front over the first budget's metric as CSV.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Find the plan with the least loss within a budget, and prove how close to the best it is."""
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.errors import ArtifactError
+    from sparsesearch.planning import Question, find_choice, write_plan
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.search.budget import parse_budgets
+    from sparsesearch.search_space import SearchSpace
+
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
+    opened = Profile.load(profile)
+    menu = None if space is None else SearchSpace.load(space)
+    question = Question(
+        budgets=parse_budgets(budget),
+        space=menu,
+        granularity=o.granularity(unit or (menu.unit if menu else "query_head")),
+        objective=objective,
+        answer_weight=answer_weight,
+        cost_model=None if device is None else load_cost_model(device),
+    )
+    if refine:
+        plan = _refined(opened, question, model, refine, seed)
+    else:
+        scores, solution = find_choice(opened, question)
+        plan = write_plan(opened, question, scores, solution.choice, solution)
+    plan.save(out)
+    if pareto is not None:
+        _write_front(opened, question, pareto)
+    _show_search(plan, out, json)
+
+
+def _refined(profile: object, question: "Question", model: str | None, evaluations: int, seed: int) -> "Plan":
+    from sparsesearch.runtime.loading import load_model
+
+    from sparsesearch import calibration
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.refinement import refine
+
+    assert isinstance(profile, Profile)
+    live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path)
+    samples = calibration.load(
+        "needle", tokenizer, length_tokens=max(profile.manifest.lengths), num_samples=6, seed=seed + 1
+    ).samples
+    with progress_bar() as progress:
+        return refine(live, profile, question, samples, evaluations=evaluations, progress=progress)[0]
+
+
+def _write_front(profile: object, question: "Question", path: Path) -> None:
+    import pandas as pd
+
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.planning import front_rows
+    from sparsesearch.profiling.record import Profile
+
+    assert isinstance(profile, Profile)
+    write_bytes(path, pd.DataFrame(front_rows(profile, question)).to_csv(index=False).encode())
+
+
+def _show_search(plan: "Plan", out: Path, json: bool) -> None:
+    certificate = plan.certificate
+    assert certificate is not None
+    content = {
+        "plan": str(out),
+        "sha256": plan.sha256,
+        "rules": plan.kind_counts(),
+        "budgets": [record.model_dump(mode="json") for record in plan.budgets],
+        "loss": certificate.loss,
+        "lower_bound": certificate.lower_bound,
+        "gap": certificate.gap,
+        "solver": certificate.solver,
+    }
+    if json:
+        emit_json(content)
+        return
+    rows = [
+        [record.metric, length, record.bound, used]
+        for record in plan.budgets
+        for length, used in record.predicted.items()
+    ]
+    table("budgets (shares of dense)", ["metric", "length", "bound", "plan"], rows)
+    table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
+    lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
+
+
+def diff(
+    plan_a: Annotated[Path, typer.Argument(metavar="PLAN_A")],
+    plan_b: Annotated[Path, typer.Argument(metavar="PLAN_B")],
+    json: o.Json = False,
+) -> None:
+    """Compare two plans for one model, head by head."""
+    from dataclasses import asdict
+
+    from sparsesearch.comparison import diff as compare
+    from sparsesearch.plan import Plan
+
+    found = compare(Plan.load(plan_a), Plan.load(plan_b))
+    if json:
+        emit_json(asdict(found))
+        return
+    rows = [[change.module, change.head, change.before, change.after] for change in found.changes]
+    table(f"{len(rows)} of {found.num_heads} heads differ", ["module", "head", str(plan_a), str(plan_b)], rows)
+    for name, before, after in found.other_fields:
+        lines(f"{name}: {before} -> {after}")
+
+
+def explain(
+    plan: o.PlanFile,
+    head: Annotated[str | None, typer.Argument(help="module:head, such as model.layers.3.self_attn:7")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile directory, to list the head's alternatives.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Say what a plan does, or what one head does and what else it could have done."""
+    from dataclasses import asdict
+
+    from sparsesearch.comparison import PlanExplanation
+    from sparsesearch.comparison import explain as run
+    from sparsesearch.plan import Plan
+    from sparsesearch.planning import Question, score_table
+    from sparsesearch.profiling.record import Profile
+
+    opened = Plan.load(plan)
+    scores = None
+    if profile is not None:
+        scores = score_table(Profile.load(profile), Question((), granularity=opened.unit))
+    found = run(opened, head, scores)
+    if json:
+        emit_json(asdict(found))
+    elif isinstance(found, PlanExplanation):
+        table(f"{found.num_heads} query heads", ["rule", "heads"], found.kinds)
+        table(
+            "layers",
+            ["module", "density", "rules"],
+            [[m, d, ", ".join(f"{k} {n}" for k, n in kinds)] for m, d, kinds in found.layers],
+        )
+    else:
+        lines(f"{found.module}:{found.head} follows {found.rule}", "", found.meaning, f"source: {found.source}")
+        table("parameters", ["name", "value", "meaning"], found.parameters)
+        table("density", ["length", "share of dense"], list(found.densities.items()))
+        table(
+            "alternatives",
+            ["rule", "loss", "cost", "chosen"],
+            [[a.rule, a.loss, str(a.cost), "*" if a.chosen else ""] for a in found.alternatives],
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    for name, command in (("search", search), ("diff", diff), ("explain", explain)):
+        app.command(name)(guarded(command))

@@ -1,0 +1,254 @@
+"""The gate: is a plan still as good as it must be, relative to dense in the same job and to what was recorded for it?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sparsesearch.errors import RegressionError, SpecError
+from sparsesearch.evaluate import Estimate, Metrics, VariantMetrics, evaluate
+from sparsesearch.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VARIANT = "plan"
+
+
+class Thresholds(BaseModel):
+    """What a plan must hold. The first three are relative to dense, measured in the same job; None asks for nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    recovery: float | None = Field(
+        0.98, gt=0, le=1, description="least needle accuracy / dense's, and least dense loss / the plan's"
+    )
+    max_kl: float | None = Field(None, gt=0, description="most KL(dense ‖ plan) over all positions, nats")
+    max_slowdown: float | None = Field(None, gt=0, description="most prefill time / dense's")
+    num_errors: float = Field(
+        2.0, ge=0, description="how many standard errors of the difference a figure may be worse than its baseline"
+    )
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One figure against its bound.
+
+    Attributes:
+        figure: what was measured.
+        length_tokens: at which length.
+        measured: its value.
+        bound: what it is held against.
+        at_least: whether the value must be at least (True) or at most (False) the bound.
+        reason: where the bound comes from.
+    """
+
+    figure: str
+    length_tokens: int
+    measured: float
+    bound: float
+    at_least: bool
+    reason: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound holds."""
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    @property
+    def name(self) -> str:
+        """Unique within a check."""
+        return f"{self.figure} at {self.length_tokens} tokens, {self.reason}"
+
+    def __str__(self) -> str:
+        relation = ">=" if self.at_least else "<="
+        return f"{self.name}: {self.measured:.4g} {relation} {self.bound:.4g} {'holds' if self.passed else 'DOES NOT HOLD'}"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Every figure that was held against a bound, and the metrics behind them."""
+
+    rows: tuple[CheckRow, ...]
+    metrics: Metrics
+
+    @property
+    def failed(self) -> tuple[CheckRow, ...]:
+        """What regressed."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every bound holds."""
+        return not self.failed
+
+    def raise_if_failed(self) -> None:
+        """Turn a regression into an error (exit code 4).
+
+        Raises:
+            RegressionError: names every bound that does not hold.
+        """
+        if self.failed:
+            lines = "\n".join(f"  {row}" for row in self.failed)
+            raise RegressionError(
+                f"{len(self.failed)} of {len(self.rows)} bounds do not hold:\n{lines}\n"
+                "Search again, loosen the bound, or record a new baseline with `sparsesearch eval`."
+            )
+
+    def annotations(self, file: str = "") -> list[str]:
+        """GitHub workflow commands, one `::error` per regression and a `::notice` when there is none.
+
+        Args:
+            file: the plan's path in the repository, so that the annotation shows on it.
+        """
+        place = f"file={_property(file)}," if file else ""
+        if self.passed:
+            return [f"::notice {place}title=sparsesearch check::{_message(f'all {len(self.rows)} bounds hold')}"]
+        return [
+            f"::error {place}title={_property('sparsesearch: ' + row.figure)}::{_message(str(row))}"
+            for row in self.failed
+        ]
+
+    def junit_xml(self) -> str:
+        """The rows as a JUnit test suite, one test case each."""
+        suite = ElementTree.Element(
+            "testsuite",
+            name="sparsesearch check",
+            tests=str(len(self.rows)),
+            failures=str(len(self.failed)),
+            errors="0",
+            skipped="0",
+        )
+        for row in self.rows:
+            case = ElementTree.SubElement(suite, "testcase", classname="sparsesearch.check", name=row.name, time="0")
+            if not row.passed:
+                failure = ElementTree.SubElement(case, "failure", type="regression", message=str(row))
+                failure.text = str(row)
+        root = ElementTree.Element("testsuites")
+        root.append(suite)
+        ElementTree.indent(root)
+        return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def check(
+    plan: Plan,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    baseline: Metrics | None = None,
+    thresholds: Thresholds | None = None,
+    lengths: Sequence[int] | None = None,
+    **evaluation: Any,
+) -> CheckResult:
+    """Judge dense and the plan in one job and hold the plan against its bounds.
+
+    Args:
+        plan: the plan.
+        model: the model it is for, in evaluation mode.
+        tokenizer: the model's.
+        baseline: what was recorded for this plan, as `eval` writes it; its variant of the plan's hash, `plan`, or its only one counts.
+        thresholds: the bounds; the defaults ask for 0.98 of dense.
+        lengths: in tokens; those of the baseline, or else of the plan.
+        evaluation: further arguments of `evaluate`, such as `num_sequences` and `seed`.
+
+    Raises:
+        SpecError: the baseline has several plans and none is this one, or shares no length with this check.
+    """
+    chosen = lengths or (baseline.lengths_tokens if baseline is not None else plan.lengths_tokens)
+    recorded = None if baseline is None else baseline_variant(baseline, plan)
+    metrics = evaluate(model, tokenizer, {VARIANT: plan}, lengths=chosen, **evaluation)
+    return judge(metrics, VARIANT, thresholds or Thresholds(), baseline=baseline, baseline_name=recorded)
+
+
+def judge(
+    metrics: Metrics,
+    variant: str,
+    thresholds: Thresholds,
+    *,
+    baseline: Metrics | None = None,
+    baseline_name: str | None = None,
+) -> CheckResult:
+    """Hold measured figures against their bounds; nothing is run.
+
+    A figure may be worse than its baseline by `num_errors` standard errors of the difference, √(se² + se_baseline²): on the same sequences that
+    allows too much rather than too little, so a failure is a regression and not noise.
+
+    Raises:
+        SpecError: the baseline shares no length with the metrics, or time is bounded but was not measured.
+    """
+    rows: list[CheckRow] = []
+    for length in metrics.lengths_tokens:
+        dense, own = metrics.at(length, "dense"), metrics.at(length, variant)
+        rows += _against_dense(length, dense, own, metrics.slowdown(length, variant), thresholds)
+        if baseline is not None and baseline_name is not None and length in baseline.results:
+            rows += _against_baseline(length, own, baseline.at(length, baseline_name), thresholds.num_errors)
+    if baseline is not None and not set(baseline.results) & set(metrics.results):
+        raise SpecError(
+            f"the baseline must share a length with this check, but has {list(baseline.lengths_tokens)} and the check "
+            f"{list(metrics.lengths_tokens)}. Give --lengths."
+        )
+    return CheckResult(tuple(rows), metrics)
+
+
+def baseline_variant(baseline: Metrics, plan: Plan) -> str:
+    """Which variant of a baseline the plan is to be compared with: the same plan, the one called `plan`, or the only one.
+
+    Raises:
+        SpecError: it cannot be told.
+    """
+    same = [name for name, sha256 in baseline.plans.items() if sha256 == plan.sha256]
+    named = [name for name in baseline.plans if name == VARIANT]
+    for candidates in (same, named, list(baseline.plans)):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise SpecError(
+        f"the baseline must record this plan, one variant called {VARIANT!r}, or a single plan, but has {sorted(baseline.plans)}. "
+        "Record it with `sparsesearch eval`."
+    )
+
+
+def _against_dense(
+    length: int, dense: VariantMetrics, own: VariantMetrics, slowdown: float | None, thresholds: Thresholds
+) -> list[CheckRow]:
+    rows = []
+    if thresholds.recovery is not None:
+        share = thresholds.recovery
+        rows.append(
+            CheckRow("needle accuracy", length, own.needle.mean, share * dense.needle.mean, True, f"{share:g} of dense")
+        )
+        bound = dense.heldout_loss.mean / share
+        rows.append(CheckRow("held-out loss", length, own.heldout_loss.mean, bound, False, f"dense over {share:g}"))
+    if thresholds.max_kl is not None:
+        rows.append(CheckRow("KL to dense", length, own.kl_text.mean, thresholds.max_kl, False, "--max-kl"))
+    if thresholds.max_slowdown is not None:
+        if slowdown is None:
+            raise SpecError("time must be measured when --max-slowdown is given: evaluate with timing_rounds >= 1.")
+        rows.append(
+            CheckRow("prefill time / dense", length, slowdown, thresholds.max_slowdown, False, "--max-slowdown")
+        )
+    return rows
+
+
+def _against_baseline(length: int, own: VariantMetrics, recorded: VariantMetrics, num_errors: float) -> list[CheckRow]:
+    def row(figure: str, measured: Estimate, before: Estimate, at_least: bool) -> CheckRow:
+        slack = num_errors * (measured.standard_error**2 + before.standard_error**2) ** 0.5
+        bound = before.mean - slack if at_least else before.mean + slack
+        return CheckRow(figure, length, measured.mean, bound, at_least, f"baseline {before.mean:.4g}")
+
+    return [
+        row("needle accuracy", own.needle, recorded.needle, True),
+        row("held-out loss above dense", own.heldout_loss_minus_dense, recorded.heldout_loss_minus_dense, False),
+        row("KL to dense", own.kl_text, recorded.kl_text, False),
+        row("KL to dense at answers", own.kl_answer, recorded.kl_answer, False),
+    ]
+
+
+def _message(text: str) -> str:
+    """Escape a workflow command's message."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    """Escape a workflow command's property."""
+    return _message(text).replace(":", "%3A").replace(",", "%2C")

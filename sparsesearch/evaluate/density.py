@@ -1,0 +1,73 @@
+"""What share of dense attention's tiles a plan computes, and computed."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid, density
+from sparsesearch.errors import SpecError
+from sparsesearch.plan import Plan
+from sparsesearch.rules.base import Rule
+
+
+@dataclass
+class TileCount:
+    """Tiles that dynamic rules chose in prefill calls, and tiles they could have chosen, over heads and sequences."""
+
+    chosen: float = 0.0
+    reachable: float = 0.0
+
+
+def achieved_density(plan: Plan, length_tokens: int, dynamic: TileCount) -> float:
+    """Tiles computed / tiles dense attention computes in one prefill, over all query heads.
+
+    Exact for static rules; dynamic rules enter with what they chose in the run that `dynamic` counted.
+
+    Raises:
+        SpecError: the plan has dynamic rules and the run counted none of their choices.
+    """
+    grid = BlockGrid(length_tokens, length_tokens, plan.block_tokens)
+    heads = Counter(rule for _, _, rule in plan.heads())
+    num_dynamic = sum(count for rule, count in heads.items() if rule.dynamic)
+    tiles = sum(density(rule.select(grid), grid) * count for rule, count in heads.items() if not rule.dynamic)
+    if num_dynamic:
+        if not dynamic.reachable:
+            raise SpecError(
+                f"the density of {num_dynamic} heads with dynamic rules must be counted in a run, but no choice was seen: the runtime did "
+                "not ask the rules. Use a backend that does."
+            )
+        tiles += num_dynamic * dynamic.chosen / dynamic.reachable
+    return tiles / heads.total()
+
+
+@contextmanager
+def counting(plan: Plan | None, count: TileCount) -> Iterator[None]:
+    """Add to `count` what the plan's dynamic rules choose while the block runs.
+
+    Only the rule knows, and only with the queries and keys of the run, so `select` of its class is watched, the one place where every backend
+    must ask. Not for several threads at once.
+    """
+    kinds = {type(rule) for _, _, rule in plan.heads() if rule.dynamic} if plan is not None else set()
+    with ExitStack() as undo:
+        for kind in sorted(kinds, key=lambda kind: kind.__name__):
+            original = kind.select
+            kind.select = _watched(original, count)  # type: ignore[method-assign]
+            undo.callback(setattr, kind, "select", original)
+        yield
+
+
+def _watched(select: Callable[..., Tensor], count: TileCount) -> Callable[..., Any]:
+    def watched(rule: Rule, grid: BlockGrid, q: Tensor | None = None, k: Tensor | None = None) -> Tensor:
+        tiles = select(rule, grid, q, k)
+        if grid.q_len == grid.kv_len:
+            reachable = grid.reachable(tiles.device)
+            units = tiles.numel() // reachable.numel()
+            count.chosen += density(tiles, grid) * units * int(reachable.sum())
+            count.reachable += units * int(reachable.sum())
+        return tiles
+
+    return watched

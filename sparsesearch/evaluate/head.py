@@ -1,0 +1,71 @@
+"""The model cut in two before its vocabulary: the body runs once per variant, the vocabulary in chunks of rows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from sparsesearch.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Head:
+    """The output embedding and whatever the model does after it (soft cap, scale), on hidden states of our choice.
+
+    Logits of S positions and V words take S·V numbers, often more than the model itself. A hook on the output embedding keeps what goes in
+    (S·D) and lets the last position through; a second forward of one token with the hook feeding stored rows in turns them into logits.
+    The model's own code runs in both, so every causal LM with an output embedding module works unchanged and exactly.
+
+    Attributes:
+        model: in evaluation mode; the caller's, not changed.
+        vocab_size: V, for the size of chunks.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        embedding = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if not isinstance(embedding, nn.Module):
+            raise UnsupportedModelError(
+                f"a model must have output embeddings to be judged, but {type(model).__name__} has none; give a causal LM."
+            )
+        self.model = model
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self._embedding = embedding
+
+    @torch.no_grad()
+    def hidden(self, input_ids: Int64[Tensor, "B S"], *, use_cache: bool = False) -> Float[Tensor, "B S D"]:
+        """One forward of the body (and of the head at the last position): what the output embedding would see."""
+        seen: list[Tensor] = []
+
+        def last_only(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.append(args[0])
+            return (args[0][:, -1:], *args[1:])
+
+        with self._before_embedding(last_only):
+            self.model(input_ids=input_ids.to(self.model.device), use_cache=use_cache)
+        if len(seen) != 1 or seen[0].shape[:2] != input_ids.shape:
+            raise UnsupportedModelError(
+                f"a forward of {type(self.model).__name__} must call its output embedding once on all positions, but called it "
+                f"{len(seen)} times; this model cannot be judged."
+            )
+        return seen[0]
+
+    @torch.no_grad()
+    def logits(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
+        """Logits of stored hidden states, in fp32."""
+        with self._before_embedding(lambda _, args: (rows[None], *args[1:])):
+            one_token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            logits: Tensor = self.model(input_ids=one_token, use_cache=False).logits
+        return logits[0].float()
+
+    @contextmanager
+    def _before_embedding(self, hook: Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]) -> Iterator[None]:
+        handle = self._embedding.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()

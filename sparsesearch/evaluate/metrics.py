@@ -1,0 +1,121 @@
+"""What an evaluation found: one file, `metrics.json`."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparsesearch.artifacts import read_json, write_json
+from sparsesearch.errors import ArtifactError, SpecError, nearest
+
+FORMAT = "sparsesearch.metrics"
+SCHEMA_VERSION = "1.0"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Estimate(_Frozen):
+    """A mean over independent sequences."""
+
+    mean: float
+    standard_error: float = Field(ge=0, description="of the mean, over sequences")
+    num_sequences: int = Field(ge=1)
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate | None":
+        """Mean and s/√n of one value per sequence; NaN values (nothing to count there) are left out; None when nothing is left."""
+        counted = [value for value in values if not math.isnan(value)]
+        if not counted:
+            return None
+        mean = math.fsum(counted) / len(counted)
+        spread = math.fsum((value - mean) ** 2 for value in counted) / max(1, len(counted) - 1)
+        return cls(mean=mean, standard_error=math.sqrt(spread / len(counted)), num_sequences=len(counted))
+
+    @classmethod
+    def of_share(cls, hits: Sequence[float]) -> "Estimate | None":
+        """Like `of` for values 0 or 1. The error is Agresti and Coull's (1998, The American Statistician 52:119), which is not 0 at 0 or 1."""
+        plain = cls.of(hits)
+        if plain is None:
+            return None
+        trials = plain.num_sequences + 4
+        share = (plain.mean * plain.num_sequences + 2) / trials
+        return plain.model_copy(update={"standard_error": math.sqrt(share * (1 - share) / trials)})
+
+
+class VariantMetrics(_Frozen):
+    """One variant at one length. Everything is measured; `*_minus_dense` are paired over the same sequences."""
+
+    density: float = Field(ge=0, le=1, description="tiles computed / tiles dense attention computes, over all heads")
+    heldout_loss: Estimate = Field(description="nats per token of plain held-out text")
+    heldout_loss_minus_dense: Estimate
+    kl_text: Estimate = Field(description="KL(dense ‖ variant) over all positions of the needle sequences, nats")
+    kl_answer: Estimate = Field(description="the same over positions that predict the answer")
+    top1_agreement: Estimate = Field(description="share of positions with dense's most probable token")
+    needle: Estimate = Field(description="share of questions answered exactly (teacher forced)")
+    needle_minus_dense: Estimate
+    needle_by_template: dict[str, Estimate]
+    needle_by_depth: dict[str, Estimate] = Field(
+        description="where the statement stands: share of the text, as `from-to`"
+    )
+    prefill_s: float | None = Field(None, gt=0, description="median wall time of one sequence, batch 1")
+    prefill_runs_s: tuple[float, ...] = ()
+
+
+class Metrics(_Frozen):
+    """Dense and every variant, length by length."""
+
+    model: str
+    results: dict[int, dict[str, VariantMetrics]] = Field(description="length in tokens -> variant -> what was found")
+    plans: dict[str, str] = Field(description="variant -> sha256 of its plan; dense has none")
+    data: dict[str, str] = Field(description="description of each data set -> its id")
+    provenance: dict[str, Any] = Field(description="versions, device, dtype, threads, seed, command")
+
+    @property
+    def lengths_tokens(self) -> tuple[int, ...]:
+        """Judged lengths, ascending."""
+        return tuple(sorted(self.results))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Dense first, then the plans in the order given."""
+        return ("dense", *self.plans)
+
+    def at(self, length_tokens: int, variant: str) -> VariantMetrics:
+        """One cell.
+
+        Raises:
+            SpecError: it was not measured.
+        """
+        if length_tokens not in self.results:
+            raise SpecError(f"length {length_tokens} must be among the judged ones: {list(self.lengths_tokens)}.")
+        row = self.results[length_tokens]
+        if variant not in row:
+            raise SpecError(f"variant {variant!r} was not judged.{nearest(variant, row)}")
+        return row[variant]
+
+    def slowdown(self, length_tokens: int, variant: str) -> float | None:
+        """Prefill time relative to dense, in the same job; below 1 is faster. None when time was not measured."""
+        own, dense = self.at(length_tokens, variant).prefill_s, self.at(length_tokens, "dense").prefill_s
+        return None if own is None or dense is None else own / dense
+
+    def save(self, path: Path) -> None:
+        """Write `metrics.json` atomically."""
+        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a metrics file.
+
+        Raises:
+            ArtifactError: it is missing, truncated, foreign, edited, or of a newer major version.
+        """
+        try:
+            return cls.model_validate(read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{path}: {place}: {first['msg']}. Make it again with `sparsesearch eval`.") from error

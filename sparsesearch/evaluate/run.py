@@ -1,0 +1,225 @@
+"""The evaluation itself: which sequences, in which order, and how single numbers become means with errors."""
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsesearch import calibration
+from sparsesearch.calibration import Calibration, Sample
+from sparsesearch.errors import SpecError
+from sparsesearch.evaluate.density import TileCount, achieved_density, counting
+from sparsesearch.evaluate.head import Head
+from sparsesearch.evaluate.metrics import Estimate, Metrics, VariantMetrics
+from sparsesearch.evaluate.reference import ApplyPlan, Comparison, DenseReference
+from sparsesearch.evaluate.timing import prefill_seconds
+from sparsesearch.plan import Plan
+from sparsesearch.runtime.live import apply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+
+_GROUP_TOKENS = 1 << 15  # dense hidden states kept at a time; each plan is applied once per group
+_DEPTH_BINS = 5
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    plans: Mapping[str, Plan],
+    *,
+    lengths: Sequence[int],
+    num_sequences: int = 96,
+    num_text_sequences: int | None = None,
+    num_needles: int = 8,
+    depths: Sequence[float] | None = None,
+    data: str = "text",
+    seed: int = 0,
+    timing_rounds: int = 5,
+    apply: ApplyPlan = apply,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Metrics:
+    """Judge plans beside dense on held-out sequences, in one job.
+
+    Needle sequences (three wordings in equal parts, one question at the end) give KL, agreement and accuracy; plain text gives the held-out
+    loss. One sequence goes through the model at a time; the vocabulary is worked through in chunks.
+
+    Args:
+        model: a live causal LM in evaluation mode; unchanged afterwards.
+        tokenizer: the model's.
+        plans: variant -> plan. Dense is always judged, under the name `dense`.
+        lengths: tokens per sequence; each is judged by itself.
+        num_sequences: needle sequences per length.
+        num_text_sequences: plain sequences per length; a sixth of `num_sequences`, at least four, by default.
+        num_needles: statements per needle sequence.
+        depths: where the statement asked about stands, in turn; None draws it uniformly.
+        data: where the text comes from: `text`, a file, or a hub dataset; its held-out split is used.
+        seed: of everything that is drawn.
+        timing_rounds: prefill measurements per variant and length; 0 measures no time.
+        apply: how a plan is put on the model.
+        progress: called with (what, done, total).
+        command: how this was started, for the record.
+
+    Raises:
+        SpecError: a variant is called `dense`, no length is given, or the data do not suffice.
+    """
+    if "dense" in plans:
+        raise SpecError("no plan may be called 'dense': dense is always judged beside the plans. Choose another name.")
+    if not lengths or num_sequences < 1:
+        raise SpecError(
+            f"at least one length and one sequence must be judged, but got {list(lengths)}, {num_sequences}."
+        )
+    variants: dict[str, Plan | None] = {"dense": None, **plans}
+    results: dict[int, dict[str, VariantMetrics]] = {}
+    used: dict[str, str] = {}
+    for length in sorted(set(lengths)):
+        needles = _needles(tokenizer, length, num_sequences, num_needles, depths, data, seed)
+        text = calibration.load(
+            data,
+            tokenizer,
+            length_tokens=length,
+            num_samples=num_text_sequences or max(4, num_sequences // 6),
+            seed=seed,
+            split="heldout",
+        )
+        used |= {part.description: part.id for part in (*needles, text)}
+        samples = [sample for part in needles for sample in part.samples]
+        found, density = _compare_all(model, variants, [*samples, *text.samples], apply, progress, f"{length} tokens")
+        times = _times(model, samples[0], variants, timing_rounds, apply)
+        results[length] = {
+            name: _summary(samples, found[name], found["dense"], density[name], times.get(name, ()))
+            for name in variants
+        }
+    return Metrics(
+        model=str(model.config.name_or_path or type(model).__name__),
+        results=results,
+        plans={name: plan.sha256 for name, plan in plans.items()},
+        data=used,
+        provenance=_provenance(model, seed, command),
+    )
+
+
+def _needles(
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    num_sequences: int,
+    num_needles: int,
+    depths: Sequence[float] | None,
+    data: str,
+    seed: int,
+) -> list[Calibration]:
+    """Needle sequences: the wordings share `num_sequences`, and the depths share each wording's part."""
+    places: Sequence[float | None] = depths or [None]
+    wordings = list(calibration.TEMPLATES)
+    counts = [
+        len(range(index, num_sequences, len(wordings) * len(places))) for index in range(len(wordings) * len(places))
+    ]
+    cells = [(wording, place) for place in places for wording in wordings]
+    return [
+        calibration.needle_questions(
+            tokenizer,
+            length_tokens=length,
+            num_samples=count,
+            template=wording,
+            depth=place,
+            num_needles=num_needles,
+            seed=seed,
+            source=data,
+        )
+        for (wording, place), count in zip(cells, counts, strict=True)
+        if count
+    ]
+
+
+def _compare_all(
+    model: "PreTrainedModel",
+    variants: Mapping[str, Plan | None],
+    samples: Sequence[Sample],
+    apply: ApplyPlan,
+    progress: Progress | None,
+    what: str,
+) -> tuple[dict[str, Comparison], dict[str, float]]:
+    """Every variant on every sequence, group by group, so that only one group's dense states are in memory."""
+    parts: dict[str, list[Comparison]] = {name: [] for name in variants}
+    tiles = {name: TileCount() for name in variants}
+    size = max(1, _GROUP_TOKENS // len(samples[0].input_ids))
+    for first in range(0, len(samples), size):
+        group = samples[first : first + size]
+        reference = DenseReference(model, group, batch_tokens=1, apply=apply)
+        for number, (name, plan) in enumerate(variants.items(), start=1):
+            with counting(plan, tiles[name]):
+                parts[name].append(reference.compare(plan))
+            if progress is not None:
+                done = first * len(variants) + len(group) * number
+                progress(f"{what}, {name}", done, len(samples) * len(variants))
+    length = len(samples[0].input_ids)
+    return (
+        {name: Comparison.concatenate(found) for name, found in parts.items()},
+        {name: 1.0 if plan is None else achieved_density(plan, length, tiles[name]) for name, plan in variants.items()},
+    )
+
+
+def _summary(
+    needles: Sequence[Sample], found: Comparison, dense: Comparison, density: float, times: tuple[float, ...]
+) -> VariantMetrics:
+    """Means and errors of one variant; the first sequences are the needles, the rest is plain text."""
+    count = len(needles)
+    right, dense_right = found.needle[:count].tolist(), dense.needle[:count].tolist()
+    loss, dense_loss = found.loss[count:].tolist(), dense.loss[count:].tolist()
+    return VariantMetrics.model_validate(
+        {
+            "density": density,
+            "heldout_loss": Estimate.of(loss),
+            "heldout_loss_minus_dense": Estimate.of([a - b for a, b in zip(loss, dense_loss, strict=True)]),
+            "kl_text": Estimate.of(found.kl_text[:count].tolist()),
+            "kl_answer": Estimate.of(found.kl_answer[:count].tolist()),
+            "top1_agreement": Estimate.of(found.top1_agreement[:count].tolist()),
+            "needle": Estimate.of_share(right),
+            "needle_minus_dense": Estimate.of([a - b for a, b in zip(right, dense_right, strict=True)]),
+            "needle_by_template": _shares([str(sample.template) for sample in needles], right),
+            "needle_by_depth": _shares([_depth_bin(sample.depth) for sample in needles], right),
+            "prefill_s": sorted(times)[len(times) // 2] if times else None,
+            "prefill_runs_s": times,
+        }
+    )
+
+
+def _shares(labels: Sequence[str], right: Sequence[float]) -> dict[str, Estimate | None]:
+    return {
+        label: Estimate.of_share([hit for own, hit in zip(labels, right, strict=True) if own == label])
+        for label in sorted(set(labels))
+    }
+
+
+def _depth_bin(depth: float | None) -> str:
+    fifth = min(int((depth or 0.0) * _DEPTH_BINS), _DEPTH_BINS - 1)
+    return f"{fifth / _DEPTH_BINS:g}-{(fifth + 1) / _DEPTH_BINS:g}"
+
+
+def _times(
+    model: "PreTrainedModel", sample: Sample, variants: Mapping[str, Plan | None], rounds: int, apply: ApplyPlan
+) -> dict[str, tuple[float, ...]]:
+    if rounds == 0:
+        return {}
+    return prefill_seconds(Head(model), sample.input_ids[None], variants, rounds=rounds, apply=apply)
+
+
+def _provenance(model: "PreTrainedModel", seed: int, command: str | None) -> dict[str, Any]:
+    """What another person needs to get the same numbers."""
+    device = model.device
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in ("sparsesearch", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(model.config._attn_implementation),
+        "seed": seed,
+        "command": command if command is not None else " ".join(sys.argv),
+    }

@@ -1,0 +1,88 @@
+"""What a profile would take, from the model's configuration alone: no weights are read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from sparsesearch.errors import SpecError
+from sparsesearch.presets import preset_names, preset_path
+from sparsesearch.search_space import SearchSpace
+
+_MIB = 1 << 20
+# Tensors of [S, hidden] that autograd keeps per layer of a decoder (norms, projections, gated MLP at 2.75 x hidden three times), counted on
+# Llama: 6 of the attention's size and 3 of the MLP's.
+_ACTIVATIONS_PER_LAYER = 6 + 3 * 2.75
+
+
+def estimate(
+    source: str,
+    space: SearchSpace,
+    lengths: Sequence[int],
+    *,
+    num_samples: int,
+    num_probes: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Parameters, peak memory, disk and time of a profile; time by a short matrix product on this machine's CPU.
+
+    Raises:
+        SpecError: the source has no configuration to read (a GGUF file, or no model at all).
+    """
+    config = _config(source, revision, trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    text = config.get_text_config()
+    layers, heads, hidden = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
+    longest, candidates, passes = max(lengths), len(space.candidates), 3 + 2 * (num_probes + 2)
+    activations = 4 * layers * longest * hidden * _ACTIVATIONS_PER_LAYER
+    captured = 4 * layers * longest * hidden * (4 + num_probes + 2)
+    strip = 4 * heads * space.block_tokens * (longest + candidates * hidden // heads) * 2
+    logits = 4 * longest * text.vocab_size * 3
+    per_sample = 4 * layers * heads * (candidates * (num_probes + 5) + 2 * (longest // space.block_tokens) ** 2)
+    flops = sum(
+        num_samples
+        * length
+        * (2 * parameters * passes + layers * hidden * length * (2 * passes + 4 + 2 * candidates / space.block_tokens))
+        for length in lengths
+    )
+    return {
+        "model": source,
+        "parameters": parameters,
+        "layers": layers,
+        "query_heads": layers * heads,
+        "candidates": candidates,
+        "lengths_tokens": list(lengths),
+        "samples_per_length": num_samples,
+        "peak_memory_mib": round((4 * parameters + activations + captured + strip + logits) / _MIB),
+        "disk_mib": round(per_sample * num_samples * len(lengths) / _MIB, 1),
+        "time_s_on_this_cpu": round(flops / _cpu_flops_per_s()),
+    }
+
+
+def _config(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    if source.endswith(".gguf"):
+        raise SpecError(
+            f"--dry-run must have a config.json to read, but {source} is a GGUF file. Run without --dry-run."
+        )
+    where: str | Path = preset_path("models", source) if source in preset_names("models") else source
+    try:
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{source} must be a model with a config.json, but: {str(error).splitlines()[0]}") from error
+
+
+def _cpu_flops_per_s() -> float:
+    """A tenth of a second of fp32 matrix products, derated to what whole models reach."""
+    a = torch.randn(512, 512)
+    (a @ a).sum()
+    count, start = 0, perf_counter()
+    while perf_counter() - start < 0.1:
+        a @ a  # timed, its value unused
+        count += 1
+    return 0.4 * count * 2 * 512**3 / (perf_counter() - start)

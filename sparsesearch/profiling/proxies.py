@@ -1,0 +1,146 @@
+"""Accuracy proxies: what a plan is predicted to lose, unit by unit, from one profile.
+
+| proxy | per unit and candidate | unit of measure |
+|---|---|---|
+| text | ½ E[(Σ_n g_n·δ_n)²] / S, Fisher probes | predicted KL to dense, nats per token |
+| answer | Σ_n (g_n·δ_n)² of the answer log-odds / answers | squared log-odds per answer token |
+| output_error | Σ_n ‖W_o δ_n‖² / Σ_n ‖W_o o_n‖² of the layer | share of the layer's output energy |
+| dropped_mass | 1 - attention mass inside the chosen tiles | share of attention |
+| moa | Σ |Ē| over the tiles a static candidate drops, Ē the mean first-order influence | nats |
+
+δ = sparse minus dense attention output of the unit's heads, g the gradient of the loss with respect to it. Text and answer see different
+things (rank agreement with the truth is printed by `sparsesearch validate-proxy`), so the default objective is their sum, each divided by
+its value when every unit takes the reference window.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.errors import SpecError, nearest
+from sparsesearch.profiling.record import Profile
+from sparsesearch.shapes import Granularity, Unit, units_of
+
+PROXIES = ("text", "answer", "output_error", "dropped_mass", "moa")
+OBJECTIVES = ("combined", *PROXIES)
+_REFERENCE_DENSITY = 0.25
+
+
+@dataclass(frozen=True)
+class LengthTerms:
+    """Every proxy at one length, averaged over samples, and the tiles each candidate computes."""
+
+    proxies: dict[str, Float[ndarray, "U C"]]
+    tiles: Float[ndarray, "U C"]
+
+
+def length_terms(profile: Profile, length: int, granularity: Granularity) -> LengthTerms:
+    """Read one length's proxies. Where no sample has an answer, the answer proxy is of the model's own predictions."""
+    scores = profile.scores(length)
+    answers = np.array(profile.manifest.num_answers[str(length)])
+    weight = (answers > 0) / answers.sum() if answers.any() else np.full(len(answers), 1 / (length * len(answers)))
+    layers = range(len(profile.manifest.base_model.modules))
+    parts = [
+        _layer_terms(profile, scores, f"{layer:03d}.", length, torch.from_numpy(weight).float(), granularity)
+        for layer in layers
+    ]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    tiles = joined.pop("tiles")
+    return LengthTerms(joined, tiles)
+
+
+def _layer_terms(
+    profile: Profile,
+    scores: dict[str, Tensor],
+    layer: str,
+    length: int,
+    answer_weight: Float[Tensor, " n"],
+    granularity: Granularity,
+) -> dict[str, Float[ndarray, "u C"]]:
+    """One layer's proxies per unit."""
+    heads = scores[layer + "tiles"].shape[1]
+    groups = scores[layer + "answer_group"].shape[1] if granularity == "kv_group" else heads
+
+    def per_unit(x: Tensor) -> Tensor:
+        summed: Tensor = x.unflatten(-2, (groups, heads // groups)).sum(-2)
+        return summed
+
+    answer = scores[layer + ("answer_group" if granularity == "kv_group" else "answer")]
+    layer_norm = scores[layer + "output_norm"].sum(-1)[:, None, None]
+    terms = {
+        "text": per_unit(scores[layer + "fisher"]).square().mean((0, 1)) / (2 * length),
+        "answer": torch.einsum("nuc,n->uc", answer, answer_weight),
+        "output_error": (per_unit(scores[layer + "output_error"]) / layer_norm).mean(0),
+        "dropped_mass": per_unit(1 - scores[layer + "kept_mass"]).mean(0).clamp(min=0),
+        "moa": per_unit(_moa(profile, scores[layer + "influence"], length)),
+        "tiles": per_unit(scores[layer + "tiles"]).mean(0),
+    }
+    return {name: term.double().numpy() for name, term in terms.items()}
+
+
+def _moa(profile: Profile, influence: Float[Tensor, "H N N"], length: int) -> Float[Tensor, "H C"]:
+    """MoA's loss of every static candidate; infinite for candidates its method does not have."""
+    grid = BlockGrid(length, length, profile.manifest.block_tokens)
+    columns = []
+    for rule in profile.manifest.candidates:
+        if rule.dynamic or rule.needs_calibration or rule.rest != "drop":
+            columns.append(torch.full(influence.shape[:1], torch.inf))
+        else:
+            columns.append((influence.abs() * ~rule.select(grid)).sum((1, 2)))
+    return torch.stack(columns, 1)
+
+
+def reference_candidate(profile: Profile) -> int:
+    """The candidate at which proxies are normalised: the window whose uniform density is nearest a quarter, at the longest length.
+
+    Raises:
+        SpecError: the space has nothing but dense.
+    """
+    length = max(profile.manifest.lengths)
+    tiles = length_terms(profile, length, "query_head").tiles.sum(0)
+    density = tiles / tiles[0]
+    rules = profile.manifest.candidates
+    eligible = [i for i, rule in enumerate(rules) if rule.kind == "sink_window" and density[i] < 1]
+    eligible = eligible or [i for i in range(len(rules)) if 0 < density[i] < 1]
+    if not eligible:
+        raise SpecError(
+            "the search space must have a candidate that skips something; add rules to it and profile again."
+        )
+    return min(eligible, key=lambda i: abs(density[i] - _REFERENCE_DENSITY))
+
+
+def objective_loss(
+    profile: Profile, objective: str, granularity: Granularity, *, answer_weight: float
+) -> Float[ndarray, "U C"]:
+    """Loss of every candidate in every unit, summed over the profiled lengths.
+
+    Args:
+        profile: what was measured.
+        objective: a proxy by name, or `combined`: text + answer_weight x answer, both normalised.
+        granularity: what a unit is.
+        answer_weight: see `combined`.
+
+    Raises:
+        SpecError: unknown objective.
+    """
+    if objective not in OBJECTIVES:
+        raise SpecError(f"unknown objective {objective!r}.{nearest(objective, OBJECTIVES)}")
+    reference = reference_candidate(profile)
+    weights = {"text": 1.0, "answer": answer_weight} if objective == "combined" else {objective: 1.0}
+    loss: Float[ndarray, "U C"] = np.zeros((1, 1))
+    for length in profile.manifest.lengths:
+        terms = length_terms(profile, length, granularity).proxies
+        for name, weight in weights.items():
+            loss = loss + weight * terms[name] / max(float(terms[name][:, reference].sum()), 1e-30)
+    loss[:, 0] = 0.0  # dense differs from itself by rounding only
+    return loss
+
+
+def profile_units(profile: Profile, granularity: Granularity) -> tuple[Unit, ...]:
+    """The units of the profiled model."""
+    return units_of(profile.manifest.base_model.geometry, granularity)

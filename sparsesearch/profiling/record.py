@@ -1,0 +1,144 @@
+"""The profile on disk: `profile.json` says what was measured, `scores-<length>.safetensors` holds the sums of every sample."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsesearch.artifacts import read_json, sha256_file, write_json
+from sparsesearch.errors import ArtifactError, SpecError, nearest
+from sparsesearch.plan import AnyRule, BaseModelInfo
+from sparsesearch.rules import Rule
+from sparsesearch.shapes import Unit
+
+FORMAT = "sparsesearch.profile"
+SCHEMA_VERSION = "1.0"
+
+
+class Manifest(BaseModel):
+    """Everything about a profile but its tensors.
+
+    Attributes:
+        candidates: the menu, in order; the candidate axis of every tensor.
+        calibrated: label of a template -> module -> one rule per query head.
+        num_answers: length -> answer tokens of each sample.
+        files: score file -> sha256.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    base_model: BaseModelInfo
+    space: str
+    space_sha256: str
+    block_tokens: int
+    candidates: tuple[AnyRule, ...]
+    calibrated: dict[str, dict[str, tuple[AnyRule, ...]]]
+    lengths: tuple[int, ...]
+    num_samples: int
+    num_answers: dict[str, tuple[int, ...]]
+    calibration: dict[str, str]
+    num_probes: int
+    seed: int
+    dtype: str
+    versions: dict[str, str]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A finished profile."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Open a profile directory and check every file's digest.
+
+        Raises:
+            ArtifactError: it is missing, unfinished, edited or damaged.
+        """
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder} must be a profile directory, but there is none. Run `sparsesearch profile`.")
+        if not (folder / "profile.json").exists() and (folder / "state.json").exists():
+            raise ArtifactError(f"{folder} is an unfinished profile. Run its command again with --resume.")
+        content = read_json(folder / "profile.json", format=FORMAT, schema_version=SCHEMA_VERSION)
+        try:
+            manifest = Manifest.model_validate(content)
+        except ValidationError as error:
+            raise ArtifactError(f"{folder}/profile.json: {error.errors()[0]['msg']}. Profile again.") from error
+        for name, digest in manifest.files.items():
+            if not (folder / name).exists() or sha256_file(folder / name) != digest:
+                raise ArtifactError(f"{folder}/{name} is missing or damaged. Profile again.")
+        return cls(folder, manifest)
+
+    def save_manifest(self) -> None:
+        """Write `profile.json`; the last step of profiling."""
+        write_json(
+            self.folder / "profile.json",
+            self.manifest.model_dump(mode="json"),
+            format=FORMAT,
+            schema_version=SCHEMA_VERSION,
+        )
+
+    def scores(self, length: int) -> dict[str, Tensor]:
+        """Tensors of one length, named `<layer>.<field>` with a leading sample axis (fields: see `tile_scores.LayerScores`)."""
+        if length not in self.manifest.lengths:
+            known = ", ".join(map(str, self.manifest.lengths))
+            raise SpecError(f"length {length} must be one of the profiled ones ({known}). Profile it with --lengths.")
+        try:
+            return load_file(self.folder / f"scores-{length}.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{self.folder}/scores-{length}.safetensors cannot be read. Profile again.") from error
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the candidates, templates included."""
+        return tuple(rule.label for rule in self.manifest.candidates)
+
+    def indices(self, rules: tuple[Rule, ...]) -> list[int]:
+        """Where each rule of another space stands in this profile's menu.
+
+        Raises:
+            SpecError: the profile never scored it.
+        """
+        for rule in rules:
+            if rule.label not in self.labels:
+                raise SpecError(
+                    f"the profile must have scored {rule.label}, but used space {self.manifest.space!r}."
+                    f"{nearest(rule.label, self.labels)} Profile again with this space."
+                )
+        return [self.labels.index(rule.label) for rule in rules]
+
+    def rule_for(self, unit: Unit, candidate: int) -> tuple[Rule, ...]:
+        """The rule of each head of a unit under a candidate; templates give each head its own calibrated one."""
+        rule = self.manifest.candidates[candidate]
+        if not rule.needs_calibration:
+            return (rule,) * len(unit.heads)
+        return tuple(self.manifest.calibrated[rule.label][unit.module][head] for head in unit.heads)
+
+
+def provenance_versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("sparsesearch", "torch", "transformers")}
+
+
+def summary(profile: Profile) -> dict[str, Any]:
+    """What a person wants to know about a profile at a glance."""
+    manifest = profile.manifest
+    return {
+        "model": manifest.base_model.name_or_path,
+        "layers": len(manifest.base_model.modules),
+        "query_heads": manifest.base_model.geometry.total_heads,
+        "space": manifest.space,
+        "candidates": len(manifest.candidates),
+        "lengths_tokens": list(manifest.lengths),
+        "samples_per_length": manifest.num_samples,
+        "calibration": manifest.calibration,
+    }

@@ -1,0 +1,221 @@
+"""What every candidate would change in every head of one layer, without running attention once per candidate.
+
+Attention over any choice of tiles is a ratio of sums over tiles: with w = exp(score - row maximum),
+
+    O_r = Σ_{j in r} (w_j V_j) / Σ_{j in r} (w_j 1).
+
+So each strip of queries computes its tiles' numerators and denominators once, and a candidate is a 0/1 combination of them: a product of a
+[candidates x tiles] matrix. Forty candidates together cost about as much as one dense attention, and nothing larger than one strip of
+block_tokens queries against all keys is ever held.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.rules import Rule
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """One layer's tensors for one sequence; keys and values repeated to the query heads.
+
+    Attributes:
+        probes: gradients of R scalar losses; each error's product with them is kept signed.
+        answer: gradient of the answer log-odds.
+        answer_ce: gradient of the answer cross-entropy.
+        projection_gram: W_oᵀ W_o of each head's slice of the output projection; errors are measured behind it.
+    """
+
+    q: Float[Tensor, "H S D"]
+    k: Float[Tensor, "H S D"]
+    v: Float[Tensor, "H S D"]
+    probes: Float[Tensor, "R H S D"]
+    answer: Float[Tensor, "H S D"]
+    answer_ce: Float[Tensor, "H S D"]
+    projection_gram: Float[Tensor, "H D D"]
+    sliding_window: int | None
+    num_kv_heads: int
+
+
+@dataclass
+class LayerScores:
+    """Sums over one sequence, per head (H) or KV group (G) and candidate (C).
+
+    Attributes:
+        fisher: Σ_n g_n·δ_n per probe; signed, so that heads of a group, or of a plan, can be added before squaring.
+        answer: Σ_n (g_n·δ_n)² of the log-odds gradient.
+        answer_group: the same with the heads of a KV group added inside the square.
+        output_error: Σ_n |W_o δ_n|².
+        output_norm: Σ_n |W_o o_n|², the scale of the above.
+        kept_mass: attention mass inside the chosen tiles, averaged over queries.
+        tiles: computed tiles.
+        mass: attention mass per tile.
+        influence: MoA's first-order influence per tile, of the answer cross-entropy.
+    """
+
+    fisher: Float[Tensor, "R H C"]
+    answer: Float[Tensor, "H C"]
+    answer_group: Float[Tensor, "G C"]
+    output_error: Float[Tensor, "H C"]
+    output_norm: Float[Tensor, " H"]
+    kept_mass: Float[Tensor, "H C"]
+    tiles: Float[Tensor, "H C"]
+    mass: Float[Tensor, "H N N"]
+    influence: Float[Tensor, "H N N"]
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Tile sums of block_tokens queries (fewer in a ragged last strip) against the n key blocks they can see."""
+
+    numerator: Float[Tensor, "H n S D"]
+    denominator: Float[Tensor, "H n S"]
+    influence: Float[Tensor, "H n"]
+
+    @property
+    def dense(self) -> Float[Tensor, "H S D"]:
+        return self.numerator.sum(1) / self.denominator.sum(1)[..., None]
+
+
+def choose_tiles(rules: Sequence[Rule], layer: LayerInput, grid: BlockGrid) -> Bool[Tensor, "H C N N"]:
+    """Each candidate's tiles in each head."""
+    heads = layer.q.shape[0]
+    chosen = [rule.select(grid, layer.q, layer.k).to(layer.q.device) for rule in rules]
+    return torch.stack([mask.expand(heads, *mask.shape[-2:]) for mask in chosen], 1)
+
+
+def score_layer(
+    rules: Sequence[Rule],
+    tiles: Bool[Tensor, "H C N N"],
+    layer: LayerInput,
+    grid: BlockGrid,
+    current: Int[Tensor, " H"] | None = None,
+) -> LayerScores:
+    """Score all candidates of one layer on one sequence.
+
+    Args:
+        rules: C candidates, for what stands in for the tiles they drop.
+        tiles: what each of them computes in each head.
+        layer: the sequence's tensors.
+        grid: the whole sequence against itself.
+        current: which candidate each head runs now; errors are measured against its output. None: against dense.
+    """
+    heads, _, _ = layer.q.shape
+    num_probes, count = layer.probes.shape[0], len(rules)
+    zeros = partial(torch.zeros, device=layer.q.device)
+    scores = LayerScores(
+        fisher=zeros(num_probes, heads, count),
+        answer=zeros(heads, count),
+        answer_group=zeros(layer.num_kv_heads, count),
+        output_error=zeros(heads, count),
+        output_norm=zeros(heads),
+        kept_mass=zeros(heads, count),
+        tiles=tiles.sum((-1, -2)).float(),
+        mass=zeros(heads, grid.num_k_blocks, grid.num_k_blocks),
+        influence=zeros(heads, grid.num_k_blocks, grid.num_k_blocks),
+    )
+    replaced = {rest: [i for i, rule in enumerate(rules) if rule.rest == rest] for rest in ("zero", "mean_value")}
+    positions = torch.arange(1, grid.kv_len + 1, device=layer.v.device, dtype=torch.float64)
+    mean_value = (layer.v.double().cumsum(1) / positions[:, None]).float()
+    for row in range(grid.num_q_blocks):
+        span = slice(row * grid.block_tokens, min((row + 1) * grid.block_tokens, grid.kv_len))
+        strip = _strip(layer, grid, span)
+        weight = tiles[:, :, row, : row + 1].float()
+        total = strip.denominator.flatten(2)
+        kept = weight @ total
+        flat = strip.numerator.flatten(2)
+        output = (weight @ flat).unflatten(2, strip.numerator.shape[2:]) / kept.clamp(min=1e-30)[..., None]
+        output[:, replaced["zero"]] = 0.0
+        output[:, replaced["mean_value"]] = mean_value[:, None, span]
+        dense = strip.dense
+        origin = dense if current is None else output[torch.arange(heads, device=output.device), current]
+        _accumulate(scores, output - origin[:, None], dense, layer, span)
+        share = strip.denominator / strip.denominator.sum(1, keepdim=True)
+        scores.kept_mass += (kept / total.sum(1, keepdim=True)).sum(-1) / grid.q_len
+        scores.mass[:, row, : row + 1] = share.sum(-1)
+        scores.influence[:, row, : row + 1] = strip.influence
+    return scores
+
+
+def tile_mass(
+    qk: tuple[Float[Tensor, "H S D"], Float[Tensor, "H S D"]], grid: BlockGrid, sliding_window: int | None
+) -> Float[Tensor, "H N N"]:
+    """Attention mass per tile: each row of tiles sums to the number of queries in it."""
+    q, k = qk
+    mass = q.new_zeros(q.shape[0], grid.num_k_blocks, grid.num_k_blocks, dtype=torch.float32)
+    for row in range(grid.num_q_blocks):
+        span = slice(row * grid.block_tokens, min((row + 1) * grid.block_tokens, grid.kv_len))
+        weight = _weights(q, k, span, sliding_window)
+        attention = weight / weight.sum(-1, keepdim=True)
+        pad = (row + 1) * grid.block_tokens - span.stop
+        tiled = torch.nn.functional.pad(attention, (0, pad)).unflatten(-1, (row + 1, grid.block_tokens))
+        mass[:, row, : row + 1] = tiled.sum((1, 3))
+    return mass
+
+
+def _accumulate(
+    scores: LayerScores,
+    delta: Float[Tensor, "H C S D"],
+    dense: Float[Tensor, "H S D"],
+    layer: LayerInput,
+    span: slice,
+) -> None:
+    """Add one strip's errors to the sums."""
+    scores.fisher += torch.einsum("hcsd,rhsd->rhc", delta, layer.probes[:, :, span])
+    answer = torch.einsum("hcsd,hsd->hcs", delta, layer.answer[:, span])
+    scores.answer += answer.square().sum(-1)
+    scores.answer_group += answer.unflatten(0, (layer.num_kv_heads, -1)).sum(1).square().sum(-1)
+    behind = delta.flatten(1, 2) @ layer.projection_gram
+    scores.output_error += (behind * delta.flatten(1, 2)).sum(-1).unflatten(1, delta.shape[1:3]).sum(-1)
+    scores.output_norm += ((dense @ layer.projection_gram) * dense).sum((-1, -2))
+
+
+def _strip(layer: LayerInput, grid: BlockGrid, span: slice) -> _Strip:
+    """Tile sums of the queries in `span`."""
+    block, seen = grid.block_tokens, span.stop
+    blocks = -(-seen // block)
+    weight = _weights(layer.q, layer.k, span, layer.sliding_window)
+    value = layer.v[:, :seen].float()
+    influence = _influence(weight, layer.answer_ce[:, span], value)
+    pad = blocks * block - seen
+    tiled = torch.nn.functional.pad(weight, (0, pad)).unflatten(-1, (blocks, block)).transpose(1, 2)
+    values = torch.nn.functional.pad(value, (0, 0, 0, pad)).unflatten(1, (blocks, block))
+    return _Strip(
+        numerator=tiled @ values,
+        denominator=tiled.sum(-1),
+        influence=torch.nn.functional.pad(influence, (0, pad)).unflatten(-1, (blocks, block)).sum((1, 3)),
+    )
+
+
+def _weights(
+    q: Float[Tensor, "H S D"], k: Float[Tensor, "H S D"], span: slice, sliding_window: int | None
+) -> Float[Tensor, "H s T"]:
+    """exp(score - row maximum) of the queries in `span` against the keys they can see."""
+    logits = q[:, span].float() @ k[:, : span.stop].float().transpose(1, 2)
+    q_pos = torch.arange(span.start, span.stop, device=logits.device)[:, None]
+    k_pos = torch.arange(span.stop, device=logits.device)
+    hidden = k_pos > q_pos
+    if sliding_window is not None:
+        hidden |= q_pos - k_pos >= sliding_window
+    logits = logits.masked_fill(hidden, -torch.inf)
+    return (logits - logits.amax(-1, keepdim=True)).exp()
+
+
+def _influence(
+    weight: Float[Tensor, "H S T"], gradient: Float[Tensor, "H S D"], value: Float[Tensor, "H T D"]
+) -> Float[Tensor, "H S T"]:
+    """First-order loss change of deleting each attention entry, the row renormalised: -A/(1-A)·(G - Σ G·A), G = ∂L/∂A = g·v.
+
+    Source: Fu et al. 2024, MoA, arXiv:2406.14909, equation 3.
+    """
+    attention = weight / weight.sum(-1, keepdim=True)
+    slope = gradient @ value.transpose(1, 2)
+    centred = slope - (slope * attention).sum(-1, keepdim=True)
+    # A row with a single key cannot lose it; 1 - A is kept away from 0 as in the published code.
+    return -attention / (1 - attention).clamp(min=1e-6) * centred * (attention < 1 - 1e-6)

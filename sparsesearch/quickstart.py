@@ -1,0 +1,188 @@
+"""The whole corridor on the embedded model: profile, search, apply, evaluate, check, report."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsesearch import calibration
+from sparsesearch.block_mask import BlockGrid, density
+from sparsesearch.check import CheckResult, Thresholds, judge
+from sparsesearch.errors import ArtifactError
+from sparsesearch.evaluate import Metrics, evaluate
+from sparsesearch.plan import Plan, uniform_plan
+from sparsesearch.planning import Question, find_front
+from sparsesearch.presets import preset_path
+from sparsesearch.profiling.record import Profile
+from sparsesearch.profiling.run import Request, profile_model
+from sparsesearch.refinement import refine
+from sparsesearch.report import render
+from sparsesearch.rules import LengthLaw
+from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.runtime.export import export
+from sparsesearch.runtime.fingerprint import describe
+from sparsesearch.runtime.loading import load_model
+from sparsesearch.search.budget import Budget
+from sparsesearch.search_space import SearchSpace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL = "needle-7m"
+LENGTH_TOKENS = 2048
+TIMED_LENGTH_TOKENS = 4096
+FRONT = tuple(0.12 + 0.04 * step for step in range(21))
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What the run found.
+
+    Attributes:
+        plan: the plan.
+        metrics: dense, `uniform_window` and `plan` on held-out sequences.
+        check: the gate's verdict.
+        profile_source: `measured here`, or that the shipped reference profile was used.
+    """
+
+    plan: Plan
+    metrics: Metrics
+    check: CheckResult
+    profile_source: str
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that `--json` prints."""
+        row = {name: self.metrics.at(LENGTH_TOKENS, name) for name in self.metrics.variants}
+        timed = {name: self.metrics.at(TIMED_LENGTH_TOKENS, name) for name in self.metrics.variants}
+        certificate = self.plan.certificate
+        return {
+            "density": row["plan"].density,
+            "density_uniform_window": row["uniform_window"].density,
+            "needle_accuracy": {name: cell.needle.mean for name, cell in row.items()},
+            "heldout_loss": {name: cell.heldout_loss.mean for name, cell in row.items()},
+            "kl_to_dense": {name: cell.kl_text.mean for name, cell in row.items()},
+            "prefill_s": {name: cell.prefill_s for name, cell in timed.items()},
+            "prefill_length_tokens": TIMED_LENGTH_TOKENS,
+            "quality_length_tokens": LENGTH_TOKENS,
+            "num_sequences": row["plan"].needle.num_sequences,
+            "gap": None if certificate is None else certificate.gap,
+            "check_passed": self.check.passed,
+            "profile": self.profile_source,
+        }
+
+
+def quickstart(
+    out: Path,
+    *,
+    density_budget: float = 0.25,
+    from_scratch: bool = False,
+    evaluations: int = 4,
+    num_sequences: int = 24,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> Quickstart:
+    """Run the corridor into `out`, which must not exist or be empty.
+
+    Leaves `profile/`, `sparse_plan.json`, `patched/`, `metrics.json` and `report.html`.
+
+    Args:
+        out: the folder.
+        density_budget: share of dense attention's tiles that the plan may compute.
+        from_scratch: profile here instead of taking the profile that is shipped with the package.
+        evaluations: plans that the refinement may replay.
+        num_sequences: held-out sequences to judge on.
+        seed: of everything that is drawn.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ArtifactError: `out` holds files.
+        BudgetInfeasibleError: no plan fits the density.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ArtifactError(f"{out} must be empty, but holds files. Choose another folder with -o.")
+    model, tokenizer = load_model(MODEL)
+    profile, source = _profile(model, tokenizer, out / "profile", from_scratch, seed, progress)
+    question = Question((Budget("density", density_budget),))
+    samples = calibration.load("needle", tokenizer, length_tokens=LENGTH_TOKENS, num_samples=6, seed=seed + 1).samples
+    plan, _ = refine(model, profile, question, samples, evaluations=evaluations, progress=progress)
+    variants = {"uniform_window": uniform_window(profile, density_budget), "plan": plan}
+    metrics = _judge(model, tokenizer, variants, num_sequences, seed, progress)
+    plan = plan.model_copy(update={"quality": _recorded(metrics)})
+    plan.save(out / "sparse_plan.json")
+    export(plan, MODEL, out / "patched")
+    metrics.save(out / "metrics.json")
+    check = judge(metrics, "plan", Thresholds(recovery=0.9), None)
+    _, front = find_front(profile, question, FRONT)
+    (out / "report.html").write_text(render(plan, metrics, front=front, check=check), encoding="utf-8")
+    return Quickstart(plan, metrics, check, source)
+
+
+def uniform_window(profile: Profile, density_budget: float) -> Plan:
+    """The baseline: sink 64 and one window for all heads, the narrowest that computes at least the plan's share."""
+    manifest = profile.manifest
+    grid = BlockGrid(LENGTH_TOKENS, LENGTH_TOKENS, manifest.block_tokens)
+    for blocks in range(1, grid.num_k_blocks + 1):
+        rule = SinkWindow(sink=64, window=LengthLaw(a=blocks * manifest.block_tokens))
+        if density(rule.select(grid), grid) >= density_budget:
+            break
+    return uniform_plan(manifest.base_model, rule, block_tokens=manifest.block_tokens, lengths_tokens=manifest.lengths)
+
+
+def reference_request(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", seed: int = 0) -> Request:
+    """What the shipped reference profile was made with."""
+    samples = calibration.load("needle", tokenizer, length_tokens=LENGTH_TOKENS, num_samples=6, seed=seed)
+    return Request(describe(model, MODEL), SearchSpace.load("mixture"), {LENGTH_TOKENS: samples}, seed=seed)
+
+
+def _profile(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    from_scratch: bool,
+    seed: int,
+    progress: Progress,
+) -> tuple[Profile, str]:
+    if from_scratch:
+        request = reference_request(model, tokenizer, seed)
+        return profile_model(model, request, folder, progress=progress), "measured here"
+    shutil.copytree(preset_path("profiles", MODEL), folder)
+    return Profile.load(folder), "shipped reference profile (make it again with --from-scratch)"
+
+
+def _judge(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    plans: dict[str, Plan],
+    num_sequences: int,
+    seed: int,
+    progress: Progress,
+) -> Metrics:
+    """Quality at the profiled length, time at twice of it, with a few sequences of quality there too."""
+    parts = [
+        evaluate(
+            model,
+            tokenizer,
+            plans,
+            lengths=[length],
+            num_sequences=count,
+            timing_rounds=rounds,
+            seed=seed,
+            progress=progress,
+        )
+        for length, count, rounds in ((LENGTH_TOKENS, num_sequences, 0), (TIMED_LENGTH_TOKENS, 3, 5))
+    ]
+    first, second = parts
+    return first.model_copy(update={"results": first.results | second.results, "data": first.data | second.data})
+
+
+def _recorded(metrics: Metrics) -> dict[str, Any]:
+    """The figures a plan carries about itself."""
+    cells = {name: metrics.at(LENGTH_TOKENS, name) for name in metrics.variants}
+    return {
+        "length_tokens": LENGTH_TOKENS,
+        "needle_accuracy": {name: cell.needle.mean for name, cell in cells.items()},
+        "kl_to_dense": {name: cell.kl_text.mean for name, cell in cells.items()},
+        "heldout_loss": {name: cell.heldout_loss.mean for name, cell in cells.items()},
+    }

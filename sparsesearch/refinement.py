@@ -1,0 +1,144 @@
+"""Refinement: true evaluations where the additive proxy is not enough, always keeping the best plan that was replayed.
+
+First the search is solved for several weights of the answer proxy and every plan is replayed on calibration sequences. Then, while
+evaluations last, the true loss is expanded around the best plan (`profiling.local_model`), the search is solved on that local model with
+a price on every unit that changes, and the result is replayed. The price is the trust region: undamped steps diverge.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+from transformers import PreTrainedModel
+
+from sparsesearch.calibration import Sample
+from sparsesearch.evaluate.reference import DenseReference
+from sparsesearch.plan import Plan
+from sparsesearch.planning import Question, find_choice, with_weight, write_plan
+from sparsesearch.profiling.local_model import loss_around, true_objective
+from sparsesearch.profiling.record import Profile
+from sparsesearch.scores import ScoreTable
+from sparsesearch.search.solve import solve
+
+ANSWER_WEIGHTS = (1.0, 3.0, 0.3)
+PRICES = (0.02, 0.1, 0.5)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One replayed plan."""
+
+    origin: str
+    kl_text: float
+    kl_answer: float
+    objective: float
+    accepted: bool
+
+
+@dataclass
+class Refinement:
+    """The state of a refinement: the best plan so far and everything that was replayed."""
+
+    model: PreTrainedModel
+    profile: Profile
+    question: Question
+    table: ScoreTable
+    reference: DenseReference
+    evaluations: int
+    progress: Callable[[str, int, int], None]
+
+    def __post_init__(self) -> None:
+        self.trials: list[Trial] = []
+        self._seen: set[bytes] = set()
+        self.best: Int[ndarray, " U"] = np.zeros(0, int)
+        self.best_objective = np.inf
+
+    @property
+    def spent(self) -> bool:
+        """Whether no evaluation is left."""
+        return len(self.trials) >= self.evaluations
+
+    def replay(self, origin: str, choice: Int[ndarray, " U"]) -> bool:
+        """Evaluate a plan unless it was seen or nothing is left; True if it is the best now."""
+        if self.spent or choice.tobytes() in self._seen:
+            return False
+        self._seen.add(choice.tobytes())
+        score = self.reference.score(self.plan(choice))
+        kl_answer = score.get("kl_answer", 0.0)
+        objective = true_objective(score["kl_text"], kl_answer)
+        accepted = objective < self.best_objective
+        if accepted:
+            self.best, self.best_objective = choice, objective
+        self.trials.append(Trial(origin, score["kl_text"], kl_answer, objective, accepted))
+        self.progress("refine", len(self.trials), self.evaluations)
+        return accepted
+
+    def plan(self, choice: Int[ndarray, " U"]) -> Plan:
+        """A choice as a plan, for replaying."""
+        return write_plan(self.profile, self.question, self.table, choice, None)
+
+    def step(self, samples: Sequence[Sample]) -> bool:
+        """One expansion around the best plan and its replayed proposals; True if any was accepted."""
+        now = self.best
+        columns = [self.profile.labels.index(label) for label in self.table.candidates]
+        around = loss_around(
+            self.model,
+            self.plan(now),
+            [columns[candidate] for candidate in now],
+            self.profile,
+            samples,
+            self.question.granularity,
+        ).change[:, columns]
+        improved = False
+        for price in PRICES:
+            proposal = solve(self.table, self.question.budgets, loss=priced(around, now, price)).choice
+            improved |= self.replay(f"local model, price {price:g}", proposal)
+        return improved
+
+
+def priced(change: Float[ndarray, "U C"], now: Int[ndarray, " U"], price: float) -> Float[ndarray, "U C"]:
+    """Add `price` times the mean absolute change to every unit that leaves its present candidate."""
+    loss = change + price * float(np.abs(change).mean())
+    loss[np.arange(len(now)), now] = 0.0
+    return loss
+
+
+def refine(
+    model: PreTrainedModel,
+    profile: Profile,
+    question: Question,
+    samples: Sequence[Sample],
+    *,
+    evaluations: int,
+    steps_from: int = 4,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> tuple[Plan, list[Trial]]:
+    """Search, then improve the plan by replaying at most `evaluations` plans.
+
+    Args:
+        model: dense, in evaluation mode.
+        profile: scores of this model.
+        question: budgets, space, objective.
+        samples: calibration sequences, disjoint from every sequence a plan will be judged on.
+        evaluations: plans to replay; 0 returns the additive optimum.
+        steps_from: sequences of `samples` that the local model averages over.
+        progress: called with ("refine", done, total).
+
+    Raises:
+        BudgetInfeasibleError: no plan fits.
+    """
+    table, solution = find_choice(profile, question)
+    if evaluations == 0:
+        return write_plan(profile, question, table, solution.choice, solution), []
+    state = Refinement(model, profile, question, table, DenseReference(model, samples), evaluations, progress)
+    state.replay("search", solution.choice)
+    if question.objective == "combined":
+        for weight in ANSWER_WEIGHTS:
+            other = find_choice(profile, with_weight(question, weight))[1]
+            state.replay(f"search, answer weight {weight:g}", other.choice)
+    while not state.spent and state.step(samples[:steps_from]):
+        pass
+    provenance = {"refinement": [trial.__dict__ for trial in state.trials]}
+    return write_plan(profile, question, table, state.best, solution, provenance), state.trials

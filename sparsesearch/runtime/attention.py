@@ -1,0 +1,227 @@
+"""The attention function registered with transformers: every rule kind, prefill, chunked prefill and decoding.
+
+It keeps no state of its own (a counter here would recompile every compiled model at every call): rules live on the module, lengths come
+with the call, and what must be remembered between calls lives in the cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.kernels.reference import running_mean
+from sparsesearch.rules.base import Rule
+from sparsesearch.rules.dense import Dense
+from sparsesearch.runtime.backends import attend_tiles
+from sparsesearch.runtime.binding import LayerBinding, binding_of
+from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans
+
+NAME = "sparsesearch"
+LAW_KEYWORD = "sparsesearch_law_tokens"
+PROBE_KEYWORD = "sparsesearch_probe"
+_STRIP_TOKENS = 256  # queries per step where an element mask is needed; bounds that mask's memory
+
+
+def sparse_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H S D"],
+    key: Any,
+    value: Any,
+    attention_mask: MaskCode | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B S H D"], None]:
+    """Answer transformers' attention call; `attention_mask` is what `mask_code` returned, key and value may be a cache layer's handle.
+
+    Raises:
+        UnsupportedModelError: no plan is bound to the module, or the model asks for something no rule can express.
+    """
+    probe = kwargs.pop(PROBE_KEYWORD, None)
+    if probe is not None:
+        probe(module, query, key, value, attention_mask, is_causal, kwargs)
+        return sdpa_attention_forward(module, query, key, value, None, 0.0, scaling, is_causal)
+    binding = binding_of(module)
+    if binding is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} must have a plan bound to it when attn_implementation='sparsesearch', but has none. Load the "
+            "checkpoint with from_pretrained after `import sparsesearch`, or call sparsesearch.apply(model, plan)."
+        )
+    refusal = unsupported_feature(module, query, value, attention_mask, is_causal, kwargs)
+    if refusal:
+        raise UnsupportedModelError(f"{binding.path}: {refusal}.")
+    sliding_window = kwargs.get("sliding_window")
+    if binding.all_dense:
+        mask = element_mask(attention_mask, query.shape[2], key.shape[2], sliding_window, query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal)
+    if dropout:
+        raise UnsupportedModelError(
+            f"{binding.path}: attention dropout must be 0 under a sparse plan, but is {dropout}. Call model.eval() or set it to 0."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = getattr(key, "attend", None)
+    if attend is not None:
+        output: Tensor = attend(binding, query, attention_mask, scale, sliding_window)
+    else:
+        law_tokens = kwargs.get(LAW_KEYWORD)
+        output = attend_heads(
+            binding.groups, binding, query, key, value, attention_mask, law_tokens, scale, sliding_window
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def unsupported_feature(
+    module: nn.Module, query: Tensor, value: Any, mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
+) -> str | None:
+    """What this attention call asks for that no rule can express, or None."""
+    for name, meaning in (("softcap", "soft-capped scores"), ("s_aux", "attention sinks in the softmax")):
+        if kwargs.get(name) is not None:
+            return f"{meaning} ({name}) are not supported"
+    if kwargs.get("position_bias") is not None:
+        return "additive position biases (position_bias) are not supported"
+    if kwargs.get("output_attentions"):
+        return "output_attentions=True is not supported: skipped tiles have no weights. Use attn_implementation='eager'"
+    if mask is not None and not is_mask_code(mask):
+        return f"a ready-made attention mask {tuple(mask.shape)} is not supported; pass a 2-D padding mask"
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if not causal and query.shape[2] > 1:
+        return "bidirectional and cross attention are not supported"
+    if isinstance(value, Tensor) and value.shape[-1] != query.shape[-1]:
+        return f"values of another size than queries ({value.shape[-1]} and {query.shape[-1]}) are not supported"
+    return None
+
+
+def attend_heads(
+    groups: Sequence[tuple[Rule, tuple[int, ...]]],
+    binding: LayerBinding,
+    query: Float[Tensor, "B H S D"],
+    key: Float[Tensor, "B G T D"],
+    value: Float[Tensor, "B G T D"],
+    code: MaskCode | None,
+    law_tokens: Int[Tensor, " B"] | None,
+    scale: float,
+    sliding_window: int | None,
+) -> Float[Tensor, "B h S D"]:
+    """Attention of the heads in `groups`, in ascending head order, one sequence at a time so that padding changes nothing.
+
+    Queries that are padding give 0.
+    """
+    heads = [head for _, members in groups for head in members]
+    order = sorted(range(len(heads)), key=heads.__getitem__)
+    batch_size, q_len, kv_slots = query.shape[0], query.shape[2], key.shape[2]
+    per_kv_head = query.shape[1] // key.shape[1]
+    output: Tensor | None = None
+    for span in spans(code, law_tokens, batch_size, q_len, kv_slots, binding.block_tokens):
+        q = take(query, span.rows, span.q_slots)
+        k, v = (take(x, span.rows, span.k_slots) for x in (key, value))
+        parts = []
+        for rule, members in groups:
+            kv_heads = [head // per_kv_head for head in members]
+            inputs = (pick_heads(q, members), pick_heads(k, kv_heads), pick_heads(v, kv_heads))
+            parts.append(_attend_rule(rule, *inputs, span, binding, scale, sliding_window))
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        joined = joined if order == list(range(len(heads))) else joined[:, order]
+        if span.rows == slice(None) and isinstance(span.q_slots, slice) and span.q_slots == slice(None):
+            return joined
+        if output is None:
+            output = query.new_zeros(batch_size, len(heads), q_len, value.shape[-1])
+        _put(output, span, joined)
+    return query.new_zeros(batch_size, len(heads), q_len, value.shape[-1]) if output is None else output
+
+
+def take(x: Float[Tensor, "B H T D"], rows: slice | list[int], slots: slice | Tensor) -> Float[Tensor, "b H t D"]:
+    """Some rows and slots, as a view where they are contiguous."""
+    return x[rows][:, :, slots.to(x.device) if isinstance(slots, Tensor) else slots]
+
+
+def pick_heads(x: Float[Tensor, "B H T D"], heads: Sequence[int]) -> Float[Tensor, "B h T D"]:
+    """Some heads (repeats allowed), as a view where they are contiguous."""
+    if list(heads) == list(range(heads[0], heads[0] + len(heads))):
+        return x[:, heads[0] : heads[0] + len(heads)]
+    return x.index_select(1, torch.tensor(heads, device=x.device))
+
+
+def _put(output: Float[Tensor, "B h S D"], span: Span, part: Float[Tensor, "b h s D"]) -> None:
+    rows = torch.arange(output.shape[0], device=output.device)[span.rows]
+    slots = torch.arange(output.shape[2], device=output.device)
+    slots = slots[span.q_slots.to(output.device) if isinstance(span.q_slots, Tensor) else span.q_slots]
+    output[rows[:, None], :, slots] = part.transpose(1, 2)
+
+
+def _attend_rule(
+    rule: Rule,
+    q: Float[Tensor, "b h s D"],
+    k: Float[Tensor, "b h t D"],
+    v: Float[Tensor, "b h t D"],
+    span: Span,
+    binding: LayerBinding,
+    scale: float,
+    sliding_window: int | None,
+) -> Float[Tensor, "b h s D"]:
+    """One rule on one sequence."""
+    grid = span.grid
+    cut = sliding_window if sliding_window is not None and grid.kv_len > sliding_window else None
+    dense = isinstance(rule, Dense) or (rule.dynamic and grid.q_len == 1)
+    if rule.rest == "zero":
+        return torch.zeros_like(q)
+    if rule.rest == "mean_value":
+        # a uniform mean over the keys a sliding window leaves is attention with all scores equal
+        return running_mean(v, grid).to(q.dtype) if cut is None else _attend_strips(q * 0, k, v, None, span, scale, cut)
+    if dense:
+        return _attend_dense(q, k, v, span, scale, cut)
+    if rule.dynamic and span.k_start > 0:
+        raise UnsupportedModelError(
+            f"{binding.path}: {rule.kind} must see all keys of the prompt to choose, but the model's sliding-window cache has dropped "
+            "some. Prefill in one call, or choose static rules for this layer."
+        )
+    tiles = rule.select(grid, q * scale, k) if rule.dynamic else rule.select(grid)
+    if cut is not None:
+        return _attend_strips(q, k, v, tiles, span, scale, cut)
+    return attend_tiles(q, k, v, tiles, grid, scale=scale, backend=binding.backend)
+
+
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, cut: int | None) -> Tensor:
+    grid = span.grid
+    if cut is None and grid.q_len in (1, grid.kv_len):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=grid.q_len > 1, scale=scale)
+    return _attend_strips(q, k, v, None, span, scale, cut)
+
+
+def _attend_strips(
+    q: Float[Tensor, "b h s D"],
+    k: Float[Tensor, "b h t D"],
+    v: Float[Tensor, "b h t D"],
+    tiles: Tensor | None,
+    span: Span,
+    scale: float,
+    cut: int | None,
+) -> Float[Tensor, "b h s D"]:
+    """Masked SDPA strip by strip, each with only the keys it can reach: for element masks that tiles cannot express.
+
+    Those are the model's own sliding window (`cut` nearest keys), and dense heads in a chunk that continues a prompt.
+    """
+    grid, parts = span.grid, []
+    for start in range(0, grid.q_len, _STRIP_TOKENS):
+        queries = q[:, :, start : start + _STRIP_TOKENS]
+        first, end = grid.q_start + start, grid.q_start + start + queries.shape[2]
+        low = max(span.k_start, 0 if cut is None else first - cut + 1)
+        q_pos, k_pos = torch.arange(first, end)[:, None], torch.arange(low, end)
+        mask = k_pos <= q_pos
+        if cut is not None:
+            mask = mask & (k_pos > q_pos - cut)
+        if tiles is not None:
+            block = grid.block_tokens
+            mask = mask & tiles.cpu()[..., q_pos // block - grid.first_q_block, k_pos // block]
+        keys = slice(low - span.k_start, end - span.k_start)
+        parts.append(
+            F.scaled_dot_product_attention(
+                queries, k[:, :, keys], v[:, :, keys], attn_mask=mask.to(q.device), scale=scale
+            )
+        )
+    return torch.cat(parts, 2)

@@ -1,0 +1,128 @@
+"""Which model this is: its attention modules and head counts as they really run, and a digest of its weights."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.plan import BaseModelInfo
+from sparsesearch.runtime.attention import NAME, PROBE_KEYWORD, unsupported_feature
+from sparsesearch.runtime.configuration import implementation_of
+
+_SAMPLES_PER_TENSOR = 64
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module as a probing forward met it."""
+
+    path: str
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def describe(model: PreTrainedModel, name_or_path: str) -> BaseModelInfo:
+    """Discover the attention modules by running two tokens, and fingerprint the weights.
+
+    Args:
+        model: a decoder language model that goes through transformers' AttentionInterface.
+        name_or_path: how plans and reports are to call it.
+
+    Raises:
+        UnsupportedModelError: it does not, or its attention has something no rule can express (named in the message).
+    """
+    sites = attention_sites(model)
+    return BaseModelInfo(
+        name_or_path=name_or_path,
+        model_type=model.config.model_type,
+        modules=tuple(site.path for site in sites),
+        num_heads=tuple(site.num_heads for site in sites),
+        num_kv_heads=tuple(site.num_kv_heads for site in sites),
+        head_dim=tuple(site.head_dim for site in sites),
+        weights_sha256=weights_sha256(model),
+    )
+
+
+def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
+    """The attention modules in module order, with head counts from the tensors they really hand over.
+
+    Paths are those of the model with its head: `AutoModel` and `AutoModelForCausalLM` agree.
+
+    Raises:
+        UnsupportedModelError: see `describe`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"the model must be a transformers PreTrainedModel, but is a {type(model).__name__}."
+        )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoder language models can run a plan.")
+    calls: dict[int, tuple[int, int, int]] = {}
+    refusals: list[str] = []
+
+    def probe(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: Any, kwargs: Any
+    ) -> None:
+        calls[id(module)] = (query.shape[1], key.shape[1], query.shape[3])
+        refusal = unsupported_feature(module, query, value, mask, is_causal, kwargs)
+        if refusal:
+            refusals.append(refusal)
+
+    with _routed_to_us(model), torch.no_grad():
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        model(input_ids=ids, use_cache=False, **{PROBE_KEYWORD: probe})
+    if refusals:
+        raise UnsupportedModelError(f"{name} cannot run a sparse plan: {refusals[0]}.")
+    if not calls:
+        raise UnsupportedModelError(
+            f"{name} must route its attention, with extra keyword arguments, through transformers' AttentionInterface, but no call "
+            "arrived. Use an architecture that does (Llama, Qwen, Mistral, Phi, GPT-2, GPT-NeoX, OPT, ...)."
+        )
+    prefix = f"{model.base_model_prefix}." if model.base_model is model and model.base_model_prefix else ""
+    return tuple(
+        AttentionSite(prefix + path, module, *calls[id(module)])
+        for path, module in model.named_modules()
+        if id(module) in calls
+    )
+
+
+@contextmanager
+def _routed_to_us(model: PreTrainedModel) -> Iterator[None]:
+    """Route attention to our function and out of training mode, and back."""
+    before, training = implementation_of(model.config), [module for module in model.modules() if module.training]
+    try:
+        if before != NAME:
+            model.set_attn_implementation(NAME)
+        model.train(False)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for module in training:
+            module.training = True
+
+
+def weights_sha256(model: PreTrainedModel) -> str | None:
+    """Digest of sorted parameter names, shapes, and up to 64 evenly spaced values per tensor, rounded to bfloat16.
+
+    So a bfloat16 and a float32 load of the same bfloat16 weights agree. The language-model head is left out where it is a tensor of its
+    own, so loads with and without it agree too. None when weights are not at hand (meta tensors, offloading).
+    """
+    parameters = sorted(model.base_model.named_parameters())
+    if any(parameter.is_meta for _, parameter in parameters):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach().reshape(-1)
+        samples = values[:: max(1, -(-values.numel() // _SAMPLES_PER_TENSOR))].to("cpu").to(torch.bfloat16)
+        digest.update(samples.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""Putting a plan on a live model, and taking it off again without a trace."""
+
+import functools
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from sparsesearch.errors import PlanMismatchError, SparseSearchError
+from sparsesearch.plan import BaseModelInfo, Plan
+from sparsesearch.runtime.attention import NAME
+from sparsesearch.runtime.backends import checked_backend
+from sparsesearch.runtime.binding import LayerBinding, bind, binding_of, bindings_of
+from sparsesearch.runtime.configuration import Implementation, implementation_of, sparse_implementation
+from sparsesearch.runtime.fingerprint import AttentionSite, attention_sites, weights_sha256
+from sparsesearch.runtime.prepare import prepare_call
+
+
+class AppliedPlan:
+    """A plan on a model. Use it as a context manager, or keep it and call `remove`, which may be called twice.
+
+    Attributes:
+        model: the model.
+        plan: the plan.
+        heads_patched: query heads whose rule is not dense.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan, bindings: list[tuple[nn.Module, LayerBinding]], ragged: bool
+    ):
+        self.model, self.plan = model, plan
+        self.heads_patched = sum(rule.kind != "dense" for _, binding in bindings for rule in binding.rules)
+        self._bindings = [(module, binding, binding_of(module)) for module, binding in bindings]
+        self._implementation = implementation_of(model.config)
+        self._config = {key: model.config.__dict__.get(key, _MISSING) for key in (NAME, "attn_implementation")}
+        self._hook: RemovableHandle | None = None
+        self._active = True
+        try:
+            self._install(ragged)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self, ragged: bool) -> None:
+        for module, binding, _ in self._bindings:
+            bind(module, binding)
+        ours = sparse_implementation(self.model.config, [_config_of(module) for module, _, _ in self._bindings])
+        self.model.set_attn_implementation(ours)
+        setattr(self.model.config, NAME, self.plan.to_dict())
+        # a plain attribute: save_pretrained writes it, so a re-saved model stays sparse instead of turning dense in silence
+        self.model.config.attn_implementation = _without_own(ours)
+        if not all(binding.all_dense for _, binding, _ in self._bindings):
+            hook = functools.partial(prepare_call, ragged=ragged)
+            decoder = decoder_of(self.model, [module for module, _, _ in self._bindings])
+            self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Restore the model exactly as it was before.
+
+        Raises:
+            SparseSearchError: another plan was applied on top and is still there.
+        """
+        if not self._active:
+            return
+        if any(binding_of(module) not in (binding, previous) for module, binding, previous in self._bindings):
+            raise SparseSearchError(
+                "plans must be removed in reverse order, but a later one is still applied. Remove it first."
+            )
+        self._active = False
+        if self._hook is not None:
+            self._hook.remove()
+        for module, _, previous in self._bindings:
+            bind(module, previous)
+        self.model.set_attn_implementation(self._implementation)
+        for key, value in self._config.items():
+            if value is _MISSING:
+                self.model.config.__dict__.pop(key, None)
+            else:
+                setattr(self.model.config, key, value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+_MISSING = object()
+
+
+def apply(
+    model: PreTrainedModel, plan: Plan, *, backend: str = "auto", cache: bool = True, allow_other_weights: bool = False
+) -> AppliedPlan:
+    """Run `plan` on a live model, until the returned handle is removed or its `with` block ends.
+
+    Args:
+        model: the model the plan was made for.
+        plan: the plan.
+        backend: `torch` (gather + SDPA), `reference` (the oracle, slow), or `auto`.
+        cache: whether heads with evicting rules really drop keys in `generate`; False keeps them and only masks.
+        allow_other_weights: accept weights whose fingerprint differs, such as a fine-tuned copy.
+
+    Raises:
+        PlanMismatchError: modules, head counts or weights are not the plan's. Nothing has been touched then.
+        UnsupportedModelError: the model's attention has something no rule can express. Nothing has been touched then.
+        SpecError: unknown backend.
+    """
+    sites = attention_sites(model)
+    check_geometry(plan.base_model, sites)
+    found, stated = weights_sha256(model), plan.base_model.weights_sha256
+    if not allow_other_weights and found is not None and stated is not None and found != stated:
+        raise PlanMismatchError(
+            f"the plan was made for the weights of {plan.base_model.name_or_path!r} ({stated[:12]}), but these are others "
+            f"({found[:12]}). Give the right model, or pass allow_other_weights=True (a fine-tuned copy, for instance)."
+        )
+    return _applied(model, plan, sites, backend, cache)
+
+
+def attach(model: PreTrainedModel, plan: Plan) -> AppliedPlan:
+    """Bind the plan of a checkpoint just loaded: like `apply`, but its weights may have been trained further since.
+
+    Raises:
+        PlanMismatchError: the plan names modules or heads that the model does not have.
+    """
+    sites = attention_sites(model)
+    check_geometry(plan.base_model, sites)
+    return _applied(model, plan, sites, "auto", True)
+
+
+def check_geometry(info: BaseModelInfo, sites: tuple[AttentionSite, ...]) -> None:
+    """Compare a plan's model with what is there.
+
+    Raises:
+        PlanMismatchError: names what differs first.
+    """
+    expected = list(zip(info.modules, info.num_heads, info.num_kv_heads, info.head_dim, strict=True))
+    found = [(site.path, site.num_heads, site.num_kv_heads, site.head_dim) for site in sites]
+    for want, have in zip(expected, found, strict=False):
+        if want != have:
+            raise PlanMismatchError(
+                f"the plan was made for {info.name_or_path!r} with {_geometry(want)}, but this model has {_geometry(have)}. "
+                "Give the model the plan was made for."
+            )
+    if len(expected) != len(found) or not found:
+        raise PlanMismatchError(
+            f"the plan was made for {info.name_or_path!r} with {len(expected)} attention modules, but this model has {len(found)}. "
+            "Give the model the plan was made for."
+        )
+
+
+def decoder_of(model: PreTrainedModel, attention: list[nn.Module]) -> PreTrainedModel:
+    """The innermost model that holds all attention modules: every way into them passes through its forward."""
+    wanted = {id(module) for module in attention}
+    holders = [
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and wanted <= {id(module) for module in part.modules()}
+    ]
+    return min(holders, key=lambda part: sum(1 for _ in part.modules()))
+
+
+def _applied(
+    model: PreTrainedModel, plan: Plan, sites: tuple[AttentionSite, ...], backend: str, ragged: bool
+) -> AppliedPlan:
+    bindings = bindings_of(plan, checked_backend(backend))
+    return AppliedPlan(model, plan, [(site.module, bindings[site.path]) for site in sites], ragged)
+
+
+def _geometry(entry: tuple[str, int, int, int]) -> str:
+    return f"{entry[0]}: {entry[1]} query heads, {entry[2]} KV heads of {entry[3]}"
+
+
+def _config_of(module: nn.Module) -> Any:
+    return module.config
+
+
+def _without_own(implementation: Implementation) -> Implementation:
+    """As transformers reads it from config.json: a name, or a name per part."""
+    if isinstance(implementation, dict) and implementation.get("") == NAME:
+        return implementation
+    if isinstance(implementation, dict):
+        return {key: value for key, value in implementation.items() if key}
+    return implementation

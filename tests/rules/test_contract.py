@@ -1,0 +1,99 @@
+"""Every rule keeps the contract, on odd shapes too. A new rule is tested by having `examples()`."""
+
+import pytest
+import torch
+
+from sparsesearch.block_mask import BlockGrid, density, expand
+from sparsesearch.errors import SpecError
+from sparsesearch.kernels.reference import tile_attention
+from sparsesearch.rules import Rule, parse_rule, rule_kinds
+
+EXAMPLES = [rule for kind in rule_kinds().values() for rule in kind.examples()]
+STATIC = [rule for rule in EXAMPLES if not rule.dynamic]
+SHAPES = [(1, 1), (63, 63), (64, 64), (65, 65), (200, 200), (1, 130), (37, 200), (130, 513)]
+
+
+def select(rule: Rule, grid: BlockGrid, heads: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(grid.q_len * 1000 + grid.kv_len)
+    q = torch.randn(heads, grid.q_len, 16, generator=generator)
+    k = torch.randn(heads, grid.kv_len, 16, generator=generator)
+    return rule.select(grid, q, k)
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=lambda rule: rule.label)
+@pytest.mark.parametrize(("q_len", "kv_len"), SHAPES)
+@pytest.mark.parametrize("block_tokens", [32, 64])
+def test_choice_is_legal(rule: Rule, q_len: int, kv_len: int, block_tokens: int) -> None:
+    grid = BlockGrid(q_len, kv_len, block_tokens)
+    tiles = select(rule, grid)
+    assert tiles.dtype == torch.bool
+    assert tiles.shape[-2:] == (grid.num_q_blocks, grid.num_k_blocks)
+    assert not (tiles & ~grid.reachable()).any(), "a rule may not look into the future"
+    if rule.rest == "drop":
+        assert (tiles & grid.diagonal()).sum() == tiles.shape[:-2].numel() * grid.num_q_blocks, (
+            "every query sees itself"
+        )
+        assert 0 < density(tiles, grid) <= 1
+    else:
+        assert not tiles.any()
+    assert 0 <= rule.kept_tokens(grid) <= grid.kv_len
+
+
+@pytest.mark.parametrize("rule", STATIC, ids=lambda rule: rule.label)
+def test_static_choice_does_not_depend_on_chunks(rule: Rule) -> None:
+    whole = expand(select(rule, BlockGrid(333, 333, 64)), BlockGrid(333, 333, 64))
+    for start in (1, 64, 100, 332):
+        chunk = BlockGrid(333 - start, 333, 64)
+        assert torch.equal(expand(select(rule, chunk), chunk), whole[start:])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in STATIC if rule.rest == "drop"], ids=lambda rule: rule.label)
+def test_kept_tokens_suffice_for_decoding(rule: Rule) -> None:
+    for length in (1, 63, 64, 65, 300, 640):
+        step = BlockGrid(1, length, 64, law_len=length)
+        visible = int(expand(select(rule, step), step).sum())
+        assert visible <= rule.kept_tokens(step)
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=lambda rule: rule.label)
+def test_round_trip_and_hash(rule: Rule) -> None:
+    again = parse_rule(rule.model_dump(mode="json"), where="test")
+    assert again == rule
+    assert hash(again) == hash(rule)
+    assert again.label == rule.label
+
+
+def test_labels_are_unique() -> None:
+    assert len({rule.label for rule in EXAMPLES}) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("kind", rule_kinds().values(), ids=lambda kind: kind.kind_name())
+def test_documented(kind: type[Rule]) -> None:
+    assert kind.__doc__
+    assert "Source" in kind.__doc__
+    assert "arXiv" in kind.source
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=lambda rule: rule.label)
+def test_output_is_finite(rule: Rule) -> None:
+    grid = BlockGrid(130, 130, 64)
+    q, k, v = torch.randn(3, 2, 130, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    tiles = rule.select(grid, q, k)
+    assert tile_attention(q, k, v, tiles, grid, scale=0.25, rest=rule.rest).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"kind": "dens"}, "Did you mean 'dense'"),
+        ({"kind": "sink_window"}, "window"),
+        ({"kind": "sink_window", "window": 64, "sinks": 1}, "sinks"),
+        ({"kind": "sink_window", "window": 64, "sink": -1}, "sink"),
+        ({"kind": "sink_window", "window": {"b": 2}}, "less than or equal to 1"),
+        ({"kind": "fixed_blocks", "keep": 0.5, "bitmap": "3:nonsense"}, "bitmap"),
+        ("dense", "mapping"),
+    ],
+)
+def test_bad_rules_are_named(data: object, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_rule(data, where="file.yaml, candidates[0]")

@@ -1,0 +1,128 @@
+"""Plans and the independent reference that the runtime tests share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from sparsesearch.block_mask import BlockGrid, expand
+from sparsesearch.kernels.reference import masked_attention, tile_attention
+from sparsesearch.plan import Plan, uniform_plan
+from sparsesearch.rules import Rule, parse_rule
+from sparsesearch.rules.dense import Dense
+from sparsesearch.runtime.fingerprint import describe
+
+BLOCK_TOKENS = 16
+
+RULES = {
+    "dense": {"kind": "dense"},
+    "stream": {"kind": "sink_window", "sink": 16, "window": 32},
+    "elastic": {"kind": "sink_window", "sink": 0, "window": {"a": 16, "b": 0.25}},
+    "zero": {"kind": "zero"},
+    "mean": {"kind": "mean_value"},
+    "slash": {"kind": "vertical_slash", "vertical": 32, "slash": 32, "probe": 16},
+    "pooled": {"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16},
+}
+
+
+def rule(name: str) -> Rule:
+    if name == "bitmap":
+        mass = torch.rand(7, 7, generator=torch.Generator().manual_seed(3))
+        return parse_rule({"kind": "fixed_blocks", "keep": 0.4}, where="tests").calibrated(mass)
+    return parse_rule(RULES[name], where="tests")
+
+
+def cycled_plan(model: PreTrainedModel, names: Sequence[str]) -> Plan:
+    """The named rules, dealt to the query heads in turn, every layer beginning one further."""
+    info = describe(model, "tests")
+    rules = [rule(name) for name in names]
+    return Plan(
+        base_model=info,
+        block_tokens=BLOCK_TOKENS,
+        unit="query_head",
+        lengths_tokens=(256,),
+        rules={one.label: one for one in rules},
+        assignments={
+            path: tuple(rules[(layer + head) % len(rules)].label for head in range(count))
+            for layer, (path, count) in enumerate(zip(info.modules, info.num_heads, strict=True))
+        },
+    )
+
+
+def group_plan(model: PreTrainedModel, names: Sequence[str]) -> Plan:
+    """Like `cycled_plan`, but all query heads of a KV head share a rule, so that evicting rules drop keys."""
+    plan = cycled_plan(model, names)
+    labels = [rule(name).label for name in names]
+    assignments = {}
+    info = plan.base_model
+    for layer, (path, heads, kv_heads) in enumerate(zip(info.modules, info.num_heads, info.num_kv_heads, strict=True)):
+        assignments[path] = tuple(labels[(layer + head // (heads // kv_heads)) % len(labels)] for head in range(heads))
+    return plan.model_copy(update={"assignments": assignments, "unit": "kv_group"})
+
+
+def dense_plan(model: PreTrainedModel) -> Plan:
+    return uniform_plan(describe(model, "tests"), Dense(), block_tokens=BLOCK_TOKENS, lengths_tokens=(256,))
+
+
+def oracle_logits(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt_tokens: int | None = None) -> Tensor:
+    """Logits of one unpadded row, recomputed from scratch: per head, the oracle under the expanded mask. Shares nothing with the runtime.
+
+    Queries of the prompt attend as its prefill did, later ones as decoding does: dynamic rules are dense there, laws stay at the prompt's
+    length.
+    """
+    prompt = prompt_tokens or len(ids)
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+        scale = scaling or query.shape[-1] ** -0.5
+        heads = []
+        for head, one in enumerate(plan.module_rules(paths[id(module)])):
+            kv_head = head * key.shape[1] // query.shape[1]
+            q, k, v = query[0, head], key[0, kv_head], value[0, kv_head]
+            heads.append(_oracle_head(one, q, k, v, scale, prompt, sliding_window))
+        return torch.stack(heads, 1)[None], None
+
+    AttentionInterface.register("test_oracle", attention)
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("test_oracle")
+        with torch.no_grad():
+            return model(ids[None], use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _oracle_head(one: Rule, q: Tensor, k: Tensor, v: Tensor, scale: float, prompt: int, sliding_window: int | None):
+    length = len(k)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    near = (distance < sliding_window) if sliding_window else torch.ones_like(distance, dtype=torch.bool)
+    full = BlockGrid(length, length, BLOCK_TOKENS, prompt)
+    if one.rest == "zero":
+        return tile_attention(q, k, v, one.select(full), full, scale=scale, rest="zero")
+    if one.rest == "mean_value":
+        return masked_attention(q * 0, k, v, near & (distance >= 0), scale=scale)[0]
+    if one.dynamic:
+        first = BlockGrid(prompt, prompt, BLOCK_TOKENS)
+        mask = distance >= 0
+        if prompt > 1:
+            mask[:prompt, :prompt] = expand(one.select(first, q[:prompt] * scale, k[:prompt]), first)
+    else:
+        mask = expand(one.select(full), full)
+    return masked_attention(q, k, v, mask & near, scale=scale)[0]
+
+
+def left_padded(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random rows of the given lengths, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocabulary, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def greedy_oracle(model: PreTrainedModel, plan: Plan, prompt: Tensor, new_tokens: int) -> Tensor:
+    """Greedy decoding by recomputing everything at every token."""
+    ids = prompt
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, oracle_logits(model, plan, ids, len(prompt))[-1:].argmax(-1)])
+    return ids[len(prompt) :]

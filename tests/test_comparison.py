@@ -1,0 +1,124 @@
+"""diff and explain: which heads changed, and what a head does."""
+
+import numpy as np
+import pytest
+from embedded_model import INFO, plan_of
+
+from sparsesearch.comparison import HeadExplanation, PlanExplanation, diff, explain
+from sparsesearch.errors import PlanMismatchError, SpecError
+from sparsesearch.plan import Plan
+from sparsesearch.rules.base import LengthLaw
+from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
+from sparsesearch.scores import ScoreTable
+from sparsesearch.shapes import units_of
+
+WINDOW = SinkWindow(sink=0, window=LengthLaw(a=64))  # the diagonal: 8 of 36 tiles at 512
+WIDER = SinkWindow(sink=64, window=LengthLaw(a=128))
+DYNAMIC = PooledTopk(keep=LengthLaw(b=0.25))
+
+
+def test_a_plan_equals_itself() -> None:
+    found = diff(plan_of({(0, 0): WINDOW}), plan_of({(0, 0): WINDOW}))
+    assert found.identical
+    assert found.changes == found.moves == found.other_fields == ()
+
+
+def test_diff_names_each_head_that_changed() -> None:
+    found = diff(plan_of({(0, 0): WINDOW, (1, 5): WINDOW}), plan_of({(0, 0): WIDER, (7, 7): Zero(), (7, 6): Zero()}))
+    assert not found.identical
+    assert [(change.module, change.head, change.before, change.after) for change in found.changes] == [
+        (INFO.modules[0], 0, WINDOW.label, WIDER.label),
+        (INFO.modules[1], 5, WINDOW.label, "dense"),
+        (INFO.modules[7], 6, "dense", "zero"),
+        (INFO.modules[7], 7, "dense", "zero"),
+    ]
+    assert found.moves == (("dense", "zero", 2), ("sink_window", "dense", 1), ("sink_window", "sink_window", 1))
+    assert found.length_tokens == 512
+    assert found.num_heads == 64
+    assert found.changes[0].density_before == pytest.approx(8 / 36)
+    assert found.density == (pytest.approx((62 + 2 * 8 / 36) / 64), pytest.approx((61 + 21 / 36) / 64))
+
+
+def test_density_is_unknown_where_the_data_decide() -> None:
+    found = diff(plan_of({}), plan_of({(0, 0): DYNAMIC}))
+    assert found.density == (1.0, None)
+    assert found.changes[0].density_after is None
+
+
+def test_diff_says_what_else_differs() -> None:
+    found = diff(plan_of({}), plan_of({}, block_tokens=128))
+    assert found.other_fields == (("block_tokens", "64", "128"),)
+    assert not found.identical
+
+
+def test_plans_for_different_models_are_not_compared() -> None:
+    other = INFO.model_copy(update={"num_kv_heads": (2,) * 8})
+    with pytest.raises(PlanMismatchError, match="must be for the same model"):
+        diff(plan_of({}), plan_of({}, base_model=other))
+
+
+def test_explain_a_plan() -> None:
+    found = explain(plan_of({(0, 0): WINDOW, (0, 1): WINDOW, (7, 7): Zero()}))
+    assert isinstance(found, PlanExplanation)
+    assert found.kinds == (("dense", 61), ("sink_window", 2), ("zero", 1))
+    assert found.densities == {256: pytest.approx((61 + 2 * 4 / 10) / 64), 512: pytest.approx((61 + 2 * 8 / 36) / 64)}
+    assert found.layers[0][2] == (("dense", 6), ("sink_window", 2))
+    assert len(found.dense_heads) == 61
+    assert f"{INFO.modules[0]}:0" not in found.dense_heads
+
+
+@pytest.mark.parametrize("where", ["model.layers.3.self_attn:2", "3:2", "layers.3.self_attn:2"])
+def test_a_head_is_found_by_path_end_of_path_or_number(where: str) -> None:
+    found = explain(plan_of({(3, 2): WIDER, (3, 3): Zero()}), where)
+    assert isinstance(found, HeadExplanation)
+    assert (found.module, found.head, found.rule) == (INFO.modules[3], 2, WIDER.label)
+    assert found.shares_kv_with == ((3, "zero"),)
+    assert found.densities == {256: pytest.approx(9 / 10), 512: pytest.approx(21 / 36)}
+    assert ("sink", "64", "tokens at the start that stay visible") in found.parameters
+    assert "StreamingLLM" in found.source
+    assert found.meaning.startswith("The first `sink` tokens")
+    assert found.alternatives == ()
+
+
+def _scores(plan: Plan) -> ScoreTable:
+    units = units_of(plan.base_model.geometry, "query_head")
+    loss = np.tile([0.0, 3.0, 1.0], (64, 1))
+    cost = np.tile(np.array([36.0, 9.0, 18.0])[:, None], (64, 1, 1))
+    return ScoreTable(
+        units,
+        ("dense", "fixed_blocks(keep=0.25)", WIDER.label),
+        (512,),
+        loss,
+        {"density": cost},
+        0,
+        np.ones((64, 3), dtype=bool),
+    )
+
+
+def test_alternatives_come_from_the_scores_best_first() -> None:
+    plan = plan_of({(3, 2): WIDER})
+    found = explain(plan, "3:2", scores=_scores(plan))
+    assert isinstance(found, HeadExplanation)
+    assert [(a.rule.split("(")[0], a.loss, a.cost["density"], a.chosen) for a in found.alternatives] == [
+        ("dense", 0.0, 1.0, False),
+        ("sink_window", 1.0, 0.5, True),
+        ("fixed_blocks", 3.0, 0.25, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("self_attn:1", "name one module. model.layers.0.self_attn, model.layers.1.self_attn"),
+        ("model.layers.9.self_attn:1", r"Did you mean 'model\.layers\."),
+        ("3", "must be module:head"),
+        ("3:8", "must name a query head of model.layers.3.self_attn: 0 to 7"),
+        ("3:-1", "0 to 7"),
+        ("8:0", "must be module:head and name one module"),
+    ],
+)
+def test_wrong_addresses_say_what_is_right(where: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        explain(plan_of({}), where)

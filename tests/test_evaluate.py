@@ -1,0 +1,348 @@
+"""Judging: the numbers against their definitions written out, and the whole evaluation on the embedded model."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from embedded_model import embedded, plan_of, silence, silencing
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from sparsesearch import calibration
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.calibration import Sample
+from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError
+from sparsesearch.evaluate import DenseReference, Estimate, Metrics, evaluate, lm_eval_tasks
+from sparsesearch.evaluate.density import TileCount, achieved_density, counting
+from sparsesearch.evaluate.head import Head
+from sparsesearch.evaluate.reference import answers_right
+from sparsesearch.rules.base import LengthLaw
+from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.sink_window import SinkWindow
+
+LAST_LAYER = [(7, head) for head in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _tiny(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    match kind:
+        case "llama":
+            config = LlamaConfig(
+                vocab_size=97,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+            return LlamaForCausalLM(config).eval()
+        case "gpt2":
+            return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)).eval()
+        case _:
+            config = OPTConfig(
+                vocab_size=97,
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                word_embed_proj_dim=32,
+            )
+            return OPTForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_head_gives_the_models_own_logits(kind: str) -> None:
+    model, ids = _tiny(kind), torch.arange(126).view(2, 63) % 97
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    head = Head(model)
+    hidden = head.hidden(ids)
+    found = torch.stack([head.logits(rows) for rows in hidden])
+    error = 8 * torch.finfo(torch.float32).eps * expected.abs().max()  # one product in another blocking of the matrix
+    assert (found - expected).abs().max() <= error
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected), "no hook may stay behind"
+
+
+def test_a_model_without_output_embeddings_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="must have output embeddings"):
+        Head(_tiny("llama").model)
+
+
+def _by_the_book(model: PreTrainedModel, sample: Sample, plan: Any) -> dict[str, float]:
+    """The definitions, in fp64, position by position."""
+    with torch.no_grad():
+        dense = model(input_ids=sample.input_ids[None]).logits[0, :-1].double().log_softmax(-1)
+        with silence(model, plan):
+            sparse = model(input_ids=sample.input_ids[None]).logits[0, :-1].double().log_softmax(-1)
+    target, answer = sample.input_ids[1:], sample.answer_mask[1:]
+    kl = (dense.exp() * (dense - sparse)).sum(-1)
+    right, runs, whole = sparse.argmax(-1) == target, 0, 0
+    for i in range(len(answer)):
+        if answer[i] and (i == 0 or not answer[i - 1]):
+            end = next((j for j in range(i, len(answer)) if not answer[j]), len(answer))
+            runs, whole = runs + 1, whole + int(right[i:end].all())
+    return {
+        "loss": -sparse[torch.arange(len(target)), target].mean().item(),
+        "kl_text": kl.mean().item(),
+        "kl_answer": kl[answer].mean().item(),
+        "top1_agreement": (sparse.argmax(-1) == dense.argmax(-1)).double().mean().item(),
+        "needle": whole / runs if runs else math.nan,
+    }
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("batch_tokens", [1, 1300])
+def test_comparison_equals_its_definition(cache_bytes: int, batch_tokens: int) -> None:
+    """Batched, chunked, cached or not: the same numbers as one position after the other in fp64."""
+    model, tokenizer = embedded()
+    samples = [
+        *calibration.load("needle", tokenizer, length_tokens=400, num_samples=4, seed=2).samples,
+        *calibration.load("text", tokenizer, length_tokens=63, num_samples=1, seed=2).samples,
+    ]
+    plan = silencing((7, 0), (7, 7), (3, 2))
+    reference = DenseReference(model, samples, cache_bytes=cache_bytes, batch_tokens=batch_tokens, apply=silence)
+    found = reference.compare(plan)
+    for index, sample in enumerate(samples):
+        for name, value in _by_the_book(model, sample, plan).items():
+            # fp32 through eight layers and a sum over 4096 words; logits reach 30
+            assert getattr(found, name)[index].item() == pytest.approx(value, rel=1e-3, abs=2e-5, nan_ok=True), name
+    scores = reference.score(plan)
+    assert scores["kl_text"] == pytest.approx(found.kl_text.mean().item())
+    assert scores["kl_answer"] == pytest.approx(found.kl_answer[:4].mean().item())
+    assert set(scores) == {"kl_text", "kl_answer", "needle"}
+
+
+def test_dense_against_itself_is_exactly_zero() -> None:
+    model, tokenizer = embedded()
+    data = calibration.load("needle", tokenizer, length_tokens=300, num_samples=3, seed=0)
+    for cache_bytes in (0, 1 << 30):
+        reference = DenseReference(model, data.samples, cache_bytes=cache_bytes, apply=silence)
+        for plan in (None, silencing()):
+            scores = reference.score(plan)
+            assert scores["kl_text"] == scores["kl_answer"] == 0.0
+
+
+def test_plain_text_scores_have_no_answers() -> None:
+    model, tokenizer = embedded()
+    data = calibration.load("text", tokenizer, length_tokens=130, num_samples=2, seed=0)
+    assert set(DenseReference(model, data.samples).score(None)) == {"kl_text"}
+
+
+def test_answers_right_counts_runs() -> None:
+    answer = torch.tensor([[1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    right = torch.tensor([[1, 1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1, 1]], dtype=torch.bool)
+    found = answers_right(right, answer)
+    assert found[0].item() == pytest.approx(2 / 3)
+    assert found[1].isnan()
+    assert found[2].item() == 0
+
+
+def test_a_reference_needs_sequences_and_evaluation_mode() -> None:
+    model, tokenizer = _tiny("llama"), embedded()[1]
+    with pytest.raises(SpecError, match="at least one sequence"):
+        DenseReference(model, [])
+    sample = calibration.load("text", tokenizer, length_tokens=20, num_samples=1, seed=0).samples[0]
+    with pytest.raises(SpecError, match=r"call model\.eval"):
+        DenseReference(model.train(), [sample])
+
+
+def test_estimate_is_mean_and_standard_error() -> None:
+    values = np.random.default_rng(0).normal(3, 2, 50)
+    found = Estimate.of([*values.tolist(), math.nan])
+    assert found is not None
+    assert found.mean == pytest.approx(values.mean())
+    assert found.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(50))
+    assert found.num_sequences == 50
+    assert Estimate.of([math.nan]) is None
+
+
+def test_a_share_of_one_is_not_certain() -> None:
+    found = Estimate.of_share([1.0] * 96)
+    assert found is not None
+    assert found.mean == 1.0
+    assert 0.005 < found.standard_error < 0.03
+
+
+def test_density_of_static_rules_is_the_mean_over_heads() -> None:
+    window = SinkWindow(sink=0, window=LengthLaw(a=64))  # the diagonal: 8 of 36 tiles at 512
+    assert achieved_density(plan_of({}), 512, TileCount()) == 1.0
+    found = achieved_density(plan_of(dict.fromkeys(LAST_LAYER, window)), 512, TileCount())
+    assert found == pytest.approx((56 + 8 * 8 / 36) / 64)
+    assert achieved_density(silencing((0, 0)), 65, TileCount()) == pytest.approx(63 / 64)
+
+
+def test_density_of_dynamic_rules_is_counted_in_the_run() -> None:
+    rule = PooledTopk(keep=LengthLaw(a=128), sink=0)  # the diagonal and one more tile: 15 of 36 tiles at 512
+    plan, count, original = plan_of({(0, 0): rule}), TileCount(), PooledTopk.select
+    q, k = torch.randn(2, 3, 1, 512, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    with counting(plan, count):
+        rule.select(BlockGrid(512, 512, 64), q, k)
+        rule.select(BlockGrid(1, 512, 64), q[..., :1, :], k)  # decoding does not count
+    assert PooledTopk.select is original
+    assert count == TileCount(chosen=pytest.approx(3 * 15), reachable=3 * 36)
+    assert achieved_density(plan, 512, count) == pytest.approx((63 + 15 / 36) / 64)
+    with pytest.raises(SpecError, match="must be counted in a run"):
+        achieved_density(plan, 512, TileCount())
+
+
+@pytest.fixture(scope="module")
+def metrics() -> Metrics:
+    torch.set_num_threads(1)
+    model, tokenizer = embedded()
+    return evaluate(
+        model,
+        tokenizer,
+        {"one": silencing((1, 3)), "last": silencing(*LAST_LAYER)},
+        lengths=[384, 256],
+        num_sequences=12,
+        num_needles=2,
+        timing_rounds=3,
+        apply=silence,
+        command="the test",
+    )
+
+
+def test_evaluation_ranks_dense_little_and_much_damage(metrics: Metrics) -> None:
+    """Silencing the last layer, where the retrieval heads are, must ruin what silencing one head does not."""
+    for length in (256, 384):
+        dense, one, last = (metrics.at(length, name) for name in ("dense", "one", "last"))
+        assert dense.needle.mean >= 0.9
+        assert last.needle.mean <= dense.needle.mean - 0.5
+        assert last.needle_minus_dense.mean == pytest.approx(last.needle.mean - dense.needle.mean)
+        assert dense.kl_text.mean == 0.0
+        assert 0 < one.kl_text.mean < last.kl_text.mean
+        assert dense.heldout_loss.mean < last.heldout_loss.mean
+        assert dense.heldout_loss_minus_dense.mean == 0.0
+        assert last.heldout_loss_minus_dense.mean == pytest.approx(last.heldout_loss.mean - dense.heldout_loss.mean)
+        assert 1 == dense.top1_agreement.mean > one.top1_agreement.mean > last.top1_agreement.mean
+        assert [dense.density, one.density, last.density] == [1.0, 63 / 64, 56 / 64]
+
+
+def test_evaluation_counts_every_sequence_once(metrics: Metrics) -> None:
+    cell = metrics.at(384, "one")
+    assert cell.needle.num_sequences == cell.kl_text.num_sequences == 12
+    assert {name: part.num_sequences for name, part in cell.needle_by_template.items()} == dict.fromkeys(
+        calibration.TEMPLATES, 4
+    )
+    assert sum(part.num_sequences for part in cell.needle_by_depth.values()) == 12
+    assert len(cell.prefill_runs_s) == 3
+    assert cell.prefill_s == sorted(cell.prefill_runs_s)[1]
+    assert metrics.slowdown(384, "dense") == 1.0
+    assert metrics.provenance["command"] == "the test"
+    assert len(metrics.data) == 8
+
+
+def test_depths_asked_for_are_the_depths_judged() -> None:
+    model, tokenizer = embedded()
+    found = evaluate(
+        model,
+        tokenizer,
+        {},
+        lengths=[256],
+        num_sequences=6,
+        num_needles=1,
+        depths=[0.1, 0.9],
+        timing_rounds=0,
+        apply=silence,
+    )
+    by_depth = found.at(256, "dense").needle_by_depth
+    assert {name: part.num_sequences for name, part in by_depth.items()} == {"0-0.2": 3, "0.8-1": 3}
+    assert found.at(256, "dense").prefill_s is None
+
+
+def test_same_seed_same_metrics_and_a_file_keeps_them(metrics: Metrics, tmp_path: Path) -> None:
+    model, tokenizer = embedded()
+
+    def judge() -> Metrics:
+        return evaluate(
+            model,
+            tokenizer,
+            {"one": silencing((1, 3))},
+            lengths=[256],
+            num_sequences=3,
+            num_needles=1,
+            timing_rounds=0,
+            apply=silence,
+        )
+
+    assert judge() == judge()
+    metrics.save(tmp_path / "metrics.json")
+    assert Metrics.load(tmp_path / "metrics.json") == metrics
+
+
+def test_a_damaged_metrics_file_is_refused(metrics: Metrics, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    metrics.save(path)
+    text = path.read_text()
+    path.write_text(text.replace('"mean": 1.0', '"mean": 0.5', 1))
+    with pytest.raises(ArtifactError, match="checksum"):
+        Metrics.load(path)
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(ArtifactError, match="breaks off"):
+        Metrics.load(path)
+    path.write_text(json.dumps({**json.loads(text), "schema_version": "2.0"}))
+    with pytest.raises(ArtifactError, match=r"schema_version 2\.0"):
+        Metrics.load(path)
+
+
+def test_a_plan_may_not_be_called_dense() -> None:
+    model, tokenizer = embedded()
+    with pytest.raises(SpecError, match="no plan may be called 'dense'"):
+        evaluate(model, tokenizer, {"dense": silencing()}, lengths=[256], apply=silence)
+    with pytest.raises(SpecError, match="at least one length"):
+        evaluate(model, tokenizer, {}, lengths=[], apply=silence)
+
+
+def test_unknown_cells_name_the_known_ones(metrics: Metrics) -> None:
+    with pytest.raises(SpecError, match=r"\[256, 384\]"):
+        metrics.at(1024, "one")
+    with pytest.raises(SpecError, match="Did you mean 'last'"):
+        metrics.at(384, "lost")
+
+
+def test_lm_eval_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = embedded()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SpecError, match=r"pip install 'sparsesearch\[lm-eval\]'"):
+        lm_eval_tasks(model, tokenizer, {}, ["hellaswag"], apply=silence)
+
+
+def test_lm_eval_runs_dense_and_every_plan_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrapper must score the model while the plan is on it."""
+    model, tokenizer = embedded()
+    ids = calibration.load("text", tokenizer, length_tokens=64, num_samples=1, seed=0).samples[0].input_ids[None]
+
+    class Harness:
+        @staticmethod
+        def simple_evaluate(*, model: Any, tasks: list[str], **_: Any) -> dict[str, Any]:
+            with torch.no_grad():
+                return {"results": {tasks[0]: {"loss": model.pretrained(input_ids=ids, labels=ids).loss.item()}}}
+
+    class Wrappers:
+        class HFLM:
+            def __init__(self, *, pretrained: PreTrainedModel, **_: Any) -> None:
+                self.pretrained = pretrained
+
+    monkeypatch.setitem(sys.modules, "lm_eval", Harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", Wrappers)
+    found = lm_eval_tasks(model, tokenizer, {"last": silencing(*LAST_LAYER)}, ["words"], apply=silence)
+    assert list(found) == ["dense", "last"]
+    assert found["last"]["words"]["loss"] > found["dense"]["words"]["loss"]
