@@ -27,7 +27,7 @@ class UnitWork:
         query_blocks: rows of tiles per query head.
         block_tokens: side of a tile.
         estimator: kind of the dynamic rule that must choose the tiles first; None for static rules.
-        dtype_bytes: bytes per element.
+        dtype_bytes: bytes per element; None means the model's own: what was measured, or 2 for a datasheet.
     """
 
     kind: WorkKind
@@ -39,14 +39,14 @@ class UnitWork:
     query_blocks: int = 0
     block_tokens: int = 64
     estimator: str | None = None
-    dtype_bytes: int = 2
+    dtype_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(WorkKind):
             raise SpecError(f"kind must be one of {', '.join(get_args(WorkKind))}, but got {self.kind!r}.")
         if not 1 <= self.q_len <= self.kv_len:
             raise SpecError(f"1 <= q_len <= kv_len must hold, but got q_len={self.q_len}, kv_len={self.kv_len}.")
-        if min(self.head_dim, self.query_heads, self.block_tokens, self.dtype_bytes) < 1 or self.tiles < 0:
+        if min(self.head_dim, self.query_heads, self.block_tokens, self.dtype_bytes or 1) < 1 or self.tiles < 0:
             raise SpecError(f"sizes must be positive and tiles not negative, but got {self}.")
 
     @property

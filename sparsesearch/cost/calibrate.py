@@ -8,7 +8,7 @@ find its own data in the cache.
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -31,6 +31,8 @@ from sparsesearch.rules import Rule, rule_kinds
 TIME_LIMIT_S = 70.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 24
 NUM_BUFFERS = 2
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def calibrate(
     quick: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> TableCostModel:
     """Measure this machine's dense SDPA, tile attention, estimators and mean values, in under 90 s.
 
@@ -91,7 +93,7 @@ def calibrate(
         quick: a few shapes and seconds, for tests; extrapolates further.
         dtype: of queries, keys and values.
         seed: of the inputs and masks.
-        progress: called with the share that is done.
+        progress: called with the stage, the seconds spent and the seconds planned.
 
     Raises:
         SpecError: the device cannot be calibrated.
@@ -204,7 +206,7 @@ def _measure(
     time_limit_s: float,
     dtype: torch.dtype,
     generator: torch.Generator,
-    progress: Callable[[float], None] | None,
+    progress: Progress,
 ) -> int:
     """Run rounds over all cases until the time is spent; the number of rounds after the warm-up."""
     start = perf_counter()
@@ -221,8 +223,8 @@ def _measure(
                 if rounds >= 0:
                     case.seconds.append(perf_counter() - before)
             rounds += 1
-            if progress is not None:
-                progress(min(1.0, max((perf_counter() - start) / time_limit_s, rounds / MAX_ROUNDS)))
+            progress("calibrate", min(round(perf_counter() - start), round(time_limit_s)), round(time_limit_s))
+    progress("calibrate", round(time_limit_s), round(time_limit_s))
     return rounds
 
 
@@ -279,7 +281,7 @@ def _held_out_errors(model: TableCostModel, cases: Sequence[Case], dtype_bytes: 
     errors: dict[str, list[float]] = {"dense": [], "tiles": []}
     for case in cases:
         if case.group == "held_out" and case.work is not None:
-            work = replace(case.work, dtype_bytes=dtype_bytes)
+            work = case.work
             errors[work.kind].append(abs(model.unit_latency_s(work) / case.best_s - 1))
     return {
         "held_out_dense_mape": float(np.mean(errors["dense"])),

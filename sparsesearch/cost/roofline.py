@@ -70,12 +70,13 @@ class Roofline:
         flops, elements = _demand(work)
         if work.estimator is not None:
             elements += (work.query_heads * work.q_len + work.kv_len) * work.head_dim
-        peak = self._peak_flop_per_s(work.dtype_bytes)
-        return max(flops / peak, elements * work.dtype_bytes / self.datasheet.bytes_per_s)
+        dtype_bytes = work.dtype_bytes or 2
+        return max(flops / self._peak_flop_per_s(dtype_bytes), elements * dtype_bytes / self.datasheet.bytes_per_s)
 
     def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
         """The same for many units."""
-        return np.array([self.unit_latency_s(work) for work in works])
+        seconds = {work: self.unit_latency_s(work) for work in set(works)}  # units repeat each other
+        return np.array([seconds[work] for work in works])
 
     def _peak_flop_per_s(self, dtype_bytes: int) -> float:
         match dtype_bytes:

@@ -1,5 +1,7 @@
 """A cost model made of measurements: `cost_models/<device>.json`, as `sparsesearch calibrate` writes it."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ class Curve(_Frozen):
         """Log-log interpolation; constant below the first length, and ∝ tokens^growth beyond the last."""
         if tokens >= self.tokens[-1]:
             return float(self.seconds[-1] * (tokens / self.tokens[-1]) ** growth)
-        return float(np.exp(np.interp(np.log(tokens), np.log(self.tokens), np.log(self.seconds))))
+        return _power_law(tokens, self.tokens, self.seconds)
 
 
 class TileCost(_Frozen):
@@ -118,7 +120,7 @@ class TableCostModel:
         Raises:
             SpecError: the element size or the estimator was not measured.
         """
-        if work.dtype_bytes != self.table.dtype_bytes:
+        if work.dtype_bytes not in (None, self.table.dtype_bytes):
             raise SpecError(
                 f"cost model {self.name} must be asked for {self.table.dtype_bytes} bytes per element, as it was "
                 f"measured, but got {work.dtype_bytes}. Calibrate with the model's dtype."
@@ -136,7 +138,13 @@ class TableCostModel:
 
     def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
         """The same for many units."""
-        return np.array([self.unit_latency_s(work) for work in works])
+        seconds = {work: self.unit_latency_s(work) for work in set(works)}  # units repeat each other
+        return np.array([seconds[work] for work in works])
+
+    def summary(self) -> dict[str, str | float]:
+        """What to show of it: where it comes from and how well it fits."""
+        facts = {key: value for key, value in self.table.provenance.items() if isinstance(value, str | int | float)}
+        return {"name": self.name, "device": self.device, "backend": self.table.backend, **facts, **self.table.fit}
 
     def _kind_s(self, work: UnitWork) -> float:
         match work.kind:
@@ -152,7 +160,7 @@ class TableCostModel:
 
     def _tiles_s(self, work: UnitWork) -> float:
         def distance(cost: TileCost) -> float:
-            return abs(float(np.log(cost.block_tokens / work.block_tokens)))
+            return abs(math.log(cost.block_tokens / work.block_tokens))
 
         closest = min(distance(cost) for cost in self.table.tiles)
         costs = [cost for cost in self.table.tiles if distance(cost) <= closest + 1e-9]
@@ -176,5 +184,13 @@ def _between(seconds: dict[int, float], head_dim: int) -> float:
         return seconds[known[0]] * head_dim / known[0]
     if head_dim >= known[-1]:
         return seconds[known[-1]] * head_dim / known[-1]
-    values = np.log([max(seconds[size], 1e-12) for size in known])
-    return float(np.exp(np.interp(np.log(head_dim), np.log(known), values)))
+    return _power_law(head_dim, known, [max(seconds[size], 1e-12) for size in known])
+
+
+def _power_law(x: float, xs: Sequence[int], ys: Sequence[float]) -> float:
+    """Through the two points around x, straight in log-log; constant below the first. x is below the last."""
+    if x <= xs[0]:
+        return ys[0]
+    right = bisect_right(xs, x)
+    part = math.log(x / xs[right - 1]) / math.log(xs[right] / xs[right - 1])
+    return float(ys[right - 1] * (ys[right] / ys[right - 1]) ** part)

@@ -21,7 +21,7 @@ def model(request: pytest.FixtureRequest) -> CostModel:
 
 def work(model: CostModel, kind: str, tokens: int = 4096, density: float = 1.0, **changes: object) -> UnitWork:
     blocks = -(-tokens // BLOCK)
-    base = UnitWork("dense", tokens, tokens, head_dim=64, block_tokens=BLOCK, dtype_bytes=4 if model.measured else 2)
+    base = UnitWork("dense", tokens, tokens, head_dim=64, block_tokens=BLOCK)
     tiles = density * blocks * (blocks + 1) / 2
     return replace(base, kind=kind, tiles=tiles, query_blocks=blocks, **changes)  # type: ignore[arg-type]
 

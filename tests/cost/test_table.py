@@ -82,13 +82,14 @@ def test_a_falling_curve_is_refused() -> None:
 
 
 def test_quick_calibration(tmp_path: Path) -> None:
-    shares: list[float] = []
+    seen: list[tuple[str, int, int]] = []
     threads = torch.get_num_threads()
-    model = calibrate(quick=True, out=tmp_path / "cpu.json", progress=shares.append)
+    model = calibrate(quick=True, out=tmp_path / "cpu.json", progress=lambda *state: seen.append(state))
     assert torch.get_num_threads() == threads
     assert load_cost_model(tmp_path / "cpu.json") == model
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
+    assert seen == sorted(seen)
+    assert seen[-1][1] == seen[-1][2] > 0
+    assert {"processor", "held_out_tiles_mape", "rounds"} <= set(model.summary())
     assert {"pooled_topk", "vertical_slash"} <= set(model.table.estimators)
     assert {"processor", "cores", "threads", "torch", "rounds", "dtype"} <= set(model.table.provenance)
     assert {"held_out_tiles_mape", "held_out_dense_mape", "tiles_mape"} <= set(model.table.fit)
