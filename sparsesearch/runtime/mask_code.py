@@ -1,10 +1,10 @@
 """The compact mask: one number per cache slot instead of one bit per query and key.
 
 transformers hands whatever a registered mask function returns to every attention layer verbatim. Ours returns None for plain causal
-attention of an unpadded batch, and else an int32 code [B, T]: 0 for padding and unwritten slots, 1 + position for a real token, positions
-counted within the token's own sequence (so packed sequences start again at 1). Static caches, whose queries are not the last slots,
-get one more column: 1 + slot of the first query. Non-zero means real, so feeding the code back as a padding mask, as `generate` does, is
-harmless.
+attention of an unpadded batch, and else an int32 code [B, 1, 1, T]: 0 for padding and unwritten slots, 1 + position for a real token,
+positions counted within the token's own sequence (so packed sequences start again at 1). Static caches, whose queries are not the last
+slots, get one more column: 1 + slot of the first query. It has four dimensions because `generate` makes the masks of static caches itself and
+feeds them back, and transformers leaves only four-dimensional masks as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from transformers.masking_utils import causal_mask_function
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedModelError
 
-MaskCode = Int[Tensor, "B T_or_T1"]
+MaskCode = Int[Tensor, "B 1 1 T_or_T1"]
 Slots = slice | Int[Tensor, " slots"]
 
 
@@ -62,7 +62,7 @@ def mask_code(
         written = slots + kv_offset < q_offset + q_length
         first_query = torch.as_tensor(q_offset - kv_offset + 1, device=device).expand(batch_size, 1)
         code = torch.cat([code * written, first_query], 1)
-    return code.int()
+    return code.int()[:, None, None]
 
 
 def _sequence_starts(
@@ -83,10 +83,15 @@ def _sequence_starts(
 
 
 def _all_real(attention_mask: Tensor | None) -> bool:
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.is_meta:
         return True
     # reading values would break a compiled graph; the code is right for unpadded batches too
     return not torch.compiler.is_compiling() and bool(attention_mask.all())
+
+
+def is_mask_code(mask: Tensor) -> bool:
+    """Whether a mask is ours, and not one that the user gave to the model."""
+    return mask.dim() == 4 and mask.dtype == torch.int32 and mask.shape[1:3] == (1, 1)
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,9 @@ def spans(
         grid = BlockGrid(q_len, kv_slots, block_tokens, _law_len(law, q_len, kv_slots))
         yield Span(slice(None), slice(None), slice(None), 0, grid)
         return
-    if code is None:
-        code = torch.arange(1, kv_slots + 1).expand(batch_size, -1)
+    lines = torch.arange(1, kv_slots + 1).expand(batch_size, -1) if code is None else code[:, 0, 0]
     laws = torch.full((batch_size, 1), -1) if law_tokens is None else law_tokens[:, None]
-    table = torch.cat([laws.cpu(), code.cpu()], 1)
+    table = torch.cat([laws.cpu(), lines.cpu()], 1)
     distinct, owner = torch.unique(table, dim=0, return_inverse=True)
     for index, (law, *_) in enumerate(distinct.tolist()):
         rows = (owner == index).nonzero()[:, 0].tolist()
@@ -188,9 +192,9 @@ def element_mask(
     window_binds = sliding_window is not None and kv_slots >= sliding_window
     if code is None and not window_binds and q_len in (1, kv_slots):
         return None
-    body = torch.arange(1, kv_slots + 1, device=device)[None] if code is None else code[:, :kv_slots]
-    if code is not None and code.shape[1] > kv_slots:
-        first_query: int | Tensor = code[0, -1] - 1
+    body = torch.arange(1, kv_slots + 1, device=device)[None] if code is None else code[:, 0, 0, :kv_slots]
+    if code is not None and code.shape[-1] > kv_slots:
+        first_query: int | Tensor = code[0, 0, 0, -1] - 1
     else:
         first_query = kv_slots - q_len
     key = torch.arange(kv_slots, device=device)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.runtime.attention import LAW_KEYWORD, NAME
 from sparsesearch.runtime.binding import binding_of
+from sparsesearch.runtime.cache import PlanCacheLayer, install_layers
+from sparsesearch.runtime.mask_code import is_mask_code
 
 _LAW = "sparsesearch_law_tokens"
 _PROMPT = "sparsesearch_prompt_tokens"
@@ -49,46 +51,75 @@ def prepare_call(
             return (), kwargs
         cache = kwargs["past_key_values"] = DynamicCache(config=config)
     if isinstance(cache, Cache):
-        kwargs = {**kwargs, LAW_KEYWORD: _law_tokens(decoder, cache, kwargs)}
+        kwargs = {**kwargs, LAW_KEYWORD: _law_tokens(decoder, cache, kwargs, ragged)}
     return (), kwargs
 
 
-def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any]) -> Int[Tensor, " B"]:
-    """Length of each row's prompt, fixed at the first prefill and kept with the cache."""
+def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any], ragged: bool) -> Int[Tensor, " B"]:
+    """Length of each row's prompt, fixed at the first prefill and kept with the cache.
+
+    Raises:
+        SpecError: a second chunk of a prompt comes that was not announced, or the cache belongs to another batch.
+    """
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     batch_size, q_len = inputs.shape[:2]
-    law = getattr(cache, _LAW, None)
-    if law is not None and torch.compiler.is_compiling():
-        return law  # type: ignore[no-any-return]
-    past = int(cache.get_seq_length())
-    prompt = getattr(cache, _PROMPT, None)
-    if law is None or past == 0 or (prompt is not None and past < prompt):
-        law = _real_tokens(kwargs.get("attention_mask"), batch_size, past + q_len)
+    known: Tensor | None = getattr(cache, _LAW, None)
+    if known is not None and torch.compiler.is_compiling():
+        return known
+    past, prompt = int(cache.get_seq_length()), getattr(cache, _PROMPT, None)
+    if past == 0 and ragged and type(cache) is DynamicCache and not cache.offloading:
+        install_layers(decoder, cache)
+    layers = [layer for layer in cache.layers if isinstance(layer, PlanCacheLayer)]
+    if layers and past > 0:
+        known = layers[0].law_tokens  # reordered with the rows
+    if known is None or past == 0 or (prompt is not None and past < prompt):
+        known = _real_tokens(kwargs.get("attention_mask"), batch_size, past + q_len)
         if prompt is not None:
-            law = law + max(0, prompt - past - q_len)
-        setattr(cache, _LAW, law)
-    elif q_len > 1 and prompt is None and getattr(cache, _ONLY_PREFILLED, False) and _length_dependent(decoder):
+            known = known + max(0, prompt - past - q_len)
+        setattr(cache, _LAW, known)
+        for layer in layers:
+            layer.law_tokens = known
+    elif q_len > 1 and getattr(cache, _ONLY_PREFILLED, False) and not any(layer.cropped for layer in layers):
+        _check_laws_are_constant(decoder, prompt)
+    setattr(cache, _ONLY_PREFILLED, q_len > 1)
+    if len(known) != batch_size:
+        raise SpecError(f"the cache was made for a batch of {len(known)}, but {batch_size} rows came. Use a new cache.")
+    return known
+
+
+def _check_laws_are_constant(decoder: nn.Module, prompt_tokens: int | None) -> None:
+    bindings = (binding_of(module) for module in decoder.modules())
+    if prompt_tokens is None and any(binding.length_dependent for binding in bindings if binding is not None):
         raise SpecError(
             "the prompt's length must be known before its first chunk, because this plan has rules that grow with it, but a second "
-            "chunk of a prompt came. Pass past_key_values=sparsesearch.sparse_cache(model, prompt_tokens=...)."
+            "chunk of a prompt came. Pass past_key_values=sparsesearch.sparse_cache(model, prompt_tokens=input_ids.shape[1])."
         )
-    setattr(cache, _ONLY_PREFILLED, q_len > 1)
-    if len(law) != batch_size:
-        raise SpecError(f"the cache was made for a batch of {len(law)}, but {batch_size} rows came. Use a new cache.")
-    return law
 
 
 def _real_tokens(mask: Any, batch_size: int, seen: int) -> Int[Tensor, " B"]:
     """Tokens of each row that are not padding, on the CPU: they decide shapes."""
-    if isinstance(mask, dict):  # codes per layer type, made by `generate`: a code's largest entry is the row's length
-        codes = [code for code in mask.values() if isinstance(code, Tensor) and code.dim() == 2]
-        if codes:
-            return codes[0].amax(1).long().cpu()
+    if isinstance(mask, dict):  # one per layer type
+        mask = next(iter(mask.values()))
+    if isinstance(mask, Tensor) and is_mask_code(mask):  # made by `generate` for a static cache
+        return mask[:, 0, 0, :-1].amax(1).long().cpu()
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return (mask[:, :seen] != 0).sum(1).cpu()
     return torch.full((batch_size,), seen)
 
 
-def _length_dependent(decoder: nn.Module) -> bool:
-    bindings = (binding_of(module) for module in decoder.modules())
-    return any(binding.length_dependent for binding in bindings if binding is not None)
+def sparse_cache(model: PreTrainedModel, *, prompt_tokens: int | None = None) -> DynamicCache:
+    """A cache for `past_key_values=`; needed only when a prompt comes in chunks and the plan has rules that grow with it.
+
+    Args:
+        model: a model that runs a plan.
+        prompt_tokens: width of the whole prompt, padding included: `input_ids.shape[1]`.
+
+    Raises:
+        SpecError: prompt_tokens is not positive.
+    """
+    if prompt_tokens is not None and prompt_tokens < 1:
+        raise SpecError(f"prompt_tokens >= 1 must hold, but got {prompt_tokens}.")
+    cache = DynamicCache(config=model.config)
+    if prompt_tokens is not None:
+        setattr(cache, _PROMPT, prompt_tokens)
+    return cache

@@ -135,7 +135,7 @@ def test_gradients_flow_through_a_plan(tiny):
     ("change", "word"),
     [
         ({"output_attentions": True}, "output_attentions"),
-        ({"attention_mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)}, "4 dimensions"),
+        ({"attention_mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)}, "2-D padding mask"),
         ({"softcap": 30.0}, "softcap"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"position_bias": torch.zeros(1, 4, 20, 20)}, "position_bias"),
