@@ -2,7 +2,7 @@
 
 from html import escape
 
-from sparsesearch.block_mask import BlockGrid, density
+from sparsesearch.comparison import TileShares
 from sparsesearch.plan import Plan
 from sparsesearch.report.palette import swatches
 from sparsesearch.report.svg import figure, text
@@ -18,7 +18,7 @@ def head_map(plan: Plan, length_tokens: int) -> str:
     """
     info = plan.base_model
     cell = _cell(max(info.num_heads), len(info.modules))
-    shares = Shares(plan, length_tokens)
+    shares = TileShares(plan, length_tokens)
     columns = max(_x(index, heads // kv, cell) + cell for heads, kv in zip(info.num_heads, info.num_kv_heads, strict=True)
                   for index in (heads - 1,))  # fmt: skip
     rows = [
@@ -50,21 +50,7 @@ def head_map(plan: Plan, length_tokens: int) -> str:
     )
 
 
-class Shares:
-    """Share of dense's tiles per rule at one length, or None where the data decide."""
-
-    def __init__(self, plan: Plan, length_tokens: int) -> None:
-        self._grid = BlockGrid(length_tokens, length_tokens, plan.block_tokens)
-        self._known: dict[Rule, float | None] = {}
-
-    def of(self, rule: Rule) -> float | None:
-        """The share."""
-        if rule not in self._known:
-            self._known[rule] = None if rule.dynamic else density(rule.select(self._grid), self._grid)
-        return self._known[rule]
-
-
-def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: float, shares: Shares) -> str:
+def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: float, shares: TileShares) -> str:
     rules = plan.module_rules(module)
     group = plan.base_model.num_heads[layer] // plan.base_model.num_kv_heads[layer]
     parts = [
