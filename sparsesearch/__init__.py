@@ -10,18 +10,24 @@ from sparsesearch.runtime.registration import register
 
 if TYPE_CHECKING:
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.export import export
     from sparsesearch.runtime.fingerprint import describe
     from sparsesearch.runtime.live import AppliedPlan, apply
+    from sparsesearch.runtime.loading import load_model
     from sparsesearch.runtime.prepare import sparse_cache
+    from sparsesearch.runtime.verify import verify
 
-__all__ = ["AppliedPlan", "Plan", "apply", "describe", "sparse_cache"]
+__all__ = ["AppliedPlan", "Plan", "apply", "describe", "export", "load_model", "sparse_cache", "verify"]
 
 _HOMES = {
     "AppliedPlan": "runtime.live",
     "Plan": "plan",
     "apply": "runtime.live",
     "describe": "runtime.fingerprint",
+    "export": "runtime.export",
+    "load_model": "runtime.loading",
     "sparse_cache": "runtime.prepare",
+    "verify": "runtime.verify",
 }
 
 register()

@@ -117,7 +117,7 @@ def diff(plan_a: Plan, plan_b: Plan) -> PlanDiff:
             f"{plan_a.base_model.name_or_path!r} and the second for {plan_b.base_model.name_or_path!r}, whose heads differ."
         )
     length = max([*plan_a.lengths_tokens, *plan_b.lengths_tokens])
-    cost_a, cost_b = _TileShares(plan_a, length), _TileShares(plan_b, length)
+    cost_a, cost_b = TileShares(plan_a, length), TileShares(plan_b, length)
     pairs = list(zip(plan_a.heads(), plan_b.heads(), strict=True))
     changes = tuple(
         HeadChange(module, head, before.label, after.label, cost_a.of(before), cost_b.of(after))
@@ -156,8 +156,8 @@ def explain(
 
 def _explain_plan(plan: Plan) -> PlanExplanation:
     rules = [rule for _, _, rule in plan.heads()]
-    shares = {length: _TileShares(plan, length) for length in plan.lengths_tokens}
-    longest = _TileShares(plan, max(plan.lengths_tokens))
+    shares = {length: TileShares(plan, length) for length in plan.lengths_tokens}
+    longest = TileShares(plan, max(plan.lengths_tokens))
     return PlanExplanation(
         len(rules),
         _counted(rules),
@@ -187,7 +187,7 @@ def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None)
             for name, field in type(rule).model_fields.items()
             if name != "kind"
         ),
-        {length: _TileShares(plan, length).of(rule) for length in plan.lengths_tokens},
+        {length: TileShares(plan, length).of(rule) for length in plan.lengths_tokens},
         tuple((other, rules[other].label) for other in mates),
         () if scores is None else _alternatives(scores, module, head, rule),
     )
@@ -230,7 +230,7 @@ def _address(plan: Plan, where: str) -> tuple[str, int]:
     return matches[0], int(head)
 
 
-class _TileShares:
+class TileShares:
     """Share of dense's tiles of each rule at one length, computed once per rule; None where the data decide."""
 
     def __init__(self, plan: Plan, length_tokens: int) -> None:
@@ -238,11 +238,13 @@ class _TileShares:
         self._known: dict[Rule, float | None] = {}
 
     def of(self, rule: Rule) -> float | None:
+        """One head's share."""
         if rule not in self._known:
             self._known[rule] = None if rule.dynamic else density(rule.select(self._grid), self._grid)
         return self._known[rule]
 
     def mean(self, rules: Sequence[Rule]) -> float | None:
+        """The share of several heads together."""
         shares = [self.of(rule) for rule in rules]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if len(known) == len(shares) else None

@@ -30,6 +30,7 @@ _NOUNS = (
     "temple window valley station mirror island tower anchor lantern"
 )
 KEYS = tuple(f"{adjective} {noun}" for adjective, noun in product(_ADJECTIVES.split(), _NOUNS.split()))
+_DEEPEST = 0.95  # drawn statements stand before this share of the text, so that a question never follows at once
 _WIDE_VALUE = "90817"  # no two digits that a tokenizer is likely to merge
 
 
@@ -59,7 +60,8 @@ class NeedleTask:
             value ends the sequence.
         num_needles: statements per sequence, with different keys.
         num_questions: questions in style `end`.
-        depth: where the statement asked about last stands in the text before the questions, 0 … 1; None draws it from [0, 0.95).
+        depth: where the statement asked about last stands in the text before the questions, 0 … 1; None draws it from [0, 0.95), spread
+            evenly over the sequences.
     """
 
     template: str
@@ -107,9 +109,13 @@ def needle_samples(
     """
     start = start_tokens(tokenizer)
     texts = windows(haystack, length_tokens, len(tasks), rng, source=source)
+    # one depth from each of equal stretches: a few sequences already cover the whole text
+    drawn = (rng.permutation(len(tasks)) + rng.random(len(tasks))) / len(tasks) * _DEEPEST
     return [
-        _sequence(tokenizer, task, start, text, rng, f"needle in {source}")
-        for task, text in zip(tasks, texts, strict=True)
+        _sequence(
+            tokenizer, task, start, text, float(depth) if task.depth is None else task.depth, rng, f"needle in {source}"
+        )
+        for task, text, depth in zip(tasks, texts, drawn, strict=True)
     ]
 
 
@@ -118,13 +124,13 @@ def _sequence(
     task: NeedleTask,
     start: Ids,
     text: Ids,
+    asked_depth: float,
     rng: np.random.Generator,
     source: str,
 ) -> Sample:
     """Place statements and questions at shares of the text, then cut the text so that the whole has its length."""
-    depths = rng.random(task.num_needles) * 0.95
-    if task.depth is not None:
-        depths[-1] = task.depth
+    depths = rng.random(task.num_needles) * _DEEPEST
+    depths[-1] = asked_depth
     placed = _place(tokenizer, task, depths, rng)
     used = len(start) + sum(len(part.ids) for _, part in placed)
     body = len(text) - used
@@ -145,7 +151,7 @@ def _sequence(
         torch.from_numpy(np.concatenate([*answers, np.zeros(body - done, dtype=bool)])),
         source,
         task.template,
-        float(depths[-1]) if single else None,
+        asked_depth if single else None,
     )
 
 

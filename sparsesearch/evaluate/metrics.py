@@ -81,8 +81,8 @@ class Metrics(_Frozen):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Dense first, then the plans in the order given."""
-        return ("dense", *self.plans)
+        """Dense first, then the plans by name."""
+        return ("dense", *sorted(self.plans))
 
     def at(self, length_tokens: int, variant: str) -> VariantMetrics:
         """One cell.

@@ -5,6 +5,7 @@ with the call, and what must be remembered between calls lives in the cache.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,24 @@ PROBE_KEYWORD = "sparsesearch_probe"
 _STRIP_TOKENS = 256  # queries per step where an element mask is needed; bounds that mask's memory
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call as transformers made it.
+
+    A forward pass may carry a callable under `PROBE_KEYWORD`: it is given every AttentionCall, and may return the output [B, S, H, D] in our
+    stead (None: dense attention of the unpadded batch). So a model can be looked at without touching it.
+    """
+
+    module: nn.Module
+    query: Float[Tensor, "B H S D"]
+    key: Any
+    value: Any
+    mask: Tensor | None
+    scaling: float | None
+    is_causal: bool | None
+    options: dict[str, Any]
+
+
 def sparse_attention(
     module: nn.Module,
     query: Float[Tensor, "B H S D"],
@@ -43,9 +62,12 @@ def sparse_attention(
     Raises:
         UnsupportedModelError: no plan is bound to the module, or the model asks for something no rule can express.
     """
-    probe = kwargs.pop(PROBE_KEYWORD, None)
+    call = AttentionCall(module, query, key, value, attention_mask, scaling, is_causal, kwargs)
+    probe = kwargs.get(PROBE_KEYWORD)
     if probe is not None:
-        probe(module, query, key, value, attention_mask, is_causal, kwargs)
+        answer = probe(call)
+        if answer is not None:
+            return answer, None
         return sdpa_attention_forward(module, query, key, value, None, 0.0, scaling, is_causal)
     binding = binding_of(module)
     if binding is None:
@@ -53,7 +75,7 @@ def sparse_attention(
             f"{type(module).__name__} must have a plan bound to it when attn_implementation='sparsesearch', but has none. Load the "
             "checkpoint with from_pretrained after `import sparsesearch`, or call sparsesearch.apply(model, plan)."
         )
-    refusal = unsupported_feature(module, query, value, attention_mask, is_causal, kwargs)
+    refusal = unsupported_feature(call)
     if refusal:
         raise UnsupportedModelError(f"{binding.path}: {refusal}.")
     sliding_window = kwargs.get("sliding_window")
@@ -76,24 +98,23 @@ def sparse_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def unsupported_feature(
-    module: nn.Module, query: Tensor, value: Any, mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
-) -> str | None:
+def unsupported_feature(call: AttentionCall) -> str | None:
     """What this attention call asks for that no rule can express, or None."""
     for name, meaning in (("softcap", "soft-capped scores"), ("s_aux", "attention sinks in the softmax")):
-        if kwargs.get(name) is not None:
+        if call.options.get(name) is not None:
             return f"{meaning} ({name}) are not supported"
-    if kwargs.get("position_bias") is not None:
+    if call.options.get("position_bias") is not None:
         return "additive position biases (position_bias) are not supported"
-    if kwargs.get("output_attentions"):
+    if call.options.get("output_attentions"):
         return "output_attentions=True is not supported: skipped tiles have no weights. Use attn_implementation='eager'"
-    if mask is not None and not is_mask_code(mask):
-        return f"a ready-made attention mask {tuple(mask.shape)} is not supported; pass a 2-D padding mask"
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if not causal and query.shape[2] > 1:
+    if call.mask is not None and not is_mask_code(call.mask):
+        return f"a ready-made attention mask {tuple(call.mask.shape)} is not supported; pass a 2-D padding mask"
+    causal = call.is_causal if call.is_causal is not None else getattr(call.module, "is_causal", True)
+    if not causal and call.query.shape[2] > 1:
         return "bidirectional and cross attention are not supported"
-    if isinstance(value, Tensor) and value.shape[-1] != query.shape[-1]:
-        return f"values of another size than queries ({value.shape[-1]} and {query.shape[-1]}) are not supported"
+    if isinstance(call.value, Tensor) and call.value.shape[-1] != call.query.shape[-1]:
+        sizes = f"{call.value.shape[-1]} and {call.query.shape[-1]}"
+        return f"values of another size than queries ({sizes}) are not supported"
     return None
 
 

@@ -33,3 +33,12 @@ def sparse_implementation(config: PretrainedConfig, attending: list[PretrainedCo
     inner = {name: sparse_implementation(part, attending) for name, part in parts.items() if part is not None}
     own = NAME if any(config is one for one in attending) else config._attn_implementation
     return {"": own, **inner} if inner else own
+
+
+def json_implementation(implementation: Implementation) -> Implementation:
+    """As config.json wants it: a name, or a name per part that runs ours, so that every other part stays at its default."""
+    if isinstance(implementation, str):
+        return implementation
+    inner = {key: json_implementation(value) for key, value in implementation.items() if key}
+    kept = {key: value for key, value in inner.items() if isinstance(value, dict) or value == NAME}
+    return {"": NAME, **kept} if implementation.get("") == NAME else kept

@@ -4,15 +4,14 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.plan import BaseModelInfo
-from sparsesearch.runtime.attention import NAME, PROBE_KEYWORD, unsupported_feature
+from sparsesearch.runtime.attention import NAME, PROBE_KEYWORD, AttentionCall, unsupported_feature
 from sparsesearch.runtime.configuration import implementation_of
 
 _SAMPLES_PER_TENSOR = 64
@@ -69,17 +68,21 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     calls: dict[int, tuple[int, int, int]] = {}
     refusals: list[str] = []
 
-    def probe(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: Any, kwargs: Any
-    ) -> None:
-        calls[id(module)] = (query.shape[1], key.shape[1], query.shape[3])
-        refusal = unsupported_feature(module, query, value, mask, is_causal, kwargs)
+    def probe(call: AttentionCall) -> None:
+        calls[id(call.module)] = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
+        refusal = unsupported_feature(call)
         if refusal:
             refusals.append(refusal)
 
     with _routed_to_us(model), torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-        model(input_ids=ids, use_cache=False, **{PROBE_KEYWORD: probe})
+        try:
+            # with a mask nobody looks for packed sequences, which needs values that meta tensors do not have
+            mask = torch.ones_like(ids) if ids.is_meta else None
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **{PROBE_KEYWORD: probe})
+        except TypeError as error:
+            if PROBE_KEYWORD not in str(error):  # else: its forward takes no extra keywords
+                raise
     if refusals:
         raise UnsupportedModelError(f"{name} cannot run a sparse plan: {refusals[0]}.")
     if not calls:

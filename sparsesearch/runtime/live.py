@@ -13,7 +13,7 @@ from sparsesearch.plan import BaseModelInfo, Plan
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.backends import checked_backend
 from sparsesearch.runtime.binding import LayerBinding, bind, binding_of, bindings_of
-from sparsesearch.runtime.configuration import Implementation, implementation_of, sparse_implementation
+from sparsesearch.runtime.configuration import implementation_of, json_implementation, sparse_implementation
 from sparsesearch.runtime.fingerprint import AttentionSite, attention_sites, weights_sha256
 from sparsesearch.runtime.prepare import prepare_call
 
@@ -50,7 +50,7 @@ class AppliedPlan:
         self.model.set_attn_implementation(ours)
         setattr(self.model.config, NAME, self.plan.to_dict())
         # a plain attribute: save_pretrained writes it, so a re-saved model stays sparse instead of turning dense in silence
-        self.model.config.attn_implementation = _without_own(ours)
+        self.model.config.attn_implementation = json_implementation(ours)
         if not all(binding.all_dense for _, binding, _ in self._bindings):
             hook = functools.partial(prepare_call, ragged=ragged)
             decoder = decoder_of(self.model, [module for module, _, _ in self._bindings])
@@ -111,12 +111,8 @@ def apply(
     """
     sites = attention_sites(model)
     check_geometry(plan.base_model, sites)
-    found, stated = weights_sha256(model), plan.base_model.weights_sha256
-    if not allow_other_weights and found is not None and stated is not None and found != stated:
-        raise PlanMismatchError(
-            f"the plan was made for the weights of {plan.base_model.name_or_path!r} ({stated[:12]}), but these are others "
-            f"({found[:12]}). Give the right model, or pass allow_other_weights=True (a fine-tuned copy, for instance)."
-        )
+    if not allow_other_weights:
+        check_weights(plan.base_model, model)
     return _applied(model, plan, sites, backend, cache)
 
 
@@ -163,6 +159,20 @@ def decoder_of(model: PreTrainedModel, attention: list[nn.Module]) -> PreTrained
     return min(holders, key=lambda part: sum(1 for _ in part.modules()))
 
 
+def check_weights(info: BaseModelInfo, model: PreTrainedModel) -> None:
+    """Compare the weights with those a plan was made for; passes when either side's are not known.
+
+    Raises:
+        PlanMismatchError: they differ.
+    """
+    found, stated = weights_sha256(model), info.weights_sha256
+    if found is not None and stated is not None and found != stated:
+        raise PlanMismatchError(
+            f"the plan was made for the weights of {info.name_or_path!r} ({stated[:12]}), but these are others ({found[:12]}). "
+            "Give the right model, or pass allow_other_weights=True (a fine-tuned copy, for instance)."
+        )
+
+
 def _applied(
     model: PreTrainedModel, plan: Plan, sites: tuple[AttentionSite, ...], backend: str, ragged: bool
 ) -> AppliedPlan:
@@ -176,12 +186,3 @@ def _geometry(entry: tuple[str, int, int, int]) -> str:
 
 def _config_of(module: nn.Module) -> Any:
     return module.config
-
-
-def _without_own(implementation: Implementation) -> Implementation:
-    """As transformers reads it from config.json: a name, or a name per part."""
-    if isinstance(implementation, dict) and implementation.get("") == NAME:
-        return implementation
-    if isinstance(implementation, dict):
-        return {key: value for key, value in implementation.items() if key}
-    return implementation

@@ -83,7 +83,7 @@ def _sequence_starts(
 
 
 def _all_real(attention_mask: Tensor | None) -> bool:
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.is_meta:
         return True
     # reading values would break a compiled graph; the code is right for unpadded batches too
     return not torch.compiler.is_compiling() and bool(attention_mask.all())

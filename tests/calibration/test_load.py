@@ -26,7 +26,7 @@ def _trained(pre_tokenizer: pre_tokenizers.PreTokenizer, decoder: decoders.Decod
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
     corpus = [f"{n} is {n + 7} the code of the red harbor, answer: {3 * n}." for n in range(10_000, 12_000)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), "\n", "▁"]
     tokenizer.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>"], initial_alphabet=alphabet)
     )
@@ -37,6 +37,13 @@ def _trained(pre_tokenizer: pre_tokenizers.PreTokenizer, decoder: decoders.Decod
 @pytest.fixture(scope="module")
 def merging_tokenizer() -> PreTrainedTokenizerBase:
     return _trained(pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
+
+
+@pytest.fixture(scope="module")
+def metaspace_tokenizer() -> PreTrainedTokenizerBase:
+    """Marks spaces as SentencePiece does: the first digit carries the space before it."""
+    pieces = [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Digits(individual_digits=True)]
+    return _trained(pre_tokenizers.Sequence(pieces), decoders.Metaspace())
 
 
 @pytest.mark.parametrize("spec", ["needle", "text"])
@@ -66,7 +73,7 @@ def test_styles_and_wordings_take_turns(tokenizer: PreTrainedTokenizerBase) -> N
 
 
 @pytest.mark.parametrize("template", calibration.TEMPLATES)
-@pytest.mark.parametrize("kind", ["tokenizer", "merging_tokenizer"])
+@pytest.mark.parametrize("kind", ["tokenizer", "merging_tokenizer", "metaspace_tokenizer"])
 def test_the_answer_is_exactly_the_value_that_was_stated(
     request: pytest.FixtureRequest, kind: str, template: str
 ) -> None:
@@ -88,6 +95,12 @@ def test_the_answer_is_exactly_the_value_that_was_stated(
         assert text.count(stated) == 1
         windows = ids.unfold(0, int(answer.sum()), 1)
         assert (windows == ids[answer]).all(-1).sum() == 2
+
+
+def test_a_tokenizer_that_glues_the_value_to_the_text_is_refused() -> None:
+    tokenizer = _trained(pre_tokenizers.Metaspace(), decoders.Metaspace())  # learns "7." as one token
+    with pytest.raises(SpecError, match=r"must keep the value '\d{5}' apart from the text around it, but cut"):
+        calibration.load("needle", tokenizer, length_tokens=2000, num_samples=3, seed=0)
 
 
 def test_digits_are_encoded_as_the_embedded_model_was_trained(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,6 +126,14 @@ def test_start_token_is_kept_where_the_model_expects_one(
         data = calibration.load(spec, merging_tokenizer, length_tokens=700, num_samples=6, seed=0)
         assert [int(sample.input_ids[0]) for sample in data.samples] == 6 * [0]
         assert all(int((sample.input_ids == 0).sum()) == 1 for sample in data.samples)
+
+
+def test_drawn_depths_cover_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    data = calibration.needle_questions(
+        tokenizer, length_tokens=512, num_samples=10, template="set_get", num_needles=1, seed=4
+    )
+    depths = sorted(sample.depth or 0.0 for sample in data.samples)
+    assert [int(depth / 0.095) for depth in depths] == list(range(10))
 
 
 def test_splits_share_no_window(tokenizer: PreTrainedTokenizerBase) -> None:

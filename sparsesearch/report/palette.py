@@ -1,0 +1,72 @@
+"""Colours, light and dark, and the letter each rule kind carries, so that nothing is told by colour alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Swatch:
+    """How a kind looks: letter, fill and text colour in light and in dark."""
+
+    letter: str
+    light: str
+    dark: str
+    light_text: str = "#ffffff"
+    dark_text: str = "#10151c"
+
+
+_KNOWN = {
+    "dense": Swatch("D", "#24447f", "#8fb0ff"),
+    "sink_window": Swatch("W", "#17877a", "#45c4b4"),
+    "vertical_slash": Swatch("V", "#b8620a", "#f0a54a"),
+    "pooled_topk": Swatch("P", "#a63a72", "#e583b5"),
+    "fixed_blocks": Swatch("F", "#6a4cb8", "#b39cf5"),
+    "mean_value": Swatch("M", "#6b7683", "#98a4b1"),
+    "zero": Swatch("0", "#dfe4ea", "#2f3843", "#4a5461", "#aeb8c3"),
+}
+_OTHERS = (
+    ("#3a7a24", "#8fcf74"),
+    ("#a83232", "#f08f8f"),
+    ("#1f7396", "#6fc3e8"),
+    ("#7c6a13", "#d9c252"),
+)
+
+INK = """
+:root{--bg:#f6f7f9;--card:#ffffff;--ink:#17202b;--soft:#566272;--line:#dde2e8;--faint:#eef1f4;--accent:#24447f;--good:#17724f;--bad:#a83232}
+@media (prefers-color-scheme:dark){:root{--bg:#0f141a;--card:#171e27;--ink:#e8edf3;--soft:#a0acba;--line:#2b3541;--faint:#202934;
+--accent:#8fb0ff;--good:#5fd0a0;--bad:#f08f8f}}
+"""
+
+
+def swatches(kinds: Iterable[str]) -> dict[str, Swatch]:
+    """A swatch per kind; kinds this file does not know take the spare colours in alphabetical order and their first letter."""
+    names = sorted(set(kinds))
+    unknown = [name for name in names if name not in _KNOWN]
+    return {
+        name: _KNOWN[name] if name in _KNOWN else Swatch(name[0].upper(), *_OTHERS[unknown.index(name) % len(_OTHERS)])
+        for name in names
+    }
+
+
+def kind_css(kinds: Iterable[str]) -> str:
+    """`.k-<kind>` fills and `.t-<kind>` text on top of them."""
+    known = swatches(kinds)
+    light = "".join(f".k-{k}{{fill:{s.light}}}.t-{k}{{fill:{s.light_text}}}" for k, s in known.items())
+    dark = "".join(f".k-{k}{{fill:{s.dark}}}.t-{k}{{fill:{s.dark_text}}}" for k, s in known.items())
+    return f"{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n"
+
+
+SERIES = (
+    ("#24447f", "#8fb0ff"),
+    ("#b8620a", "#f0a54a"),
+    ("#17877a", "#45c4b4"),
+    ("#a63a72", "#e583b5"),
+    ("#6b7683", "#98a4b1"),
+)
+
+
+def series_css() -> str:
+    """`.s<i>` for the i-th curve: stroke and fill."""
+    light = "".join(f".s{i}{{--c:{colour}}}" for i, (colour, _) in enumerate(SERIES))
+    dark = "".join(f".s{i}{{--c:{colour}}}" for i, (_, colour) in enumerate(SERIES))
+    return f"{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n"

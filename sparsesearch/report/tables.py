@@ -1,0 +1,181 @@
+"""The report's tables and lists, as HTML."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from sparsesearch.evaluate import Estimate, Metrics, VariantMetrics
+from sparsesearch.plan import Plan
+
+
+def headline(plan: Plan, metrics: Metrics, variant: str) -> str:
+    """The four figures a reader wants first, at the longest length."""
+    length = metrics.lengths_tokens[-1]
+    own, dense = metrics.at(length, variant), metrics.at(length, "dense")
+    slowdown = metrics.slowdown(length, variant)
+    entries = [
+        ("Density", _percent(own.density), f"of dense attention's tiles at {length} tokens"),
+        (
+            "Needle accuracy",
+            f"{own.needle.mean:.3f}",
+            f"dense {dense.needle.mean:.3f}, {own.needle.num_sequences} sequences",
+        ),
+        ("KL to dense", f"{own.kl_text.mean:.4f}", f"nats per token, ± {own.kl_text.standard_error:.4f}"),
+    ]
+    if slowdown is not None and own.prefill_s is not None and dense.prefill_s is not None:
+        word = f"{1 / slowdown:.2f} ×" if slowdown else ""
+        entries.append(("Prefill speed", word, f"{_seconds(own.prefill_s)} against {_seconds(dense.prefill_s)} dense"))
+    cards = "".join(
+        f'<div class="kpi"><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><small>{escape(note)}</small></dd></div>'
+        for name, value, note in entries
+    )
+    return f'<dl class="kpis">{cards}</dl>'
+
+
+def quality_table(metrics: Metrics, variant: str) -> str:
+    """Every variant at every length."""
+    columns = (
+        "density", "needle accuracy", "KL to dense<br>all positions", "KL to dense<br>answers", "same top token", "held-out loss<br>and above dense", "prefill"
+    )  # fmt: skip
+    head = "<tr><th scope='col'>variant</th>" + "".join(f"<th scope='col'>{name}</th>" for name in columns) + "</tr>"
+    parts = []
+    for length in metrics.lengths_tokens:
+        rows = "".join(
+            f'<tr{" class=own" if name == variant else ""}><th scope="row">{escape(name)}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in _cells(metrics.at(length, name), metrics.slowdown(length, name)))
+            + "</tr>"
+            for name in metrics.variants
+        )
+        parts.append(
+            f'<div class="scroll"><table><caption>{length} tokens</caption><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+        )
+    return "".join(parts)
+
+
+def _cells(found: VariantMetrics, slowdown: float | None) -> list[str]:
+    if found.prefill_s is None or slowdown is None:
+        prefill = "not measured"
+    else:
+        prefill = f"{_seconds(found.prefill_s)} <small>{1 / slowdown:.2f} ×</small>"
+    return [
+        _percent(found.density),
+        _estimate(found.needle, 3),
+        _estimate(found.kl_text, 4),
+        _estimate(found.kl_answer, 4),
+        _percent(found.top1_agreement.mean),
+        f"{found.heldout_loss.mean:.3f} <small>{_difference(found.heldout_loss_minus_dense)}</small>",
+        prefill,
+    ]
+
+
+def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
+    """What the search promised beside what was found; empty when the plan records no budget."""
+    rows = []
+    for budget in plan.budgets:
+        for length_text, predicted in sorted(budget.predicted.items(), key=lambda entry: int(entry[0])):
+            length = int(length_text)
+            measured = _measured_share(metrics, length, variant, budget.metric)
+            priced = f" ({budget.cost_model})" if budget.cost_model else ""
+            off = "" if measured is None else f"{100 * (measured - predicted) / predicted:+.1f} %"
+            rows.append(
+                f'<tr><th scope="row">{escape(budget.metric + priced)} at {length} tokens</th><td>{budget.bound:.3f}</td><td>{predicted:.4f}</td>'
+                f"<td>{'not measured' if measured is None else f'{measured:.4f}'}</td><td>{off}</td></tr>"
+            )
+    if not rows:
+        return ""
+    proof = plan.certificate
+    note = (
+        f'<p class="soft">Objective {escape(proof.objective)}: loss {proof.loss:.4g}, proven lower bound {proof.lower_bound:.4g}, '
+        f"gap {100 * proof.gap:.2g} % ({escape(proof.solver)}).</p>"
+        if proof is not None
+        else ""
+    )
+    head = "".join(
+        f"<th scope='col'>{name}</th>" for name in ("share of dense", "budget", "predicted", "measured", "difference")
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+    )
+
+
+def _measured_share(metrics: Metrics, length: int, variant: str, metric: str) -> float | None:
+    if length not in metrics.results:
+        return None
+    match metric:
+        case "density":
+            return metrics.at(length, variant).density
+        case "latency":
+            return metrics.slowdown(length, variant)
+        case _:
+            return None  # kept bytes are counted by the runtime's cache, not in a prefill
+
+
+def needle_table(metrics: Metrics, variant: str) -> str:
+    """Accuracy by wording and by depth, dense beside the plan, at the longest length."""
+    length = metrics.lengths_tokens[-1]
+    own, dense = metrics.at(length, variant), metrics.at(length, "dense")
+    rows = []
+    for group, ours, theirs in (
+        ("wording", own.needle_by_template, dense.needle_by_template),
+        ("depth", own.needle_by_depth, dense.needle_by_depth),
+    ):
+        rows += [
+            f'<tr><th scope="row">{group} {escape(name.replace("_", " "))}</th><td>{_meter(theirs[name])}</td><td>{_meter(found)}</td>'
+            f"<td>{found.num_sequences}</td></tr>"
+            for name, found in ours.items()
+        ]
+    head = "".join(f"<th scope='col'>{name}</th>" for name in (f"{length} tokens", "dense", variant, "sequences"))
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        '<p class="soft">Depth is where the statement stands: 0 at the start of the text, 1 just before the question.</p>'
+    )
+
+
+def provenance(plan: Plan, metrics: Metrics, profile_summary: Mapping[str, Any]) -> str:
+    """Everything needed to make the same figures again."""
+    info = plan.base_model
+    facts: dict[str, Any] = {
+        "model": f"{info.name_or_path} ({info.model_type}, {len(info.modules)} layers, {sum(info.num_heads)} query heads)",
+        "weights": info.weights_sha256 or "not fingerprinted",
+        "plan": plan.sha256,
+        "tiles": f"{plan.block_tokens} x {plan.block_tokens} tokens; one decision per {plan.unit.replace('_', ' ')}",
+        **{f"plan: {name}": value for name, value in sorted(plan.provenance.items())},
+        **{f"profile: {name}": value for name, value in profile_summary.items()},
+        **{f"evaluation: {name}": value for name, value in sorted(metrics.provenance.items())},
+        **{f"data: {name}": identity for name, identity in metrics.data.items()},
+    }
+    return (
+        '<dl class="facts">'
+        + "".join(f"<dt>{escape(name)}</dt><dd>{_fact(value)}</dd>" for name, value in facts.items())
+        + "</dl>"
+    )
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return escape(", ".join(f"{name} {part}" for name, part in value.items()))
+    shown = str(value)
+    code = len(shown) == 64 and " " not in shown
+    return f"<code>{escape(shown[:16])}…</code>" if code else escape(shown)
+
+
+def _estimate(found: Estimate, digits: int) -> str:
+    return f"{found.mean:.{digits}f} <small>± {found.standard_error:.{digits}f}</small>"
+
+
+def _difference(found: Estimate) -> str:
+    return f"{found.mean:+.3f} ± {found.standard_error:.3f}"
+
+
+def _meter(found: Estimate) -> str:
+    return (
+        f'<span class="meter" aria-hidden="true"><i style="width:{100 * found.mean:.0f}%"></i></span>{found.mean:.2f}'
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"

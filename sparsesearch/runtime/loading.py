@@ -1,0 +1,139 @@
+"""Finding and loading a model: hub id, local directory, GGUF file, or the embedded `needle-7m`."""
+
+import json
+import struct
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError, nearest
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def embedded_models() -> dict[str, Path]:
+    """Models that come with the package, by name."""
+    folder = Path(str(files("sparsesearch") / "presets" / "models"))
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
+
+
+def locate(source: str | Path) -> Path | str:
+    """The local path of a model, or its hub id.
+
+    Raises:
+        ArtifactError: it looks like a path but is not there, or the directory holds no model.
+    """
+    embedded = embedded_models()
+    if str(source) in embedded:
+        return embedded[str(source)]
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ArtifactError(
+                f"{path} must be a model directory or a .gguf file, but is another file. Give its directory."
+            )
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ArtifactError(f"{path} must hold a model, but has no config.json. Give the directory that has one.")
+        return path
+    text = str(source)
+    if path.suffix == ".gguf" or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ArtifactError(f"{path} must exist, but there is no such file or directory. Check the path.")
+    return text
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode, with its tokenizer. A patched checkpoint comes with its plan active.
+
+    Args:
+        source: hub id, local directory, GGUF file (dequantised), or `needle-7m`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on the CPU, and the checkpoint's own elsewhere.
+        device: where to put it.
+        trust_remote_code: run code that comes with the checkpoint.
+        revision: of a hub id.
+
+    Raises:
+        ArtifactError: it is missing, incomplete, or cannot be reached.
+        SpecError: unknown dtype.
+        UnsupportedModelError: it is no causal language model of a known architecture.
+    """
+    place = locate(source)
+    model = load_weights(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(place, Path) and place.suffix == ".gguf":
+        options["gguf_file"], place = place.name, place.parent
+    return model, _load(AutoTokenizer, source, place, **options)
+
+
+def load_weights(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Like `load_model`, without the tokenizer."""
+    if dtype not in DTYPES:
+        raise SpecError(f"unknown dtype {dtype!r}.{nearest(dtype, DTYPES)}")
+    place = locate(source)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options["dtype"] = "float32" if dtype == "auto" and device == "cpu" else dtype
+    if isinstance(place, Path) and place.suffix == ".gguf":
+        _require_gguf(place)
+        # packed GGUF loading would choose an attention of its own
+        options |= {"gguf_file": place.name, "attn_implementation": "sdpa"}
+        place = place.parent
+    model: PreTrainedModel = _load(AutoModelForCausalLM, source, place, **options).to(device)
+    model.train(False)
+    return model
+
+
+def _load(kind: Any, source: str | Path, place: Path | str, **options: Any) -> Any:
+    """`kind.from_pretrained`, with errors that say what to do."""
+    what = "tokenizer" if kind is AutoTokenizer else "model"
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return kind.from_pretrained(str(place), **given)
+    except json.JSONDecodeError as error:
+        raise ArtifactError(
+            f"{source}: a JSON file of the {what} is damaged ({error}). Fetch the model again."
+        ) from error
+    except (OSError, HFValidationError, struct.error) as error:
+        if isinstance(place, Path):
+            raise ArtifactError(f"{source}: the {what} could not be loaded: {_first_line(error)}") from error
+        raise ArtifactError(
+            f"{source!r} must be a local directory, a .gguf file, {', '.join(embedded_models())}, or a model on the hub that can be "
+            f"reached or is cached, but its {what} was not found: {_first_line(error)} Check the name, or the network (HF_HUB_OFFLINE)."
+        ) from error
+    except ValueError as error:
+        message = _first_line(error)
+        if "trust_remote_code" in message or "custom code" in message:
+            raise ArtifactError(f"{source} carries its own code. Read it, then pass trust_remote_code=True.") from error
+        raise UnsupportedModelError(
+            f"{source}: the {what} is of a kind that transformers cannot load here: {message}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _require_gguf(path: Path) -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ArtifactError(
+            f"{path} needs {' and '.join(missing)} to be read. Install them: pip install 'sparsesearch[gguf]'."
+        )

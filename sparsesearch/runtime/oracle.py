@@ -1,0 +1,70 @@
+"""What a model under a plan must compute: every token recomputed, each head through the reference kernel under its expanded mask.
+
+It shares nothing with the runtime's attention, caches or kernels, and costs S x S per head.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsesearch.block_mask import BlockGrid, expand
+from sparsesearch.errors import SpecError
+from sparsesearch.kernels.reference import masked_attention
+from sparsesearch.rules.base import Rule
+from sparsesearch.runtime.attention import PROBE_KEYWORD, AttentionCall
+from sparsesearch.runtime.binding import LayerBinding, binding_of
+
+
+def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens: int) -> Float[Tensor, "S V"]:
+    """Logits of one unpadded sequence whose first `prompt_tokens` were prefilled and whose others were decoded one by one.
+
+    Args:
+        model: a model that runs a plan.
+        ids: the sequence.
+        prompt_tokens: where laws are evaluated and where dynamic rules end.
+
+    Raises:
+        SpecError: no plan is bound to the model.
+    """
+
+    def answer(call: AttentionCall) -> Tensor:
+        binding = binding_of(call.module)
+        if binding is None:
+            raise SpecError("the model must run a plan, but none is bound. Call sparsesearch.apply first.")
+        size = call.query.shape[1] // call.key.shape[1]
+        scale = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        window = call.options.get("sliding_window")
+        heads = []
+        for head, rule in enumerate(binding.rules):
+            q, k, v = call.query[0, head], call.key[0, head // size], call.value[0, head // size]
+            mask = _mask(rule, binding, q * scale, k, prompt_tokens)
+            if window is not None:
+                positions = torch.arange(len(k), device=k.device)
+                mask = mask & (positions[:, None] - positions < window)
+            if rule.rest == "mean_value":
+                q = q * 0  # equal scores: the mean of what the mask leaves
+            heads.append(masked_attention(q, k, v, mask, scale=scale)[0])
+        return torch.stack(heads, 1)[None]
+
+    with torch.no_grad():
+        logits: Tensor = model(ids[None], use_cache=False, **{PROBE_KEYWORD: answer}).logits
+    return logits[0]
+
+
+def _mask(rule: Rule, binding: LayerBinding, q: Tensor, k: Tensor, prompt_tokens: int) -> Tensor:
+    """Element mask [S, S] of one head."""
+    length, device = len(k), k.device
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    grid = BlockGrid(length, length, binding.block_tokens, prompt_tokens)
+    if rule.rest == "zero":
+        return torch.zeros_like(causal)
+    if rule.rest == "mean_value":
+        return causal
+    if rule.dynamic:
+        prompt = BlockGrid(prompt_tokens, prompt_tokens, binding.block_tokens)
+        if prompt_tokens > 1:  # a single query is decoding, which is dense
+            tiles = rule.select(prompt, q[:prompt_tokens], k[:prompt_tokens])
+            causal[:prompt_tokens, :prompt_tokens] = expand(tiles.to(device), prompt)
+        return causal
+    return expand(rule.select(grid).to(device), grid)
