@@ -6,14 +6,16 @@ with the call, and what must be remembered between calls lives in the cache.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.rules.base import Rule
@@ -144,8 +146,8 @@ def attend_heads(
         parts = []
         for rule, members in groups:
             kv_heads = [head // per_kv_head for head in members]
-            inputs = (pick_heads(q, members), pick_heads(k, kv_heads), pick_heads(v, kv_heads))
-            parts.append(_attend_rule(rule, *inputs, span, binding, scale, sliding_window))
+            own = pick_heads(q, members)
+            parts.append(_attend_rule(rule, own, k, v, kv_heads, span, binding, scale, sliding_window))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         joined = joined if order == list(range(len(heads))) else joined[:, order]
         if span.rows == slice(None) and isinstance(span.q_slots, slice) and span.q_slots == slice(None):
@@ -178,19 +180,25 @@ def _put(output: Float[Tensor, "B h S D"], span: Span, part: Float[Tensor, "b h 
 def _attend_rule(
     rule: Rule,
     q: Float[Tensor, "b h s D"],
-    k: Float[Tensor, "b h t D"],
-    v: Float[Tensor, "b h t D"],
+    all_k: Float[Tensor, "b G t D"],
+    all_v: Float[Tensor, "b G t D"],
+    kv_heads: list[int],
     span: Span,
     binding: LayerBinding,
     scale: float,
     sliding_window: int | None,
 ) -> Float[Tensor, "b h s D"]:
-    """One rule on one sequence."""
+    """One rule on one sequence; `kv_heads` are those of q's heads."""
     grid = span.grid
     cut = sliding_window if sliding_window is not None and grid.kv_len > sliding_window else None
-    dense = isinstance(rule, Dense) or (rule.dynamic and grid.q_len == 1)
     if rule.rest == "zero":
         return torch.zeros_like(q)
+    dense = isinstance(rule, Dense) or (rule.dynamic and grid.q_len == 1)
+    if grid.q_len == 1 and rule.rest == "drop" and not dense and cut is None and binding.backend != "reference":
+        keys = _decoding_keys(rule, grid).to(q.device)  # only these are read
+        heads = torch.tensor(kv_heads, device=q.device)[:, None]
+        return F.scaled_dot_product_attention(q, all_k[:, heads, keys], all_v[:, heads, keys], scale=scale)
+    k, v = pick_heads(all_k, kv_heads), pick_heads(all_v, kv_heads)
     if rule.rest == "mean_value":
         # a uniform mean over the keys a sliding window leaves is attention with all scores equal
         return running_mean(v, grid).to(q.dtype) if cut is None else _attend_strips(q * 0, k, v, None, span, scale, cut)
@@ -201,10 +209,24 @@ def _attend_rule(
             f"{binding.path}: {rule.kind} must see all keys of the prompt to choose, but the model's sliding-window cache has dropped "
             "some. Prefill in one call, or choose static rules for this layer."
         )
-    tiles = rule.select(grid, q * scale, k) if rule.dynamic else rule.select(grid)
+    tiles = rule.select(grid, q * scale, k) if rule.dynamic else _static_tiles(rule, grid)
     if cut is not None:
         return _attend_strips(q, k, v, tiles, span, scale, cut)
     return attend_tiles(q, k, v, tiles, grid, scale=scale, backend=binding.backend)
+
+
+@lru_cache(maxsize=32)
+def _static_tiles(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
+    """Layers of one call mostly share their static choices."""
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        return rule.select(grid)
+
+
+@lru_cache(maxsize=32)
+def _decoding_keys(rule: Rule, grid: BlockGrid) -> Int[Tensor, " keys"]:
+    """Keys that the only query of a call sees."""
+    with torch.inference_mode(False):
+        return expand(_static_tiles(rule, grid), grid)[0].nonzero()[:, 0]
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, cut: int | None) -> Tensor:

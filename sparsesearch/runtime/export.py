@@ -1,5 +1,6 @@
 """`sparsesearch apply`: a checkpoint directory that plain `from_pretrained` runs under a plan."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsesearch.artifacts import write_bytes
-from sparsesearch.errors import ArtifactError, SpecError
+from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.configuration import json_implementation, sparse_implementation
@@ -141,11 +142,7 @@ def _look_at(source: Path, allow_other_weights: bool, trust_remote_code: bool) -
     if not allow_other_weights:
         return load_weights(source, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        base: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=trust_remote_code
-        )
-    return base
+    return _empty(config, trust_remote_code=trust_remote_code)
 
 
 def _fitting_implementation(plan: Plan, base: PreTrainedModel, allow_other_weights: bool) -> Any:
@@ -169,13 +166,38 @@ def _export_gguf(
     base, tokenizer = load_model(file)
     implementation = _fitting_implementation(plan, base, allow_other_weights)
     with _complete_or_nothing(out, overwrite) as staging:
-        base.save_pretrained(staging)
+        _plain(base).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
         _write_ours(staging, plan, config, implementation, file.parent / "README.md", command)
     weights = tuple(sorted(path.name for path in out.glob("*.safetensors")))
     return ExportedCheckpoint(out, (), weights, _heads_patched(plan))
+
+
+def _plain(base: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that knows nothing of its GGUF origin: transformers refuses to save one that does.
+
+    Raises:
+        UnsupportedModelError: transformers keeps this architecture's weights packed.
+    """
+    weights = base.state_dict()
+    packed = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
+    if packed:
+        raise UnsupportedModelError(
+            f"GGUF weights must have been dequantised at load, but {packed[0]} is packed for model_type {base.config.model_type!r}. "
+            "Use the original checkpoint."
+        )
+    config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)
+    plain = _empty(config)
+    plain.load_state_dict(weights, assign=True)
+    return plain
+
+
+def _empty(config: Any, **options: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+    return model
 
 
 def _write_ours(

@@ -131,6 +131,19 @@ def test_gradients_flow_through_a_plan(tiny):
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
+def test_gradients_flow_after_inference_mode(tiny):
+    """Choices that were cached in inference mode must not poison later training."""
+    model = tiny("llama")
+    ids, _ = left_padded([70], 64)
+    with sparsesearch.apply(model, cycled_plan(model, MIXTURE)):
+        for mode in (torch.inference_mode, torch.enable_grad):
+            with mode():
+                cache = model(ids[:, :-1]).past_key_values
+                last = model(ids[:, -1:], past_key_values=cache).logits
+        last.sum().backward()
+    assert model.get_input_embeddings().weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
