@@ -60,13 +60,14 @@ def ceilings() -> dict[str, float]:
 def provenance(command: list[str] | None = None) -> dict[str, Any]:
     """Device, versions and command line."""
     device = torch.cuda.get_device_properties(0)
+    cudnn: Any = torch.backends.cudnn
     return {
         "device": device.name,
         "num_sms": device.multi_processor_count,
         "l2_bytes": device.L2_cache_size,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": cudnn.version(),
         "triton": triton.__version__,
         "command": " ".join(command if command is not None else sys.argv),
     }

@@ -31,7 +31,9 @@ tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_s
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 MASKED = gl.constexpr(-1.0e30)  # finite: -inf - -inf would be NaN in rows that have met no key yet
-NO_KEY = gl.constexpr(-1.0e29)  # a running maximum below this has met none
+NO_KEY = gl.constexpr(
+    -1.0e25
+)  # running maximum before any key: above MASKED · scale, so that masked weights are 0 and never 2^(a rounding)
 FIELDS = gl.constexpr(12)  # int32 per tile record, schedule.TILE_FIELDS
 ENTRY_SHIFT = gl.constexpr(3)  # schedule.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
 
@@ -145,7 +147,7 @@ def _write(
     row_hi = gl.load(record + 4)
     slot = gl.load(record + 10)
     whole = slot < 0
-    seen = m > NO_KEY
+    seen = total > 0
     lse = gl.where(seen, m * LN2 + gl.log(total), -float("inf"))
     inverse = gl.where(seen, 1.0 / total, 0.0)
     acc = acc * gl.convert_layout(inverse, ROW_O)[:, None]
@@ -205,7 +207,7 @@ def _consumer(
     scale2 = scale * LOG2E
     rows = G * ROWS + gl.arange(0, ROWS, ROW_S)
     zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-    no_max = gl.full([ROWS], MASKED, gl.float32, ROW_S)
+    no_max = gl.full([ROWS], NO_KEY, gl.float32, ROW_S)
     no_sum = gl.full([ROWS], 0.0, gl.float32, ROW_S)
     kc = 0
     first = gl.load(bin_ptr + gl.program_id(0))
@@ -215,9 +217,8 @@ def _consumer(
     m = no_max
     total = no_sum
     weights = gl.convert_layout(zero.to(DTYPE), P_LAYOUT)
-    if (
-        OVERLAP
-    ):  # the first block of the first tile; a worker without tiles computes on what is there and waits for nothing
+    if OVERLAP:
+        # the first block of the first tile; a worker without tiles computes on what is there and waits for nothing
         entry = gl.load(entries + lo)
         mbarrier.wait(q_full.index(G), 0, pred=first < end)
         mbarrier.wait(k_full.index(0), 0, pred=first < end)
@@ -230,6 +231,8 @@ def _consumer(
         p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
         weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     for t in range(first, end):
+        # read again (it is in L1), not carried over: Triton 3.6's loop-aware CSE replaces a carried loop bound by its first value
+        kv_len, q_pos0, lo, hi, tile_bias = _read(tiles, bias, t, strides[4], strides[5], GROUP, BIAS)
         done = t - first
         half = (done % Q_BUFFERS) * 2 + G
         q = q_smem.index(half).reshape((ROWS, D))
@@ -265,13 +268,13 @@ def _consumer(
             kc += 1
             acc = acc * gl.convert_layout(decay, ROW_O)[:, None]
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-        kv_len, q_pos0, lo, hi, tile_bias = _read(
-            tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
-        )
         if OVERLAP:
             more = t + 1 < end
+            len_next, pos_next, lo_next, hi_next, bias_next = _read(
+                tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
+            )
             mbarrier.arrive(q_empty.index(half), count=1)
-            entry = gl.load(entries + lo)
+            entry = gl.load(entries + lo_next)
             half_next = ((done + 1) % Q_BUFFERS) * 2 + G
             mbarrier.wait(q_full.index(half_next), ((done + 1) // Q_BUFFERS) & 1, pred=more)
             mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
@@ -284,7 +287,7 @@ def _consumer(
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
-            s = _adjust(s, entry, q_pos0 + rows, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
+            s = _adjust(s, entry, pos_next + rows, len_next, bias_next, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
             p, decay, m_next, total_next = _softmax_step(s, no_max, no_sum, scale2)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)

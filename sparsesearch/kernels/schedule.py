@@ -236,8 +236,9 @@ def build_schedule(
     records, pair = records[order], pair[order]
     num_blocks = int((records[:, 9] - records[:, 8]).sum())
     records, pair, merges, num_slots = _cut(records, pair, workers.count, num_blocks)
-    kv_bytes = np.repeat([2.0 * span.grid.kv_len * head_bytes for span in spans], num_kv_heads)
-    section = _sections(kv_bytes, 0.6 * workers.l2_bytes)[pair]
+    section = _sections(
+        _hot_bytes(spans, records, pair, num_kv_heads, group, shape, head_bytes), 0.6 * workers.l2_bytes
+    )[pair]
     cost = (records[:, 9] - records[:, 8]).astype(np.int64)
     place, bin_ptr, makespan = deal(cost, section, workers.count)
     dense = sum(_dense_blocks(span.grid, shape) for span in spans) * num_heads
@@ -399,10 +400,23 @@ def _cut(records: Ints, pair: Ints, workers: int, num_blocks: int) -> tuple[Ints
     return out, pair[owner], merges, int(pieces[heavy].sum())
 
 
+def _hot_bytes(
+    spans: Sequence[Span], records: Ints, pair: Ints, num_kv_heads: int, group: int, shape: TileShape, head_bytes: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Keys and values, in bytes, that the tiles of each (sequence, KV head) read again and again: all of them times the density of its
+    densest query head. Narrow windows move on and need no room in the cache.
+    """  # fmt: skip
+    heads = pair * group + records[:, 1] % group
+    computed = np.bincount(heads, weights=records[:, 9] - records[:, 8], minlength=len(spans) * num_kv_heads * group)
+    dense = np.repeat([_dense_blocks(span.grid, shape) for span in spans], num_kv_heads)
+    share = computed.reshape(-1, group).max(1) / dense
+    return share * np.repeat([2.0 * span.grid.kv_len * head_bytes for span in spans], num_kv_heads)
+
+
 def _sections(kv_bytes: np.ndarray[Any, np.dtype[np.float64]], capacity: float) -> Ints:
     """Consecutive (sequence, KV head) pairs whose keys and values fit the cache share a section."""
     before = np.cumsum(kv_bytes) - kv_bytes
-    return np.asarray(before // max(capacity, float(kv_bytes.max())), np.int64)
+    return np.asarray(before // max(capacity, float(kv_bytes.max()), 1.0), np.int64)
 
 
 def deal(cost: Ints, section: Ints, workers: int) -> tuple[Ints, Ints, float]:

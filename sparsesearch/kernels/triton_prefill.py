@@ -13,7 +13,7 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(-1.0e30)
-NO_KEY = tl.constexpr(-1.0e29)
+NO_KEY = tl.constexpr(-1.0e25)  # see hopper_prefill
 FIELDS = tl.constexpr(12)
 ENTRY_SHIFT = tl.constexpr(3)
 
@@ -54,7 +54,7 @@ def tile_list_attention(
         q_tile = tl.load(q_ptr, mask=real[:, None] & (cols < DV)[None, :], other=0.0)
         k_head = k + batch * k_stride_b + (head // GROUP) * k_stride_g + cols[:, None]
         v_head = v + batch * v_stride_b + (head // GROUP) * v_stride_g + cols[None, :]
-        m = tl.full([BM], MASKED, tl.float32)
+        m = tl.full([BM], NO_KEY, tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
         for i in range(tl.load(record + 8), tl.load(record + 9)):
@@ -81,7 +81,7 @@ def tile_list_attention(
             v_tile = tl.load(v_head + at[:, None] * v_stride_t, mask=loaded[:, None] & (cols < DV)[None, :], other=0.0)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
             m = m_new
-        seen = m > NO_KEY
+        seen = total > 0
         log_sum = tl.where(seen, m * LN2 + tl.log(tl.where(seen, total, 1.0)), -float("inf"))
         acc = acc * tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None]
         whole = slot < 0
