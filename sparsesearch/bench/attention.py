@@ -1,0 +1,252 @@
+"""Prefill attention on a device: the tile kernels against cuDNN, FlashAttention-2 and FlexAttention, in one run.
+
+    python -m sparsesearch.bench.attention --json out.json
+
+R = t / (density · t_dense), t_dense of the fastest dense kernel (cuDNN, forced): 1 means that a skipped block costs nothing and a computed
+one costs what it costs the fastest dense kernel. Density counts tiles of 128 x 128.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.errors import SparseSearchError
+from sparsesearch.kernels.dispatch import Backend, run_schedule, schedule_for
+from sparsesearch.kernels.schedule import Span, TileSchedule
+from sparsesearch.rules.base import LengthLaw, Rule
+from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.sink_window import SinkWindow
+
+PlanName = Literal["dense", "mixed", "sparse", "stream", "equal", "unequal"]
+PLANS: tuple[PlanName, ...] = ("dense", "mixed", "sparse", "stream", "equal", "unequal")
+BLOCK_TOKENS = 128
+
+
+def plan_rules(name: PlanName, num_heads: int, length: int) -> tuple[Rule, ...]:
+    """The rules of one layer.
+
+    mixed: per head dense, or a window of S/32, S/16 or S/8. sparse: windows of S/16. stream: one dense head, the others windows of 512.
+    equal, unequal: windows of S/8; and windows of S/16 and S/4 mixed so that about as many blocks are computed.
+    """
+    match name:
+        case "dense":
+            return (Dense(),) * num_heads
+        case "mixed":
+            kinds = (Dense(), _window(length // 32), _window(length // 16), _window(length // 8))
+            return tuple(kinds[head % 4] for head in range(num_heads))
+        case "sparse":
+            return (_window(length // 16),) * num_heads
+        case "stream":
+            return (Dense(), *(_window(512),) * (num_heads - 1))
+        case "equal":
+            return (_window(length // 8),) * num_heads
+        case "unequal":
+            return tuple(_window(length // 4 if head % 3 == 0 else length // 16) for head in range(num_heads))
+
+
+def _window(tokens: int) -> SinkWindow:
+    return SinkWindow(sink=BLOCK_TOKENS, window=LengthLaw(a=max(tokens, BLOCK_TOKENS)))
+
+
+def run(
+    *,
+    lengths: Sequence[int] = (4096, 8192, 32768, 131072),
+    head_dims: Sequence[int] = (128, 64),
+    plans: Sequence[PlanName] = PLANS,
+    causal: Sequence[bool] = (True, False),
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    backends: Sequence[Backend] = ("gluon", "triton"),
+    flex: bool = True,
+    budget_s: float = 0.15,
+    command: list[str] | None = None,
+    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Time every case and return rows, ceilings and provenance.
+
+    Args:
+        lengths: sequence lengths, batch 1.
+        head_dims: head widths, bf16.
+        plans: see `plan_rules`.
+        causal: which masks; the full mask is timed on the first two lengths above 4k only.
+        num_heads: query heads.
+        num_kv_heads: KV heads.
+        backends: ours, timed on every plan.
+        flex: also time FlexAttention with the identical block mask (it compiles once per shape).
+        budget_s: device time per case.
+        command: recorded as the command line.
+        progress: called with each finished row.
+    """
+    top = ceilings()
+    rows: list[dict[str, Any]] = []
+
+    def record(row: dict[str, Any]) -> None:
+        if "seconds" in row:
+            row["tflop_per_s"] = row.pop("flop") / row["seconds"] / 1e12
+            row["ceiling_share"] = row["tflop_per_s"] * 1e12 / top["matmul_flop_per_s"]
+        rows.append(row)
+        progress(row)
+
+    for head_dim in head_dims:
+        for is_causal in causal:
+            for length in lengths:
+                case = _Case(length, head_dim, num_heads, num_kv_heads, is_causal, budget_s)
+                case.dense(record)
+                for name in plans:
+                    case.sparse(name, backends, flex, record)
+                del case
+                torch.cuda.empty_cache()
+    return {"format": "sparsesearch.bench.attention", "provenance": provenance(command), "ceilings": top, "rows": rows}
+
+
+class _Case:
+    """One shape: tensors, dense times, and the plans on it."""
+
+    def __init__(
+        self, length: int, head_dim: int, num_heads: int, num_kv_heads: int, causal: bool, budget_s: float
+    ) -> None:
+        generator = torch.Generator("cuda").manual_seed(length + head_dim)
+
+        def normal(heads: int) -> Tensor:
+            shape = (1, heads, length, head_dim)
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+        self.q, self.k, self.v = normal(num_heads), normal(num_kv_heads), normal(num_kv_heads)
+        self.grid = BlockGrid(length, length, BLOCK_TOKENS, causal=causal)
+        self.budget_s = budget_s
+        self.shape: dict[str, Any] = {"head_dim": head_dim, "length": length, "causal": causal}
+        self.dense_s = float("inf")
+
+    def dense(self, record: Callable[[dict[str, Any]], None]) -> None:
+        """cuDNN, forced, and FlashAttention-2; the first is what R divides by."""
+        length, head_dim, num_heads = self.grid.q_len, self.q.shape[-1], self.q.shape[1]
+        flop = 4 * num_heads * length * length * head_dim / (2 if self.grid.causal else 1)
+        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
+            with sdpa_kernel(backend):
+                seconds = median_s(
+                    lambda: F.scaled_dot_product_attention(
+                        self.q, self.k, self.v, is_causal=self.grid.causal, enable_gqa=True
+                    ),
+                    budget_s=self.budget_s,
+                )
+            if name == "cudnn":
+                self.dense_s = seconds
+            record({**self.shape, "kernel": name, "plan": "dense", "density": 1.0, "seconds": seconds, "flop": flop})
+
+    def sparse(
+        self,
+        name: PlanName,
+        backends: Sequence[Backend],
+        flex: bool,
+        record: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Our backends and FlexAttention on one plan."""
+        rules = plan_rules(name, self.q.shape[1], self.grid.q_len)
+        spans = (Span(self.grid),)
+        scale = self.q.shape[-1] ** -0.5
+        density = None
+        for backend in backends:
+            row: dict[str, Any] = {**self.shape, "kernel": backend, "plan": name}
+            try:
+                schedule = schedule_for(self.q, self.k, spans, rules, backend)
+                density = schedule.density
+                seconds = median_s(
+                    lambda: run_schedule(self.q, self.k, self.v, schedule, scale=scale, kernel=backend),  # noqa: B023
+                    budget_s=self.budget_s,
+                )
+                record(row | self._costs(schedule, seconds))
+            except (
+                RuntimeError,
+                SparseSearchError,
+            ) as error:  # a case that fails is a row that says so, never a missing one
+                record(row | {"error": f"{type(error).__name__}: {error}"[:400]})
+        if flex and density is not None:
+            row = {**self.shape, "kernel": "flex", "plan": name}
+            try:
+                record(row | self._flex(rules, density))
+            except RuntimeError as error:  # inductor's own kinds included
+                record(row | {"error": f"{type(error).__name__}: {error}"[:400]})
+
+    def _costs(self, schedule: TileSchedule, seconds: float) -> dict[str, Any]:
+        shape = schedule.shape
+        return {
+            "density": schedule.density,
+            "seconds": seconds,
+            "flop": 4 * schedule.num_blocks * shape.rows * shape.keys * self.q.shape[-1],
+            "R": seconds / (schedule.density * self.dense_s),
+            "makespan": schedule.makespan,
+            "blocks": schedule.num_blocks,
+        }
+
+    def _flex(self, rules: tuple[Rule, ...], density: float) -> dict[str, Any]:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        mask = block_mask(rules, self.grid)
+        compiled: Any = torch.compile(flex_attention, dynamic=False)
+        seconds = median_s(
+            lambda: compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True), budget_s=self.budget_s
+        )
+        blocks = density * self.q.shape[1] * int(self.grid.reachable().sum())
+        flop = 4 * blocks * BLOCK_TOKENS**2 * self.q.shape[-1]
+        return {"density": density, "seconds": seconds, "flop": flop, "R": seconds / (density * self.dense_s)}
+
+
+def block_mask(rules: tuple[Rule, ...], grid: BlockGrid) -> Any:
+    """FlexAttention's BlockMask with the same tiles, full and partial ones told apart in the same way."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    distinct = tuple(dict.fromkeys(rules))
+    chosen = torch.stack([rule.select(grid) for rule in distinct])[[distinct.index(rule) for rule in rules]][
+        None
+    ].cuda()
+    partial = chosen & grid.diagonal("cuda") if grid.causal else torch.zeros_like(chosen)
+    full = chosen & ~partial
+
+    def lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(mask.int(), dim=-1, descending=True, stable=True)
+        return mask.sum(-1, dtype=torch.int32), order.int()
+
+    def causal_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return q_index >= k_index
+
+    side = (grid.block_tokens, grid.block_tokens)
+    return BlockMask.from_kv_blocks(
+        *lists(partial), *lists(full), BLOCK_SIZE=side, mask_mod=causal_mod if grid.causal else None
+    )
+
+
+def main() -> None:
+    """Command line: all cases, a line of JSON per row on stderr, the whole record in a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where to write the record")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
+    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out (it compiles for minutes)")
+    parser.add_argument("--no-full", action="store_true", help="causal only")
+    given = parser.parse_args()
+
+    def show(row: dict[str, Any]) -> None:
+        sys.stderr.write(json.dumps(row) + "\n")
+
+    record = run(
+        lengths=given.lengths,
+        head_dims=given.head_dims,
+        flex=not given.no_flex,
+        causal=(True,) if given.no_full else (True, False),
+        progress=show,
+    )
+    given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Time on a CUDA device: graph replays between events, medians, and the two ceilings that everything is compared with."""
+
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+
+def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool = True) -> float:
+    """Median time of one call.
+
+    A graph of one call is replayed between events, so launch gaps do not count; the number of replays fills `budget_s`, at least 5.
+
+    Args:
+        run: launches the work; must be safe to capture if `graph`.
+        budget_s: device time to spend.
+        graph: replay a captured graph; otherwise call `run` anew each time.
+    """
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    replay: Callable[[], object] = run
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        replay = captured.replay
+    first = _timed(replay, 2)
+    repeats = min(200, max(5, int(budget_s / max(statistics.median(first), 1e-7))))
+    return statistics.median(_timed(replay, repeats))
+
+
+def _timed(replay: Callable[[], object], repeats: int) -> list[float]:
+    event: Any = torch.cuda.Event
+    events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def ceilings() -> dict[str, float]:
+    """Rates this device reaches now, on random data: bf16 matrix product, and device copy counting bytes read and written."""
+    size = 8192
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn_like(a)
+    out = torch.empty_like(a)
+    matmul_s = median_s(lambda: torch.matmul(a, b, out=out), budget_s=0.3)
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    copy_s = median_s(lambda: target.copy_(source), budget_s=0.1)
+    return {"matmul_flop_per_s": 2 * size**3 / matmul_s, "copy_bytes_per_s": 2 * source.nbytes / copy_s}
+
+
+def provenance(command: list[str] | None = None) -> dict[str, Any]:
+    """Device, versions and command line."""
+    device = torch.cuda.get_device_properties(0)
+    cudnn: Any = torch.backends.cudnn
+    return {
+        "device": device.name,
+        "num_sms": device.multi_processor_count,
+        "l2_bytes": device.L2_cache_size,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn.version(),
+        "triton": triton.__version__,
+        "command": " ".join(command if command is not None else sys.argv),
+    }

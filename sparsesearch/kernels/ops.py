@@ -1,0 +1,78 @@
+"""The kernels as PyTorch operators: opaque to torch.compile, with shapes for tracing, safe in CUDA graphs (no host synchronisation)."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("sparsesearch::tile_prefill", mutates_args=())
+def tile_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    tiles: Tensor,
+    entries: Tensor,
+    bin_ptr: Tensor,
+    merges: Tensor,
+    scale: float,
+    causal: bool,
+    rows: int,
+    keys: int,
+    num_slots: int,
+    covered: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a tile schedule, by kernel "gluon" or "triton": output like q, and fp32 log-sum-exp [B, H, S].
+
+    The tensors and numbers are those of `dispatch.prefill` and `schedule.TileSchedule`. `covered` says that every row of the output is
+    written by some tile; otherwise the rest is 0, with LSE -inf.
+    """
+    out = torch.empty_like(q) if covered else torch.zeros_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if not covered:
+        lse.fill_(-torch.inf)
+    if bin_ptr.numel() < 2 or tiles.shape[0] == 0:
+        return out, lse
+    from sparsesearch.kernels import triton_prefill
+
+    parts = q.new_empty(
+        num_slots, rows, triton_prefill.padded_head_dim(q.shape[-1])
+    )  # a cut tile's pieces, merged in fp32
+    lse_parts = q.new_empty(num_slots, rows, dtype=torch.float32)
+    match kernel:
+        case "gluon":
+            from sparsesearch.kernels import hopper_prefill
+
+            config = hopper_prefill.CONFIGS[q.shape[-1], keys]
+            hopper_prefill.launch(
+                q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, config=config
+            )  # fmt: skip
+        case "triton":
+            triton_prefill.launch(
+                q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, rows=rows, keys=keys
+            )  # fmt: skip
+        case _:
+            raise AssertionError(kernel)
+    triton_prefill.launch_merge(out, lse, parts, lse_parts, merges)
+    return out, lse
+
+
+@tile_prefill.register_fake
+def _tile_prefill_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    tiles: Tensor,
+    entries: Tensor,
+    bin_ptr: Tensor,
+    merges: Tensor,
+    scale: float,
+    causal: bool,
+    rows: int,
+    keys: int,
+    num_slots: int,
+    covered: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -1,0 +1,481 @@
+"""The tile schedule: what every plan compiles to for a concrete shape.
+
+A tile is `rows` queries of one head of one sequence. It has a list of key blocks (`entries`, compact, shared by all heads with the same
+choice) and a place in the work list of one of the device's workers (`bin_ptr`). Any kernel of this package runs it.
+
+Order: tiles of KV heads whose keys and values fit the L2 cache together form a section; sections follow one another, and within one the
+longest tile goes first to the least loaded worker (Graham 1969, LPT; sections as in FlashAttention's SingleTileLPTScheduler). Differs: loads
+carry over from section to section and the lightest tiles are dealt last, over all sections, so the sum balances although no section does.
+A tile longer than an even share of all work is cut along its keys; the pieces are merged by their log-sum-exp.
+
+All of it is vectorised over tiles: 1024 heads of 128k tokens build in under a second, and nothing of size heads x blocks² is allocated unless
+every head has its own choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.errors import SpecError
+
+if TYPE_CHECKING:
+    from sparsesearch.rules.base import Rule
+
+Ints: TypeAlias = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
+
+TILE_FIELDS = (
+    "batch",  # row of the batch
+    "head",  # query head
+    "q_row",  # row of the tile's first query in q; negative when a chunk starts inside the tile
+    "row_lo",  # first row of the tile that is a real query
+    "row_hi",  # one past the last
+    "k_row",  # row of the sequence's first key in k
+    "kv_len",  # keys of the sequence
+    "q_pos",  # position of the tile's first query in the sequence
+    "lo",  # first entry
+    "hi",  # one past the last
+    "slot",  # where a piece of a cut tile leaves its partial output; -1 for a whole tile
+    "spare",
+)
+ENTRY_SHIFT = 3
+"""An entry is key block << 3 | upper half absent << 1 | lower half absent << 2 | partial; an absent half is masked, hence also partial."""
+
+SPLIT_GAIN = 1.1  # cut a tile only if it is this much longer than an even share: merging costs a second launch
+MOST_RUNS = 8192  # a run of equal tiles takes about 20 us to deal
+TILE_OVERHEAD = (
+    0.6  # fixed cost of a tile in blocks; H100, head_dim 64 and 128: fitted to 6-block tiles against 256-block tiles
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One unpadded sequence inside a batch.
+
+    Attributes:
+        grid: its queries, keys and causality.
+        batch: its row of the batch.
+        q_offset: row of its first query in q[batch].
+        k_offset: row of its first key in k[batch].
+    """
+
+    grid: BlockGrid
+    batch: int = 0
+    q_offset: int = 0
+    k_offset: int = 0
+
+
+@dataclass(frozen=True)
+class HeadTiles:
+    """Which tiles each query head of one sequence computes.
+
+    Attributes:
+        choices: R distinct choices; a row may be empty, then its queries get 0.
+        of_head: for each query head, which of them.
+    """
+
+    choices: Bool[Tensor, "R M N"]
+    of_head: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Queries and keys of one kernel tile."""
+
+    rows: int
+    keys: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.keys < 1:
+            raise SpecError(f"a tile must have rows and keys, but got {self.rows} x {self.keys}.")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What the tiles are dealt to.
+
+    Attributes:
+        count: workers that run at the same time (blocks of the persistent grid).
+        l2_bytes: cache they share; 0.6 of it is counted on.
+    """
+
+    count: int = 132
+    l2_bytes: float = 50e6
+
+    @classmethod
+    def of(cls, device: torch.device | str, blocks_per_sm: int = 1) -> "Workers":
+        """The multiprocessors and cache of a device; an H100's for the CPU, where order does not matter."""
+        if torch.device(device).type != "cuda":
+            return cls()
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count * blocks_per_sm, float(properties.L2_cache_size))
+
+
+@dataclass(frozen=True)
+class TileSchedule:
+    """Tiles in the order they run, and what they compute.
+
+    Attributes:
+        tiles: int32 records, columns as in TILE_FIELDS, grouped by worker.
+        entries: int32 key blocks of all lists.
+        bin_ptr: worker w runs tiles bin_ptr[w] … bin_ptr[w + 1] - 1.
+        merges: per cut tile: its record's (batch, head, q_row, row_lo, row_hi), first slot, number of slots.
+        shape: queries and keys per tile.
+        causal: whether partial entries are cut by causality.
+        num_heads: query heads.
+        num_slots: partial outputs that cut tiles need.
+        num_blocks: entries computed over all tiles.
+        dense_blocks: the same for dense attention.
+        covered_rows: (head, query) pairs that some tile writes.
+        makespan: blocks of the most loaded worker, overhead included, over an even share.
+    """
+
+    tiles: Int[Tensor, "T 12"]
+    entries: Int[Tensor, " E"]
+    bin_ptr: Int[Tensor, " P1"]
+    merges: Int[Tensor, "C 7"]
+    shape: TileShape
+    causal: bool
+    num_heads: int
+    num_slots: int
+    num_blocks: int
+    dense_blocks: int
+    covered_rows: int
+    makespan: float
+
+    @property
+    def density(self) -> float:
+        """Computed tiles over the tiles that dense attention computes."""
+        return self.num_blocks / self.dense_blocks
+
+    @property
+    def num_workers(self) -> int:
+        """Blocks of the persistent grid."""
+        return self.bin_ptr.numel() - 1
+
+
+def spans_of_lengths(
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    *,
+    block_tokens: int,
+    causal: bool = True,
+    left_padding: Sequence[int] | None = None,
+) -> tuple[Span, ...]:
+    """One sequence per batch row, padded on the right, or on the left by `left_padding[b]` keys.
+
+    With left padding the queries of row b end where its keys end: they are the last q_lens[b] rows of q.
+    """  # fmt: skip
+    spans = []
+    longest_q = max(q_lens)
+    for batch, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        pad = left_padding[batch] if left_padding is not None else 0
+        q_offset = longest_q - q_len if left_padding is not None else 0
+        spans.append(Span(BlockGrid(q_len, kv_len, block_tokens, causal=causal), batch, q_offset, pad))
+    return tuple(spans)
+
+
+def spans_of_cu_seqlens(
+    cu_q: Sequence[int], cu_k: Sequence[int], *, block_tokens: int, causal: bool = True
+) -> tuple[Span, ...]:
+    """Sequences packed end to end in batch row 0; sequence i has queries cu_q[i] … cu_q[i+1] - 1 and keys likewise."""
+    bounds = zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
+    return tuple(Span(BlockGrid(q1 - q0, k1 - k0, block_tokens, causal=causal), 0, q0, k0) for q0, q1, k0, k1 in bounds)
+
+
+def build_schedule(
+    spans: Sequence[Span],
+    head_tiles: Sequence[HeadTiles],
+    *,
+    num_kv_heads: int,
+    shape: TileShape,
+    workers: Workers,
+    head_bytes: int = 256,
+    device: torch.device | str = "cpu",
+) -> TileSchedule:
+    """Compile choices of tiles to lists and an order.
+
+    Args:
+        spans: the sequences of the batch, all causal or all full.
+        head_tiles: the choice of each.
+        num_kv_heads: KV heads; query heads are a multiple.
+        shape: tile of the kernel that will run it. `rows` may hold one or two of the plan's blocks or divide one, `keys` must divide one.
+        workers: what it runs on.
+        head_bytes: bytes of one key (head_dim times element size), for the cache sections.
+        device: where the tensors go.
+
+    Raises:
+        SpecError: the tile does not fit the plan's blocks, or the sequences disagree.
+    """
+    if len(spans) != len(head_tiles) or not spans:
+        raise SpecError(f"there must be one choice per sequence, but got {len(head_tiles)} for {len(spans)}.")
+    if len({span.grid.causal for span in spans}) > 1 or len({len(choice.of_head) for choice in head_tiles}) > 1:
+        raise SpecError("all sequences of a batch must have the same causality and the same number of heads.")
+    num_heads = len(head_tiles[0].of_head)
+    if num_heads % num_kv_heads:
+        raise SpecError(f"query heads must be a multiple of KV heads, but got {num_heads} and {num_kv_heads}.")
+    lists = _Lists(shape)
+    records = np.concatenate([lists.tiles_of(span, choice) for span, choice in zip(spans, head_tiles, strict=True)])
+    group = num_heads // num_kv_heads
+    pair = np.repeat(np.arange(len(spans)), [_num_tiles(span.grid, shape) * num_heads for span in spans])
+    pair = pair * num_kv_heads + records[:, 1] // group
+    used = records[:, 9] > records[:, 8]
+    covered = int((records[used, 4] - records[used, 3]).sum())
+    if not used.all():
+        records, pair = records[used], pair[used]
+    by_queries = (pair * (int(records[:, 7].max(initial=0)) + 1) + records[:, 7]) * np.int64(group) + records[
+        :, 1
+    ] % group
+    order = np.argsort(by_queries, kind="stable")  # heads of a group at the same queries side by side: they share keys
+    records, pair = records[order], pair[order]
+    num_blocks = int((records[:, 9] - records[:, 8]).sum())
+    records, pair, merges, num_slots = _cut(records, pair, workers.count, num_blocks)
+    section = _sections(
+        _hot_bytes(spans, records, pair, num_kv_heads, group, shape, head_bytes), 0.6 * workers.l2_bytes
+    )[pair]
+    cost = (records[:, 9] - records[:, 8]).astype(np.int64)
+    place, bin_ptr, makespan = deal(cost, section, workers.count)
+    dense = sum(_dense_blocks(span.grid, shape) for span in spans) * num_heads
+
+    def on_device(array: Ints) -> Tensor:
+        return torch.from_numpy(array.astype(np.int32, copy=False)).to(device)
+
+    return TileSchedule(
+        tiles=on_device(records[place]),
+        entries=on_device(lists.entries()),
+        bin_ptr=on_device(bin_ptr),
+        merges=on_device(merges),
+        shape=shape,
+        causal=spans[0].grid.causal,
+        num_heads=num_heads,
+        num_slots=num_slots,
+        num_blocks=num_blocks,
+        dense_blocks=dense,
+        covered_rows=covered,
+        makespan=makespan,
+    )
+
+
+@lru_cache(maxsize=256)
+def schedule_of_rules(
+    rules: "tuple[Rule, ...]",
+    spans: tuple[Span, ...],
+    *,
+    num_kv_heads: int,
+    shape: TileShape,
+    workers: Workers,
+    head_bytes: int = 256,
+    device: str = "cpu",
+) -> TileSchedule:
+    """The schedule of static rules, one per query head; built once per shape.
+
+    Raises:
+        SpecError: a rule is dynamic: its choice needs queries and keys, so build from its tiles with `build_schedule`.
+    """
+    for rule in rules:
+        if rule.dynamic:
+            raise SpecError(f"{rule.label} chooses tiles from queries and keys: pass its tiles to build_schedule.")
+    distinct = tuple(dict.fromkeys(rules))
+    of_head = tuple(distinct.index(rule) for rule in rules)
+    by_grid = {span.grid: HeadTiles(torch.stack([r.select(span.grid) for r in distinct]), of_head) for span in spans}
+    return build_schedule(
+        spans,
+        [by_grid[span.grid] for span in spans],
+        num_kv_heads=num_kv_heads,
+        shape=shape,
+        workers=workers,
+        head_bytes=head_bytes,
+        device=device,
+    )
+
+
+def _num_tiles(grid: BlockGrid, shape: TileShape) -> int:
+    return -(-grid.kv_len // shape.rows) - grid.q_start // shape.rows
+
+
+def _dense_blocks(grid: BlockGrid, shape: TileShape) -> int:
+    first = np.arange(grid.q_start // shape.rows, -(-grid.kv_len // shape.rows)) * shape.rows
+    reach = np.minimum(first + shape.rows, grid.kv_len) if grid.causal else np.full_like(first, grid.kv_len)
+    return int((-(-reach // shape.keys)).sum())
+
+
+class _Lists:
+    """Compact lists of key blocks; heads and sequences with the same choice share them."""
+
+    def __init__(self, shape: TileShape) -> None:
+        self.shape = shape
+        self._parts: list[Ints] = []
+        self._length = 0
+        self._known: dict[tuple[BlockGrid, int, int], Ints] = {}
+
+    def entries(self) -> Ints:
+        """All lists end to end; one dummy entry if there is none, so that kernels may read ahead."""
+        return np.concatenate([*self._parts, np.zeros(1, np.int64)])
+
+    def tiles_of(self, span: Span, choice: HeadTiles) -> Ints:
+        """Records of one sequence, head-major."""
+        grid, shape = span.grid, self.shape
+        count = _num_tiles(grid, shape)
+        bounds = np.stack([self._bounds(grid, choice.choices, r) for r in range(len(choice.choices))])
+        num_heads = len(choice.of_head)
+        q_pos = (grid.q_start // shape.rows + np.arange(count)) * shape.rows
+        first = np.maximum(grid.q_start - q_pos, 0)
+        last = np.minimum(grid.kv_len - q_pos, shape.rows)
+        records = np.zeros((num_heads, count, len(TILE_FIELDS)), np.int32)
+        records[..., 0] = span.batch
+        records[..., 1] = np.arange(num_heads)[:, None]
+        records[..., 2] = span.q_offset + q_pos - grid.q_start
+        records[..., 3] = first
+        records[..., 4] = last
+        records[..., 5] = span.k_offset
+        records[..., 6] = grid.kv_len
+        records[..., 7] = q_pos
+        records[..., 8:10] = bounds[list(choice.of_head)]
+        records[..., 10] = -1
+        return records.reshape(-1, len(TILE_FIELDS))
+
+    def _bounds(self, grid: BlockGrid, choices: Bool[Tensor, "R M N"], index: int) -> Ints:
+        key = (grid, id(choices), index)
+        if key not in self._known:
+            entries, per_tile = tile_entries(choices[index], grid, self.shape)
+            ends = np.cumsum(per_tile) + self._length
+            self._parts.append(entries)
+            self._length += len(entries)
+            self._known[key] = np.stack([ends - per_tile, ends], 1)
+        return self._known[key]
+
+
+def tile_entries(mask: Bool[Tensor, "M N"], grid: BlockGrid, shape: TileShape) -> tuple[Ints, Ints]:
+    """Entries of one choice of blocks, tile by tile, keys ascending; and how many each tile has."""
+    block, rows, keys = grid.block_tokens, shape.rows, shape.keys
+    pairs = rows // block if rows > block else 1
+    if block % keys or (block % rows if pairs == 1 else rows % block or pairs > 2):
+        raise SpecError(
+            f"a kernel tile of {rows} x {keys} cannot run blocks of {block} tokens: rows must be twice the block or divide it, "
+            "keys must divide it."
+        )
+    bits = (mask & grid.reachable()).numpy()
+    halves = (
+        np.arange(grid.q_start // rows * 2, -(-grid.kv_len // rows) * 2) * rows // 2
+    )  # first query of each half tile
+    source = halves // block - grid.first_q_block
+    real = (source >= 0) & (source < bits.shape[0])
+    columns = np.arange(-(-grid.kv_len // keys)) * keys // block
+    present = (bits[np.where(real, source, 0)] & real[:, None])[:, columns].reshape(-1, 2, len(columns))
+    tile, key = np.nonzero(present.any(1))
+    absent = ~present[tile, :, key]
+    q_first = np.maximum((grid.q_start // rows + tile) * rows, grid.q_start)
+    past = key * keys + keys
+    partial = (past > grid.kv_len) | absent.any(1)
+    if grid.causal:
+        reached = key * keys < (grid.q_start // rows + tile + 1) * rows
+        tile, key, absent, q_first, past, partial = (a[reached] for a in (tile, key, absent, q_first, past, partial))
+        partial = partial | (past - 1 > q_first)
+    entries = key << ENTRY_SHIFT | absent[:, 1].astype(np.int64) << 2 | absent[:, 0].astype(np.int64) << 1 | partial
+    return entries, np.bincount(tile, minlength=_num_tiles(grid, shape))
+
+
+def _cut(records: Ints, pair: Ints, workers: int, num_blocks: int) -> tuple[Ints, Ints, Ints, int]:
+    """Cut tiles longer than an even share into equal pieces, each with a slot for its partial output."""
+    length = records[:, 9] - records[:, 8]
+    share = max(-(-num_blocks // workers), 4)
+    heavy = length > SPLIT_GAIN * share
+    if not heavy.any():
+        return records, pair, np.zeros((0, 7), np.int64), 0
+    pieces = np.where(heavy, -(-length // share), 1)
+    first_slot = np.cumsum(np.where(heavy, pieces, 0)) - np.where(heavy, pieces, 0)
+    owner = np.repeat(np.arange(len(records)), pieces)
+    piece = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    out = records[owner]
+    out[:, 8] = records[owner, 8] + length[owner] * piece // pieces[owner]
+    out[:, 9] = records[owner, 8] + length[owner] * (piece + 1) // pieces[owner]
+    out[:, 10] = np.where(heavy[owner], first_slot[owner] + piece, -1)
+    merges = np.concatenate([records[heavy, :5], first_slot[heavy, None], pieces[heavy, None]], 1)
+    return out, pair[owner], merges, int(pieces[heavy].sum())
+
+
+def _hot_bytes(
+    spans: Sequence[Span], records: Ints, pair: Ints, num_kv_heads: int, group: int, shape: TileShape, head_bytes: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Keys and values, in bytes, that the tiles of each (sequence, KV head) read again and again: all of them times the density of its
+    densest query head. Narrow windows move on and need no room in the cache.
+    """  # fmt: skip
+    heads = pair * group + records[:, 1] % group
+    computed = np.bincount(heads, weights=records[:, 9] - records[:, 8], minlength=len(spans) * num_kv_heads * group)
+    dense = np.repeat([_dense_blocks(span.grid, shape) for span in spans], num_kv_heads)
+    share = computed.reshape(-1, group).max(1) / dense
+    return share * np.repeat([2.0 * span.grid.kv_len * head_bytes for span in spans], num_kv_heads)
+
+
+def _sections(kv_bytes: np.ndarray[Any, np.dtype[np.float64]], capacity: float) -> Ints:
+    """Consecutive (sequence, KV head) pairs whose keys and values fit the cache share a section."""
+    before = np.cumsum(kv_bytes) - kv_bytes
+    return np.asarray(before // max(capacity, float(kv_bytes.max()), 1.0), np.int64)
+
+
+def deal(cost: Ints, section: Ints, workers: int) -> tuple[Ints, Ints, float]:
+    """Give tiles to workers: longest first within a section, the lightest tiles of all sections at the very end.
+
+    Args:
+        cost: blocks per tile.
+        section: section per tile; lower ones run earlier.
+        workers: number of workers.
+
+    Returns:
+        Order of the tiles, grouped by worker; where each worker's tiles start in it; the greatest load over an even share.
+    """
+    if len(cost) == 0:
+        return np.zeros(0, np.int64), np.zeros(workers + 1, np.int64), 1.0
+    if section.max() > 0:
+        light = np.lexsort((-section, cost))  # lightest first; among equals those whose keys were read last
+        share = min(0.5, float(cost.max()) * workers / max(float(cost.sum()), 1.0))
+        held = light[np.cumsum(cost[light]) <= share * cost.sum()]
+        section = section.copy()
+        section[held] = section.max() + 1
+    top = int(cost.max()) + 1
+    keys = section * top + (top - 1 - cost)
+    order = np.argsort(keys, kind="stable")
+    starts = _runs(keys[order])
+    if len(starts) > MOST_RUNS:  # near-equal tiles count as equal, except in the section that evens out the loads
+        level = np.where(section < section.max(), np.round(np.log(cost) / np.log(1.12)).astype(np.int64), cost)
+        starts = _runs((section * top + level)[order])
+    load = np.zeros(workers)
+    owner, begin = np.empty(len(order), np.int64), np.empty(len(order))
+    ordered = cost[order] + TILE_OVERHEAD
+    for lo, hi in zip(starts, [*starts[1:], len(order)], strict=True):
+        owner[lo:hi], begin[lo:hi] = _deal_equal(load, ordered[lo:hi])
+    by_worker = np.argsort(owner * (float(begin.max()) + 1.0) + begin, kind="stable")
+    bin_ptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=workers))])
+    return order[by_worker], bin_ptr, float(load.max() / load.mean())
+
+
+def _runs(keys: Ints) -> Ints:
+    """Where each run of equal keys starts."""
+    return np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
+
+
+def _deal_equal(load: Any, costs: Any) -> tuple[Ints, Any]:
+    """Give near-equal tiles one by one to the least loaded worker; updates `load`, returns owner and start of each in that order."""
+    workers, count = len(load), len(costs)
+    if count <= workers:
+        owner = np.argsort(load, kind="stable")[:count]
+        if count == 1 or load[owner[-1]] <= load[owner[0]] + costs[-1]:  # nobody gets a second one
+            begin = load[owner]
+            load[owner] += costs
+            return owner, begin
+    cost = float(costs.mean())
+    level = (load.sum() + count * cost) / workers  # nobody starts one later than here, unless it is that busy already
+    slots = np.maximum(np.ceil((max(level, float(load.min())) - load) / cost), 0).astype(np.int64) + 1
+    owner = np.repeat(np.arange(workers), slots)
+    step = np.arange(len(owner)) - np.repeat(np.cumsum(slots) - slots, slots)
+    begin = load[owner] + step * cost
+    first = np.argsort(begin, kind="stable")[:count]
+    owner, begin = owner[first], begin[first]
+    load += np.bincount(owner, weights=costs, minlength=workers)
+    return owner, begin
