@@ -25,9 +25,8 @@ def apply(
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that plain from_pretrained loads, after `import sparsesearch`, with the plan active."""
-    from sparsesearch.runtime.export import export
-
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.export import export
 
     opened = Plan.load(plan)
     export(

@@ -29,11 +29,10 @@ def evaluate(
     json: o.Json = False,
 ) -> None:
     """Held-out loss, KL to dense, needle accuracy and prefill time of dense and every plan, in one job."""
-    from sparsesearch.runtime.loading import load_model
-
     from sparsesearch.evaluate import evaluate as run
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.loading import load_model
 
     opened = {path.stem if len(plans) > 1 else "plan": Plan.load(path) for path in plans}
     live, tokenizer = load_model(
@@ -107,13 +106,12 @@ def check(
     json: o.Json = False,
 ) -> None:
     """Gate for CI: exit 4 with a table when a plan is worse than its bounds or its recorded baseline."""
-    from sparsesearch.runtime.loading import load_model
-
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.check import Thresholds
     from sparsesearch.check import check as run
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.loading import load_model
 
     opened = Plan.load(plan)
     recorded = None if baseline is None else Metrics.load(baseline)
@@ -164,12 +162,12 @@ def report(
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan
-    from sparsesearch.planning import report_front
     from sparsesearch.profiling.record import Profile
     from sparsesearch.report import render
+    from sparsesearch.report.front import front_curves
 
     opened = Plan.load(plan)
-    front = None if profile is None else report_front(Profile.load(profile), opened.unit)
+    front = None if profile is None else front_curves(Profile.load(profile), opened.unit)
     write_bytes(out, render(opened, Metrics.load(metrics), pareto=front).encode())
     lines(f"written: {out}")
 

@@ -92,13 +92,12 @@ def profile(
     json: o.Json = False,
 ) -> None:
     """Score every candidate rule in every head on calibration data."""
-    from sparsesearch.runtime.loading import load_model
-
     from sparsesearch import calibration
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
     from sparsesearch.profiling.run import Request, profile_model
     from sparsesearch.runtime.fingerprint import describe
+    from sparsesearch.runtime.loading import load_model
     from sparsesearch.search_space import SearchSpace
 
     menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
@@ -143,11 +142,10 @@ def validate_proxy(
     """Measure whole plans and print how well each proxy ranks them (Kendall's tau)."""
     from dataclasses import asdict
 
-    from sparsesearch.runtime.loading import load_model
-
     from sparsesearch import calibration
     from sparsesearch.profiling.record import Profile
     from sparsesearch.proxy_validation import validate_proxies
+    from sparsesearch.runtime.loading import load_model
 
     opened = Profile.load(profile)
     live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=device)

@@ -69,11 +69,10 @@ def search(
 
 
 def _refined(profile: object, question: "Question", model: str | None, evaluations: int, seed: int) -> "Plan":
-    from sparsesearch.runtime.loading import load_model
-
     from sparsesearch import calibration
     from sparsesearch.profiling.record import Profile
     from sparsesearch.refinement import refine
+    from sparsesearch.runtime.loading import load_model
 
     assert isinstance(profile, Profile)
     live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path)

@@ -89,13 +89,6 @@ def find_choice(profile: Profile, question: Question) -> tuple[ScoreTable, Solut
     return table, solve(table, question.budgets)
 
 
-def find_front(profile: Profile, question: Question, bounds: Sequence[float]) -> tuple[ScoreTable, list[Solution]]:
-    """The best plan at each bound of the question's first budget; its other budgets hold throughout."""
-    table = score_table(profile, question)
-    swept, *others = question.budgets
-    return table, pareto(table, swept.metric, bounds, others=others, lengths=swept.lengths)
-
-
 def write_plan(
     profile: Profile,
     question: Question,

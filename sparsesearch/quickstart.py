@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsesearch import calibration
+from sparsesearch.artifacts import write_bytes
 from sparsesearch.block_mask import BlockGrid, density
 from sparsesearch.check import CheckResult, Thresholds, judge
 from sparsesearch.errors import ArtifactError
 from sparsesearch.evaluate import Metrics, evaluate
 from sparsesearch.plan import Plan, uniform_plan
-from sparsesearch.planning import Question, find_front
+from sparsesearch.planning import Question
 from sparsesearch.presets import preset_path
-from sparsesearch.profiling.record import Profile
+from sparsesearch.profiling.record import Profile, summary
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.refinement import refine
 from sparsesearch.report import render
+from sparsesearch.report.front import front_curves
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.export import export
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 MODEL = "needle-7m"
 LENGTH_TOKENS = 2048
 TIMED_LENGTH_TOKENS = 4096
-FRONT = tuple(0.12 + 0.04 * step for step in range(21))
 Progress = Callable[[str, int, int], None]
 
 
@@ -113,9 +114,14 @@ def quickstart(
     plan.save(out / "sparse_plan.json")
     export(plan, MODEL, out / "patched")
     metrics.save(out / "metrics.json")
-    check = judge(metrics, "plan", Thresholds(recovery=0.9), None)
-    _, front = find_front(profile, question, FRONT)
-    (out / "report.html").write_text(render(plan, metrics, front=front, check=check), encoding="utf-8")
+    check = judge(metrics, "plan", Thresholds(recovery=0.9))
+    page = render(
+        plan,
+        metrics,
+        pareto=front_curves(profile, "query_head"),
+        profile_summary={"source": source, **summary(profile)},
+    )
+    write_bytes(out / "report.html", page.encode())
     return Quickstart(plan, metrics, check, source)
 
 

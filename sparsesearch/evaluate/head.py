@@ -27,7 +27,7 @@ class Head:
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        embedding = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        embedding = model.get_output_embeddings()
         if not isinstance(embedding, nn.Module):
             raise UnsupportedModelError(
                 f"a model must have output embeddings to be judged, but {type(model).__name__} has none; give a causal LM."

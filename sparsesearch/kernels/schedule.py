@@ -410,7 +410,8 @@ def _hot_bytes(
     computed = np.bincount(heads, weights=records[:, 9] - records[:, 8], minlength=len(spans) * num_kv_heads * group)
     dense = np.repeat([_dense_blocks(span.grid, shape) for span in spans], num_kv_heads)
     share = computed.reshape(-1, group).max(1) / dense
-    return share * np.repeat([2.0 * span.grid.kv_len * head_bytes for span in spans], num_kv_heads)
+    keys_bytes = np.repeat([2.0 * span.grid.kv_len * head_bytes for span in spans], num_kv_heads)
+    return np.asarray(share * keys_bytes)
 
 
 def _sections(kv_bytes: np.ndarray[Any, np.dtype[np.float64]], capacity: float) -> Ints:

@@ -72,9 +72,12 @@ def _config(source: str, revision: str | None, trust_remote_code: bool) -> PreTr
         )
     where: str | Path = preset_path("models", source) if source in preset_names("models") else source
     try:
-        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            where, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise SpecError(f"{source} must be a model with a config.json, but: {str(error).splitlines()[0]}") from error
+    return config
 
 
 def _cpu_flops_per_s() -> float:

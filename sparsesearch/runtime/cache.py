@@ -65,7 +65,7 @@ class PlanKeyValues:
         )
 
 
-class PlanCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class PlanCacheLayer(CacheLayerMixin):
     """One layer's cache, split into groups of KV heads. See the module's docstring."""
 
     is_sliding = False

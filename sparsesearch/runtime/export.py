@@ -196,7 +196,7 @@ def _plain(base: PreTrainedModel) -> PreTrainedModel:
 
 def _empty(config: Any, **options: Any) -> PreTrainedModel:
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     return model
 
 
