@@ -30,7 +30,7 @@ class Exact:
     """What HiGHS found among the kept candidates.
 
     Attributes:
-        choice: a plan within the limits; None when it found none.
+        choice: a plan within the limits; None when it found none, or none can be better than the known one.
         bound: no plan of kept candidates within the limits loses less; inf when there is none.
         finished: False when the time ran out.
     """
@@ -55,7 +55,9 @@ def solve_exact(
     units, candidates = np.nonzero(kept)
     least = np.where(kept, problem.loss, np.inf).min(1)
     constant = float(least.sum())
-    span = max(largest - constant, np.finfo(float).tiny)
+    span = largest - constant
+    if span <= 1e-14 * float(np.abs(least).sum()):  # the known plan takes the best of every unit
+        return Exact(None, constant, True)
     objective = (problem.loss[units, candidates] - least[units]) * (OBJECTIVE_SCALE / span)
     one_each = sparse.csr_array((np.ones(len(units)), (units, np.arange(len(units)))), shape=(len(kept), len(units)))
     rows = problem.use[:, units, candidates] * (ROW_SCALE / problem.limit)[:, None]

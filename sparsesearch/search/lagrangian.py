@@ -29,7 +29,6 @@ MAX_EVALUATIONS = 400
 FINEST = 1e-7
 FURTHEST = 1e6
 ROUNDING = 1e-14
-TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,9 @@ def maximise(
     for plan in (floor, best.choice):
         cuts.add(problem, plan)
     spread = np.where(problem.allowed, problem.loss, -np.inf).max(1) - problem.loss.min(1)
-    first, reach, before = float(np.median(spread)) * len(spread) + TINY, 8.0, np.inf
+    if not spread.any():  # all choices lose the same: the bound at price 0 is exact
+        return best
+    first, reach, before = float(np.median(spread[spread > 0])) * len(spread), 8.0, np.inf
     for _ in range(MAX_EVALUATIONS):
         largest = reach * (float(best.prices.max()) or first)
         rise, outermost = cuts.maximum(problem.limit, best, largest)

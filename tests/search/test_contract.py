@@ -1,5 +1,6 @@
 """What every searcher must hold. `solve`, the front and exhaustive search are the searchers."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -140,6 +141,32 @@ def test_infeasible_names_a_value_that_is_feasible_and_nearly_smallest() -> None
         solve(table, [Budget("density", 0.1), Budget("kv_fraction", 0.5)])
     assert "alone" in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+def test_printed_smallest_value_is_the_smallest_on_small_tables(make_small_table: MakeTable) -> None:
+    checked = 0
+    for seed in range(60):
+        table, budgets = make_small_table(seed)
+        with contextlib.suppress(BudgetInfeasibleError):
+            solve(table, [Budget(budgets[0].metric, 0.01)])
+            continue
+        with pytest.raises(BudgetInfeasibleError) as caught:
+            solve(table, [Budget(budgets[0].metric, 0.01)])
+        smallest = float(str(caught.value).split("=")[-1].split(". ")[0])
+        assert solve(table, [Budget(budgets[0].metric, smallest)]).gap < 1e-3
+        with pytest.raises(BudgetInfeasibleError):
+            solve_exhaustive(table, [Budget(budgets[0].metric, 0.998 * smallest)])
+        checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_size_of_the_losses_does_not_matter(scale: float) -> None:
+    table = medium_table()
+    scaled = replace(table, loss=table.loss * scale)
+    budgets = [Budget("density", 0.3), Budget("kv_fraction", 0.35)]
+    first, second = (solve(each, budgets, gap_target=0.0) for each in (table, scaled))
+    assert second.loss == pytest.approx(first.loss * scale, rel=1e-9)
 
 
 def test_jointly_infeasible_budgets_are_told_apart() -> None:
