@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MODEL = "needle-7m"
 LENGTH_TOKENS = 2048
 TIMED_LENGTH_TOKENS = 4096
+REFERENCE_SAMPLES = 12
 Progress = Callable[[str, int, int], None]
 
 
@@ -138,7 +139,9 @@ def uniform_window(profile: Profile, density_budget: float) -> Plan:
 
 def reference_request(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", seed: int = 0) -> Request:
     """What the shipped reference profile was made with."""
-    samples = calibration.load("needle", tokenizer, length_tokens=LENGTH_TOKENS, num_samples=6, seed=seed)
+    samples = calibration.load(
+        "needle", tokenizer, length_tokens=LENGTH_TOKENS, num_samples=REFERENCE_SAMPLES, seed=seed
+    )
     return Request(describe(model, MODEL), SearchSpace.load("mixture"), {LENGTH_TOKENS: samples}, seed=seed)
 
 

@@ -270,7 +270,7 @@ def _consumer(
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         if OVERLAP:
             more = t + 1 < end
-            len_next, pos_next, lo_next, _, bias_next = _read(
+            len_next, pos_next, lo_next, hi_next, bias_next = _read(  # noqa: RUF059
                 tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
             )
             mbarrier.arrive(q_empty.index(half), count=1)
