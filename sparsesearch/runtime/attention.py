@@ -2,6 +2,9 @@
 
 It keeps no state of its own (a counter here would recompile every compiled model at every call): rules live on the module, lengths come
 with the call, and what must be remembered between calls lives in the cache.
+
+Dynamic rules act on every call with more than one query, on that call's own queries: a later chunk of a prompt chooses for itself (its
+estimate sees all keys but only its own queries), and so does a chunk of candidates in assisted decoding. A call of one query is dense for them.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from plans import BLOCK_TOKENS, RULES, cycled_plan, dense_plan, left_padded, oracle_logits
+from runtime_plans import BLOCK_TOKENS, RULES, cycled_plan, dense_plan, left_padded, oracle_logits
 from transformers import DynamicCache, StaticCache
 
 import sparsesearch

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from plans import cycled_plan, dense_plan, greedy_oracle, group_plan, left_padded, oracle_logits
+from runtime_plans import cycled_plan, dense_plan, greedy_oracle, group_plan, left_padded, oracle_logits
 from transformers import DynamicCache, StaticCache
 
 import sparsesearch

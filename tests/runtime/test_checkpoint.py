@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plans import cycled_plan, dense_plan, group_plan, left_padded
+from runtime_plans import cycled_plan, dense_plan, group_plan, left_padded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plans import group_plan, left_padded
+from runtime_plans import group_plan, left_padded
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from plans import cycled_plan, dense_plan, group_plan, left_padded
+from runtime_plans import cycled_plan, dense_plan, group_plan, left_padded
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, T5Config
 
 import sparsesearch

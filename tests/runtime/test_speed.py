@@ -1,6 +1,6 @@
 import pytest
 import torch
-from plans import group_plan
+from runtime_plans import group_plan
 
 from sparsesearch.errors import SpecError
 from sparsesearch.runtime.speed import prefill_times
