@@ -152,6 +152,49 @@ def check(
     result.raise_if_failed()
 
 
+def front(
+    profile: o.ProfileDir,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Metrics file to write.")] = Path("front.json"),
+    model: o.OptionalModel = None,
+    families: Annotated[str | None, typer.Option(help="Families separated by semicolons; all by default.")] = None,
+    densities: Annotated[str, typer.Option(help="Density budgets, by commas.")] = "0.15,0.2,0.25,0.35,0.5",
+    lengths: o.Lengths = "2048",
+    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.")] = 96,
+    device: o.Device = "cpu",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Measure plans of every family over a row of densities: mixture, MoA, MInference, DuoAttention, uniform windows."""
+    import sys
+
+    from sparsesearch.measured_front import FAMILIES, front_table, measure_front
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.runtime.loading import load_model
+
+    opened = Profile.load(profile)
+    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=device)
+    with progress_bar() as progress:
+        metrics = measure_front(
+            live,
+            tokenizer,
+            opened,
+            families=list(FAMILIES) if families is None else [name.strip() for name in families.split(";")],
+            densities=[float(value) for value in densities.split(",")],
+            lengths=o.parsed_lengths(lengths),
+            num_sequences=num_sequences,
+            seed=seed,
+            command="sparsesearch " + " ".join(sys.argv[1:]),
+            progress=progress,
+        )
+    metrics.save(out)
+    content = {length: front_table(metrics, length) for length in metrics.lengths_tokens}
+    if json:
+        emit_json(content)
+        return
+    for length, rows in content.items():
+        table(f"{length} tokens, {num_sequences} sequences", list(rows[0]), [list(row.values()) for row in rows])
+
+
 def report(
     plan: o.PlanFile,
     metrics: Annotated[Path, typer.Argument(help="Metrics file written by eval or quickstart.", metavar="METRICS")],
@@ -174,5 +217,5 @@ def report(
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    for name, command in (("eval", evaluate), ("check", check), ("report", report)):
+    for name, command in (("eval", evaluate), ("check", check), ("front", front), ("report", report)):
         app.command(name)(guarded(command))
