@@ -167,7 +167,7 @@ def front(
     """Measure plans of every family over a row of densities: mixture, MoA, MInference, DuoAttention, uniform windows."""
     import sys
 
-    from sparsesearch.measured_front import FAMILIES, front_table, measure_front
+    from sparsesearch.measured_front import ALL_FAMILIES, front_table, measure_front
     from sparsesearch.profiling.record import Profile
     from sparsesearch.runtime.loading import load_model
 
@@ -178,7 +178,7 @@ def front(
             live,
             tokenizer,
             opened,
-            families=list(FAMILIES) if families is None else [name.strip() for name in families.split(";")],
+            families=ALL_FAMILIES if families is None else [name.strip() for name in families.split(";")],
             densities=[float(value) for value in densities.split(",")],
             lengths=o.parsed_lengths(lengths),
             num_sequences=num_sequences,
