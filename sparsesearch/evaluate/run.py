@@ -97,7 +97,7 @@ def evaluate(
             for name in variants
         }
     return Metrics(
-        model=str(model.config.name_or_path or type(model).__name__),
+        model=next((plan.base_model.name_or_path for plan in plans.values()), str(model.config.name_or_path)),
         results=results,
         plans={name: plan.sha256 for name, plan in plans.items()},
         data=used,
