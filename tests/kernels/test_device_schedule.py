@@ -49,9 +49,7 @@ def test_deal_is_even(counts: torch.Tensor) -> None:
     order, bin_ptr = order.cpu(), bin_ptr.cpu()
     assert order.sort().values.tolist() == list(range(len(counts)))
     assert (int(bin_ptr[0]), int(bin_ptr[-1])) == (0, len(counts))
-    loads = torch.stack(
-        [(counts[order[a:b]] + TILE_OVERHEAD).sum() for a, b in itertools.pairwise(bin_ptr)]
-    )
+    loads = torch.stack([(counts[order[a:b]] + TILE_OVERHEAD).sum() for a, b in itertools.pairwise(bin_ptr)])
     # the light tiles' cuts miss an even share by one of them at most, which is a tenth of it here
     assert float(loads.max()) <= max(1.06 * float(loads.mean()), float(counts.max()) + TILE_OVERHEAD)
 
