@@ -39,8 +39,11 @@ def ragged_decode_parts(
     worker = tl.program_id(0).to(tl.int64)
     pairs, blocks, ends = _shares(kv_lens, num_pairs, PAIRS, BN)
     total_blocks = tl.sum(blocks, 0).to(tl.int64)
-    at = (worker * total_blocks // tl.num_programs(0)).to(tl.int32)
-    stop = ((worker + 1) * total_blocks // tl.num_programs(0)).to(tl.int32)
+    busy = tl.minimum(
+        tl.num_programs(0), total_blocks
+    )  # no worker between two busy ones is idle: the merge reads them all
+    at = (worker * total_blocks // tl.maximum(busy, 1)).to(tl.int32)
+    stop = tl.where(worker < busy, ((worker + 1) * total_blocks // tl.maximum(busy, 1)).to(tl.int32), at)
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D)
     keys = tl.arange(0, BN)
@@ -90,38 +93,39 @@ def ragged_decode_parts(
 def merge_decode_parts(
     out, lse, kv_lens, parts, lse_parts, num_pairs, workers,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
+    CHUNK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """O = Σ exp(lse_i - lse) O_i over the workers that had a part of one pair. Grid: pairs."""
-    pair = tl.program_id(0)
+    """O = Σ exp(lse_i - lse) O_i over the workers that had a part of one pair. Grid: (query heads, D / COLS)."""
+    head = tl.program_id(0)
+    pair = head // GROUP
     pairs, blocks, ends = _shares(kv_lens, num_pairs, PAIRS, BN)
-    total_blocks = tl.sum(blocks, 0).to(tl.int64)
+    total_blocks = tl.maximum(tl.sum(blocks, 0).to(tl.int64), 1)
+    busy = tl.minimum(workers, total_blocks)
     end = tl.sum(tl.where(pairs == pair, ends, 0), 0).to(tl.int64)
     first = end - tl.sum(tl.where(pairs == pair, blocks, 0), 0)
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, D)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    if end > first:
-        # worker w starts at ⌊w·n/W⌋, so block b belongs to worker ⌈(b + 1)·W/n⌉ - 1
-        lo = ((first + 1) * workers + total_blocks - 1) // total_blocks - 1
-        hi = (end * workers + total_blocks - 1) // total_blocks - 1
-        for worker in range(lo, hi + 1):
-            part_lse = tl.load(lse_parts + (worker + pair) * ROWS + rows)
-            part = tl.load(parts + ((worker + pair) * ROWS + rows)[:, None] * D + cols[None, :])
-            m = tl.maximum(top, part_lse)
-            weight = tl.exp(part_lse - m)
-            decay = tl.exp(top - m)
-            acc = acc * decay[:, None] + weight[:, None] * part
-            total = total * decay + weight
-            top = m
+    # worker w starts at ⌊w·n/W⌋, so block b belongs to worker ⌈(b + 1)·W/n⌉ - 1
+    lo = ((first + 1) * busy + total_blocks - 1) // total_blocks - 1
+    hi = tl.where(end > first, (end * busy + total_blocks - 1) // total_blocks, lo)
+    row = head - pair * GROUP
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    steps = tl.arange(0, CHUNK)
+    top = -float("inf")
+    for start in range(lo, hi, CHUNK):
+        part = (start + steps + pair) * ROWS + row
+        top = tl.maximum(top, tl.max(tl.load(lse_parts + part, mask=start + steps < hi, other=-float("inf")), 0))
+    total = 0.0
+    acc = tl.zeros([COLS], tl.float32)
+    for start in range(lo, hi, CHUNK):
+        part = (start + steps + pair) * ROWS + row
+        real = start + steps < hi
+        weight = tl.exp(tl.load(lse_parts + part, mask=real, other=-float("inf")) - top)
+        tile = tl.load(parts + part[:, None] * D + cols[None, :], mask=real[:, None], other=0.0)
+        acc += tl.sum(weight[:, None] * tile, 0)
+        total += tl.sum(weight, 0)
     seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    merged = tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), -float("inf"))
-    head = pair * GROUP + rows
-    tl.store(lse + head, merged, mask=rows < GROUP)
-    real = (rows < GROUP)[:, None] & (cols < DV)[None, :]
-    tl.store(out + head.to(tl.int64)[:, None] * DV + cols[None, :], acc.to(out.dtype.element_ty), mask=real)
+    acc = acc / tl.where(seen, total, 1.0)
+    tl.store(lse + head, tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), -float("inf")))
+    tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
 
 
 def launch(
@@ -143,9 +147,10 @@ def launch(
         **fixed, **OPTIONS,
     )  # fmt: skip
     shared = {name: value for name, value in fixed.items() if name not in ("PAGE", "PRECISION")}
-    merge_decode_parts[(num_pairs,)](
-        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, num_warps=4, enable_fp_fusion=True
-    )
+    cols = min(padded, 32)
+    merge_decode_parts[(q.shape[0] * q.shape[1], padded // cols)](
+        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=64, COLS=cols, num_warps=4, enable_fp_fusion=True
+    )  # fmt: skip
 
 
 def constants(*, group: int, head_dim: int, num_pairs: int, page_tokens: int, fp32: bool) -> dict[str, int | str]:
