@@ -8,7 +8,7 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from sparsesearch.kernels import hopper_prefill, triton_decode, triton_prefill
+from sparsesearch.kernels import device_schedule, hopper_prefill, triton_decode, triton_index, triton_prefill
 from sparsesearch.kernels.compile_report import CompileReport, compile_report
 
 
@@ -61,6 +61,23 @@ def decode(page_tokens: int) -> CompileReport:
     return compile_report(kernel, types, constants, options=triton_decode.OPTIONS)
 
 
+def schedule() -> Iterator[tuple[str, CompileReport]]:
+    lists, deal = device_schedule.list_entries, device_schedule.deal_tiles
+    types = dict.fromkeys(lists.arg_names, "*i32") | {"mask": "*u8"} | dict.fromkeys(lists.arg_names[7:], "i32")
+    constants: dict[str, Any] = {"BLOCK": 64, "ROWS": 128, "KEYS": 64, "CAUSAL": True, "CHUNK": 256}
+    yield "schedule lists", compile_report(lists, types, constants, options={"num_warps": 1})
+    types = dict.fromkeys(deal.arg_names, "*i32") | {"share": "*fp32"} | dict.fromkeys(deal.arg_names[10:], "i32")
+    constants = {"CLASSES": 512, "WORKERS": 256, "CHUNK": 8192, "ROUNDS": 16, "BITS": 8}
+    yield "schedule deal", compile_report(deal, types, constants, options={"num_warps": 16})
+
+
+def index() -> CompileReport:
+    kernel = triton_index._tile_mass
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"q": "*bf16", "k": "*bf16", "lse": "*fp32", "mass": "*fp32"}
+    sizes = {"GROUP": 4, "BLOCK": 128, "BM": 64, "BN": 64, "D": 128, "DV": 128, "CAUSAL": True, "PRECISION": "tf32"}
+    return compile_report(kernel, types, sizes, options={"num_warps": 4})
+
+
 def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, keys in hopper_prefill.CONFIGS:
         for causal in (True, False):
@@ -72,6 +89,8 @@ def every() -> Iterator[tuple[str, CompileReport]]:
         yield f"triton {head_dim} {block}", portable(head_dim, block)
     for page_tokens in (0, 64):
         yield f"decode {page_tokens}", decode(page_tokens)
+    yield from schedule()
+    yield "index mass", index()
 
 
 def main() -> None:
