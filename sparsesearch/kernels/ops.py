@@ -76,3 +76,43 @@ def _tile_prefill_shapes(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("sparsesearch::ragged_decode", mutates_args=())
+def ragged_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_start: Tensor,
+    kv_lens: Tensor,
+    table: Tensor | None,
+    scale: float,
+    page_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """One query per head over ragged keys; `decode.ragged_decode` is its caller and describes the arguments."""
+    from sparsesearch.kernels import triton_decode
+
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    sms = (
+        torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    )  # the interpreter's, for tests
+    workers = sms * triton_decode.WORKERS_PER_SM
+    triton_decode.launch(
+        q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers
+    )  # fmt: skip
+    return out, lse
+
+
+@ragged_decode.register_fake
+def _ragged_decode_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_start: Tensor,
+    kv_lens: Tensor,
+    table: Tensor | None,
+    scale: float,
+    page_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
