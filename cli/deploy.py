@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sparsesearch_cli import options as o
-from sparsesearch_cli.errors import guarded
-from sparsesearch_cli.render import emit_json, lines, table
+
+from . import options as o
+from .errors import guarded
+from .render import emit_json, lines, pairs
 
 
 def apply(
@@ -24,7 +25,7 @@ def apply(
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Write a checkpoint that plain from_pretrained loads, after `import sparsesearch`, with the plan active."""
+    """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
     from sparsesearch.plan import Plan
     from sparsesearch.runtime.export import export
 
@@ -54,13 +55,20 @@ def verify(
     checkpoint: Annotated[Path, typer.Argument(help="Directory written by `sparsesearch apply`.", metavar="DIR")],
     json: o.Json = False,
 ) -> None:
-    """Check a patched checkpoint: hashes, geometry, weights, and its output against the oracle."""
+    """Check a patched checkpoint against the oracle. It looks at files, weights, prefill and decoding."""
     from dataclasses import asdict
 
+    from sparsesearch.errors import ArtifactError
     from sparsesearch.runtime.verify import verify as run
 
-    found = asdict(run(checkpoint))
-    emit_json(found) if json else table(f"{checkpoint} is sound", ["", ""], list(found.items()))
+    found = run(checkpoint)
+    verdict = "is sound" if found.ok else "is NOT sound"
+    emit_json(asdict(found)) if json else pairs(f"{checkpoint} {verdict}", asdict(found))
+    if not found.ok:
+        problems = "; ".join(found.problems)
+        raise ArtifactError(
+            f"{checkpoint} must run its plan, but: {problems}. Make it again with `sparsesearch apply`."
+        )
 
 
 def register(app: typer.Typer) -> None:

@@ -1,11 +1,13 @@
 """The only place that turns exceptions into exit codes: 0 ok, 1 failure, 2 usage, 3 infeasible, 4 regression, 5 mismatch, 130 interrupt."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
-from sparsesearch_cli.render import say
+
+from .render import say
 
 INTERRUPTED = 130
 
@@ -29,6 +31,17 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from error
 
     return run
+
+
+@contextmanager
+def usage(option: str) -> Iterator[None]:
+    """Show a value that the library refuses as wrong usage of `option` (exit 2), with the command's usage line."""
+    from sparsesearch.errors import SpecError
+
+    try:
+        yield
+    except SpecError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _escaped(text: str) -> str:

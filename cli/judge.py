@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from sparsesearch_cli import options as o
-from sparsesearch_cli.errors import guarded
-from sparsesearch_cli.render import emit_json, lines, progress_bar, table
+
+from . import options as o
+from .errors import guarded
+from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
+    from sparsesearch.check import Thresholds
     from sparsesearch.evaluate import Metrics
 
 
@@ -16,9 +18,10 @@ def evaluate(
     plans: Annotated[list[Path], typer.Argument(help="One or more sparse_plan.json", metavar="PLAN...")],
     model: o.OptionalModel = None,
     lengths: o.Lengths = "2048",
-    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.")] = 96,
+    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
+    num_needles: o.NumNeedles = 8,
     data: o.Data = "text",
-    timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.")] = 5,
+    timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.", min=0)] = 5,
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     out: Annotated[
@@ -28,16 +31,15 @@ def evaluate(
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Held-out loss, KL to dense, needle accuracy and prefill time of dense and every plan, in one job."""
+    """Measure plans beside dense on held-out data. One job gives loss, KL to dense, needle accuracy and prefill time."""
     from sparsesearch.evaluate import evaluate as run
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
     from sparsesearch.runtime.loading import load_model
 
     opened = {path.stem if len(plans) > 1 else "plan": Plan.load(path) for path in plans}
-    live, tokenizer = load_model(
-        model or next(iter(opened.values())).base_model.name_or_path, device=device, dtype=dtype
-    )
+    name = model or next(iter(opened.values())).base_model.name_or_path
+    live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype)
     with progress_bar() as progress:
         metrics = run(
             live,
@@ -45,17 +47,19 @@ def evaluate(
             opened,
             lengths=o.parsed_lengths(lengths),
             num_sequences=num_sequences,
+            num_needles=num_needles,
             data=data,
             seed=seed,
             timing_rounds=timing_rounds,
             progress=progress,
-            command="sparsesearch eval",
+            command=o.command_line(),
+            model_name=name,
         )
     if out is not None:
         metrics.save(out)
     content = metrics.model_dump(mode="json")
     if tasks is not None:
-        content["lm_eval"] = lm_eval_tasks(live, tokenizer, tasks.split(","), opened)
+        content["lm_eval"] = lm_eval_tasks(live, tokenizer, opened, tasks.split(","))
     if json:
         emit_json(content)
         return
@@ -98,16 +102,16 @@ def check(
     lengths: Annotated[
         str | None, typer.Option(help="Lengths to judge; those of the baseline or plan by default.")
     ] = None,
-    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.")] = 48,
+    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 48,
+    num_needles: o.NumNeedles = 8,
     device: o.Device = "cpu",
     junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.")] = None,
     annotations: Annotated[bool, typer.Option("--annotations", help="Print GitHub workflow annotations.")] = False,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Gate for CI: exit 4 with a table when a plan is worse than its bounds or its recorded baseline."""
+    """Gate for CI: exit 4 when a plan has got worse. Its bounds are relative to dense, and to a recorded baseline."""
     from sparsesearch.artifacts import write_bytes
-    from sparsesearch.check import Thresholds
     from sparsesearch.check import check as run
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan
@@ -115,16 +119,18 @@ def check(
 
     opened = Plan.load(plan)
     recorded = None if baseline is None else Metrics.load(baseline)
-    live, tokenizer = load_model(model or opened.base_model.name_or_path, device=device)
+    thresholds = _thresholds(recovery=recovery, max_kl=max_kl, max_slowdown=max_slowdown)
+    live, tokenizer = load_model(model or opened.base_model.name_or_path, device=o.present_device(device))
     with progress_bar() as progress:
         result = run(
             opened,
             live,
             tokenizer,
             baseline=recorded,
-            thresholds=Thresholds(recovery=recovery, max_kl=max_kl, max_slowdown=max_slowdown),
+            thresholds=thresholds,
             lengths=None if lengths is None else o.parsed_lengths(lengths),
             num_sequences=num_sequences,
+            num_needles=num_needles,
             timing_rounds=0 if max_slowdown is None else 5,
             seed=seed,
             progress=progress,
@@ -152,6 +158,20 @@ def check(
     result.raise_if_failed()
 
 
+def _thresholds(**bounds: float | None) -> "Thresholds":
+    """The bounds, or a usage error that names the one out of range."""
+    from pydantic import ValidationError
+
+    from sparsesearch.check import Thresholds
+
+    try:
+        return Thresholds.model_validate(bounds)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(f"{first['msg']}, but got {first['input']}.", param_hint=option) from error
+
+
 def front(
     profile: o.ProfileDir,
     out: Annotated[Path, typer.Option("-o", "--out", help="Metrics file to write.")] = Path("front.json"),
@@ -159,31 +179,29 @@ def front(
     families: Annotated[str | None, typer.Option(help="Families separated by semicolons; all by default.")] = None,
     densities: Annotated[str, typer.Option(help="Density budgets, by commas.")] = "0.15,0.2,0.25,0.35,0.5",
     lengths: o.Lengths = "2048",
-    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.")] = 96,
+    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
     device: o.Device = "cpu",
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Measure plans of every family over a row of densities: mixture, MoA, MInference, DuoAttention, uniform windows."""
-    import sys
-
+    """Measure every family over a row of densities. They are mixture, MoA, MInference, DuoAttention and uniform windows."""
     from sparsesearch.measured_front import ALL_FAMILIES, front_table, measure_front
     from sparsesearch.profiling.record import Profile
     from sparsesearch.runtime.loading import load_model
 
     opened = Profile.load(profile)
-    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=device)
+    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=o.present_device(device))
     with progress_bar() as progress:
         metrics = measure_front(
             live,
             tokenizer,
             opened,
             families=ALL_FAMILIES if families is None else [name.strip() for name in families.split(";")],
-            densities=[float(value) for value in densities.split(",")],
+            densities=o.parsed_shares(densities, "--densities"),
             lengths=o.parsed_lengths(lengths),
             num_sequences=num_sequences,
             seed=seed,
-            command="sparsesearch " + " ".join(sys.argv[1:]),
+            command=o.command_line(),
             progress=progress,
         )
     metrics.save(out)
@@ -201,7 +219,7 @@ def report(
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("report.html"),
     profile: Annotated[Path | None, typer.Option(help="Profile directory, for the Pareto front.")] = None,
 ) -> None:
-    """Write one self-contained HTML page: rules per head, masks, front, predicted beside measured."""
+    """Write one self-contained HTML page. It shows rules per head, masks, front, and predicted beside measured."""
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan

@@ -3,9 +3,10 @@
 from typing import Annotated
 
 import typer
-from sparsesearch_cli import options as o
-from sparsesearch_cli.errors import guarded
-from sparsesearch_cli.render import emit_json, lines, table
+
+from . import options as o
+from .errors import guarded
+from .render import emit_json, lines, pairs, table
 
 
 def rules(json: o.Json = False) -> None:
@@ -39,7 +40,7 @@ def spaces(json: o.Json = False) -> None:
 
 
 def models(json: o.Json = False) -> None:
-    """List the embedded models and the model families whose attention can be planned."""
+    """List the embedded models and the supported families."""
     from sparsesearch.presets import preset_names
     from sparsesearch.runtime.families import supported_families
 
@@ -59,24 +60,26 @@ def schema(
     artifact: Annotated[str, typer.Argument(help="plan, metrics or rules")] = "plan",
 ) -> None:
     """Print the JSON Schema of an artefact."""
-    from sparsesearch.errors import SpecError, nearest
-    from sparsesearch.evaluate import Metrics
-    from sparsesearch.plan import Plan
+    from sparsesearch import plan
+    from sparsesearch.artifacts import file_schema
+    from sparsesearch.errors import nearest
+    from sparsesearch.evaluate import metrics
     from sparsesearch.rules import rule_kinds
 
     match artifact:
         case "plan":
-            emit_json(Plan.model_json_schema())
+            emit_json(file_schema(plan.Plan.model_json_schema(), format=plan.FORMAT))
         case "metrics":
-            emit_json(Metrics.model_json_schema())
+            emit_json(file_schema(metrics.Metrics.model_json_schema(), format=metrics.FORMAT))
         case "rules":
             emit_json({kind: rule.model_json_schema() for kind, rule in rule_kinds().items()})
         case _:
-            raise SpecError(f"unknown artefact {artifact!r}.{nearest(artifact, ['plan', 'metrics', 'rules'])}")
+            message = f"no artefact {artifact!r}.{nearest(artifact, ['plan', 'metrics', 'rules'])}"
+            raise typer.BadParameter(message, param_hint="ARTIFACT")
 
 
 def doctor(json: o.Json = False) -> None:
-    """Show what this installation can do here, and what is missing."""
+    """Show what this installation can do here."""
     import os
     from importlib.metadata import PackageNotFoundError, version
 
@@ -105,7 +108,7 @@ def doctor(json: o.Json = False) -> None:
     content["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "not set (set it to passive on shared machines)")
     cuda = torch.cuda.is_available()
     content["gpu"] = torch.cuda.get_device_name() if cuda else "none: profile and search run on the CPU"
-    emit_json(content) if json else table("doctor", ["", ""], list(content.items()))
+    emit_json(content) if json else pairs("doctor", content)
 
 
 def register(app: typer.Typer) -> None:

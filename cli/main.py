@@ -1,11 +1,13 @@
 """`sparsesearch`: the app, its global options, and the order in which the commands are listed."""
 
+import inspect
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from sparsesearch_cli import deploy, judge, listing, measure, plan
+
+from . import deploy, judge, listing, measure, plan
 
 app = typer.Typer(
     name="sparsesearch",
@@ -24,7 +26,8 @@ def options(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file of option values: command -> option -> value.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="One option value, as command.option=value; wins over --config.")
+        list[str] | None,
+        typer.Option("--set", help="One option value; wins over --config.", metavar="COMMAND.OPTION=VALUE"),
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     log_level: Annotated[
@@ -47,35 +50,53 @@ def options(
     context.default_map = _defaults(config, set_ or [])
 
 
-def _defaults(config: Path | None, settings: list[str]) -> dict[str, Any]:
-    """Option values by command, from the file and then from --set."""
-    import yaml
-
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise typer.BadParameter(f"--config must be a readable YAML file, but: {error}") from error
-        if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
-            raise typer.BadParameter(f"--config must map command -> option -> value, but {config} does not.")
-    known = set(_command_names())
+def _defaults(config: Path | None, settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Option values by command, from the file and then from --set; a name that is no command or option is refused."""
+    values: dict[str, dict[str, Any]] = {} if config is None else _read(config)
     for setting in settings:
         key, separator, value = setting.partition("=")
         command, dot, option = key.partition(".")
         if not separator or not dot:
-            raise typer.BadParameter(f"--set must look like search.budget=density=0.25, but got {setting!r}.")
-        values.setdefault(command, {})[option] = yaml.safe_load(value)
-    for command in values:
-        if command not in known:
-            raise typer.BadParameter(f"no command {command!r}; commands: {', '.join(sorted(known))}.")
-    return {
-        command: {name.replace("-", "_"): value for name, value in part.items()} for command, part in values.items()
-    }
+            raise _refusal("--set", f"must look like search.budget=density=0.25, but got {setting!r}.")
+        values.setdefault(command, {})[option] = value
+    source = "--config or --set"
+    commands = {info.name: info.callback for info in app.registered_commands if info.name and info.callback}
+    defaults: dict[str, dict[str, Any]] = {}
+    for command, part in values.items():
+        if command not in commands:
+            raise _refusal(source, f"names no command {command!r}.", command, commands)
+        known = inspect.signature(commands[command]).parameters
+        for option, value in part.items():
+            name = str(option).replace("-", "_")
+            if name not in known:
+                raise _refusal(source, f"names no option {command}.{option}.", name, known)
+            defaults.setdefault(command, {})[name] = _as_given(value, takes_list="list" in str(known[name].annotation))
+    return defaults
 
 
-def _command_names() -> list[str]:
-    return [info.name for info in app.registered_commands if info.name]
+def _read(config: Path) -> dict[str, dict[str, Any]]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _refusal("--config", f"must be a readable YAML file, but {config} is not: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
+        raise _refusal("--config", f"must map command -> option -> value, but {config} does not.")
+    return values
+
+
+def _as_given(value: Any, *, takes_list: bool) -> Any:
+    """A value as the command line would give it: a list for an option that may be repeated, else text with commas."""
+    if takes_list:
+        return value if isinstance(value, list) else [value]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _refusal(option: str, message: str, name: str = "", known: Any = ()) -> typer.BadParameter:
+    from sparsesearch.errors import nearest
+
+    return typer.BadParameter(message + (nearest(name, known) if known else ""), param_hint=option)
 
 
 def main() -> None:

@@ -4,25 +4,28 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sparsesearch_cli import options as o
-from sparsesearch_cli.errors import guarded
-from sparsesearch_cli.render import emit_json, lines, progress_bar, say, table
+
+from . import options as o
+from .errors import guarded
+from .render import emit_json, lines, pairs, progress_bar, say, table
 
 
 def quickstart(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to fill; must be new or empty.")] = Path(
         "quickstart"
     ),
-    density: Annotated[float, typer.Option(help="Share of dense attention's tiles the plan may compute.")] = 0.25,
+    density: Annotated[
+        float, typer.Option(help="Share of dense attention's tiles the plan may compute.", min=0.01, max=1)
+    ] = 0.25,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Profile here instead of using the profile shipped with the package.")
     ] = False,
-    evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.")] = 4,
-    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.")] = 24,
+    evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.", min=0)] = 4,
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.", min=1)] = 24,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Run everything on the embedded model: profile, search, apply, eval, check, report."""
+    """Run the whole corridor on the embedded model. It does profile, search, apply, eval, check, report."""
     from sparsesearch.quickstart import quickstart as run
 
     with progress_bar() as progress:
@@ -80,8 +83,8 @@ def profile(
         str, typer.Option(help="Field of a .jsonl, .parquet or hub dataset that holds the text.")
     ] = "text",
     lengths: o.Lengths = "2048",
-    num_samples: Annotated[int, typer.Option(help="Sequences per length.")] = 6,
-    num_probes: Annotated[int, typer.Option(help="Fisher probes per sequence.")] = 4,
+    num_samples: Annotated[int, typer.Option(help="Sequences per length.", min=1)] = 6,
+    num_probes: Annotated[int, typer.Option(help="Fisher probes per sequence.", min=1)] = 4,
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
@@ -91,7 +94,7 @@ def profile(
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Score every candidate rule in every head on calibration data."""
+    """Score every candidate rule in every head."""
     from sparsesearch import calibration
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
@@ -111,11 +114,12 @@ def profile(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        emit_json(needs) if json else table(f"profile of {model}", ["needs", "value"], list(needs.items()))
+        emit_json(needs) if json else pairs(f"a profile of {model} needs", needs)
         return
     live, tokenizer = load_model(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model, dtype=dtype, device=o.present_device(device), revision=revision, trust_remote_code=trust_remote_code
     )
+    calibration.check_context(live.config, wanted)
     sets = {
         length: calibration.load(
             data, tokenizer, length_tokens=length, num_samples=num_samples, seed=seed, text_column=text_column
@@ -126,20 +130,20 @@ def profile(
     with progress_bar() as progress:
         found = profile_model(live, request, out, resume=resume, progress=progress)
     content = summary(found)
-    emit_json(content) if json else table(f"profile in {out}", ["", ""], list(content.items()))
+    emit_json(content) if json else pairs(f"profile in {out}", content)
 
 
 def validate_proxy(
     profile: o.ProfileDir,
     model: o.OptionalModel = None,
-    num_plans: Annotated[int, typer.Option(help="Whole plans to draw and measure.")] = 60,
-    num_sequences: Annotated[int, typer.Option(help="Held-out sequences per plan.")] = 12,
-    unit: Annotated[str, typer.Option(help="query_head or kv_group.")] = "query_head",
+    num_plans: Annotated[int, typer.Option(help="Whole plans to draw and measure.", min=10)] = 60,
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences per plan.", min=1)] = 12,
+    unit: Annotated[o.Unit, typer.Option(help="What decides.")] = "query_head",
     device: o.Device = "cpu",
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Measure whole plans and print how well each proxy ranks them (Kendall's tau)."""
+    """Measure how well each proxy ranks whole plans. The figure is Kendall's tau."""
     from dataclasses import asdict
 
     from sparsesearch import calibration
@@ -148,7 +152,7 @@ def validate_proxy(
     from sparsesearch.runtime.loading import load_model
 
     opened = Profile.load(profile)
-    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=device)
+    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=o.present_device(device))
     length = max(opened.manifest.lengths)
     held_out = calibration.load(
         "needle", tokenizer, length_tokens=length, num_samples=num_sequences, seed=seed, split="heldout"
@@ -159,7 +163,7 @@ def validate_proxy(
             opened,
             held_out.samples,
             num_plans=num_plans,
-            granularity=o.granularity(unit),
+            granularity=unit,
             seed=seed,
             progress=progress,
         )
@@ -180,14 +184,14 @@ def calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths and repeats, for a first look.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Measure what attention costs on this device, for latency budgets."""
+    """Measure what attention costs here, for latency budgets."""
     from sparsesearch.cost.calibrate import calibrate as run
 
     path = out or Path(f"{device}.json")
     with progress_bar() as progress:
         found = run(device, out=path, quick=quick, progress=progress)
     content = found.summary()
-    emit_json(content) if json else table(f"cost model in {path}", ["", ""], list(content.items()))
+    emit_json(content) if json else pairs(f"cost model in {path}", content)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,15 +1,14 @@
 """Options that several commands share."""
 
+import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from sparsesearch.shapes import Granularity
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else there.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
 Model = Annotated[
     str,
     typer.Argument(help="Hub id, local directory, a GGUF file, or needle-7m (the embedded model).", metavar="MODEL"),
@@ -21,10 +20,15 @@ OptionalModel = Annotated[
 ]
 Lengths = Annotated[str, typer.Option(help="Sequence lengths in tokens, separated by commas.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of weights and activations; auto is float32 on a CPU, else the checkpoint's own."),
+]
+Unit = Literal["query_head", "kv_group"]
 Data = Annotated[
     str, typer.Option(help="needle, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split.")
 ]
+NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository ships.")]
 
@@ -36,12 +40,45 @@ def parsed_lengths(text: str) -> list[int]:
     except ValueError:
         lengths = []
     if not lengths or lengths[0] < 1:
-        raise typer.BadParameter(f"must be positive token counts separated by commas, but got {text!r}.")
+        raise typer.BadParameter(
+            f"must be positive token counts separated by commas, such as 1024,2048, but got {text!r}.",
+            param_hint="--lengths",
+        )
     return lengths
 
 
-def granularity(text: str) -> "Granularity":
-    """`query_head` or `kv_group`; a usage error otherwise."""
-    if text == "query_head" or text == "kv_group":
-        return text
-    raise typer.BadParameter(f"--unit must be query_head or kv_group, but got {text!r}.")
+def parsed_shares(text: str, option: str) -> list[float]:
+    """`0.2,0.35` as shares in (0, 1]; a usage error otherwise."""
+    try:
+        shares = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise typer.BadParameter(
+            f"must be shares in (0, 1] separated by commas, such as 0.25,0.5, but got {text!r}.", param_hint=option
+        )
+    return shares
+
+
+def command_line() -> str:
+    """How this run was started, for the record."""
+    return shlex.join(["sparsesearch", *sys.argv[1:]])
+
+
+def present_device(text: str) -> str:
+    """A device of this machine; a usage error when it is no device, a `SpecError` when this machine lacks it."""
+    import torch
+
+    from sparsesearch.errors import SpecError
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, but got {text!r}.", param_hint="--device")
+    found = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= found:
+        has = f"{found} of them" if found else f"none (torch {torch.__version__})"
+        raise SpecError(f"--device {text} must be a GPU that torch can use, but this machine has {has}. Pass another.")
+    return text

@@ -1,12 +1,13 @@
 """Commands about plans: make one, read one, compare two."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from sparsesearch_cli import options as o
-from sparsesearch_cli.errors import guarded
-from sparsesearch_cli.render import emit_json, lines, progress_bar, table
+
+from . import options as o
+from .errors import guarded, usage
+from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
     from sparsesearch.plan import Plan
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 def search(
     profile: o.ProfileDir,
     budget: Annotated[
-        list[str], typer.Option(help="density=0.25, kv_fraction=0.4 or latency=0.5x; several must all hold.")
+        list[str],
+        typer.Option(
+            help="density=0.25, kv_fraction=0.4 or latency=0.5x; several must all hold.", metavar="METRIC=SHARE"
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
     space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
-    unit: Annotated[str | None, typer.Option(help="query_head or kv_group; the space's own by default.")] = None,
+    unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
     objective: Annotated[
-        str, typer.Option(help="combined, text, answer, output_error, dropped_mass or moa.")
+        Literal["combined", "text", "answer", "output_error", "dropped_mass", "moa"],
+        typer.Option(help="Which predicted loss to minimise."),
     ] = "combined",
     answer_weight: Annotated[float, typer.Option(help="Weight of the answer proxy in `combined`.", min=0)] = 1.0,
     device: Annotated[
@@ -37,7 +42,7 @@ def search(
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Find the plan with the least loss within a budget, and prove how close to the best it is."""
+    """Find the plan with the least loss within a budget. The proven distance from the best plan is printed."""
     from sparsesearch.cost import load_cost_model
     from sparsesearch.errors import ArtifactError
     from sparsesearch.planning import Question, find_choice, write_plan
@@ -47,12 +52,14 @@ def search(
 
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
+    with usage("--budget"):
+        budgets = parse_budgets(budget)
     opened = Profile.load(profile)
     menu = None if space is None else SearchSpace.load(space)
     question = Question(
-        budgets=parse_budgets(budget),
+        budgets=budgets,
         space=menu,
-        granularity=o.granularity(unit or (menu.unit if menu else "query_head")),
+        granularity=unit or (menu.unit if menu else "query_head"),
         objective=objective,
         answer_weight=answer_weight,
         cost_model=None if device is None else load_cost_model(device),
@@ -111,7 +118,7 @@ def _show_search(plan: "Plan", out: Path, json: bool) -> None:
         emit_json(content)
         return
     rows = [
-        [record.metric, length, record.bound, used]
+        [record.metric, int(length), record.bound, used]
         for record in plan.budgets
         for length, used in record.predicted.items()
     ]
@@ -147,7 +154,7 @@ def explain(
     profile: Annotated[Path | None, typer.Option(help="Profile directory, to list the head's alternatives.")] = None,
     json: o.Json = False,
 ) -> None:
-    """Say what a plan does, or what one head does and what else it could have done."""
+    """Say what a plan does, or what one head does and could have done."""
     from dataclasses import asdict
 
     from sparsesearch.comparison import PlanExplanation
@@ -160,7 +167,7 @@ def explain(
     scores = None
     if profile is not None:
         scores = score_table(Profile.load(profile), Question((), granularity=opened.unit))
-    found = run(opened, head, scores)
+    found = run(opened, head, scores=scores)
     if json:
         emit_json(asdict(found))
     elif isinstance(found, PlanExplanation):
@@ -174,10 +181,11 @@ def explain(
         lines(f"{found.module}:{found.head} follows {found.rule}", "", found.meaning, f"source: {found.source}")
         table("parameters", ["name", "value", "meaning"], found.parameters)
         table("density", ["length", "share of dense"], list(found.densities.items()))
+        metrics = list(found.alternatives[0].cost) if found.alternatives else []
         table(
             "alternatives",
-            ["rule", "loss", "cost", "chosen"],
-            [[a.rule, a.loss, str(a.cost), "*" if a.chosen else ""] for a in found.alternatives],
+            ["rule", "loss", *metrics, "chosen"],
+            [[a.rule, a.loss, *a.cost.values(), "*" if a.chosen else ""] for a in found.alternatives],
         )
 
 

@@ -1,12 +1,19 @@
-"""The only place that prints: results on stdout (tables, or one JSON object), progress and messages on stderr."""
+"""The only place that prints: results on stdout (tables, or one JSON value), progress and messages on stderr."""
 
 import json
+import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Progress = Callable[[str, int, int], None]
+PIPE_COLUMNS = 120
 
 
 def say(text: str) -> None:
@@ -17,24 +24,34 @@ def say(text: str) -> None:
 
 
 def emit_json(content: Any) -> None:
-    """One JSON value on stdout and nothing else."""
-    sys.stdout.write(json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    """One JSON value on stdout and nothing else; what is not a number is null."""
+    sys.stdout.write(json.dumps(_plain(content), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers are right-aligned."""
-    from rich.console import Console
+    """A titled table on stdout; columns of numbers are right-aligned."""
+    from rich import box
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", header_style="bold")
+    grid = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     for index, name in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        numeric = all(row[index] is None or isinstance(row[index], int | float) for row in rows)
         grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(_text(value) for value in row))
-    console = Console()
-    console.width = max(console.width, 100) if not console.is_terminal else console.width
-    console.print(grid)
+    _show(title, grid)
+
+
+def pairs(title: str, content: Mapping[str, object]) -> None:
+    """Named values on stdout, one per line; a mapping or a list takes a line per entry."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(overflow="fold")
+    for name, value in content.items():
+        grid.add_row(name.replace("_", " "), _text(value))
+    _show(title, grid)
 
 
 def lines(*texts: str) -> None:
@@ -80,7 +97,50 @@ def progress_bar() -> Iterator[Progress]:
         yield update
 
 
+def _show(title: str, grid: Any) -> None:
+    console = _console()
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(grid)
+    console.print()
+
+
+def _console() -> "Console":
+    """As wide as the terminal; a pipe gets COLUMNS, or enough for most tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_COLUMNS
+    return console
+
+
 def _text(value: object) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    from rich.markup import escape
+
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case Mapping():
+            return "\n".join(f"{name}: {_text(part)}" for name, part in value.items()) or "none"
+        case list() | tuple():
+            return ", ".join(_text(part) for part in value) or "none"
+        case _:
+            return escape(str(value))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Path():
+            return str(value)
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {str(name): _plain(part) for name, part in value.items()}
+        case list() | tuple():
+            return [_plain(part) for part in value]
+        case _:
+            return value

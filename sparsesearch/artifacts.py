@@ -72,6 +72,20 @@ def write_json(path: Path, content: dict[str, Any], *, format: str, schema_versi
     write_bytes(path, canonical_json(stamped).encode())
 
 
+def file_schema(content: dict[str, Any], *, format: str) -> dict[str, Any]:
+    """JSON Schema of a file as `write_json` writes it: that of its content, and the three stamps."""
+    stamps = {
+        "format": {"const": format},
+        "schema_version": {"type": "string", "pattern": r"^\d+\.\d+$"},
+        "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    }
+    return {
+        **content,
+        "properties": {**content["properties"], **stamps},
+        "required": sorted([*content.get("required", ()), *stamps]),
+    }
+
+
 def read_text(path: Path) -> str:
     """Read a UTF-8 text file.
 
@@ -83,7 +97,9 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} must exist, but there is no such file. Check the path.") from error
     except IsADirectoryError as error:
-        raise ArtifactError(f"{path} must be a file, but is a folder.") from error
+        raise ArtifactError(f"{path} must be a file, but is a folder. Name the file in it.") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} must be readable, but {error.strerror or error}. Check the path.") from error
     except UnicodeDecodeError as error:
         raise ArtifactError(
             f"{path} must be UTF-8 text, but byte {error.start} is not. Re-save it as UTF-8."

@@ -113,6 +113,7 @@ def measure_front(
         timing_rounds=0,
         progress=progress,
         command=command,
+        model_name=profile.manifest.base_model.name_or_path,
     )
 
 

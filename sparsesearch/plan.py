@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic.annotated_handlers import GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from sparsesearch.artifacts import canonical_json, parse_json, read_text, sha256_text, write_json
 from sparsesearch.errors import ArtifactError, SpecError
-from sparsesearch.rules import Rule, parse_rule
+from sparsesearch.rules import Rule, parse_rule, rule_kinds
 from sparsesearch.rules.dense import Dense
 from sparsesearch.shapes import Granularity, ModelGeometry
 
@@ -63,7 +66,15 @@ def _as_rule(value: Any) -> Any:
     return value if isinstance(value, Rule) else parse_rule(value, where="rules")
 
 
-AnyRule = Annotated[SerializeAsAny[Rule], BeforeValidator(_as_rule)]
+class _RuleSchema:
+    """In a JSON Schema, a rule is one of the kinds there are."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(_: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [handler(rule.__pydantic_core_schema__) for rule in rule_kinds().values()]}
+
+
+AnyRule = Annotated[SerializeAsAny[Rule], BeforeValidator(_as_rule), _RuleSchema]
 
 
 class Plan(_Frozen):

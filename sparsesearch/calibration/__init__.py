@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sparsesearch.calibration.context import check_context
 from sparsesearch.calibration.needle import TEMPLATES, NeedleTask, Style, needle_samples, needles_that_fit
 from sparsesearch.calibration.samples import Calibration, Sample, Split
 from sparsesearch.calibration.sources import BUILT_IN, documents
@@ -15,7 +16,17 @@ from sparsesearch.errors import SpecError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BUILT_IN", "TEMPLATES", "Calibration", "NeedleTask", "Sample", "Split", "load", "needle_questions"]
+__all__ = [
+    "BUILT_IN",
+    "TEMPLATES",
+    "Calibration",
+    "NeedleTask",
+    "Sample",
+    "Split",
+    "check_context",
+    "load",
+    "needle_questions",
+]
 
 _CALIBRATION_NEEDLES, _CALIBRATION_QUESTIONS = 8, 4
 _TOKENS_PER_NEEDLE = (

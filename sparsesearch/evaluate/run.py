@@ -44,6 +44,7 @@ def evaluate(
     apply: ApplyPlan = apply,
     progress: Progress | None = None,
     command: str | None = None,
+    model_name: str | None = None,
 ) -> Metrics:
     """Judge plans beside dense on held-out sequences, in one job.
 
@@ -65,9 +66,10 @@ def evaluate(
         apply: how a plan is put on the model.
         progress: called with (what, done, total).
         command: how this was started, for the record.
+        model_name: what the model is called in the record; by default where it was loaded from.
 
     Raises:
-        SpecError: a variant is called `dense`, no length is given, or the data do not suffice.
+        SpecError: a variant is called `dense`, no length is given or one exceeds the model's context, or the data do not suffice.
     """
     if "dense" in plans:
         raise SpecError("no plan may be called 'dense': dense is always judged beside the plans. Choose another name.")
@@ -75,6 +77,7 @@ def evaluate(
         raise SpecError(
             f"at least one length and one sequence must be judged, but got {list(lengths)}, {num_sequences}."
         )
+    calibration.check_context(model.config, lengths)
     variants: dict[str, Plan | None] = {"dense": None, **plans}
     results: dict[int, dict[str, VariantMetrics]] = {}
     used: dict[str, str] = {}
@@ -97,7 +100,7 @@ def evaluate(
             for name in variants
         }
     return Metrics(
-        model=next((plan.base_model.name_or_path for plan in plans.values()), str(model.config.name_or_path)),
+        model=model_name or str(model.config.name_or_path or type(model).__name__),
         results=results,
         plans={name: plan.sha256 for name, plan in plans.items()},
         data=used,

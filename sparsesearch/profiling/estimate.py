@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from sparsesearch.calibration import check_context
 from sparsesearch.errors import SpecError
 from sparsesearch.presets import preset_names, preset_path
 from sparsesearch.search_space import SearchSpace
@@ -31,9 +32,10 @@ def estimate(
     """Parameters, peak memory, disk and time of a profile; time by a short matrix product on this machine's CPU.
 
     Raises:
-        SpecError: the source has no configuration to read (a GGUF file, or no model at all).
+        SpecError: the source has no configuration to read (a GGUF file, or no model at all), or a length exceeds its context.
     """
     config = _config(source, revision, trust_remote_code)
+    check_context(config, lengths)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsesearch.artifacts import sha256_file, write_bytes
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.calibration import Calibration, Sample
+from sparsesearch.calibration import Calibration, Sample, check_context
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import BaseModelInfo
 from sparsesearch.profiling.capture import AttentionCall, forward_calls, logits_and_calls
@@ -76,11 +76,12 @@ def profile_model(
 
     Raises:
         ArtifactError: `out` is taken, or was begun with another request.
-        SpecError: calibrations of different sample counts.
+        SpecError: calibrations of different sample counts, or longer than the model's context.
     """
     counts = {len(calibration.samples) for calibration in request.calibrations.values()}
     if len(counts) != 1:
         raise SpecError(f"every length must have the same number of samples, but got {sorted(counts)}.")
+    check_context(model.config, request.lengths)
     store = ShardStore.open(out, request.fingerprint(model), resume=resume)
     if (out / "profile.json").exists():
         return Profile.load(out)
