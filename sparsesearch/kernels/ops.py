@@ -35,25 +35,25 @@ def tile_prefill(
         return out, lse
     from sparsesearch.kernels import triton_prefill
 
-    parts = q.new_empty(
-        num_slots, rows, triton_prefill.padded_head_dim(q.shape[-1])
-    )  # a cut tile's pieces, merged in fp32
+    # a cut tile's pieces; merged in fp32
+    parts = q.new_empty(num_slots, rows, triton_prefill.padded_head_dim(q.shape[-1]))
     lse_parts = q.new_empty(num_slots, rows, dtype=torch.float32)
-    match kernel:
-        case "gluon":
-            from sparsesearch.kernels import hopper_prefill
+    with torch.cuda.device(q.get_device()):  # Triton launches on the current device
+        match kernel:
+            case "gluon":
+                from sparsesearch.kernels import hopper_prefill
 
-            config = hopper_prefill.CONFIGS[q.shape[-1], keys]
-            hopper_prefill.launch(
-                q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, config=config
-            )  # fmt: skip
-        case "triton":
-            triton_prefill.launch(
-                q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, rows=rows, keys=keys
-            )  # fmt: skip
-        case _:
-            raise AssertionError(kernel)
-    triton_prefill.launch_merge(out, lse, parts, lse_parts, merges)
+                config = hopper_prefill.CONFIGS[q.shape[-1], keys]
+                hopper_prefill.launch(
+                    q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, config=config
+                )  # fmt: skip
+            case "triton":
+                triton_prefill.launch(
+                    q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, rows=rows, keys=keys
+                )  # fmt: skip
+            case _:
+                raise AssertionError(kernel)
+        triton_prefill.launch_merge(out, lse, parts, lse_parts, merges)
     return out, lse
 
 
@@ -98,9 +98,10 @@ def ragged_decode(
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     )  # the interpreter's, for tests
     workers = sms * triton_decode.WORKERS_PER_SM
-    triton_decode.launch(
-        q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers
-    )  # fmt: skip
+    with torch.cuda.device(q.get_device()):
+        triton_decode.launch(
+            q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers
+        )  # fmt: skip
     return out, lse
 
 
