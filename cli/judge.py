@@ -177,6 +177,7 @@ def front(
     model: o.OptionalModel = None,
     families: Annotated[str | None, typer.Option(help="Families separated by semicolons; all by default.")] = None,
     densities: Annotated[str, typer.Option(help="Density budgets, by commas.")] = "0.15,0.2,0.25,0.35,0.5",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the front of the longest length as SVG.")] = None,
     lengths: o.Lengths = "2048",
     num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
     device: o.Device = "cpu",
@@ -184,8 +185,10 @@ def front(
     json: o.Json = False,
 ) -> None:
     """Measure every family over a row of densities. They are mixture, MoA, MInference, DuoAttention and uniform windows."""
-    from sparsesearch.measured_front import FAMILIES, front_table, measure_front
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.measured_front import ALL_FAMILIES, front_table, measure_front
     from sparsesearch.profiling.record import Profile
+    from sparsesearch.report.front import front_plot
     from sparsesearch.runtime.loading import load_model
 
     opened = Profile.load(profile)
@@ -195,7 +198,7 @@ def front(
             live,
             tokenizer,
             opened,
-            families=list(FAMILIES) if families is None else [name.strip() for name in families.split(";")],
+            families=ALL_FAMILIES if families is None else [name.strip() for name in families.split(";")],
             densities=o.parsed_shares(densities, "--densities"),
             lengths=o.parsed_lengths(lengths),
             num_sequences=num_sequences,
@@ -204,6 +207,9 @@ def front(
             progress=progress,
         )
     metrics.save(out)
+    if plot is not None:
+        title = f"{metrics.model}, {metrics.lengths_tokens[-1]} tokens, {num_sequences} held-out sequences"
+        write_bytes(plot, front_plot(metrics, metrics.lengths_tokens[-1], title=title).encode())
     content = {length: front_table(metrics, length) for length in metrics.lengths_tokens}
     if json:
         emit_json(content)

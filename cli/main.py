@@ -40,6 +40,7 @@ def options(
     if not isinstance(logging.getLevelName(log_level.upper()), int):
         raise typer.BadParameter(f"log level must be debug, info, warning or error, but got {log_level!r}.")
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is drawn by cli/render.py alone
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make small CPU regions up to 20x slower

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Granularity = Literal["query_head", "kv_group"]
 
+UNIFORM = "uniform window"
+
 # family -> (search space, objective, unit). DuoAttention is given our objective, which is stronger than gates trained for an hour would
 # be here; MoA and MInference keep their own (first-order influence, attention recall).
 FAMILIES: dict[str, tuple[str | None, str, Granularity]] = {
@@ -27,18 +29,17 @@ FAMILIES: dict[str, tuple[str | None, str, Granularity]] = {
     "MInference": ("minference", "dropped_mass", "query_head"),
     "DuoAttention": ("duo_attention", "combined", "kv_group"),
 }
-UNIFORM = "uniform window"
+ALL_FAMILIES = (*FAMILIES, UNIFORM)
+_UNIFORM_BLOCKS = (1, 2, 3, 4, 6, 8, 12)
 
 
 def family_plan(profile: Profile, family: str, density: float) -> Plan:
     """The family's best plan by its own objective within a density budget.
 
     Raises:
-        SpecError: unknown family, or the profile lacks its candidates.
+        SpecError: the profile lacks the family's candidates.
         BudgetInfeasibleError: the family reaches no such density.
     """
-    if family not in FAMILIES:
-        raise SpecError(f"unknown family {family!r}.{nearest(family, FAMILIES)}")
     space, objective, granularity = FAMILIES[family]
     question = Question(
         budgets=(Budget("density", density),),
@@ -51,21 +52,40 @@ def family_plan(profile: Profile, family: str, density: float) -> Plan:
 
 
 def front_plans(profile: Profile, families: Sequence[str], densities: Sequence[float]) -> dict[str, Plan]:
-    """Plans of every family and density, named `<family> @ <density>`; densities that a family cannot reach are left out."""
-    plans = {}
+    """Plans of every family and density, named `<family> @ <setting>`; densities that a family cannot reach are left out.
+
+    Uniform windows are not searched: they come at a row of widths.
+
+    Raises:
+        SpecError: unknown family.
+    """
+    plans: dict[str, Plan] = {}
     for family in families:
+        if family not in ALL_FAMILIES:
+            raise SpecError(f"unknown family {family!r}.{nearest(family, ALL_FAMILIES)}")
+        if family == UNIFORM:
+            plans |= _uniform_plans(profile)
+            continue
         for density in densities:
             try:
                 plans[f"{family} @ {density:g}"] = family_plan(profile, family, density)
             except BudgetInfeasibleError:
                 continue
-    manifest = profile.manifest
-    for blocks in (1, 2, 3, 4, 6, 8, 12):
-        rule = SinkWindow(sink=64, window=LengthLaw(a=blocks * manifest.block_tokens))
-        plans[f"{UNIFORM} @ {blocks * manifest.block_tokens}"] = uniform_plan(
-            manifest.base_model, rule, block_tokens=manifest.block_tokens, lengths_tokens=manifest.lengths
-        )
     return plans
+
+
+def _uniform_plans(profile: Profile) -> dict[str, Plan]:
+    manifest = profile.manifest
+    widths = [blocks * manifest.block_tokens for blocks in _UNIFORM_BLOCKS]
+    return {
+        f"{UNIFORM} @ {width}": uniform_plan(
+            manifest.base_model,
+            SinkWindow(sink=64, window=LengthLaw(a=width)),
+            block_tokens=manifest.block_tokens,
+            lengths_tokens=manifest.lengths,
+        )
+        for width in widths
+    }
 
 
 def measure_front(
@@ -73,7 +93,7 @@ def measure_front(
     tokenizer: "PreTrainedTokenizerBase",
     profile: Profile,
     *,
-    families: Sequence[str] = tuple(FAMILIES),
+    families: Sequence[str] = ALL_FAMILIES,
     densities: Sequence[float] = (0.15, 0.2, 0.25, 0.35, 0.5),
     lengths: Sequence[int] = (2048,),
     num_sequences: int = 96,

@@ -1,7 +1,7 @@
 """From a profile and a budget to a plan: price the candidates, search, write down what was proved."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -123,11 +123,6 @@ def write_plan(
             **(provenance or {}),
         },
     )
-
-
-def with_weight(question: Question, answer_weight: float) -> Question:
-    """The same question with another weight of the answer proxy."""
-    return replace(question, answer_weight=answer_weight)
 
 
 def _kv_tokens(profile: Profile, units: Sequence[Unit]) -> Float[ndarray, "U C P"]:

@@ -67,8 +67,8 @@ def run(
     num_heads: int = 32,
     num_kv_heads: int = 8,
     backends: Sequence[Backend] = ("gluon", "triton"),
-    flex: bool = True,
-    budget_s: float = 0.15,
+    flex_lengths: Sequence[int] = (8192, 32768),
+    budget_s: float = 0.1,
     command: list[str] | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def run(
         lengths: sequence lengths, batch 1.
         head_dims: head widths, bf16.
         plans: see `plan_rules`.
-        causal: which masks; the full mask is timed on the first two lengths above 4k only.
+        causal: which masks; the full mask is timed up to 32k.
         num_heads: query heads.
         num_kv_heads: KV heads.
         backends: ours, timed on every plan.
-        flex: also time FlexAttention with the identical block mask (it compiles once per shape).
+        flex_lengths: where to time FlexAttention with the identical block mask, causal (it compiles once per shape).
         budget_s: device time per case.
         command: recorded as the command line.
         progress: called with each finished row.
@@ -100,10 +100,12 @@ def run(
     for head_dim in head_dims:
         for is_causal in causal:
             for length in lengths:
+                if not is_causal and length > 32768:
+                    continue
                 case = _Case(length, head_dim, num_heads, num_kv_heads, is_causal, budget_s)
                 case.dense(record)
                 for name in plans:
-                    case.sparse(name, backends, flex, record)
+                    case.sparse(name, backends, is_causal and length in flex_lengths, record)
                 del case
                 torch.cuda.empty_cache()
     return {"format": "sparsesearch.bench.attention", "provenance": provenance(command), "ceilings": top, "rows": rows}
@@ -201,6 +203,10 @@ class _Case:
         return {"density": density, "seconds": seconds, "flop": flop, "R": seconds / (density * self.dense_s)}
 
 
+def _causal_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+    return q_index >= k_index
+
+
 def block_mask(rules: tuple[Rule, ...], grid: BlockGrid) -> Any:
     """FlexAttention's BlockMask with the same tiles, full and partial ones told apart in the same way."""
     from torch.nn.attention.flex_attention import BlockMask
@@ -216,12 +222,9 @@ def block_mask(rules: tuple[Rule, ...], grid: BlockGrid) -> Any:
         order = torch.argsort(mask.int(), dim=-1, descending=True, stable=True)
         return mask.sum(-1, dtype=torch.int32), order.int()
 
-    def causal_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        return q_index >= k_index
-
     side = (grid.block_tokens, grid.block_tokens)
     return BlockMask.from_kv_blocks(
-        *lists(partial), *lists(full), BLOCK_SIZE=side, mask_mod=causal_mod if grid.causal else None
+        *lists(partial), *lists(full), BLOCK_SIZE=side, mask_mod=_causal_mod if grid.causal else None
     )
 
 
@@ -241,7 +244,7 @@ def main() -> None:
     record = run(
         lengths=given.lengths,
         head_dims=given.head_dims,
-        flex=not given.no_flex,
+        flex_lengths=() if given.no_flex else (8192, 32768),
         causal=(True,) if given.no_full else (True, False),
         progress=show,
     )

@@ -53,7 +53,9 @@ def ceilings() -> dict[str, float]:
     matmul_s = median_s(lambda: torch.matmul(a, b, out=out), budget_s=0.3)
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    copy_s = median_s(lambda: target.copy_(source), budget_s=0.1)
+    copy_s = median_s(
+        lambda: target.copy_(source), budget_s=0.1, graph=False
+    )  # a graph's copy node is slower than a copy kernel
     return {"matmul_flop_per_s": 2 * size**3 / matmul_s, "copy_bytes_per_s": 2 * source.nbytes / copy_s}
 
 

@@ -80,6 +80,11 @@ class Metrics(_Frozen):
         return tuple(sorted(self.results))
 
     @property
+    def best_judged_length(self) -> int:
+        """The length with the most sequences, the longest of them where several have as many."""
+        return max(self.lengths_tokens, key=lambda length: (self.at(length, "dense").needle.num_sequences, length))
+
+    @property
     def variants(self) -> tuple[str, ...]:
         """Dense first, then the plans by name."""
         return ("dense", *sorted(self.plans))

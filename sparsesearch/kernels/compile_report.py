@@ -14,6 +14,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
+STRIDED = ("stride", "stride_b", "stride_h", "stride_g", "stride_s", "stride_t")
+"""Integer arguments so named are multiples of 16, as they are for every head_dim we serve; the launcher finds that out at run time."""
+
 SHARED_LIMIT_BYTES = 232_448  # per block, H100 and H200
 
 
@@ -67,7 +70,7 @@ def compile_report(
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = [["tt.divisibility", 16]]
-    attrs = {(i,): aligned for i, name in enumerate(names) if types[name].startswith("*")}
+    attrs = {(i,): aligned for i, name in enumerate(names) if types[name].startswith("*") or name.endswith(STRIDED)}
     source = source_type(kernel, types, constexprs=values, attrs=attrs)
     compiled = triton.compile(source, target=HOPPER, options=dict(options))
     return _inspect(compiled.asm["ptx"], compiled.asm["cubin"], int(compiled.metadata.shared))

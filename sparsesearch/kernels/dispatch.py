@@ -133,7 +133,7 @@ def why_not(backend: Backend, q: Tensor, k: Tensor, v: Tensor, block_tokens: int
                 return f"needs head_dim in {GLUON_HEAD_DIMS}, not {q.shape[-1]}"
             if block_tokens != 64 and block_tokens % 128:
                 return f"needs blocks of 64 tokens or a multiple of 128, not {block_tokens}"
-            aligned = all(s * x.element_size() % 16 == 0 for x in (q, k, v) for s in x.stride()[:-1])
+            aligned = all(s > 0 and s * x.element_size() % 16 == 0 for x in (q, k, v) for s in x.stride()[:-1])
             if not strides_ok or not aligned or any(x.data_ptr() % 16 for x in (q, k, v)):
                 return "needs rows that are contiguous and 16-byte aligned; call .contiguous()"
         case "triton":
@@ -160,7 +160,7 @@ def schedule_for(
     choice: "tuple[Rule, ...] | list[HeadTiles]",
     kernel: Backend,
 ) -> TileSchedule:
-    """The tile schedule of a call, cached if the choice is by rules."""
+    """The tile schedule of a call: cached if the choice is by rules, built on the device if the tiles lie there."""
     shape = tile_shape(kernel, q.shape[-1], spans[0].grid.block_tokens)
     common: dict[str, Any] = {
         "num_kv_heads": k.shape[1],
@@ -169,9 +169,20 @@ def schedule_for(
         "head_bytes": q.shape[-1] * q.element_size(),
         "device": str(q.device),
     }
+    if isinstance(choice, list) and choice[0].choices.is_cuda:  # a dynamic rule's: the host must not wait for it
+        from sparsesearch.kernels.device_schedule import build_on_device
+
+        return build_on_device(spans, [_per_head(one) for one in choice], shape=shape, workers=common["workers"])
     if isinstance(choice, list):
         return build_schedule(spans, choice, **common)
     return schedule_of_rules(choice, spans, **common)
+
+
+def _per_head(tiles: HeadTiles) -> Tensor:
+    """[H, M, N]; nothing to gather if every head has its own choice, as dynamic rules give it."""
+    if tiles.of_head == tuple(range(len(tiles.choices))):
+        return tiles.choices
+    return tiles.choices[list(tiles.of_head)]
 
 
 def tile_shape(kernel: Backend, head_dim: int, block_tokens: int) -> TileShape:
@@ -253,7 +264,7 @@ def _per_sequence(
         keys = slice(span.k_offset, span.k_offset + span.grid.kv_len)
         one_q, one_k, one_v = q[span.batch, :, rows], k[span.batch, :, keys], v[span.batch, :, keys]
         one_k, one_v = one_k.repeat_interleave(group, 0), one_v.repeat_interleave(group, 0)
-        mask = choice.choices[list(choice.of_head)].to(q.device)
+        mask = _per_head(choice).to(q.device)
         if backend == "torch":
             from sparsesearch.kernels.torch_gather import tile_attention_torch  # type: ignore[import-not-found,unused-ignore]
 

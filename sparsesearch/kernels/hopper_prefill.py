@@ -270,7 +270,7 @@ def _consumer(
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         if OVERLAP:
             more = t + 1 < end
-            len_next, pos_next, lo_next, hi_next, bias_next = _read(  # noqa: RUF059
+            len_next, pos_next, lo_next, _, bias_next = _read(
                 tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
             )
             mbarrier.arrive(q_empty.index(half), count=1)
@@ -374,6 +374,27 @@ def padded_head_dim(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+def constants(
+    config: HopperConfig, *, num_heads: int, group: int, head_dim: int, causal: bool, bias: bool
+) -> dict[str, int | bool]:
+    """Compile-time arguments of `hopper_attention`."""
+    return {
+        "HEADS": num_heads,
+        "GROUP": group,
+        "BN": config.tile_keys,
+        "D": padded_head_dim(head_dim),
+        "DV": head_dim,
+        "STAGES": config.stages,
+        "Q_BUFFERS": 1 + config.overlap_tiles,
+        "CAUSAL": causal,
+        "BIAS": bias,
+    }
+
+
+OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
+"""168 registers for twelve warps; the consumers then take 240 each and leave the producer 24."""
+
+
 def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, parts: Tensor, lse_parts: Tensor, bias: Tensor | None,
     tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, config: HopperConfig,
@@ -381,11 +402,17 @@ def launch(
     """Run the kernel; every tensor is on the same Hopper device. Shapes as in `dispatch.prefill`, parts [slots, 128, padded head_dim] like q, lse_parts [slots, 128]."""
     head_dim = q.shape[-1]
     own_bias = lse if bias is None else bias
+    fixed = constants(
+        config,
+        num_heads=q.shape[1],
+        group=q.shape[1] // k.shape[1],
+        head_dim=head_dim,
+        causal=causal,
+        bias=bias is not None,
+    )
     hopper_attention[(bin_ptr.numel() - 1,)](
         describe(q, TILE_ROWS // 2), describe(k, config.tile_keys), describe(v, config.tile_keys), describe(out, TILE_ROWS // 2),
         out, lse, parts, lse_parts, own_bias, tiles, entries, bin_ptr,
         out.stride(0), out.stride(1), out.stride(2), lse.stride(1), own_bias.stride(0), own_bias.stride(1), scale,
-        HEADS=q.shape[1], GROUP=q.shape[1] // k.shape[1], BN=config.tile_keys, D=padded_head_dim(head_dim), DV=head_dim, STAGES=config.stages,
-        Q_BUFFERS=1 + config.overlap_tiles, CAUSAL=causal, BIAS=bias is not None,
-        num_warps=4, maxnreg=168, enable_fp_fusion=True,
+        **fixed, **OPTIONS,
     )  # fmt: skip

@@ -35,25 +35,25 @@ def tile_prefill(
         return out, lse
     from sparsesearch.kernels import triton_prefill
 
-    parts = q.new_empty(
-        num_slots, rows, triton_prefill.padded_head_dim(q.shape[-1])
-    )  # a cut tile's pieces, merged in fp32
+    # a cut tile's pieces; merged in fp32
+    parts = q.new_empty(num_slots, rows, triton_prefill.padded_head_dim(q.shape[-1]))
     lse_parts = q.new_empty(num_slots, rows, dtype=torch.float32)
-    match kernel:
-        case "gluon":
-            from sparsesearch.kernels import hopper_prefill
+    with torch.cuda.device(q.get_device()):  # Triton launches on the current device
+        match kernel:
+            case "gluon":
+                from sparsesearch.kernels import hopper_prefill
 
-            config = hopper_prefill.CONFIGS[q.shape[-1], keys]
-            hopper_prefill.launch(
-                q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, config=config
-            )  # fmt: skip
-        case "triton":
-            triton_prefill.launch(
-                q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, rows=rows, keys=keys
-            )  # fmt: skip
-        case _:
-            raise AssertionError(kernel)
-    triton_prefill.launch_merge(out, lse, parts, lse_parts, merges)
+                config = hopper_prefill.CONFIGS[q.shape[-1], keys]
+                hopper_prefill.launch(
+                    q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, config=config
+                )  # fmt: skip
+            case "triton":
+                triton_prefill.launch(
+                    q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, rows=rows, keys=keys
+                )  # fmt: skip
+            case _:
+                raise AssertionError(kernel)
+        triton_prefill.launch_merge(out, lse, parts, lse_parts, merges)
     return out, lse
 
 
@@ -76,3 +76,44 @@ def _tile_prefill_shapes(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("sparsesearch::ragged_decode", mutates_args=())
+def ragged_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_start: Tensor,
+    kv_lens: Tensor,
+    table: Tensor | None,
+    scale: float,
+    page_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """One query per head over ragged keys; `decode.ragged_decode` is its caller and describes the arguments."""
+    from sparsesearch.kernels import triton_decode
+
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    sms = (
+        torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    )  # the interpreter's, for tests
+    workers = sms * triton_decode.WORKERS_PER_SM
+    with torch.cuda.device(q.get_device()):
+        triton_decode.launch(
+            q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers
+        )  # fmt: skip
+    return out, lse
+
+
+@ragged_decode.register_fake
+def _ragged_decode_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_start: Tensor,
+    kv_lens: Tensor,
+    table: Tensor | None,
+    scale: float,
+    page_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)

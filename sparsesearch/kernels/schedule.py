@@ -403,15 +403,15 @@ def _cut(records: Ints, pair: Ints, workers: int, num_blocks: int) -> tuple[Ints
 def _hot_bytes(
     spans: Sequence[Span], records: Ints, pair: Ints, num_kv_heads: int, group: int, shape: TileShape, head_bytes: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Keys and values, in bytes, that the tiles of each (sequence, KV head) read again and again: all of them times the density of its
-    densest query head. Narrow windows move on and need no room in the cache.
-    """  # fmt: skip
+    """Keys and values, in bytes, that the tiles of each (sequence, KV head) read again and again.
+
+    All of them times the density of the densest query head: narrow windows move on and need no room in the cache.
+    """
     heads = pair * group + records[:, 1] % group
     computed = np.bincount(heads, weights=records[:, 9] - records[:, 8], minlength=len(spans) * num_kv_heads * group)
     dense = np.repeat([_dense_blocks(span.grid, shape) for span in spans], num_kv_heads)
-    share = computed.reshape(-1, group).max(1) / dense
-    keys_bytes = np.repeat([2.0 * span.grid.kv_len * head_bytes for span in spans], num_kv_heads)
-    return np.asarray(share * keys_bytes)
+    kv_bytes = np.repeat([2.0 * span.grid.kv_len * head_bytes for span in spans], num_kv_heads)
+    return np.asarray(computed.reshape(-1, group).max(1) / dense * kv_bytes, np.float64)
 
 
 def _sections(kv_bytes: np.ndarray[Any, np.dtype[np.float64]], capacity: float) -> Ints:

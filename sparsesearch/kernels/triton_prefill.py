@@ -142,17 +142,39 @@ def launch(
     tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, rows: int, keys: int,
 ) -> None:  # fmt: skip
     """Run the kernel. Shapes as in `dispatch.prefill`, parts [slots, rows, padded head_dim] like q, lse_parts [slots, rows]."""
-    head_dim = q.shape[-1]
-    padded = padded_head_dim(head_dim)
     own_bias = lse if bias is None else bias
-    # 128 x 128 at head_dim 128 in 4 warps spills 1.4 kB on Hopper and serialises the matrix instructions; 8 warps do neither
-    wide = rows * max(keys, padded) >= 128 * 128
+    fixed = constants(
+        rows=rows, keys=keys, group=q.shape[1] // k.shape[1], head_dim=q.shape[-1], causal=causal, bias=bias is not None,
+        fp32=q.dtype == torch.float32,
+    )  # fmt: skip
     tile_list_attention[(bin_ptr.numel() - 1,)](
         q, k, v, out, lse, parts, lse_parts, own_bias, tiles, entries, bin_ptr, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *out.stride()[:3], lse.stride(0), lse.stride(1), own_bias.stride(0), own_bias.stride(1), k.shape[2], scale,
-        GROUP=q.shape[1] // k.shape[1], BM=rows, BN=keys, D=padded, DV=head_dim, CAUSAL=causal, BIAS=bias is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=8 if wide else 4, num_stages=2 if padded >= 128 else 3, enable_fp_fusion=True,
+        **fixed, **options(rows, keys, q.shape[-1]),
     )  # fmt: skip
+
+
+def constants(
+    *, rows: int, keys: int, group: int, head_dim: int, causal: bool, bias: bool, fp32: bool
+) -> dict[str, int | bool | str]:
+    """Compile-time arguments of `tile_list_attention`."""
+    return {
+        "GROUP": group,
+        "BM": rows,
+        "BN": keys,
+        "D": padded_head_dim(head_dim),
+        "DV": head_dim,
+        "CAUSAL": causal,
+        "BIAS": bias,
+        "PRECISION": "ieee" if fp32 else "tf32",
+    }
+
+
+def options(rows: int, keys: int, head_dim: int) -> dict[str, int | bool]:
+    """Warps and pipeline depth: 128 x 128 at head_dim 128 in 4 warps spills 1.4 kB on Hopper and serialises the matrix instructions."""
+    padded = padded_head_dim(head_dim)
+    wide = rows * max(keys, padded) >= 128 * 128
+    return {"num_warps": 8 if wide else 4, "num_stages": 2 if padded >= 128 else 3, "enable_fp_fusion": True}
 
 
 def launch_merge(out: Tensor, lse: Tensor, parts: Tensor, lse_parts: Tensor, merges: Tensor) -> None:

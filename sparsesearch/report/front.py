@@ -1,8 +1,9 @@
 """The predicted front of a profile beside uniform windows, as curves for the report."""
 
+from sparsesearch.evaluate import Metrics
 from sparsesearch.planning import Question, front_rows, score_table
 from sparsesearch.profiling.record import Profile
-from sparsesearch.report.plot import Curve
+from sparsesearch.report.plot import Curve, Panel, plot
 from sparsesearch.search.budget import Budget
 from sparsesearch.shapes import Granularity
 
@@ -20,3 +21,25 @@ def front_curves(profile: Profile, granularity: Granularity) -> list[Curve]:
             share = table.costs["density"][:, column, -1].sum() / table.dense_cost("density")[-1]
             windows.append((float(share), float(table.loss[:, column].sum())))
     return [Curve("searched plans", sorted(set(front))), Curve("uniform windows", sorted(set(windows)), line=False)]
+
+
+def front_plot(metrics: Metrics, length: int, *, title: str) -> str:
+    """A measured front as an SVG of two panels: KL to dense and needle accuracy against the density that was computed."""
+    families: dict[str, list[str]] = {}
+    for name in metrics.variants:
+        family, separator, _ = name.partition(" @ ")
+        if separator:
+            families.setdefault(family, []).append(name)
+    cells = {family: [metrics.at(length, name) for name in names] for family, names in families.items()}
+    kl = [
+        Curve(family, sorted((cell.density, cell.kl_text.mean) for cell in own if cell.kl_text.mean > 0))
+        for family, own in cells.items()
+    ]
+    needle = [Curve(family, sorted((cell.density, cell.needle.mean) for cell in own)) for family, own in cells.items()]
+    return plot(
+        [
+            Panel("KL to dense", "density", "nats per token", kl, log_y=True),
+            Panel("needle accuracy", "density", "share of questions answered", needle, zero_y=True),
+        ],
+        title=title,
+    )

@@ -38,7 +38,7 @@ def render(
     Raises:
         SpecError: the metrics lack the variant.
     """
-    length = metrics.lengths_tokens[-1]
+    length = metrics.best_judged_length
     metrics.at(length, variant)
     kinds = {rule.kind for _, _, rule in plan.heads()}
     heading = title or f"Sparse attention plan for {plan.base_model.name_or_path}"

@@ -9,10 +9,11 @@ from sparsesearch.plan import Plan
 
 
 def headline(plan: Plan, metrics: Metrics, variant: str) -> str:
-    """The four figures a reader wants first, at the longest length."""
-    length = metrics.lengths_tokens[-1]
+    """The four figures a reader wants first: quality where most sequences were judged, time at the longest length."""
+    length, longest = metrics.best_judged_length, metrics.lengths_tokens[-1]
     own, dense = metrics.at(length, variant), metrics.at(length, "dense")
-    slowdown = metrics.slowdown(length, variant)
+    slowdown = metrics.slowdown(longest, variant)
+    timed, timed_dense = metrics.at(longest, variant), metrics.at(longest, "dense")
     entries = [
         ("Density", _percent(own.density), f"of dense attention's tiles at {length} tokens"),
         (
@@ -22,9 +23,9 @@ def headline(plan: Plan, metrics: Metrics, variant: str) -> str:
         ),
         ("KL to dense", f"{own.kl_text.mean:.4f}", f"nats per token, ± {own.kl_text.standard_error:.4f}"),
     ]
-    if slowdown is not None and own.prefill_s is not None and dense.prefill_s is not None:
-        word = f"{1 / slowdown:.2f} ×" if slowdown else ""
-        entries.append(("Prefill speed", word, f"{_seconds(own.prefill_s)} against {_seconds(dense.prefill_s)} dense"))
+    if slowdown and timed.prefill_s is not None and timed_dense.prefill_s is not None:
+        note = f"{_seconds(timed.prefill_s)} against {_seconds(timed_dense.prefill_s)} dense at {longest} tokens"
+        entries.append(("Prefill speed", f"{1 / slowdown:.2f} ×", note))
     cards = "".join(
         f'<div class="kpi"><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><small>{escape(note)}</small></dd></div>'
         for name, value, note in entries

@@ -2,7 +2,6 @@
 
 import json
 import struct
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError, nearest
+from sparsesearch.presets import preset_names, preset_path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def embedded_models() -> dict[str, Path]:
     """Models that come with the package, by name."""
-    folder = Path(str(files("sparsesearch") / "presets" / "models"))
-    return {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
+    return {name: preset_path("models", name) for name in preset_names("models")}
 
 
 def locate(source: str | Path) -> Path | str:

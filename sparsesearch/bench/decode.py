@@ -1,0 +1,124 @@
+"""Decoding on a device: bytes of keys and values over time, ragged against uniform heads, beside the copy bandwidth of the same run.
+
+python -m sparsesearch.bench.decode --json out.json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.kernels.decode import ragged_decode
+
+CACHE_COPIES = 3
+"""Replays rotate among so many caches, so that none is read from L2."""
+
+
+def run(
+    *,
+    shapes: Sequence[tuple[int, int]] = ((1, 32768), (1, 131072), (8, 32768), (16, 16384)),
+    kept: Sequence[float] = (1.0, 0.5, 0.25),
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    head_dim: int = 128,
+    budget_s: float = 0.1,
+    command: list[str] | None = None,
+    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Time uniform and ragged caches of equal bytes, and cuDNN on the uniform dense one.
+
+    Args:
+        shapes: (batch, keys per sequence).
+        kept: mean share of keys kept. Ragged: the heads of each sequence keep between a quarter and seven quarters of that.
+        num_heads: query heads.
+        num_kv_heads: KV heads.
+        head_dim: bf16.
+        budget_s: device time per case.
+        command: recorded as the command line.
+        progress: called with each finished row.
+    """
+    top = ceilings()
+    rows: list[dict[str, Any]] = []
+
+    def record(row: dict[str, Any]) -> None:
+        row["bytes_per_s"] = row["bytes"] / row["seconds"]
+        row["copy_share"] = row["bytes_per_s"] / top["copy_bytes_per_s"]
+        rows.append(row)
+        progress(row)
+
+    for batch, length in shapes:
+        _one_shape(batch, length, kept, num_heads, num_kv_heads, head_dim, budget_s, record)
+        torch.cuda.empty_cache()
+    return {"format": "sparsesearch.bench.decode", "provenance": provenance(command), "ceilings": top, "rows": rows}
+
+
+def _one_shape(
+    batch: int,
+    length: int,
+    kept: Sequence[float],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    budget_s: float,
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    caches = [[normal(batch, num_kv_heads, length, head_dim) for _ in "kv"] for _ in range(CACHE_COPIES)]
+    q = normal(batch, num_heads, head_dim)
+    starts = torch.arange(batch * num_kv_heads, device="cuda") * length
+
+    def ragged(lens: Tensor) -> None:
+        for k, v in caches:
+            ragged_decode(q, k.view(-1, head_dim), v.view(-1, head_dim), starts, lens, scale=head_dim**-0.5)
+
+    def dense() -> None:
+        for k, v in caches:
+            F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+    case = {"batch": batch, "length": length}
+    for share in kept:
+        for kind in ("uniform", "ragged"):
+            lens = _lengths(kind, share, batch, num_kv_heads, length)
+            seconds = median_s(partial(ragged, lens), budget_s=budget_s) / CACHE_COPIES
+            row = {"kernel": "ragged_decode", "lengths": kind, "kept": share, "bytes": int(lens.sum()) * head_dim * 4}
+            record(case | row | {"seconds": seconds})
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        seconds = median_s(dense, budget_s=budget_s) / CACHE_COPIES
+    row = {"kernel": "cudnn", "lengths": "uniform", "kept": 1.0, "bytes": batch * num_kv_heads * length * head_dim * 4}
+    record(case | row | {"seconds": seconds})
+
+
+def _lengths(kind: str, share: float, batch: int, num_kv_heads: int, length: int) -> Tensor:
+    """Keys per pair; ragged ones have the same sum as uniform ones."""
+    uniform = torch.full((batch, num_kv_heads), share * length)
+    if kind == "ragged":
+        spread = torch.linspace(0.25, 1.75, num_kv_heads)
+        uniform = uniform * (spread if share <= 4 / 7 else 1 - (1 - share) * (2 - spread) / share)
+    return uniform.clamp(1, length).round().int().flatten().cuda()
+
+
+def main() -> None:
+    """Command line: all cases, a line of JSON per row on stderr, the whole record in a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where to write the record")
+
+    def show(row: dict[str, Any]) -> None:
+        sys.stderr.write(json.dumps(row) + "\n")
+
+    given = parser.parse_args()
+    given.json.write_text(json.dumps(run(progress=show), indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""The tile schedule of a dynamic rule, built on the device without waiting for the host.
+
+Everything whose size depends on the choice has its largest size instead: a tile's list starts where the dense list would. One kernel
+fills the lists, one deals the tiles, and one copies their records; a CUDA graph may hold them.
+
+Dealing: tiles sorted by length (by counting: lengths are small integers) go to the workers boustrophedon, round after round, while that
+cannot overfill anyone; the rest, light by then, are laid end to end and cut where each worker's share ends. (The exact greedy of
+`schedule.deal` is a loop over tiles.)
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparsesearch.errors import SpecError
+from sparsesearch.kernels.schedule import (
+    ENTRY_SHIFT,
+    TILE_FIELDS,
+    TILE_OVERHEAD,
+    HeadTiles,
+    Span,
+    TileSchedule,
+    TileShape,
+    Workers,
+    build_schedule,
+)
+
+SHIFT = tl.constexpr(ENTRY_SHIFT)
+FIELDS = tl.constexpr(len(TILE_FIELDS))
+OVERHEAD = tl.constexpr(TILE_OVERHEAD)
+NOTHING = tl.constexpr(
+    0b111
+)  # key block 0, partial, both halves absent: a tile without keys computes one masked block and gives 0
+
+
+@triton.jit
+def list_entries(
+    mask, entries, records, filled, counts, places, histogram, num_q_blocks, num_k_blocks, num_tiles, q_start, kv_len, first_q_block,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write the list of one tile of one head. Grid: (tiles of the sequence, heads)."""
+    head = tl.program_id(1)
+    absolute = q_start // ROWS + tl.program_id(0)
+    tile = head * num_tiles + tl.program_id(0)
+    q_first = tl.maximum(absolute * ROWS, q_start)
+    fields = tl.arange(0, 16)
+    record = tl.load(records + tile * FIELDS + fields, mask=fields < FIELDS, other=0)
+    lo = tl.load(records + tile * FIELDS + 8)
+    count = 0
+    num_keys = (kv_len + KEYS - 1) // KEYS
+    if CAUSAL:
+        num_keys = tl.minimum(num_keys, (absolute * ROWS + ROWS + KEYS - 1) // KEYS)
+    upper_block = absolute * ROWS // BLOCK - first_q_block
+    lower_block = (absolute * ROWS + ROWS // 2) // BLOCK - first_q_block
+    rows_of_head = mask + head.to(tl.int64) * num_q_blocks * num_k_blocks
+    for start in range(0, num_keys, CHUNK):
+        key = start + tl.arange(0, CHUNK)
+        column = key * KEYS // BLOCK
+        inside = (key < num_keys) & (column < num_k_blocks)
+        upper_row = tl.full([CHUNK], 0, tl.int32) + upper_block
+        lower_row = tl.full([CHUNK], 0, tl.int32) + lower_block
+        upper_real = inside & (upper_row >= 0)
+        lower_real = inside & (lower_row >= 0) & (lower_row < num_q_blocks)
+        upper = tl.load(rows_of_head + upper_row * num_k_blocks + column, mask=upper_real, other=0)
+        lower = tl.load(rows_of_head + lower_row * num_k_blocks + column, mask=lower_real, other=0)
+        upper = (upper != 0).to(tl.int32)
+        lower = (lower != 0).to(tl.int32)
+        present = upper | lower
+        partial = ((key * KEYS + KEYS > kv_len) | (upper == 0) | (lower == 0)).to(tl.int32)
+        if CAUSAL:
+            partial = partial | (key * KEYS + KEYS - 1 > q_first).to(tl.int32)
+        entry = (key << SHIFT) | ((1 - lower) << 2) | ((1 - upper) << 1) | partial
+        at = lo + count + tl.cumsum(present, 0) - 1
+        tl.store(entries + at, entry, mask=present != 0)
+        count += tl.sum(present, 0)
+    if count == 0:
+        tl.store(entries + lo, NOTHING)
+    count = tl.maximum(count, 1)
+    tl.store(filled + tile * FIELDS + fields, tl.where(fields == 9, lo + count, record), mask=fields < FIELDS)
+    tl.store(counts + tile, count)
+    tl.store(places + tile, tl.atomic_add(histogram + count, 1))
+
+
+@triton.jit
+def deal_tiles(
+    counts, places, histogram, class_start, sorted_cost, sorted_tile, share, light_counts, order, bin_ptr, num_tiles, num_classes,
+    workers, CLASSES: tl.constexpr, WORKERS: tl.constexpr, CHUNK: tl.constexpr, ROUNDS: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Sort tiles by length and deal them. Grid: 1, so that barriers order what one step writes and the next one reads."""
+    classes = tl.arange(0, CLASSES)
+    members = tl.load(histogram + classes, mask=classes < num_classes, other=0)
+    tl.store(class_start + classes, num_tiles - tl.cumsum(members, 0), mask=classes < num_classes)
+    all_work = tl.sum(members * (classes + OVERHEAD), 0)
+    level = all_work / workers
+    tl.debug_barrier()
+    for start in range(0, num_tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
+        real = tile < num_tiles
+        count = tl.load(counts + tile, mask=real, other=0)
+        rank = tl.load(class_start + count, mask=real, other=0) + tl.load(places + tile, mask=real, other=0)
+        tl.store(sorted_cost + rank, count, mask=real)
+        tl.store(sorted_tile + rank, tile, mask=real)
+    tl.debug_barrier()
+    rounds = 0
+    before = 0.0
+    for start in range(0, num_tiles // workers, CHUNK):
+        turn = start + tl.arange(0, CHUNK)
+        real = turn < num_tiles // workers
+        longest = tl.where(real, tl.load(sorted_cost + turn * workers, mask=real, other=0) + OVERHEAD, 0.0)
+        rounds += tl.sum((real & (before + tl.cumsum(longest, 0) <= level)).to(tl.int32), 0)
+        before += tl.sum(longest, 0)
+    seat = tl.arange(0, WORKERS)
+    load = tl.zeros([WORKERS], tl.float32)
+    for start in range(0, rounds, ROUNDS):
+        turn = start + tl.arange(0, ROUNDS)
+        place = tl.where(turn[:, None] % 2 == 0, seat[None, :], workers - 1 - seat[None, :])
+        dealt = (turn[:, None] < rounds) & (seat[None, :] < workers)
+        cost = tl.load(sorted_cost + turn[:, None] * workers + place, mask=dealt, other=0) + OVERHEAD
+        load += tl.sum(tl.where(dealt, cost, 0.0), 0)
+    room = tl.cumsum(tl.where(seat < workers, tl.maximum(level - load, 0.0), 0.0), 0)
+    scale = (all_work - tl.sum(load, 0)) / tl.maximum(tl.max(room, 0), 1e-6)
+    tl.store(share + seat, room * scale, mask=seat < workers)
+    tl.debug_barrier()
+    before = 0.0
+    for start in range(rounds * workers, num_tiles, CHUNK):
+        rank = start + tl.arange(0, CHUNK)
+        real = rank < num_tiles
+        cost = tl.where(real, tl.load(sorted_cost + rank, mask=real, other=0) + OVERHEAD, 0.0)
+        middle = before + tl.cumsum(cost, 0) - cost / 2
+        before += tl.sum(cost, 0)
+        owner = tl.zeros([CHUNK], tl.int32)
+        for bit in tl.static_range(BITS):  # the first worker whose share reaches the tile's middle
+            step = WORKERS >> (bit + 1)
+            probe = owner + step - 1
+            reached = tl.load(share + probe, mask=probe < workers - 1, other=float("inf"))
+            owner = tl.where(reached < middle, owner + step, owner)
+        tl.atomic_add(light_counts + owner, 1, mask=real)
+        tile = tl.load(sorted_tile + rank, mask=real, other=0)
+        tl.store(order + rank + rounds * (1 + owner - workers), tile, mask=real)
+    tl.debug_barrier()
+    light = tl.load(light_counts + seat, mask=seat < workers, other=0)
+    tl.store(bin_ptr + seat, rounds * seat + tl.cumsum(light, 0) - light, mask=seat < workers)
+    tl.store(bin_ptr + workers, num_tiles)
+    tl.debug_barrier()
+    for start in range(0, rounds * workers, CHUNK):
+        rank = start + tl.arange(0, CHUNK)
+        real = rank < rounds * workers
+        turn = rank // workers
+        place = rank % workers
+        owner = tl.where(turn % 2 == 0, place, workers - 1 - place)
+        tile = tl.load(sorted_tile + rank, mask=real, other=0)
+        tl.store(order + tl.load(bin_ptr + owner, mask=real, other=0) + turn, tile, mask=real)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What does not depend on the choice: records of all tiles with the dense lists' starts."""
+
+    records: Int[Tensor, "T 12"]
+    first_tile: tuple[int, ...]
+    num_entries: int
+    longest: int
+    dense_blocks: int
+    covered_rows: int
+
+
+def build_on_device(
+    spans: tuple[Span, ...],
+    choices: list[Bool[Tensor, "H M N"]],
+    *,
+    shape: TileShape,
+    workers: Workers,
+) -> TileSchedule:
+    """Lists and order of tiles for choices that lie on the device; the host waits for nothing.
+
+    `num_blocks`, `covered_rows` and `makespan` of the result are those of dense attention and an even deal, since the truth stays on the
+    device; no tile is cut.
+
+    Args:
+        spans: the sequences of the batch.
+        choices: per sequence, the tiles of each query head; contiguous, on one device.
+        shape: tile of the kernel that will run it, as for `schedule.build_schedule`.
+        workers: what it runs on.
+
+    Raises:
+        SpecError: the tile does not fit the plan's blocks, or the choices do not fit the sequences.
+    """
+    num_heads, device = choices[0].shape[0], choices[0].device
+    frame = _frame(spans, num_heads, shape, str(device))
+    num_tiles, num_classes = len(frame.records), frame.longest + 1
+    entries = torch.empty(frame.num_entries, dtype=torch.int32, device=device)
+    filled, counts = torch.empty_like(frame.records), torch.empty(num_tiles, dtype=torch.int32, device=device)
+    places, histogram = torch.empty_like(counts), torch.zeros(num_classes, dtype=torch.int32, device=device)
+    for span, choice, first in zip(spans, choices, frame.first_tile, strict=True):
+        grid = span.grid
+        if choice.shape != (num_heads, grid.num_q_blocks, grid.num_k_blocks):
+            raise SpecError(
+                f"a choice must be [{num_heads}, {grid.num_q_blocks}, {grid.num_k_blocks}], but is {tuple(choice.shape)}."
+            )
+        tiles_per_head = -(-grid.kv_len // shape.rows) - grid.q_start // shape.rows
+        list_entries[(tiles_per_head, num_heads)](
+            choice.contiguous().view(torch.uint8), entries, frame.records[first:], filled[first:], counts[first:], places[first:],
+            histogram, grid.num_q_blocks, grid.num_k_blocks, tiles_per_head, grid.q_start, grid.kv_len, grid.first_q_block,
+            BLOCK=grid.block_tokens, ROWS=shape.rows, KEYS=shape.keys, CAUSAL=grid.causal,
+            CHUNK=min(1024, triton.next_power_of_2(-(-grid.kv_len // shape.keys))), num_warps=1,
+        )  # fmt: skip
+    order, bin_ptr = deal_on_device(counts, places, histogram, workers.count)
+    return TileSchedule(
+        tiles=filled.index_select(0, order),
+        entries=entries,
+        bin_ptr=bin_ptr,
+        merges=torch.zeros(0, 7, dtype=torch.int32, device=device),
+        shape=shape,
+        causal=spans[0].grid.causal,
+        num_heads=num_heads,
+        num_slots=0,
+        num_blocks=frame.dense_blocks,
+        dense_blocks=frame.dense_blocks,
+        covered_rows=frame.covered_rows,
+        makespan=1.0,
+    )
+
+
+def deal_on_device(
+    counts: Int[Tensor, " T"], places: Int[Tensor, " T"], histogram: Int[Tensor, " classes"], workers: int
+) -> tuple[Int[Tensor, " T"], Int[Tensor, " P1"]]:
+    """Order of the tiles, grouped by worker and longest first, and where each worker's start; see the module.
+
+    Args:
+        counts: blocks of each tile, at least 1.
+        places: a different number below histogram[c] for each tile of c blocks.
+        histogram: tiles per number of blocks.
+        workers: number of workers.
+    """
+    num_tiles, num_classes = counts.numel(), histogram.numel()
+    scratch = counts.new_empty(num_classes + 2 * num_tiles)
+    class_start, sorted_cost, sorted_tile = scratch.split([num_classes, num_tiles, num_tiles])
+    share, light_counts = counts.new_empty(workers, dtype=torch.float32), counts.new_zeros(workers)
+    order, bin_ptr = torch.empty_like(counts), counts.new_empty(workers + 1)
+    deal_tiles[(1,)](
+        counts, places, histogram, class_start, sorted_cost, sorted_tile, share, light_counts, order, bin_ptr, num_tiles,
+        num_classes, workers, CLASSES=triton.next_power_of_2(num_classes), WORKERS=triton.next_power_of_2(workers),
+        BITS=(workers - 1).bit_length(),
+        CHUNK=min(8192, max(16, triton.next_power_of_2(num_tiles))), ROUNDS=16, num_warps=16,
+    )  # fmt: skip
+    return order, bin_ptr
+
+
+@lru_cache(maxsize=64)
+def _frame(spans: tuple[Span, ...], num_heads: int, shape: TileShape, device: str) -> _Frame:
+    records, first_tile, base, tiles, longest, dense, covered = [], [], 0, 0, 0, 0, 0
+    for span in spans:
+        choice = HeadTiles(span.grid.reachable()[None], (0,))
+        one = build_schedule((span,), [choice], num_kv_heads=1, shape=shape, workers=Workers(1, 1e18))
+        lists = one.tiles[one.tiles[:, 7].argsort()].long()
+        heads = torch.arange(num_heads)[:, None]
+        capacity = int(lists[:, 9].max())
+        block = lists.repeat(num_heads, 1, 1)
+        block[..., 1] = heads
+        block[..., 8] += base + heads * capacity
+        base += num_heads * capacity
+        first_tile.append(tiles)
+        longest = max(longest, int((lists[:, 9] - lists[:, 8]).max()))
+        tiles += block.shape[0] * block.shape[1]
+        dense += one.dense_blocks * num_heads
+        covered += one.covered_rows * num_heads
+        records.append(block.flatten(0, 1))
+    stacked = torch.cat(records).int().to(device)
+    return _Frame(stacked, tuple(first_tile), base, longest, dense, covered)

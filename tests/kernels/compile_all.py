@@ -1,0 +1,104 @@
+"""Compile shipped kernel configurations for sm_90a and print one line of JSON each. Run by test_compile_gate.py with the interpreter off."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+
+from sparsesearch.kernels import device_schedule, hopper_prefill, triton_decode, triton_index, triton_prefill
+from sparsesearch.kernels.compile_report import CompileReport, compile_report
+
+
+def hopper(head_dim: int, keys: int, *, causal: bool = True, dtype: str = "bf16", bias: bool = False) -> CompileReport:
+    config = hopper_prefill.CONFIGS[head_dim, keys]
+    padded = hopper_prefill.padded_head_dim(head_dim)
+
+    def descriptor(rows: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, padded], gl.bfloat16)
+        return f"tensordesc<{dtype}[1, 1, {rows}, {padded}],{layout!r}>"
+
+    kernel = hopper_prefill.hopper_attention
+    types = dict.fromkeys(kernel.arg_names, "i32") | {
+        **dict.fromkeys(("q_desc", "o_desc"), descriptor(64)),
+        **dict.fromkeys(("k_desc", "v_desc"), descriptor(config.tile_keys)),
+        **dict.fromkeys(("o_ptr", "parts"), f"*{dtype}"),
+        **dict.fromkeys(("lse_ptr", "lse_parts", "bias"), "*fp32"),
+        **dict.fromkeys(("tiles", "entries", "bin_ptr"), "*i32"),
+        "scale": "fp32",
+    }
+    constants = hopper_prefill.constants(config, num_heads=32, group=4, head_dim=head_dim, causal=causal, bias=bias)
+    return compile_report(kernel, types, constants, options=hopper_prefill.OPTIONS)
+
+
+def portable(head_dim: int, block: int) -> CompileReport:
+    kernel = triton_prefill.tile_list_attention
+    types = dict.fromkeys(kernel.arg_names, "i32") | {
+        **dict.fromkeys(("q", "k", "v", "out", "parts"), "*bf16"),
+        **dict.fromkeys(("lse", "lse_parts", "bias"), "*fp32"),
+        **dict.fromkeys(("tiles", "entries", "bin_ptr"), "*i32"),
+        "scale": "fp32",
+    }
+    constants = triton_prefill.constants(
+        rows=block, keys=block, group=4, head_dim=head_dim, causal=True, bias=False, fp32=False
+    )
+    return compile_report(kernel, types, constants, options=triton_prefill.options(block, block, head_dim))
+
+
+def decode(page_tokens: int) -> CompileReport:
+    kernel = triton_decode.ragged_decode_parts
+    types = dict.fromkeys(kernel.arg_names, "i32") | {
+        **dict.fromkeys(("q", "k", "v"), "*bf16"),
+        **dict.fromkeys(("parts", "lse_parts"), "*fp32"),
+        "kv_start": "*i64",
+        "kv_lens": "*i32",
+        "table": "*i32",
+        "scale": "fp32",
+    }
+    constants = triton_decode.constants(group=4, head_dim=128, num_pairs=8, page_tokens=page_tokens, fp32=False)
+    return compile_report(kernel, types, constants, options=triton_decode.OPTIONS)
+
+
+def schedule() -> Iterator[tuple[str, CompileReport]]:
+    lists, deal = device_schedule.list_entries, device_schedule.deal_tiles
+    types = dict.fromkeys(lists.arg_names, "*i32") | {"mask": "*u8"} | dict.fromkeys(lists.arg_names[7:], "i32")
+    constants: dict[str, Any] = {"BLOCK": 64, "ROWS": 128, "KEYS": 64, "CAUSAL": True, "CHUNK": 256}
+    yield "schedule lists", compile_report(lists, types, constants, options={"num_warps": 1})
+    types = dict.fromkeys(deal.arg_names, "*i32") | {"share": "*fp32"} | dict.fromkeys(deal.arg_names[10:], "i32")
+    constants = {"CLASSES": 512, "WORKERS": 256, "CHUNK": 8192, "ROUNDS": 16, "BITS": 8}
+    yield "schedule deal", compile_report(deal, types, constants, options={"num_warps": 16})
+
+
+def index() -> CompileReport:
+    kernel = triton_index._tile_mass
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"q": "*bf16", "k": "*bf16", "lse": "*fp32", "mass": "*fp32"}
+    sizes = {"GROUP": 4, "BLOCK": 128, "BM": 64, "BN": 64, "D": 128, "DV": 128, "CAUSAL": True, "PRECISION": "tf32"}
+    return compile_report(kernel, types, sizes, options={"num_warps": 4})
+
+
+def every() -> Iterator[tuple[str, CompileReport]]:
+    for head_dim, keys in hopper_prefill.CONFIGS:
+        for causal in (True, False):
+            yield f"gluon {head_dim} {keys} causal={causal}", hopper(head_dim, keys, causal=causal)
+    yield "gluon 128 128 fp16", hopper(128, 128, dtype="fp16")
+    yield "gluon 64 128 bias", hopper(64, 128, bias=True)
+    yield "gluon 128 128 bias", hopper(128, 128, bias=True)
+    for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
+        yield f"triton {head_dim} {block}", portable(head_dim, block)
+    for page_tokens in (0, 64):
+        yield f"decode {page_tokens}", decode(page_tokens)
+    yield from schedule()
+    yield "index mass", index()
+
+
+def main() -> None:
+    some: list[tuple[str, CompileReport]] = [("gluon 128 128 causal=True", hopper(128, 128))]
+    for name, report in every() if sys.argv[1:] == ["--all"] else some:
+        row: dict[str, Any] = {"name": name, **asdict(report), "problems": report.problems}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The committed measurements: readable, complete, and consistent with themselves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparsesearch.bench.attention import PLANS, plan_rules
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.kernels.schedule import Span, TileShape, Workers, schedule_of_rules
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_attention_record_counts_what_the_schedule_counts() -> None:
+    record = json.loads((GOLDEN / "attention_h200.json").read_text())
+    assert record["format"] == "sparsesearch.bench.attention"
+    assert {"device", "torch", "triton", "cudnn", "command"} <= set(record["provenance"])
+    rows = record["runs"][0]["rows"]
+    assert not [row for row in rows if "error" in row]
+    for row in rows:
+        if row["kernel"] != "gluon" or row["length"] > 8192:
+            continue
+        spans = (Span(BlockGrid(row["length"], row["length"], 128, causal=row["causal"])),)
+        rules = plan_rules(row["plan"], 32, row["length"])
+        schedule = schedule_of_rules(
+            rules, spans, num_kv_heads=8, shape=TileShape(128, 128), workers=Workers(132, 62914560.0)
+        )
+        assert row["blocks"] == schedule.num_blocks
+        assert row["density"] == pytest.approx(schedule.density, rel=1e-4)
+        flop = 4 * row["blocks"] * 128 * 128 * row["head_dim"]
+        assert row["tflop_per_s"] == pytest.approx(flop / row["seconds"] / 1e12, rel=1e-3)
+
+
+def test_every_plan_was_measured_against_the_fastest_dense_kernel() -> None:
+    record = json.loads((GOLDEN / "attention_h200.json").read_text())
+    rows = record["runs"][0]["rows"]
+    for head_dim in (64, 128):
+        for length in (4096, 8192, 32768, 131072):
+            here = [r for r in rows if (r["head_dim"], r["length"], r["causal"]) == (head_dim, length, True)]
+            dense_s = next(r["seconds"] for r in here if r["kernel"] == "cudnn")
+            ours = {r["plan"]: r for r in here if r["kernel"] == "gluon"}
+            assert set(ours) == set(PLANS)
+            for row in ours.values():
+                assert row["R"] == pytest.approx(row["seconds"] / (row["density"] * dense_s), rel=1e-3)
+
+
+def test_decode_record_is_complete() -> None:
+    record = json.loads((GOLDEN / "decode_h200.json").read_text())
+    copy = record["ceilings"]["copy_bytes_per_s"]
+    for row in record["rows"]:
+        assert row["copy_share"] == pytest.approx(row["bytes"] / row["seconds"] / copy, rel=1e-3)

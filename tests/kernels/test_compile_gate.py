@@ -1,0 +1,46 @@
+"""What ptxas makes of every configuration we ship, for sm_90a, without a GPU: no spills, no serialised matrix instructions, memory fits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def reports(*arguments: str) -> list[dict[str, Any]]:
+    """In a process of its own: here the interpreter may be on, and Gluon cannot be compiled under it."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = Path(__file__).with_name("compile_all.py")
+    done = subprocess.run(
+        [sys.executable, script, *arguments], check=False, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    bad = {row["name"]: row["problems"] for row in rows if row["problems"]}
+    assert not bad
+    for row in rows:
+        kind = row["name"].split()[0]
+        if kind == "decode":  # three blocks must fit a multiprocessor, or too few loads are in flight
+            assert 3 * row["shared_bytes"] <= 232_448, row
+            assert 3 * 128 * row["registers"] <= 65_536, row
+        elif kind in ("gluon", "triton"):
+            assert row["wgmma"] >= 4, row
+
+
+def test_the_most_used_configuration() -> None:
+    check(reports())
+
+
+@pytest.mark.slow
+def test_every_configuration() -> None:
+    rows = reports("--all")
+    assert len(rows) > 20
+    check(rows)
