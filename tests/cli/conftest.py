@@ -25,7 +25,6 @@ candidates:
   - {kind: fixed_blocks, keep: 0.3}
 """
 PROFILE = ("--lengths", "160,256", "--num-samples", "2", "--num-probes", "1")
-EVAL = ("--lengths", "256", "--num-sequences", "6", "--num-needles", "4")
 
 Run = Callable[..., Any]
 
@@ -66,6 +65,13 @@ def corridor(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def content(folder: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="session")
+def content() -> Callable[[Path], dict[str, bytes]]:
     """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        }
+
+    return read

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import content
 
 from sparsesearch import artifacts
 from sparsesearch.artifacts import read_json, write_json
@@ -190,7 +189,7 @@ CASES: dict[str, tuple[str, int, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(case: str, corridor: Path, bad: Path, run: Any, tmp_path: Path) -> None:
+def test_bad_input(case: str, corridor: Path, bad: Path, run: Any, content: Any, tmp_path: Path) -> None:
     line, code, sentence = CASES[case]
     before = content(corridor)
     arguments = [part.format(good=corridor, bad=bad, out=tmp_path) for part in line.split()]
@@ -240,7 +239,7 @@ def _full(after: int) -> Callable[[int], None]:
     ],
 )
 def test_disk_full_keeps_what_was_there(
-    line: str, corridor: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, corridor: Path, run: Any, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kept.json").write_text("what was there before")
     monkeypatch.setattr(artifacts.os, "fsync", _full(after=0))
@@ -250,7 +249,7 @@ def test_disk_full_keeps_what_was_there(
 
 
 def test_disk_full_in_profile_then_resume(
-    corridor: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corridor: Path, run: Any, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("profile", "needle-7m", "--space", corridor / "space.yaml", "--lengths", "160,256", "--num-samples", "2")
     command = (*command, "--num-probes", "1", "-o", tmp_path / "profile")
