@@ -87,7 +87,7 @@ def blocks_of(tokens: float, block_tokens: int) -> int:
 def density(mask: Bool[Tensor, "*unit M N"], grid: BlockGrid) -> float:
     """Computed tiles / tiles that dense attention would compute in the same call, in [0, 1]."""
     reachable = grid.reachable(mask.device)
-    return float((mask & reachable).sum() / (reachable.sum() * (mask.numel() // reachable.numel())))
+    return int((mask & reachable).sum()) / (int(reachable.sum()) * (mask.numel() // reachable.numel()))
 
 
 def expand(mask: Bool[Tensor, "*unit M N"], grid: BlockGrid) -> Bool[Tensor, "*unit S T"]:
