@@ -163,13 +163,12 @@ def _thresholds(**bounds: float | None) -> "Thresholds":
     from pydantic import ValidationError
 
     from sparsesearch.check import Thresholds
+    from sparsesearch.errors import first_problem
 
     try:
         return Thresholds.model_validate(bounds)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise typer.BadParameter(f"{first['msg']}, but got {first['input']}.", param_hint=option) from error
+        raise typer.BadParameter(first_problem(error)) from error
 
 
 def front(

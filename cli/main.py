@@ -80,7 +80,8 @@ def _read(config: Path) -> dict[str, dict[str, Any]]:
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _refusal("--config", f"must be a readable YAML file, but {config} is not: {error}") from error
+        reason = " ".join(str(error).split())
+        raise _refusal("--config", f"must be a readable YAML file, but {config} is not: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
         raise _refusal("--config", f"must map command -> option -> value, but {config} does not.")
     return values

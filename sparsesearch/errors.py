@@ -7,6 +7,8 @@ exception is a defect of ours.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from pydantic import ValidationError
+
 
 class SparseSearchError(Exception):
     """Base of every error a user can cause. `exit_code` is what the command line returns."""
@@ -56,3 +58,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Known: {', '.join(names)}."
+
+
+def first_problem(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """What is wrong with the first field that pydantic refused, in our words; `known` are the fields there are."""
+    first = error.errors()[0]
+    field, message = ".".join(str(part) for part in first["loc"]), first["msg"]
+    match first["type"]:
+        case "extra_forbidden":
+            return f"there is no {field!r}.{nearest(field, known)}" if known else f"there is no {field!r}."
+        case "missing":
+            return f"{field!r} must be given, but is missing."
+        case "model_type" | "dict_type":
+            return f"{field or 'the whole'} must be a mapping, but is a {type(first['input']).__name__}."
+        case "value_error" | "assertion_error":
+            return f"{field and field + ': '}{first['ctx']['error']}."
+    must = message.replace("Input should be", "must be")
+    return f"{field} {must}, but got {first['input']!r}."

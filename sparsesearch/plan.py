@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from sparsesearch.artifacts import canonical_json, parse_json, read_text, sha256_text, write_json
-from sparsesearch.errors import ArtifactError, SpecError
+from sparsesearch.errors import ArtifactError, SpecError, first_problem
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
 from sparsesearch.rules.dense import Dense
 from sparsesearch.shapes import Granularity, ModelGeometry
@@ -152,14 +152,11 @@ class Plan(_Frozen):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            cause = first.get("ctx", {}).get("error")
+            cause = error.errors()[0].get("ctx", {}).get("error")
             if isinstance(cause, SpecError):
                 raise SpecError(f"{source}: {cause}") from error
-            place = ".".join(str(part) for part in first["loc"]) or "plan"
-            raise ArtifactError(
-                f"{source}: {place}: {first['msg']}. Make the plan again with `sparsesearch search`."
-            ) from error
+            problem = first_problem(error, cls.model_fields)
+            raise ArtifactError(f"{source}: {problem} Make the plan again with `sparsesearch search`.") from error
 
     def save(self, path: Path) -> None:
         """Write `sparse_plan.json` atomically; same plan, same bytes."""

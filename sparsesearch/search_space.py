@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsesearch.artifacts import canonical_json, read_text, sha256_text
-from sparsesearch.errors import SpecError, nearest
+from sparsesearch.errors import SpecError, first_problem, nearest
 from sparsesearch.presets import preset_names, preset_text
 from sparsesearch.rules import Rule, parse_rule
 from sparsesearch.shapes import Granularity
@@ -73,10 +73,11 @@ class SearchSpace:
         try:
             document = _Document.model_validate(yaml.safe_load(text))
         except yaml.YAMLError as error:
-            raise SpecError(f"{where} must be YAML, but: {error}") from error
+            place = getattr(error, "problem_mark", None)
+            line = "" if place is None else f" at line {place.line + 1}"
+            raise SpecError(f"{where} must be YAML, but breaks off or is damaged{line}. Correct it.") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            raise SpecError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+            raise SpecError(f"{where}: {first_problem(error, _Document.model_fields)}") from error
         rules: dict[str, Rule] = {"dense": parse_rule({"kind": "dense"}, where=where)}
         if document.name in document.include:
             raise SpecError(f"{where}: include must name other spaces, but names {document.name!r} itself.")

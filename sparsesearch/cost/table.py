@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.cost.base import UnitWork
-from sparsesearch.errors import ArtifactError, SpecError, nearest
+from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
 
 FORMAT = "sparsesearch.cost_model"
 SCHEMA_VERSION = "1.0"
@@ -85,10 +85,8 @@ class CostTable(_Frozen):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
             raise ArtifactError(
-                f"{path}: {place}: {first['msg']}. Make it again with `sparsesearch calibrate`."
+                f"{path}: {first_problem(error)} Make it again with `sparsesearch calibrate`."
             ) from error
 
 

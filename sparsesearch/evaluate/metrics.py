@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsesearch.artifacts import read_json, write_json
-from sparsesearch.errors import ArtifactError, SpecError, nearest
+from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
 
 FORMAT = "sparsesearch.metrics"
 SCHEMA_VERSION = "1.0"
@@ -121,6 +121,4 @@ class Metrics(_Frozen):
         try:
             return cls.model_validate(read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"{path}: {place}: {first['msg']}. Make it again with `sparsesearch eval`.") from error
+            raise ArtifactError(f"{path}: {first_problem(error)} Make it again with `sparsesearch eval`.") from error

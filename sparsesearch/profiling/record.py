@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsesearch.artifacts import read_json, sha256_file, write_json
-from sparsesearch.errors import ArtifactError, SpecError, nearest
+from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
 from sparsesearch.plan import AnyRule, BaseModelInfo
 from sparsesearch.rules import Rule
 from sparsesearch.shapes import Unit
@@ -70,7 +70,7 @@ class Profile:
         try:
             manifest = Manifest.model_validate(content)
         except ValidationError as error:
-            raise ArtifactError(f"{folder}/profile.json: {error.errors()[0]['msg']}. Profile again.") from error
+            raise ArtifactError(f"{folder}/profile.json: {first_problem(error)} Profile again.") from error
         for name, digest in manifest.files.items():
             if not (folder / name).exists() or sha256_file(folder / name) != digest:
                 raise ArtifactError(f"{folder}/{name} is missing or damaged. Profile again.")

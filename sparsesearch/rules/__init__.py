@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sparsesearch.errors import SpecError, nearest
+from sparsesearch.errors import SpecError, first_problem, nearest
 from sparsesearch.rules.base import LengthLaw, Rule
 
 for _module in sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"):
@@ -38,6 +38,5 @@ def parse_rule(data: Any, *, where: str) -> Rule:
     try:
         return kinds[data["kind"]].model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "rule"
-        raise SpecError(f"{where}: {data['kind']}.{name}: {first['msg']} (got {first['input']!r}).") from error
+        parameters = kinds[data["kind"]].model_fields
+        raise SpecError(f"{where}, {data['kind']}: {first_problem(error, parameters)}") from error

@@ -1,0 +1,262 @@
+"""Bad input: one sentence that says what to do next, a documented exit code, no traceback, and nothing lost."""
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import content
+
+from sparsesearch import artifacts
+from sparsesearch.artifacts import read_json, write_json
+from sparsesearch.presets import preset_path
+
+PLAN = {"format": "sparsesearch.plan", "schema_version": "1.0"}
+
+
+@pytest.fixture(scope="session")
+def bad(corridor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that are wrong in one way each."""
+    folder = tmp_path_factory.mktemp("bad")
+    space = (corridor / "space.yaml").read_text()
+    plan_text = (corridor / "plan.json").read_text()
+    plan = json.loads(plan_text)
+    texts = {
+        "rule.yaml": space.replace("kind: sink_window", "kind: sink_windw"),
+        "key.yaml": space.replace("sink: 32", "sinks: 32"),
+        "value.yaml": space.replace("sink: 32", "sink: -32"),
+        "field.yaml": space.replace("source:", "sauce:"),
+        "broken.yaml": space + "\n  - {kind: zero",
+        "list.yaml": "- 1\n- 2\n",
+        "narrow.yaml": re.sub(r"candidates:.*", "candidates:\n  - {kind: sink_window, sink: 32, window: 32}", space, flags=re.DOTALL),
+        "unknown.yaml": re.sub(r"candidates:.*", "candidates:\n  - {kind: sink_window, sink: 0, window: 96}", space, flags=re.DOTALL),
+        "truncated.json": plan_text[: len(plan_text) // 2],
+        "newer.json": json.dumps({**plan, "schema_version": "2.0"}),
+        "edited.json": json.dumps({**plan, "block_tokens": 64}),
+        "checksum.json": json.dumps({**plan, "sha256": "0" * 64}),
+        "list.json": "[1, 2]",
+        "empty.json": "",
+        "empty.txt": "",
+        "blank.jsonl": "\n\n",
+        "short.txt": "A few words are not enough for a whole sequence. " * 3,
+        "damaged.jsonl": '{"text": "good"}\n{"text": \n',
+        "column.jsonl": '{"body": "good"}\n' * 8,
+        "listed.yaml": "- profile\n",
+        "command.yaml": "serch: {budget: density=0.5}\n",
+        "option.yaml": "search: {bugdet: density=0.5}\n",
+        "notes.md": "no model",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name in ("latin.txt", "latin.json", "latin.yaml"):
+        (folder / name).write_bytes("caf\xe9 ".encode("latin-1") * 50)
+    (folder / "folder.json").mkdir()
+    inconsistent = read_json(corridor / "plan.json", format=PLAN["format"], schema_version=PLAN["schema_version"])
+    inconsistent["assignments"]["model.layers.0.self_attn"][0] = "no_such_rule"
+    write_json(folder / "inconsistent.json", inconsistent, **PLAN)
+    _other_model(folder / "other")
+    for name in ("unfinished", "damaged"):
+        shutil.copytree(corridor / "profile", folder / name)
+    (folder / "unfinished" / "profile.json").unlink()
+    scores = folder / "damaged" / "scores-256.safetensors"
+    scores.write_bytes(scores.read_bytes()[:-1])
+    shutil.copytree(folder / "other", folder / "config")
+    (folder / "config" / "config.json").write_text('{"model_type": ')
+    shutil.copytree(folder / "other", folder / "unweighted")
+    (folder / "unweighted" / "model.safetensors").unlink()
+    return folder
+
+
+def _other_model(folder: Path) -> None:
+    """Two layers instead of eight, with the embedded model's tokenizer."""
+    embedded = preset_path("models", "needle-7m")
+    config = transformers.AutoConfig.from_pretrained(
+        embedded, num_hidden_layers=2, hidden_size=64, intermediate_size=64
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(embedded).save_pretrained(folder)
+
+
+SEARCH = "search {good}/profile -o {out}/plan.json --budget "
+TRIAL = "profile needle-7m -o {out}/profile --num-samples 2 --num-probes 1 "
+CASES: dict[str, tuple[str, int, str]] = {
+    # search spaces
+    "unknown rule": (TRIAL + "--space {bad}/rule.yaml", 1, r"unknown rule kind 'sink_windw'. Did you mean 'sink_window'"),
+    "unknown rule parameter": (TRIAL + "--space {bad}/key.yaml", 1, r"candidates\[2\], sink_window: there is no 'sinks'. Did you mean 'sink'"),
+    "rule parameter out of range": (TRIAL + "--space {bad}/value.yaml", 1, r"sink must be greater than or equal to 0, but got -32"),
+    "unknown field of a space": (TRIAL + "--space {bad}/field.yaml", 1, r"field.yaml: 'source' must be given"),
+    "space is no YAML": (TRIAL + "--space {bad}/broken.yaml", 1, r"broken.yaml must be YAML"),
+    "space is no mapping": (TRIAL + "--space {bad}/list.yaml", 1, r"list.yaml: the whole must be a mapping, but is a list"),
+    "space is not UTF-8": (TRIAL + "--space {bad}/latin.yaml", 1, r"must be UTF-8 text, but byte 3 is not"),
+    "space is missing": (TRIAL + "--space {bad}/none.yaml", 1, r"none.yaml must exist"),
+    "unknown space": (TRIAL + "--space mixtur", 1, r"unknown search space 'mixtur'. Did you mean 'mixture'"),
+    "space was not profiled": (SEARCH + "density=0.5 --space {bad}/unknown.yaml", 1, r"must have scored sink_window\(sink=0.*Profile again"),
+    # plans
+    "plan is missing": ("explain {bad}/none.json", 1, r"none.json must exist"),
+    "plan is a folder": ("explain {bad}/folder.json", 1, r"must be a file, but is a folder"),
+    "plan below a file": ("explain {bad}/empty.json/plan.json", 1, r"must be readable, but Not a directory"),
+    "plan is empty": ("explain {bad}/empty.json", 1, r"must be complete JSON"),
+    "plan is truncated": ("explain {bad}/truncated.json", 1, r"must be complete JSON, but it breaks off"),
+    "plan is not UTF-8": ("explain {bad}/latin.json", 1, r"must be UTF-8 text"),
+    "plan is a list": ("explain {bad}/list.json", 1, r"must have format 'sparsesearch.plan'"),
+    "plan is a profile": ("explain {good}/profile/profile.json", 1, r"must have format 'sparsesearch.plan', but has 'sparsesearch.profile'"),
+    "plan is newer": ("explain {bad}/newer.json", 1, r"schema_version 2.0.*Upgrade sparsesearch"),
+    "plan was edited": ("explain {bad}/edited.json", 1, r"does not match its own checksum"),
+    "checksum was edited": ("explain {bad}/checksum.json", 1, r"does not match its own checksum"),
+    "plan contradicts itself": ("explain {bad}/inconsistent.json", 1, r"names rule 'no_such_rule', which `rules` lacks"),
+    "plan for another model, apply": ("apply {good}/plan.json {bad}/other -o {out}/patched", 5, r"made for 'needle-7m' with 8 attention modules, but this model has 2"),
+    "plan for another model, eval": ("eval {good}/plan.json --model {bad}/other --lengths 256 --num-sequences 3 --num-needles 2", 5, r"made for 'needle-7m' with 8 attention modules, but this model has 2"),
+    "plan for another model, check": ("check {good}/plan.json --model {bad}/other --lengths 256 --num-sequences 3 --num-needles 2", 5, r"made for 'needle-7m' with 8 attention modules, but this model has 2"),
+    "no such head": ("explain {good}/plan.json 3:9", 1, r"must name a query head of .*: 0 to 7"),
+    "no such module": ("explain {good}/plan.json model.layers.30.self_attn:1", 1, r"Did you mean 'model.layers.3.self_attn'"),
+    # calibration
+    "calibration is missing": (TRIAL + "--data {bad}/none.txt", 1, r"none.txt must exist"),
+    "calibration is empty": (TRIAL + "--data {bad}/empty.txt", 1, r"must hold text, but is empty"),
+    "calibration is blank": (TRIAL + "--data {bad}/blank.jsonl", 1, r"must hold text, but is empty"),
+    "calibration is too short": (TRIAL + "--data {bad}/short.txt --lengths 512", 1, r"must hold at least 512 tokens.*Give more text or a smaller length"),
+    "calibration is not UTF-8": (TRIAL + "--data {bad}/latin.txt", 1, r"must be UTF-8 text"),
+    "calibration is damaged": (TRIAL + "--data {bad}/damaged.jsonl", 1, r"line 2 must be a JSON object"),
+    "calibration lacks the column": (TRIAL + "--data {bad}/column.jsonl", 1, r"--text-column. Known: body"),
+    "unknown calibration": (TRIAL + "--data neddle", 1, r"Did you mean 'needle'"),
+    "longer than the context": (TRIAL + "--lengths 20000", 1, r"at most 16384 tokens"),
+    "longer than the context, dry": (TRIAL + "--lengths 20000 --dry-run", 1, r"at most 16384 tokens"),
+    "longer than the context, eval": ("eval {good}/plan.json --lengths 20000", 1, r"at most 16384 tokens"),
+    "too short for the needles": ("eval {good}/plan.json --lengths 64", 1, r"longer sequences or fewer needles"),
+    # options
+    "lengths are no numbers": (TRIAL + "--lengths 1k", 2, r"positive token counts"),
+    "length zero": (TRIAL + "--lengths 0,256", 2, r"positive token counts"),
+    "no samples": (TRIAL + "--num-samples 0", 2, r"num-samples"),
+    "unknown option": (TRIAL + "--spase mixture", 2, r"No such option"),
+    "unknown command": ("profil needle-7m", 2, r"No such command 'profil'"),
+    "missing argument": ("explain", 2, r"Missing argument"),
+    "missing budget": ("search {good}/profile", 2, r"Missing option '--budget'"),
+    "unknown unit": (SEARCH + "density=0.5 --unit head", 2, r"query_head"),
+    "unknown objective": (SEARCH + "density=0.5 --objective loss", 2, r"combined"),
+    "unknown dtype": (TRIAL + "--dtype float8", 2, r"bfloat16"),
+    "unknown device": (TRIAL + "--device tpu", 2, r"must be cpu, cuda or cuda:N, but got 'tpu'"),
+    "unknown cost model": (SEARCH + "latency=0.5 --device roofline:h10", 1, r"Did you mean 'h100'"),
+    "unknown artefact": ("schema pln", 2, r"Did you mean 'plan'"),
+    "recovery out of range": ("check {good}/plan.json --recovery 1.5", 2, r"recovery must be less than or equal to 1, but got 1.5"),
+    "negative bound": ("check {good}/plan.json --max-kl -1", 2, r"max_kl must be greater than 0, but got -1.0"),
+    "config is missing": ("--config {bad}/none.yaml rules", 2, r"--config.*readable YAML"),
+    "config is no mapping": ("--config {bad}/listed.yaml rules", 2, r"command -> option -> value"),
+    "config names no command": ("--config {bad}/command.yaml rules", 2, r"'serch'. Did you mean 'search'"),
+    "config names no option": ("--config {bad}/option.yaml rules", 2, r"search.bugdet. Did you mean 'budget'"),
+    "set without a value": ("--set search.budget rules", 2, r"must look like"),
+    "set names no option": ("--set search.bugdet=density=0.5 rules", 2, r"Did you mean 'budget'"),
+    "unknown log level": ("--log-level loud rules", 2, r"debug, info, warning or error"),
+    # budgets
+    "budget zero": (SEARCH + "density=0", 2, r"0 < density <= 1 must hold"),
+    "budget above one": (SEARCH + "density=1.5", 2, r"0 < density <= 1 must hold"),
+    "budget without a value": (SEARCH + "density", 2, r"must look like density=0.25"),
+    "budget is no number": (SEARCH + "density=half", 2, r"must be a number such as 0.25"),
+    "budget of an unknown metric": (SEARCH + "densty=0.5", 2, r"Did you mean 'density'"),
+    "budget at another length": (SEARCH + "density=0.5@4096", 1, r"4096 must be one of the profiled lengths"),
+    "cache budget per query head": (SEARCH + "kv_fraction=0.5", 1, r"--unit kv_group"),
+    "latency without a cost model": (SEARCH + "latency=0.5x", 1, r"--device cpu"),
+    "infeasible": (SEARCH + "density=0.05 --space {bad}/narrow.yaml", 3, r"smallest feasible value is density=0.6.*Raise the budget"),
+    "infeasible, refined": (SEARCH + "density=0.05 --space {bad}/narrow.yaml --refine 2", 3, r"smallest feasible value is density=0.6.*Raise the budget"),
+    # profiles and metrics
+    "profile is missing": ("search {bad}/none --budget density=0.5 -o {out}/plan.json", 1, r"Run `sparsesearch profile`"),
+    "profile is unfinished": ("search {bad}/unfinished --budget density=0.5 -o {out}/plan.json", 1, r"unfinished profile.*--resume"),
+    "profile is damaged": ("search {bad}/damaged --budget density=0.5 -o {out}/plan.json", 1, r"scores-256.*Profile again"),
+    "metrics are missing": ("report {good}/plan.json {bad}/none.json -o {out}/r.html", 1, r"none.json must exist"),
+    "baseline is a plan": ("check {good}/plan.json --baseline {good}/plan.json", 1, r"must have format 'sparsesearch.metrics'"),
+    # models
+    "model is missing": ("profile ./no/such/model -o {out}/profile", 1, r"no such file or directory"),
+    "model is a text file": ("profile {bad}/notes.md -o {out}/profile", 1, r"model directory or a .gguf file"),
+    "model folder has no config": ("profile {good} -o {out}/profile", 1, r"has no config.json"),
+    "model config is damaged": ("profile {bad}/config -o {out}/profile", 1, r"could not be loaded"),
+    "model has no weights": ("profile {bad}/unweighted -o {out}/profile", 1, r"could not be loaded: .*model.safetensors"),
+    "hub model cannot be reached": ("--offline profile no-one/no-such-model -o {out}/profile", 1, r"no-one/no-such-model.*Check the name"),
+    "no patched checkpoint": ("verify {bad}/other", 1, r"sparsesearch apply"),
+    "no checkpoint at all": ("verify {bad}/none", 1, r"none must exist"),
+    # places that are taken
+    "plan exists": ("search {good}/profile --budget density=0.5 -o {good}/plan.json", 1, r"must not exist yet.*--overwrite"),
+    "profile exists": ("profile needle-7m -o {good}/profile --lengths 160", 1, r"must not hold a profile yet.*--resume"),
+    "folder holds other files": ("profile needle-7m -o {good} --lengths 160", 1, r"holds other files"),
+    "resumed otherwise": ("profile needle-7m --space {good}/space.yaml --lengths 160,256 --num-samples 2 --num-probes 1 --seed 1 -o {good}/profile --resume", 1, r"begun with another (calibration|seed)"),
+    "checkpoint exists": ("apply {good}/plan.json needle-7m -o {good}", 1, r"--overwrite"),
+    "quickstart folder is taken": ("quickstart -o {good}", 1, r"must be empty"),
+    "checkpoint on a file": ("apply {good}/plan.json needle-7m -o {good}/plan.json", 1, r"is a file"),
+    "output below a file": (SEARCH.replace("{out}", "{good}/plan.json") + "density=0.5", 1, r"must be writable, but"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case: str, corridor: Path, bad: Path, run: Any, tmp_path: Path) -> None:
+    line, code, sentence = CASES[case]
+    before = content(corridor)
+    arguments = [part.format(good=corridor, bad=bad, out=tmp_path) for part in line.split()]
+    result = run(*arguments, code=code)
+    assert re.search(sentence, result.stderr, re.DOTALL), result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    if code != 2:
+        (message,) = result.stderr.splitlines()
+        assert message.startswith("error: ")
+        assert message.endswith((".", ")"))
+    assert content(corridor) == before, "nothing is lost"
+    assert not content(tmp_path), "nothing half-made stays"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(corridor: Path, run: Any, tmp_path: Path) -> None:
+    for command in (
+        ("profile", "needle-7m", "-o", tmp_path / "profile"),
+        ("eval", corridor / "plan.json"),
+        ("check", corridor / "plan.json"),
+        ("validate-proxy", corridor / "profile"),
+    ):
+        result = run(*command, "--device", "cuda", code=1)
+        assert re.search(r"--device cuda must be a GPU.*this machine has none.*Pass another", result.stderr)
+
+
+def _full(after: int) -> Callable[[int], None]:
+    """An fsync that finds the disk full from the n-th call on."""
+    calls = 0
+
+    def fsync(_: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return fsync
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "search {good}/profile --budget density=0.5 -o {out}/kept.json --overwrite",
+        "apply {good}/plan.json needle-7m -o {out}/patched",
+        "eval {good}/plan.json --lengths 256 --num-sequences 3 --num-needles 2 --timing-rounds 0 -o {out}/kept.json",
+    ],
+)
+def test_disk_full_keeps_what_was_there(
+    line: str, corridor: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept.json").write_text("what was there before")
+    monkeypatch.setattr(artifacts.os, "fsync", _full(after=0))
+    result = run(*line.format(good=corridor, out=tmp_path).split(), code=1)
+    assert re.search(r"must be writable, but No space left on device.*Free space", result.stderr)
+    assert content(tmp_path) == {"kept.json": b"what was there before"}
+
+
+def test_disk_full_in_profile_then_resume(
+    corridor: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("profile", "needle-7m", "--space", corridor / "space.yaml", "--lengths", "160,256", "--num-samples", "2")
+    command = (*command, "--num-probes", "1", "-o", tmp_path / "profile")
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.os, "fsync", _full(after=12))
+        result = run(*command, code=1)
+    assert re.search(r"must be writable, but No space left on device.*Free space", result.stderr)
+    run(*command, "--resume")
+    assert content(tmp_path / "profile") == content(corridor / "profile")
