@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
+    context_settings={"max_content_width": 110},
 )
 for room in (measure, plan, deploy, judge, listing):
     room.register(app)

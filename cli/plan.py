@@ -154,7 +154,7 @@ def explain(
     profile: Annotated[Path | None, typer.Option(help="Profile directory, to list the head's alternatives.")] = None,
     json: o.Json = False,
 ) -> None:
-    """Say what a plan does, or what one head does and could have done."""
+    """Say what a plan does, or one of its heads. With a profile, also what that head could have done."""
     from dataclasses import asdict
 
     from sparsesearch.comparison import PlanExplanation
