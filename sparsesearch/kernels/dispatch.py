@@ -43,12 +43,12 @@ class Prefill:
 
     Attributes:
         out: like q; 0 where a query has no key, and in rows that belong to no sequence.
-        lse: natural log of the sum of exponentials of scaled scores, -inf where a query has no key.
+        lse: natural log of the sum of exponentials of scaled scores, -inf where a query has no key; None from `torch`, which has none.
         backend: the backend that ran.
     """
 
     out: Float[Tensor, "B H S D"]
-    lse: Float[Tensor, "B H S"]
+    lse: Float[Tensor, "B H S"] | None
     backend: Backend
 
 
@@ -88,6 +88,7 @@ def prefill(
         name = "softcap" if softcap is not None else "attention sinks"
         raise UnsupportedKernelError(f"no kernel has {name}; leave this layer to the model's own attention.")
     taken = choose_backend(q, k, v, spans, backend=backend, bias=bias is not None)
+    lse: Tensor | None
     match taken:
         case "gluon" | "triton":
             schedule = schedule_for(q, k, spans, choice, taken)
@@ -254,7 +255,7 @@ def _tiles_of(choice: "tuple[Rule, ...] | list[HeadTiles]", spans: Sequence[Span
 
 def _per_sequence(
     q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], tiles: Sequence[HeadTiles], scale: float, backend: Backend
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Run a backend that takes one unpadded sequence at a time, keys repeated to the query heads."""
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
@@ -269,14 +270,13 @@ def _per_sequence(
             from sparsesearch.kernels.torch_gather import tile_attention_torch  # type: ignore[import-not-found,unused-ignore]
 
             out[span.batch, :, rows] = tile_attention_torch(one_q, one_k, one_v, mask, span.grid, scale=scale)
-            lse[span.batch, :, rows] = torch.nan
         else:
             from sparsesearch.block_mask import expand
             from sparsesearch.kernels.reference import masked_attention
 
             one_out, one_lse = masked_attention(one_q, one_k, one_v, expand(mask, span.grid), scale=scale)
             out[span.batch, :, rows], lse[span.batch, :, rows] = one_out, one_lse.float()
-    return out, lse
+    return out, None if backend == "torch" else lse
 
 
 @lru_cache(maxsize=8)

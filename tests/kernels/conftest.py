@@ -1,12 +1,7 @@
-"""Without a GPU the Triton kernels run in the interpreter; it must be on before they are imported."""
-
-import os
+"""Kernel tests run on one thread; those that need a GPU say so."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

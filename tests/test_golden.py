@@ -1,0 +1,33 @@
+"""Artefacts of earlier releases stay readable, and what they recorded is what the README quotes."""
+
+from pathlib import Path
+
+import pytest
+
+from sparsesearch.evaluate import Metrics
+from sparsesearch.presets import preset_path
+from sparsesearch.profiling.record import Profile
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("path", sorted((GOLDEN / "quality").glob("*.json")), ids=lambda path: path.stem)
+def test_measured_fronts_stay_readable(path: Path) -> None:
+    metrics = Metrics.load(path)
+    assert metrics.model == "needle-7m"
+    assert metrics.provenance["command"].startswith("sparsesearch front ")
+    assert metrics.at(2048, "dense").density == 1
+
+
+def test_reference_profile_stays_readable() -> None:
+    profile = Profile.load(preset_path("profiles", "needle-7m"))
+    assert profile.manifest.lengths == (2048,)
+    assert profile.labels[0] == "dense"
+
+
+def test_readme_quotes_what_was_measured() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    metrics = Metrics.load(GOLDEN / "quality" / "needle-7m-mixture-h200.json")
+    for density in ("0.15", "0.2", "0.25"):
+        cell = metrics.at(2048, f"mixture @ {density}")
+        assert f"| mixture | {cell.density:.2f} | {cell.needle.mean:.2f} | {cell.kl_text.mean:.3f} |" in readme
