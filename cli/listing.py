@@ -6,7 +6,7 @@ import typer
 
 from . import options as o
 from .errors import guarded
-from .render import emit_json, lines, pairs, table
+from .render import emit_json, entries, lines, pairs
 
 
 def rules(json: o.Json = False) -> None:
@@ -23,7 +23,20 @@ def rules(json: o.Json = False) -> None:
         }
         for kind, rule in rule_kinds().items()
     ]
-    emit_json(rows) if json else table("rules", list(rows[0]), [list(row.values()) for row in rows])
+    if json:
+        emit_json(rows)
+        return
+    entries(
+        "rules",
+        {
+            row["kind"]: [
+                row["what"],
+                f"parameters: {row['parameters'] or 'none'}; acts in {row['acts']}",
+                row["source"],
+            ]
+            for row in rows
+        },
+    )
 
 
 def spaces(json: o.Json = False) -> None:
@@ -36,7 +49,13 @@ def spaces(json: o.Json = False) -> None:
         {"name": s.name, "candidates": len(s.candidates), "unit": s.unit, "what": s.description, "source": s.source}
         for s in loaded
     ]
-    emit_json(rows) if json else table("search spaces", list(rows[0]), [list(row.values()) for row in rows])
+    if json:
+        emit_json(rows)
+        return
+    entries(
+        "search spaces",
+        {s.name: [s.description, f"{len(s.candidates)} candidates per {s.unit}", s.source] for s in loaded},
+    )
 
 
 def models(json: o.Json = False) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from . import options as o
 from .errors import guarded, usage
-from .render import emit_json, lines, progress_bar, table
+from .render import emit_json, entries, lines, progress_bar, table
 
 if TYPE_CHECKING:
     from sparsesearch.plan import Plan
@@ -138,19 +138,21 @@ def diff(
     from sparsesearch.comparison import diff as compare
     from sparsesearch.plan import Plan
 
-    found = compare(Plan.load(plan_a), Plan.load(plan_b))
+    first = Plan.load(plan_a)
+    found = compare(first, Plan.load(plan_b))
     if json:
         emit_json(asdict(found))
         return
-    rows = [[change.module, change.head, change.before, change.after] for change in found.changes]
-    table(f"{len(rows)} of {found.num_heads} heads differ", ["module", "head", str(plan_a), str(plan_b)], rows)
+    layers = {module: index for index, module in enumerate(first.base_model.modules)}
+    rows = [[f"{layers[change.module]}:{change.head}", change.before, change.after] for change in found.changes]
+    table(f"{len(rows)} of {found.num_heads} heads differ", ["layer:head", str(plan_a), str(plan_b)], rows)
     for name, before, after in found.other_fields:
         lines(f"{name}: {before} -> {after}")
 
 
 def explain(
     plan: o.PlanFile,
-    head: Annotated[str | None, typer.Argument(help="module:head, such as model.layers.3.self_attn:7")] = None,
+    head: Annotated[str | None, typer.Argument(help="module:head or layer:head, such as 3:7")] = None,
     profile: Annotated[Path | None, typer.Option(help="Profile directory, to list the head's alternatives.")] = None,
     json: o.Json = False,
 ) -> None:
@@ -178,7 +180,7 @@ def explain(
             [[m, d, ", ".join(f"{k} {n}" for k, n in kinds)] for m, d, kinds in found.layers],
         )
     else:
-        lines(f"{found.module}:{found.head} follows {found.rule}", "", found.meaning, f"source: {found.source}")
+        entries(f"{found.module}:{found.head}", {found.rule: [found.meaning, found.source]})
         table("parameters", ["name", "value", "meaning"], found.parameters)
         table("density", ["length", "share of dense"], list(found.densities.items()))
         metrics = list(found.alternatives[0].cost) if found.alternatives else []

@@ -50,8 +50,21 @@ def pairs(title: str, content: Mapping[str, object]) -> None:
     grid.add_column()
     grid.add_column(overflow="fold")
     for name, value in content.items():
-        grid.add_row(name.replace("_", " "), _text(value))
+        grid.add_row(name.replace("_", " ") if name.islower() else name, _text(value))
     _show(title, grid)
+
+
+def entries(title: str, content: Mapping[str, Sequence[str]]) -> None:
+    """Names on stdout, each followed by indented paragraphs."""
+    from rich.padding import Padding
+
+    console = _console()
+    console.print(title, style="bold", markup=False)
+    for name, paragraphs in content.items():
+        console.print(name, style="bold", markup=False)
+        for text in paragraphs:
+            console.print(Padding(_text(text), (0, 0, 0, 4), expand=False))
+    console.print()
 
 
 def lines(*texts: str) -> None:
