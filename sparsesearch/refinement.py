@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsesearch.calibration import Sample
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.plan import Plan
 from sparsesearch.planning import Question, find_choice, write_plan
-from sparsesearch.profiling.local_model import loss_around, true_objective
+from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT, loss_around
 from sparsesearch.profiling.record import Profile
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.solve import Solution, solve
@@ -55,7 +56,7 @@ class Refinement:
         self._seen: set[bytes] = set()
         self.best: Solution | None = None
         self.best_question = self.question
-        self.best_objective = np.inf
+        self.objective: Float[Tensor, " n"] | None = None
 
     @property
     def spent(self) -> bool:
@@ -63,17 +64,17 @@ class Refinement:
         return len(self.trials) >= self.evaluations
 
     def replay(self, origin: str, question: Question, solution: Solution) -> bool:
-        """Evaluate a plan unless it was seen or nothing is left; True if it is the best now."""
+        """Evaluate a plan unless it was seen or nothing is left; True if it is clearly the best now."""
         if self.spent or solution.choice.tobytes() in self._seen:
             return False
         self._seen.add(solution.choice.tobytes())
-        score = self.reference.score(self.plan(solution))
-        kl_answer = score.get("kl_answer", 0.0)
-        objective = true_objective(score["kl_text"], kl_answer)
-        accepted = objective < self.best_objective
+        found = self.reference.compare(self.plan(solution))
+        objective = found.kl_text + ANSWER_KL_WEIGHT * found.kl_answer.nan_to_num()
+        accepted = self.objective is None or _clearly_less(objective, self.objective)
         if accepted:
-            self.best, self.best_question, self.best_objective = solution, question, objective
-        self.trials.append(Trial(origin, score["kl_text"], kl_answer, objective, accepted))
+            self.best, self.best_question, self.objective = solution, question, objective
+        kl_answer = found.kl_answer.nan_to_num().mean().item()
+        self.trials.append(Trial(origin, found.kl_text.mean().item(), kl_answer, objective.mean().item(), accepted))
         self.progress("refine", len(self.trials), self.evaluations)
         return accepted
 
@@ -116,6 +117,16 @@ class Refinement:
                 return
             yield PRICES[-1], frozen.copy()
             frozen |= swap != now
+
+
+def _clearly_less(new: Float[Tensor, " n"], best: Float[Tensor, " n"]) -> bool:
+    """Whether the mean over the same sequences falls by more than the standard error of the difference.
+
+    Less would follow the noise of a handful of calibration sequences: on needle-7m at density 0.25 it kept a plan that was 21 % better on six of
+    them and 7 % worse on 48 held-out ones.
+    """
+    difference = new - best
+    return bool(difference.mean() < -difference.std(correction=0) / max(1, len(difference) - 1) ** 0.5)
 
 
 def priced(
