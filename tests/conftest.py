@@ -19,6 +19,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "same everywhere", deadline=None, derandomize=True
+)  # no test fails by chance or on a slow machine
+hypothesis.settings.load_profile("same everywhere")
 transformers.utils.logging.disable_progress_bar()
 
 NEEDLE_7M = str(files("sparsesearch") / "presets" / "models" / "needle-7m")
