@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,9 +20,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile(
-    "same everywhere", deadline=None, derandomize=True
-)  # no test fails by chance or on a slow machine
+# no test fails by chance or because the machine is slow
+hypothesis.settings.register_profile("same everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("same everywhere")
 transformers.utils.logging.disable_progress_bar()
 
