@@ -20,8 +20,8 @@ def quickstart(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Profile here instead of using the profile shipped with the package.")
     ] = False,
-    evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.", min=0)] = 4,
-    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.", min=1)] = 24,
+    evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.", min=0)] = 3,
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.", min=1)] = 18,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:

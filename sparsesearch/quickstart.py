@@ -80,8 +80,8 @@ def quickstart(
     *,
     density_budget: float = 0.25,
     from_scratch: bool = False,
-    evaluations: int = 4,
-    num_sequences: int = 24,
+    evaluations: int = 3,
+    num_sequences: int = 18,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> Quickstart:
@@ -176,12 +176,13 @@ def _judge(
             plans,
             lengths=[length],
             num_sequences=count,
+            num_text_sequences=texts,
             timing_rounds=rounds,
             model_name=MODEL,
             seed=seed,
             progress=progress,
         )
-        for length, count, rounds in ((LENGTH_TOKENS, num_sequences, 0), (TIMED_LENGTH_TOKENS, 3, 5))
+        for length, count, texts, rounds in ((LENGTH_TOKENS, num_sequences, 4, 0), (TIMED_LENGTH_TOKENS, 3, 1, 3))
     ]
     first, second = parts
     return first.model_copy(update={"results": first.results | second.results, "data": first.data | second.data})

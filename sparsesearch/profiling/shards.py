@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sparsesearch.artifacts import canonical_json, read_json, sha256_text, write_bytes, write_json
+from sparsesearch.artifacts import read_json, write_bytes, write_json
 from sparsesearch.errors import ArtifactError
 
 _FORMAT = "sparsesearch.profile-state"
@@ -68,11 +68,6 @@ class ShardStore:
             path.unlink() if path.is_file() else path.rmdir()
         if (self.folder / "shards").exists():
             (self.folder / "shards").rmdir()
-
-
-def request_digest(request: dict[str, Any]) -> str:
-    """Digest that tells two profiling requests apart."""
-    return sha256_text(canonical_json(request))
 
 
 def _short(value: object) -> str:
