@@ -55,6 +55,34 @@ class UnitWork:
         return self.q_len * (self.kv_len - self.q_len) + self.q_len * (self.q_len + 1) / 2
 
 
+@dataclass(frozen=True)
+class DecodeWork:
+    """What one KV head computes to decode one token in every sequence of a batch.
+
+    Attributes:
+        kv_tokens: cached keys that are read, per sequence.
+        head_dim: elements per head.
+        query_heads: query heads that share the KV head.
+        batch: sequences decoded together.
+        dtype_bytes: bytes per cached element.
+    """
+
+    kv_tokens: float
+    head_dim: int
+    query_heads: int = 1
+    batch: int = 1
+    dtype_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.head_dim, self.query_heads, self.batch, self.dtype_bytes) < 1 or self.kv_tokens < 0:
+            raise SpecError(f"sizes must be positive and kv_tokens not negative, but got {self}.")
+
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of keys and values that are read."""
+        return 2.0 * self.kv_tokens * self.head_dim * self.batch * self.dtype_bytes
+
+
 @runtime_checkable
 class CostModel(Protocol):
     """Seconds of attention on a device.
