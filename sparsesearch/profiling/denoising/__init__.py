@@ -1,0 +1,3 @@
+"""Profiling a diffusion transformer: what every candidate changes in every head at a few denoising steps, and how much that matters in the
+end.
+"""
