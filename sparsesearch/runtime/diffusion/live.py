@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from sparsesearch.errors import PlanMismatchError, SparseSearchError, SpecError, UnsupportedModelError, nearest
 from sparsesearch.kernels.dispatch import BACKENDS, Backend
@@ -46,6 +47,17 @@ def transformer_sites(model: Any) -> tuple[TransformerSite, ...]:
     if not sites:
         raise UnsupportedModelError(f"this {type(model).__name__} has no blocks, hence no attention to plan.")
     return tuple(sites)
+
+
+def output_weights(model: Any) -> dict[str, Float[Tensor, "O HD"]]:
+    """What each module's attention output is multiplied with: its own projection, or the attention's part of its block's joint one."""
+    found = {}
+    for site in transformer_sites(model):
+        own = getattr(site.module, "to_out", None)
+        block = model.get_submodule(site.path.rpartition(".")[0])
+        weight = block.proj_out.weight if own is None else own[0].weight
+        found[site.path] = weight.detach()[:, : site.num_heads * site.head_dim]
+    return found
 
 
 def describe_transformer(model: Any, name_or_path: str) -> BaseModelInfo:
