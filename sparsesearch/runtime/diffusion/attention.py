@@ -131,6 +131,11 @@ class SparseLayer:
             choice = self._chosen(q, k, rules, spans, call, scale)
         found = prefill(q, k, v, spans, choice, scale=scale, backend=self.backend)
         self.taken = found.backend
+        for head, rule in enumerate(rules):
+            if rule.rest == "mean_value":
+                for span in spans:
+                    length = span.grid.kv_len
+                    found.out[span.batch, head, :length] = v[span.batch, head, :length].float().mean(0)
         return _restored(found.out, places)
 
     def _chosen(
