@@ -96,9 +96,10 @@ def _attend(
         group, device = q.shape[1] // k.shape[1], str(q.device)
         permutation, place = order.permutation(grid.layout, q.device), _indices(tuple(heads), device)
         keys = _indices(tuple(head // group for head in heads), device)
-        part = [take_rows(x, index, permutation) for x, index in ((q, place), (k, keys), (v, keys))]
-        choice = _choice(part[0], part[1], spans, own, scale, chosen, (first_row, order))
-        result = prefill(*part, spans, choice, scale=scale, backend=backend).out
+        own_q = take_rows(q, place, permutation)
+        own_k, own_v = take_rows(k, keys, permutation), take_rows(v, keys, permutation)
+        choice = _choice(own_q, own_k, spans, own, scale, chosen, (first_row, order))
+        result = prefill(own_q, own_k, own_v, spans, choice, scale=scale, backend=backend).out
         out = torch.zeros_like(q) if out is None else out
         put_rows(out, result, place, permutation)
     out = torch.zeros_like(q) if out is None else out
