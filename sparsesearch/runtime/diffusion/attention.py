@@ -1,20 +1,19 @@
-"""One attention layer under a plan: permute once, compute the chosen tiles in one launch, permute back."""
+"""One attention layer under a plan: what its rules are at this step, on which grid, and when it is left to the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedModelError
-from sparsesearch.kernels.dispatch import Backend, prefill
-from sparsesearch.kernels.schedule import HeadTiles, Span
+from sparsesearch.kernels.dispatch import Backend, choose_backend
+from sparsesearch.kernels.ordered import ChosenTiles, attend
+from sparsesearch.kernels.schedule import Span
 from sparsesearch.layout import Layout
-from sparsesearch.order import Order
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
@@ -68,7 +67,7 @@ class SparseLayer:
     backend: Backend
     probe: Probe | None = None
     taken: Backend | None = None
-    _kept: dict[tuple[str, int], Bool[Tensor, "B H M N"]] = field(default_factory=dict)
+    _kept: dict[tuple[str, int], ChosenTiles] = field(default_factory=dict)
 
     @cached_property
     def rules(self) -> tuple[Rules, ...]:
@@ -122,51 +121,32 @@ class SparseLayer:
         return -1 if place is None else place
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules, call: Call, scale: float) -> Tensor:
-        orders = tuple(rule.token_order for rule in rules)
-        places = places_of(orders, call.layout, str(q.device))
-        q, k, v = (_permuted(x, places) for x in (q, k, v))
-        spans = spans_of(call, q.shape[0], self.plan.block_tokens)
-        choice: Rules | list[HeadTiles] = rules
-        if any(rule.dynamic for rule in rules):
-            choice = self._chosen(q, k, rules, spans, call, scale)
-        found = prefill(q, k, v, spans, choice, scale=scale, backend=self.backend)
-        self.taken = found.backend
-        for head, rule in enumerate(rules):
-            if rule.rest == "mean_value":
-                for span in spans:
-                    length = span.grid.kv_len
-                    found.out[span.batch, head, :length] = v[span.batch, head, :length].float().mean(0)
-        return _restored(found.out, places)
+        grids = grids_of(call, q.shape[0], self.plan.block_tokens)
+        if self.taken is None:
+            self.taken = choose_backend(q, k, v, [Span(grids[0])], backend=self.backend)
+        return attend(q, k, v, grids, rules, scale=scale, backend=self.backend, chosen=self._chosen(call))
 
-    def _chosen(
-        self, q: Tensor, k: Tensor, rules: Rules, spans: tuple[Span, ...], call: Call, scale: float
-    ) -> list[HeadTiles]:
-        """Tiles of every head of every sequence; dynamic ones are kept between the schedule's refresh steps."""
-        schedule, kept = self.plan.schedule, (call.pass_name, self._range(call))
-        fresh = schedule is None or call.step is None or schedule.refreshes(*call.step)
-        old = None if fresh else self._kept.get(kept)
-        if old is not None and old.shape[0] == len(spans):
-            tiles = old
-        else:
-            tiles = tiles_of(q, k, rules, spans, scale)
-            if schedule is not None and schedule.refresh:
-                self._kept[kept] = tiles
-        return [HeadTiles(one, tuple(range(len(rules)))) for one in tiles]
+    def _chosen(self, call: Call) -> ChosenTiles | None:
+        """Where dynamic rules keep their tiles between the schedule's refresh steps; None if they choose anew at every step."""
+        schedule = self.plan.schedule
+        if schedule is None or call.step is None or not schedule.refresh:
+            return None
+        key = (call.pass_name, self._range(call))
+        if schedule.refreshes(*call.step):
+            self._kept[key] = {}
+        return self._kept.setdefault(key, {})
 
 
-def spans_of(call: Call, batch_size: int, block_tokens: int) -> tuple[Span, ...]:
-    """The sequences of a call; padding stands at their ends, in every order."""
+def grids_of(call: Call, batch_size: int, block_tokens: int) -> tuple[BlockGrid, ...]:
+    """The block grid of each batch row; padding stands at the end, in every order."""
     lengths = call.key_lengths or (call.layout.num_tokens,) * batch_size
-    return _spans(call.layout, lengths, block_tokens)
+    return tuple(_grid(call.layout, length, block_tokens) for length in lengths)
 
 
 @lru_cache(maxsize=64)
-def _spans(layout: Layout, lengths: tuple[int, ...], block_tokens: int) -> tuple[Span, ...]:
-    grids = {}
-    for length in set(lengths):
-        own = layout if length == layout.num_tokens else _shortened(layout, length)
-        grids[length] = BlockGrid(length, length, block_tokens, causal=False, layout=own)
-    return tuple(Span(grids[length], batch) for batch, length in enumerate(lengths))
+def _grid(layout: Layout, length: int, block_tokens: int) -> BlockGrid:
+    own = layout if length == layout.num_tokens else _shortened(layout, length)
+    return BlockGrid(length, length, block_tokens, causal=False, layout=own)
 
 
 def _shortened(layout: Layout, length: int) -> Layout:
@@ -176,49 +156,3 @@ def _shortened(layout: Layout, length: int) -> Layout:
     if kept == 0:
         return layout.model_copy(update={"segments": tuple(others)})
     return layout.model_copy(update={"segments": (*others, last.model_copy(update={"shape": (kept,)}))})
-
-
-def tiles_of(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H T D"], rules: Rules, spans: tuple[Span, ...], scale: float
-) -> Bool[Tensor, "B H M N"]:
-    """What every head computes in every sequence; q and k are in the rules' orders."""
-    whole = spans[0].grid
-    if any(span.grid != whole for span in spans):
-        raise UnsupportedModelError(
-            "rules that choose from queries and keys need prompts of one length in a batch, but these differ. Use batch size 1."
-        )
-    tiles = torch.empty(*q.shape[:2], whole.num_q_blocks, whole.num_k_blocks, dtype=torch.bool, device=q.device)
-    for rule in dict.fromkeys(rules):
-        heads = [head for head, own in enumerate(rules) if own == rule]
-        own_q, own_k = (x[:, heads, : whole.kv_len] for x in (q, k))
-        tiles[:, heads] = (rule.select(whole, own_q * scale, own_k) if rule.dynamic else rule.select(whole)).to(q.device)
-    return tiles
-
-
-Places = tuple[Int[Tensor, "..."], Int[Tensor, "..."]] | None
-
-
-@lru_cache(maxsize=256)
-def places_of(orders: tuple[Order, ...], layout: Layout, device: str) -> Places:
-    """Where each head's tokens go and whence they come back: [T] if all heads share an order, else [H, T]; None if nothing moves."""
-    if all(order.is_identity for order in orders):
-        return None
-    if len(set(orders)) == 1:
-        return orders[0].permutation(layout, device), orders[0].inverse(layout, device)
-    there = torch.stack([order.permutation(layout, device) for order in orders])
-    return there, torch.stack([order.inverse(layout, device) for order in orders])
-
-
-def _permuted(x: Float[Tensor, "B H T D"], places: Places) -> Float[Tensor, "B H T D"]:
-    return x if places is None else _gathered(x, places[0])
-
-
-def _restored(x: Float[Tensor, "B H T D"], places: Places) -> Float[Tensor, "B H T D"]:
-    return x if places is None else _gathered(x, places[1])
-
-
-def _gathered(x: Float[Tensor, "B H T D"], index: Int[Tensor, "..."]) -> Float[Tensor, "B H T D"]:
-    if index.ndim == 1:
-        return x.index_select(2, index)
-    heads: Any = torch.arange(x.shape[1], device=x.device)[:, None]
-    return x[:, heads, index]

@@ -83,6 +83,11 @@ class CallHook(ModelHook):  # type: ignore[misc]
         self.current = None
         return output
 
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Called by the pipeline when a run ends."""
+        self._steps.told = None
+        return module
+
     def _step(self, given: dict[str, Any]) -> tuple[int, int] | None:
         if self.by_hand is not None:
             return self.by_hand
@@ -112,6 +117,13 @@ def install(model: nn.Module, family: Family) -> CallHook:
     registry.register_hook(hook, HOOK_NAME)
     registry.invalidate_child_registries_cache()
     return hook
+
+
+def hook_of(model: Any) -> CallHook | None:
+    """The hook of a transformer that runs a plan."""
+    registry = getattr(model, "_diffusers_hook", None)
+    found = None if registry is None else registry.get_hook(HOOK_NAME)
+    return found if isinstance(found, CallHook) else None
 
 
 def uninstall(model: nn.Module) -> None:

@@ -181,6 +181,30 @@ class AppliedPipeline:
         self.remove()
 
 
+def apply_diffusers(
+    model: Any, plan: Plan | Mapping[str, Plan], *, backend: str = "auto", allow_other_weights: bool = False
+) -> AppliedTransformer | AppliedPipeline:
+    """Run a plan on a live diffusers transformer or pipeline, until the returned handle is removed or its `with` block ends.
+
+    Args:
+        model: a transformer, or a pipeline that has one.
+        plan: the plan; for a pipeline also a mapping from component (`transformer`, `transformer_2`) to its plan.
+        backend: as in `kernels.dispatch`.
+        allow_other_weights: accept weights whose fingerprint differs, such as a fine-tuned copy.
+
+    Raises:
+        PlanMismatchError: a component is missing, or is not the plan's model. Nothing has been touched then.
+        UnsupportedModelError: the class or one of its attention processors is not supported. Nothing has been touched then.
+        SpecError: unknown backend, a plan is already applied, or a single transformer was given several.
+    """
+    options: Any = {"backend": backend, "allow_other_weights": allow_other_weights}
+    if hasattr(model, "components"):
+        return apply_to_pipeline(model, {"transformer": plan} if isinstance(plan, Plan) else plan, **options)
+    if not isinstance(plan, Plan):
+        raise SpecError("a single transformer must get a single plan, but got a mapping. Give the pipeline instead.")
+    return apply_to_transformer(model, plan, **options)
+
+
 def apply_to_transformer(
     model: nn.Module, plan: Plan, *, backend: str = "auto", allow_other_weights: bool = False
 ) -> AppliedTransformer:

@@ -108,17 +108,18 @@ def flux() -> Tiny:
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    places = torch.zeros(HEIGHT, WIDTH, 3)
-    places[..., 1], places[..., 2] = torch.arange(HEIGHT)[:, None], torch.arange(WIDTH)
+    height, width = 2 * HEIGHT, 2 * WIDTH
+    places = torch.zeros(height, width, 3)
+    places[..., 1], places[..., 2] = torch.arange(height)[:, None], torch.arange(width)
     inputs = {
-        "hidden_states": _randn(2, HEIGHT * WIDTH, 4),
+        "hidden_states": _randn(2, height * width, 4),
         "timestep": torch.tensor([0.5, 0.5]),
         "encoder_hidden_states": _randn(2, TEXT, 8),
         "pooled_projections": _randn(2, 8),
         "img_ids": places.view(-1, 3),
         "txt_ids": torch.zeros(TEXT, 3),
     }
-    segments = (Segment(kind="text", shape=(TEXT,)), Segment(kind="image", shape=(HEIGHT, WIDTH)))
+    segments = (Segment(kind="text", shape=(TEXT,)), Segment(kind="image", shape=(height, width)))
     return Tiny(model.eval(), inputs, Layout(segments=segments))
 
 
