@@ -107,8 +107,11 @@ class Rule(BaseModel):
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
         """
 
-    def calibrated(self, mass: Float[Tensor, "N N"]) -> Self:
-        """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default."""
+    def calibrated(self, mass: Float[Tensor, "N N"], grid: BlockGrid | None = None) -> Self:
+        """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default.
+
+        `mass` is in the rule's order; `grid`, if given, is the one it was measured on.
+        """
         return self
 
     def kept_tokens(self, grid: BlockGrid) -> int:
