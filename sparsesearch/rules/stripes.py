@@ -62,6 +62,13 @@ class Stripes(Rule):
         t, h, w = (size if side == 0 else side for side, size in zip(self.order.sides, shape, strict=True))
         return t, h, w
 
+    @property
+    def label(self) -> str:
+        """Widths, and what differs from no period and no offset."""
+        names = ("time_width", "time_period", "time_offset", "space_width", "space_period", "space_offset")
+        parts = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
+        return f"{self.kind}({','.join([*parts, f'order={self.order}'])})"
+
     @classmethod
     def examples(cls) -> list[Self]:
         """Same frame; every second frame at nearby places; an offset."""
