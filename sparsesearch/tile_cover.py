@@ -5,7 +5,7 @@ tokens are first written as a few boxes (1 for a whole tile of tokens, 2 or 3 fo
 axis, exactly, for formulas that are a conjunction over the axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -74,32 +74,27 @@ def path_interval(grid: BlockGrid, order: Order) -> tuple[Int[Tensor, " N"], Int
     return first.clamp(min=0), (first + grid.block_tokens - 1).clamp(max=tokens - 1)
 
 
-def cover(grid: BlockGrid, order: Order, allowed: Sequence[Bool[Tensor, "L L"]]) -> Bool[Tensor, "M N"]:
+def cover(
+    grid: BlockGrid, order: Order, allowed: Sequence[Bool[Tensor, "L L"]], *, units: tuple[int, int, int] | None = None
+) -> Bool[Tensor, "M N"]:
     """Tiles that hold a pair (q, k) of grid tokens with allowed[a][q_a, k_a] on every axis a.
 
     Args:
         grid: with a layout.
         order: over which the blocks are counted.
-        allowed: frames, rows and columns; or, with two entries, frames and positions row·width + column.
+        allowed: one mask per axis: frames, rows, columns; or two, see `boxes_of`.
+        units: as in `boxes_of`.
     """
-    layout = layout_of(grid, "a rule with a geometry")
-    boxes = boxes_of(layout, order, grid.block_tokens, len(allowed))
+    boxes = boxes_of(layout_of(grid, "a rule with a geometry"), order, grid.block_tokens, units)
     tables = [_interval_table(boxes.lo[:, a], boxes.hi[:, a], mask.numpy()) for a, mask in enumerate(allowed)]
-    starts = np.flatnonzero(np.diff(boxes.block, prepend=-1))
-    owners = boxes.block[starts]
-    out = np.zeros((grid.num_k_blocks, grid.num_k_blocks), bool)
-    bounds = [*starts, len(boxes.block)]
-    step = max(1, _PAIRS_PER_STEP // max(len(boxes.block) * (len(boxes.block) // len(owners) + 1), 1))
-    for first in range(0, len(owners), step):
-        last = min(first + step, len(owners))
-        rows = slice(bounds[first], bounds[last])
-        pairs = np.ones((bounds[last] - bounds[first], len(boxes.block)), bool)
+
+    def pairs(rows: slice) -> Any:
+        kept = np.ones((rows.stop - rows.start, len(boxes.block)), bool)
         for ids, table in tables:
-            pairs &= table[ids[rows]][:, ids]
-        by_key = np.logical_or.reduceat(pairs, starts, axis=1)
-        by_block = np.logical_or.reduceat(by_key, starts[first:last] - bounds[first], axis=0)
-        out[owners[first:last, None], owners] = by_block
-    return torch.from_numpy(out[grid.first_q_block :])
+            kept &= table[ids[rows]][:, ids]
+        return kept
+
+    return tiles_of_pairs(grid, boxes, pairs)
 
 
 @dataclass(frozen=True)
@@ -111,24 +106,47 @@ class Boxes:
     hi: Ints
 
 
+def tiles_of_pairs(grid: BlockGrid, boxes: Boxes, pairs: Callable[[slice], Any]) -> Bool[Tensor, "M N"]:
+    """Tiles with a kept pair of boxes; `pairs(rows)` decides the boxes `rows` of the queries against all boxes of the keys."""
+    starts = np.flatnonzero(np.diff(boxes.block, prepend=-1))
+    owners, bounds = boxes.block[starts], [*starts, len(boxes.block)]
+    out = np.zeros((grid.num_k_blocks, grid.num_k_blocks), bool)
+    step = max(1, _PAIRS_PER_STEP * len(owners) // max(len(boxes.block) ** 2, 1))
+    for first in range(0, len(owners), step):
+        last = min(first + step, len(owners))
+        kept = pairs(slice(int(bounds[first]), int(bounds[last])))
+        by_key = np.logical_or.reduceat(kept, starts, axis=1)
+        out[owners[first:last, None], owners] = np.logical_or.reduceat(
+            by_key, starts[first:last] - bounds[first], axis=0
+        )
+    return torch.from_numpy(out[grid.first_q_block :])
+
+
 @lru_cache(maxsize=32)
-def boxes_of(layout: Layout, order: Order, block_tokens: int, num_axes: int) -> Boxes:
-    """Cut each block's grid tokens into boxes over (frame, row, column), or (frame, position) for two axes."""
+def boxes_of(layout: Layout, order: Order, block_tokens: int, units: tuple[int, int, int] | None = None) -> Boxes:
+    """Cut each block's grid tokens into boxes.
+
+    The axes are frames, rows and columns. With `units` = (t, h, w) there are two: frame // t, and the running number of the h x w patch of
+    the frame that holds the token (with h = w = 1 the position row·width + column).
+    """
     cells = layout.coordinates()[order.permutation(layout)].numpy()
     real = cells[:, 0] >= 0
     block = np.flatnonzero(real) // block_tokens
     cells = cells[real]
-    if num_axes == 2:
-        cells = np.stack([cells[:, 0], cells[:, 1] * layout.grid_shape[2] + cells[:, 2]], 1)
+    if units is not None:
+        patches = -(-layout.grid_shape[2] // units[2])
+        cells = np.stack([cells[:, 0] // units[0], cells[:, 1] // units[1] * patches + cells[:, 2] // units[2]], 1)
     lo, hi = cells, cells
     merged = True
     while merged:
         merged = False
-        for axis in reversed(range(num_axes)):
-            others = [a for a in range(num_axes) if a != axis]
+        for axis in reversed(range(cells.shape[1])):
+            others = [a for a in range(cells.shape[1]) if a != axis]
             same = (block[1:] == block[:-1]) & (lo[1:, others] == lo[:-1, others]).all(1)
             same &= (hi[1:, others] == hi[:-1, others]).all(1)
-            same &= (lo[1:, axis] == hi[:-1, axis] + 1) | (hi[1:, axis] == lo[:-1, axis] - 1)
+            after, before = lo[1:, axis] == hi[:-1, axis] + 1, hi[1:, axis] == lo[:-1, axis] - 1
+            equal = (lo[1:, axis] == lo[:-1, axis]) & (hi[1:, axis] == hi[:-1, axis])
+            same &= after | before | equal
             if same.any():
                 first = np.flatnonzero(np.concatenate([[True], ~same]))
                 block = block[first]

@@ -11,9 +11,12 @@ from sparsesearch.errors import SpecError
 from sparsesearch.layout import Layout, video_layout
 from sparsesearch.order import Order, parse_order
 from sparsesearch.rules import LengthLaw, Rule, parse_rule, rule_kinds
+from sparsesearch.rules.calibrated_tiles import CalibratedTiles
 from sparsesearch.rules.diagonal_band import DiagonalBand
 from sparsesearch.rules.first_frames import FirstFrames
 from sparsesearch.rules.neighbourhood import Neighbourhood, axis_mask
+from sparsesearch.rules.radial_decay import RadialDecay
+from sparsesearch.rules.stripes import Stripes
 from sparsesearch.rules.union import Union
 
 EXAMPLES = [rule for kind in rule_kinds().values() if kind.needs_layout for rule in kind.examples()]
@@ -241,3 +244,127 @@ def test_union_is_either() -> None:
 def test_bad_rules_are_named(data: object, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         parse_rule(data, where="test")
+
+
+@pytest.mark.parametrize("order", ["identity", "axes(hwf)", "tile(2,4,4)"])
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: str([s.shape for s in layout.segments]))
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"time_width": 1, "space_width": 5},
+        {"time_width": 1, "time_period": 2, "space_width": 3, "space_period": 11, "space_offset": 2},
+        {"time_width": 2, "time_offset": -1, "space_width": 1},
+    ],
+)
+def test_stripes_are_their_formula(order: str, layout: Layout, parameters: dict[str, int]) -> None:
+    rule = Stripes.model_validate({**parameters, "order": order})
+    t, h, w = rule.units(layout.grid_shape)
+    patches = -(-layout.grid_shape[2] // w)
+
+    def keeps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        step = q[..., 0] // t - k[..., 0] // t
+        space = q[..., 1] // h * patches + q[..., 2] // w - (k[..., 1] // h * patches + k[..., 2] // w)
+        time_off, space_off = (step - rule.time_offset).abs(), (space - rule.space_offset).abs()
+        if rule.time_period:
+            time_off = time_off % rule.time_period
+        if rule.space_period:
+            space_off = space_off % rule.space_period
+        return (time_off <= rule.time_width - 1) & (space_off <= rule.space_width - 1)
+
+    check(rule, layout, keeps, block=16)
+
+
+def test_stripes_at_the_papers_tiles() -> None:
+    """PSA-Search on Wan: tiles of 3 x 8 x 16 tokens, three blocks of 128 each; 45 x 80 cuts into 6 x 5 patches."""
+    rule = Stripes.model_validate(
+        {"time_width": 1, "time_period": 3, "space_width": 2, "space_period": 5, "order": "tile(3,8,16)"}
+    )
+
+    def keeps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        space = [x[..., 1] // 8 * 5 + x[..., 2] // 16 for x in (q, k)]
+        return ((q[..., 0] // 3 - k[..., 0] // 3).abs() % 3 == 0) & ((space[0] - space[1]).abs() % 5 <= 1)
+
+    check(rule, WAN, keeps, rows=[0, 100, 589])
+
+
+def radial(rule: RadialDecay, layout: Layout) -> Keeps:
+    frames, height, width = layout.grid_shape
+    size = height * width
+    widths = []
+    for distance in range(frames):  # the public mask code, pair of frames by pair of frames
+        if distance <= 1:
+            widths.append(float(size))
+            continue
+        unit = 2 ** size.bit_length() / 2 ** distance.bit_length()
+        split = int(rule.floor / unit) if unit < rule.floor else 1
+        widths.append(max(unit * rule.decay, rule.floor) if distance % split == 0 else -1.0)
+    table = torch.tensor(widths)
+
+    def keeps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        apart = ((q[..., 1] - k[..., 1]) * width + q[..., 2] - k[..., 2]).abs()
+        near = apart <= table[(q[..., 0] - k[..., 0]).abs().clamp(max=frames - 1)]  # text is -1
+        return near | (k[..., 0] == 0) if rule.first_frame else near
+
+    return keeps
+
+
+@pytest.mark.parametrize("rule", RadialDecay.examples(), ids=lambda rule: rule.label)
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: str([s.shape for s in layout.segments]))
+def test_radial_is_its_formula(rule: RadialDecay, layout: Layout) -> None:
+    check(rule, layout, radial(rule, layout), block=16)
+
+
+@pytest.mark.parametrize(("layout", "decay", "reported"), [(HUNYUAN, 0.95, 0.270), (WAN, 0.2, 0.262)])
+def test_radial_at_published_sizes(layout: Layout, decay: float, reported: float) -> None:
+    """Its code, which drops thin tiles, computes .270 and .262 of the video tiles; covering every kept pair costs a little more."""
+    rule = RadialDecay(decay=decay, first_frame=decay == 0.2)
+    check(rule, layout, radial(rule, layout), rows=[0, 100, 400])
+    video = video_layout(*layout.grid_shape)
+    assert reported < density(rule.select(grid_of(video)), grid_of(video)) < reported + 0.06
+
+
+def test_calibrated_tiles_keep_the_heaviest() -> None:
+    layout = video_layout(2, 4, 8)  # 4 blocks of 16
+    mass = torch.tensor([[1.0, 9, 2, 0], [0, 0, 0, 5], [7, 8, 0, 0], [0.1, 0.2, 0.3, 0.0]])
+    grid = grid_of(layout, 16)
+    drawn = {
+        scope: [
+            "".join(".#"[int(t)] for t in row)
+            for row in CalibratedTiles(keep=0.5, scope=scope).calibrated(mass, grid).select(grid)
+        ]
+        for scope in ("row", "head", "column")
+    }
+    assert drawn["row"] == ["##..", ".#.#", ".##.", "..##"]
+    assert drawn["head"] == ["##..", ".#.#", "###.", "...#"]  # 8 tiles: the diagonal and the 4 heaviest others
+    assert drawn["column"] == ["##..", "##..", "###.", "##.#"]
+
+
+def test_calibration_does_not_spend_its_share_on_text() -> None:
+    layout = video_layout(2, 4, 8, text_last=16)
+    grid = grid_of(layout, 16)
+    mass = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    mass[:, 4] = 10.0
+    tiles = CalibratedTiles(keep=0.4).calibrated(mass, grid).select(grid)
+    assert tiles[:4, :4].sum(1).tolist() == [2, 2, 2, 2]
+    assert tiles[:, 4].all()
+
+
+@pytest.mark.parametrize("order", ["identity", "axes(hwf)", "tile(2,4,4)", "tile(0,2,2)"])
+def test_calibrated_tiles_at_another_length(order: str) -> None:
+    """A bitmap made from a geometric mask, carried to twice the frames, is that mask at the new length where blocks nest."""
+    short, long = video_layout(4, 8, 8), video_layout(8, 8, 8)
+    rule = CalibratedTiles(keep=0.3, order=parse_order(order)).calibrated(
+        torch.rand(16, 16, generator=torch.Generator().manual_seed(1)), grid_of(short, 16)
+    )
+    same, other = rule.select(grid_of(short, 16)), rule.select(grid_of(long, 16))
+    assert density(other, grid_of(long, 16)) == pytest.approx(density(same, grid_of(short, 16)), abs=0.06)
+    middle = long.coordinates()[rule.order.permutation(long)][7::16]
+    scaled = torch.stack([(2 * middle[:, 0] + 1) * 4 // 16, middle[:, 1], middle[:, 2]], 1)
+    token = (scaled[:, 0] * 8 + scaled[:, 1]) * 8 + scaled[:, 2]
+    block = rule.order.inverse(short)[token] // 16
+    assert torch.equal(other, same[block][:, block] | torch.eye(32, dtype=torch.bool))
+
+
+def test_uncalibrated_tiles_say_so() -> None:
+    with pytest.raises(SpecError, match="profile"):
+        CalibratedTiles(keep=0.3).select(grid_of(WAN))

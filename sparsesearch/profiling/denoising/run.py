@@ -159,14 +159,15 @@ class _Study:
             return found
 
         shards = self._observe("masses", masses)
-        modules = self.request.base_model.modules
+        assert self.layout is not None
+        modules, grid = self.request.base_model.modules, _grid(self.layout, self.request.space.block_tokens)
         calibrated: dict[str, list[dict[str, tuple[Rule, ...]]]] = {rule.label: [] for rule in templates}
         for steps in self.request.captured:
             for rule in templates:
                 table = {}
                 for module in modules:
                     mass = torch.stack([shards[step][f"{module}/{rule.token_order}"] for step in steps]).mean(0)
-                    table[module] = tuple(rule.calibrated(head) for head in mass)
+                    table[module] = tuple(rule.calibrated(head, grid) for head in mass)
                 calibrated[rule.label].append(table)
         return {label: tuple(tables) for label, tables in calibrated.items()}
 
