@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from sparsesearch.runtime.prepare import sparse_cache
     from sparsesearch.runtime.verify import verify
 
-__all__ = ["AppliedPlan", "Plan", "apply", "apply_diffusers", "describe", "export", "load_model", "sparse_cache", "verify"]
+__all__ = [
+    "AppliedPlan",
+    "Plan",
+    "apply",
+    "apply_diffusers",
+    "describe",
+    "export",
+    "load_model",
+    "sparse_cache",
+    "verify",
+]
 
 _HOMES = {
     "AppliedPlan": "runtime.live",

@@ -103,6 +103,11 @@ def export(
 
 
 def check_target(out: Path, base: Path | str, overwrite: bool) -> None:
+    """Refuse a place where a checkpoint cannot be written.
+
+    Raises:
+        ArtifactError: it is a file, holds files and `overwrite` is off, or lies inside the base model.
+    """
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} must be a directory, but is a file. Choose another place with -o.")
     if isinstance(base, Path) and base.resolve() in (out.resolve(), *out.resolve().parents):

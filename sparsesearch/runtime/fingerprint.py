@@ -114,9 +114,7 @@ def _routed_to_us(model: PreTrainedModel) -> Iterator[None]:
 
 
 def weights_sha256(model: PreTrainedModel) -> str | None:
-    """`parameters_sha256` of the base model: the language-model head is left out where it is a tensor of its own, so loads with and without
-    it agree.
-    """  # fmt: skip
+    """`parameters_sha256` of the base model, without the language-model head: so loads with and without one agree."""
     return parameters_sha256(model.base_model)
 
 

@@ -144,7 +144,8 @@ def _texture(draw: _Draw, kind: Tensor) -> Float[Tensor, "B 3 N N"]:
     grating = torch.tanh(3 * torch.sin(wave_x.view(-1, 1, 1) * phase + wave_y.view(-1, 1, 1) * phase[:, None]))
     noise = torch.where((kind == 3).view(-1, 1, 1, 1), torch.stack([grating, noise[:, 1] * 0.5], 1), noise)
     base, first, second = draw.uniform(-0.5, 0.5, 3, 1, 1), draw.normal(3, 1, 1) * 0.3, draw.normal(3, 1, 1) * 0.15
-    return (base + first * noise[:, :1] + second * noise[:, 1:]).clamp(-1, 1)
+    texture: Tensor = (base + first * noise[:, :1] + second * noise[:, 1:]).clamp(-1, 1)
+    return texture
 
 
 def _bilinear(texture: Tensor, x: Tensor, y: Tensor) -> Float[Tensor, "B 3 F Y X"]:

@@ -1,5 +1,6 @@
 """Sampling the embedded model, and how close two videos are."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,7 +81,7 @@ def sample(bed: VideoBed, start: Scenes, *, steps: int = STEPS) -> Float[Tensor,
     Every call is made inside the model's `cache_context`, as the Wan pipeline makes it, which is where a plan reads the step from.
     """
     levels, x = sigmas(steps), start.noise
-    for step, (level, after) in enumerate(zip(levels, levels[1:], strict=False)):
+    for step, (level, after) in enumerate(itertools.pairwise(levels)):
         with bed.transformer.cache_context("cond", step_index=step, num_inference_steps=steps, sigma=level):
             x = x + (after - level) * bed.velocity(x, level, start.condition, start.captions)
     return x.clamp(-1, 1)

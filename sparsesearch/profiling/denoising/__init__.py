@@ -1,3 +1,1 @@
-"""Profiling a diffusion transformer: what every candidate changes in every head at a few denoising steps, and how much that matters in the
-end.
-"""
+"""Profiling a diffusion transformer: what every candidate changes in every head at a few denoising steps."""

@@ -81,7 +81,9 @@ class DenoisingProfile:
             ArtifactError: it is missing, unfinished, edited or damaged.
         """
         if not (folder / "profile.json").exists():
-            raise ArtifactError(f"{folder} must be a finished profile of a diffusion transformer, but is none. Profile again.")
+            raise ArtifactError(
+                f"{folder} must be a finished profile of a diffusion transformer, but is none. Profile again."
+            )
         content = read_json(folder / "profile.json", format=FORMAT, schema_version=SCHEMA_VERSION)
         try:
             manifest = StepsManifest.model_validate(content)

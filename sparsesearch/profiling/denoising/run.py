@@ -68,7 +68,9 @@ class StepsRequest:
         """First and end step of each range."""
         ends = [round(share * self.num_steps) for share in self.ends]
         if sorted(set(ends)) != ends or ends[0] < 1 or ends[-1] != self.num_steps:
-            raise SpecError(f"ends must ascend to 1 with a step in every range, but are {self.ends} of {self.num_steps}.")
+            raise SpecError(
+                f"ends must ascend to 1 with a step in every range, but are {self.ends} of {self.num_steps}."
+            )
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
     @property
@@ -178,7 +180,8 @@ class _Study:
         chosen: dict[tuple[int, str], list[_OrderGroup]] = {}
 
         def errors(seen: LayerCall) -> dict[str, Tensor]:
-            assert seen.call.step is not None and self.layout is not None
+            assert seen.call.step is not None
+            assert self.layout is not None
             key = (place_of[seen.call.step[0]], seen.path)
             if key not in chosen:
                 chosen[key] = self._groups(*key, calibrated, seen.q.shape[1], str(seen.q.device))
@@ -188,9 +191,7 @@ class _Study:
         assert self.layout is not None
         return self._merge(shards, calibrated, plan_sha256)
 
-    def _groups(
-        self, place: int, module: str, calibrated: Calibrated, heads: int, device: str
-    ) -> "list[_OrderGroup]":
+    def _groups(self, place: int, module: str, calibrated: Calibrated, heads: int, device: str) -> "list[_OrderGroup]":
         """Candidates by order, with the tiles of the static ones."""
         assert self.layout is not None
         grid = _grid(self.layout, self.request.space.block_tokens)
@@ -212,11 +213,9 @@ class _Study:
             groups.append(_OrderGroup(order, indices, masks, grid))
         return groups
 
-    def _errors(
-        self, seen: LayerCall, groups: "list[_OrderGroup]", weight: Float[Tensor, "O HD"]
-    ) -> dict[str, Tensor]:
+    def _errors(self, seen: LayerCall, groups: "list[_OrderGroup]", weight: Float[Tensor, "O HD"]) -> dict[str, Tensor]:
         """Relative error [H, C] and tiles [H, C] of one call, mean over its sequences."""
-        batch, heads, tokens, size = seen.q.shape
+        batch, heads, _tokens, size = seen.q.shape
         flat, rules = _Flat.of(seen), self.request.space.candidates
         per_head = weight.float().view(-1, heads, size)
         gram = torch.einsum("ohd,ohe->hde", per_head, per_head)
@@ -250,9 +249,7 @@ class _Study:
             return None
         return torch.linspace(0, grid.num_q_blocks - 1, count).round().long()
 
-    def _observe(
-        self, name: str, measure: Callable[[LayerCall], dict[str, Tensor]]
-    ) -> dict[int, dict[str, Tensor]]:
+    def _observe(self, name: str, measure: Callable[[LayerCall], dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
         """Sample once and measure every layer at the captured steps that have no shard yet; then the shards of all of them."""
         steps = [step for captured in self.request.captured for step in captured]
         paths = {step: self.store.folder / "shards" / name / f"{step:04d}.safetensors" for step in steps}
@@ -302,7 +299,9 @@ class _Study:
         def table(field: str) -> Float[Tensor, "R L H C"]:
             return torch.stack(
                 [
-                    torch.stack([torch.stack([shards[s][f"{module}/{field}"] for s in steps]).mean(0) for module in modules])
+                    torch.stack(
+                        [torch.stack([shards[s][f"{module}/{field}"] for s in steps]).mean(0) for module in modules]
+                    )
                     for steps in request.captured
                 ]
             )
@@ -368,7 +367,7 @@ class _Flat:
 
     @classmethod
     def of(cls, seen: LayerCall) -> "_Flat":
-        return cls(*(x.flatten(0, 1) for x in (seen.q, seen.k, seen.v)), seen.call.layout)
+        return cls(seen.q.flatten(0, 1), seen.k.flatten(0, 1), seen.v.flatten(0, 1), seen.call.layout)
 
     def ordered(self, order: Order) -> tuple[Tensor, Tensor, Tensor]:
         if order.is_identity:

@@ -80,7 +80,7 @@ def tile_masses(
     q: Float[Tensor, "U T D"], k: Float[Tensor, "U T D"], *, scale: float, block_tokens: int
 ) -> Float[Tensor, "U N N"]:
     """Attention mass per tile: each row of tiles sums to the number of queries in it."""
-    units, tokens, size = q.shape
+    units, tokens, _size = q.shape
     blocks = -(-tokens // block_tokens)
     mass = torch.zeros(units, blocks, blocks, device=q.device)
     step = max(1, min(units, int(PIECE_BYTES / (8.0 * block_tokens * tokens))))
@@ -112,7 +112,8 @@ def _weights(queries: Float[Tensor, "U R S D"], keys: Float[Tensor, "U T D"], to
     scores = (queries.flatten(1, 2) @ keys.transpose(1, 2)).unflatten(1, queries.shape[1:3])
     if keys.shape[1] > tokens:
         scores[..., tokens:] = -torch.inf
-    return (scores - scores.amax(-1, keepdim=True)).exp_()
+    weights: Tensor = (scores - scores.amax(-1, keepdim=True)).exp_()
+    return weights
 
 
 def _projected(delta: Float[Tensor, "U C R S D"], gram: Float[Tensor, "U D D"]) -> Float[Tensor, "U C"]:

@@ -96,8 +96,14 @@ class SparseLayer:
                 f"{self.path} must attend over the {call.layout.num_tokens} tokens of its input, but got {query.shape[2]} queries and "
                 f"{key.shape[2]} keys. Remove what changes its tokens, such as token merging."
             )
-        if mask is not None and call.key_lengths is None and not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all()):
-            raise UnsupportedModelError(f"{self.path}: an attention mask that is not the text's padding is not supported.")
+        if (
+            mask is not None
+            and call.key_lengths is None
+            and not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+        ):
+            raise UnsupportedModelError(
+                f"{self.path}: an attention mask that is not the text's padding is not supported."
+            )
         rules = self.rules[self._range(call)]
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         if self.probe is not None:

@@ -37,7 +37,7 @@ class Call:
     pass_name: str
 
 
-class _StepState(StateManager):  # type: ignore[misc]
+class _StepState(StateManager):
     """Hears of every cache context that a pipeline opens on the model."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class _StepState(StateManager):  # type: ignore[misc]
         self.told = context
 
 
-class CallHook(ModelHook):  # type: ignore[misc]
+class CallHook(ModelHook):
     """Keeps `current` while the transformer runs.
 
     Attributes:

@@ -103,7 +103,9 @@ def load_component(folder: Path) -> Any:
     name = json.loads(read_text(folder / "config.json")).get("_class_name", "")
     kind = getattr(diffusers, name, None)
     if kind is None:
-        raise ArtifactError(f"{folder}/config.json must name a class of diffusers, but names {name!r}. Update diffusers.")
+        raise ArtifactError(
+            f"{folder}/config.json must name a class of diffusers, but names {name!r}. Update diffusers."
+        )
     try:
         with without_plans():
             return kind.from_pretrained(folder)

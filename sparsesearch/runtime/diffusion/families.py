@@ -64,12 +64,12 @@ def _hunyuan(config: Any, given: Arguments) -> Layout:
 
 def _ltx(config: Any, given: Arguments) -> Layout:
     """Packed tokens; their grid comes as three arguments."""
-    grid = [given.get(name) for name in ("num_frames", "height", "width")]
+    grid = tuple(given.get(name) for name in ("num_frames", "height", "width"))
     if None in grid:
         raise UnsupportedModelError(
             "LTX must be called with num_frames, height and width under a sparse plan, as its pipelines do, but was not."
         )
-    frames, height, width = grid
+    frames, height, width = (int(size) for size in grid if size is not None)
     return video_layout(frames, height, width)
 
 
@@ -89,6 +89,8 @@ FAMILIES = {
         {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}, _hunyuan, "encoder_attention_mask"
     ),
     "LTXVideoTransformer3DModel": Family({"transformer_blocks": "attn1"}, _ltx),
-    "FluxTransformer2DModel": Family({"transformer_blocks": "attn", "single_transformer_blocks": "attn"}, _flux, timestep_scale=1000.0),
+    "FluxTransformer2DModel": Family(
+        {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}, _flux, timestep_scale=1000.0
+    ),
 }
 """Class name -> family. Wan 2.2 A14B is two transformers of the first class, each with its own plan."""

@@ -22,7 +22,8 @@ class Attend(Protocol):
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
-    ) -> Tensor | None: ...
+    ) -> Tensor | None:
+        """Heads first; `mask` and `scale` as the primitive got them."""
 
 
 def specialise(processor: Any, attend: Attend) -> Any:
@@ -45,20 +46,18 @@ def specialise(processor: Any, attend: Attend) -> Any:
             f"the attention processor {kind.__name__} must call dispatch_attention_fn or F.scaled_dot_product_attention, but calls neither. "
             "Set one of the processors that diffusers itself gives this model."
         )
-    call = types.FunctionType(
-        function.__code__, own, function.__name__, function.__defaults__, function.__closure__
-    )
+    call = types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
     call.__kwdefaults__ = function.__kwdefaults__
     call.__annotations__ = function.__annotations__
     specialised = type(f"Sparse{kind.__name__}", (kind,), {"__call__": call, "__module__": __name__})
     _register_like(kind, specialised)
-    copy = object.__new__(specialised)
+    copy: Any = object.__new__(specialised)
     copy.__dict__ = processor.__dict__  # shared: set_attention_backend reaches both
     return copy
 
 
 def _dispatching(original: Callable[..., Tensor], attend: Attend) -> Callable[..., Tensor]:
-    """diffusers' primitive, [B, S, H, D]."""
+    """Diffusers' primitive, [B, S, H, D]."""
 
     def dispatch_attention_fn(
         query: Tensor,
@@ -74,8 +73,7 @@ def _dispatching(original: Callable[..., Tensor], attend: Attend) -> Callable[..
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        answer = attend(*heads_first, attn_mask, scale)
+        answer = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, scale)
         if answer is not None:
             if parallel_config is not None:
                 raise UnsupportedModelError(

@@ -135,5 +135,7 @@ def test_rules_that_look_at_queries_and_keys(tiny: Tiny) -> None:
     with apply_to_transformer(tiny.model, plan):
         once, twice = tiny.run(), tiny.run()
     assert torch.equal(once, twice)
-    with apply_to_transformer(tiny.model, uniform_plan(plan.base_model, dynamic, block_tokens=BLOCK, lengths_tokens=(1,))):
+    with apply_to_transformer(
+        tiny.model, uniform_plan(plan.base_model, dynamic, block_tokens=BLOCK, lengths_tokens=(1,))
+    ):
         assert not torch.equal(tiny.run(), once)
