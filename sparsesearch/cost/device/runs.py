@@ -56,6 +56,13 @@ class RunPlan:
     longest_tokens: int = 1 << 20
     time_share: float = 1.0
 
+    @property
+    def count(self) -> int:
+        """Rows to expect, for a progress bar; a few large cases may be left out."""
+        tiles = sum(case.length <= self.longest_tokens for kind in self.tile_kinds for case in tile_cases(*kind))
+        decode, gemm = len(self.decode) * len(self.decode_head_dims), len(self.gemm_tokens) * len(self.gemm_widths)
+        return 4 + tiles + decode + gemm + 5 * len(self.pointwise_tokens) + 3 * len(self.estimator_tokens)
+
 
 FULL = RunPlan()
 QUICK = RunPlan(
@@ -74,7 +81,9 @@ QUICK = RunPlan(
 class Bench:
     """A device, what runs on it, and the time that a case may take."""
 
-    def __init__(self, device: str, kernel: Backend, dtype: torch.dtype, time_share: float, seed: int) -> None:
+    def __init__(
+        self, device: str, kernel: Backend, dtype: torch.dtype, *, time_share: float = 1.0, seed: int = 0
+    ) -> None:
         self.device, self.kernel, self.dtype, self.time_share = device, kernel, dtype, time_share
         self.workers = Workers.of(device)
         self.generator = torch.Generator(device).manual_seed(seed)
