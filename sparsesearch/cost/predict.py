@@ -7,7 +7,7 @@ layer is priced by shape: linear layers, norms, rotation, gate, residuals. Token
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -31,6 +31,7 @@ MOST_SCHEDULED_TOKENS = (
 )  # beyond this, the sequences of a batch are priced one after another: each fills the device
 
 
+@runtime_checkable
 class LayerCosts(Protocol):
     """A cost model that knows whole layers: a calibrated accelerator, or a datasheet's roofline."""
 

@@ -36,7 +36,7 @@ PARAMETERS = (
     "merge_s",
     "piece_s",
 )
-START = (3e-6, 1e-6, 1.5e-6, 1e-7, 5e-7, 1.5e-6, 1e-11, 3e-6, 2e-8)  # at head_dim 128; the fit moves them by decades
+START = (3e-6, 1e-6, 1.5e-6, 1e-7, 5e-7, 1.5e-6, 1e-11, 3e-6, 2e-8)  # at head_dim 128; scaled to the device first
 FOLDS = 4
 
 
@@ -131,7 +131,8 @@ def case_load(row: Row, kernel: Backend, workers: Workers, dtype_bytes: int) -> 
 
 
 def _solve(loads: Sequence[TileLoad], seconds: Float[ndarray, " cases"], fixed: dict[str, int]) -> TileKernelCost:
-    start = np.log(START)
+    usual = TileKernelCost(**fixed, **dict(zip(PARAMETERS, START, strict=True)))
+    start = np.log(START) + np.median(np.log(seconds / [schedule_seconds(usual, load) for load in loads]))
 
     def cost(logs: ndarray) -> TileKernelCost:
         return TileKernelCost(**fixed, **dict(zip(PARAMETERS, np.exp(logs).tolist(), strict=True)))
