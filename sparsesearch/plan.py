@@ -116,6 +116,9 @@ class Plan(_Frozen):
             for name in names:
                 if name not in self.rules:
                     raise ValueError(f"{module} names rule {name!r}, which `rules` lacks")
+        for target, module in enumerate(geometry.modules):
+            for head in range(len(self.assignments.get(module, ()))):
+                self._check_source(target, module, head)
         return self
 
     def at_step(self, index: int, num_steps: int | None = None) -> "Plan":
@@ -133,6 +136,27 @@ class Plan(_Frozen):
         place = self.schedule.range_index(index, num_steps)
         table = self.assignments if place is None else self.schedule.assignments(place)
         return self.model_copy(update={"assignments": table, "schedule": None})
+
+    def _check_source(self, target: int, module: str, head: int) -> None:
+        """A head that reuses must name an earlier head that leaves a selection."""
+        source = self.rule(module, head).source_head(head)
+        if source is None:
+            return
+        layer, source_head = source
+        if layer >= target:
+            raise ValueError(
+                f"{module}:{head} must reuse an earlier layer than its own ({target}), but names layer {layer}"
+            )
+        path = self.base_model.modules[layer]
+        if not 0 <= source_head < self.base_model.num_heads[layer]:
+            raise ValueError(
+                f"{module}:{head} reuses head {source_head} of {path}, which has {self.base_model.num_heads[layer]}"
+            )
+        left = self.rule(path, source_head)
+        if not left.dynamic or left.reuses:
+            raise ValueError(
+                f"{module}:{head} reuses {path}:{source_head}, which leaves no selection: its rule is {left.label}"
+            )
 
     def rule(self, module: str, head: int) -> Rule:
         """The rule of one query head; dense where the plan says nothing."""
