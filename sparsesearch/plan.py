@@ -3,9 +3,19 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.annotated_handlers import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -22,6 +32,13 @@ SCHEMA_VERSION = "1.0"
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+    left_out_when_unset: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields that came later are written only where they say something, so that older plans keep their bytes."""
+        content: dict[str, Any] = handler(self)
+        return {name: value for name, value in content.items() if value or name not in self.left_out_when_unset}
 
 
 class BaseModelInfo(_Frozen):
@@ -46,10 +63,14 @@ class BaseModelInfo(_Frozen):
 class BudgetRecord(_Frozen):
     """One constraint of the search and what the plan uses of it, per length."""
 
-    metric: Literal["density", "kv_fraction", "latency"]
-    bound: float = Field(description="share of dense, in (0, 1]")
-    predicted: dict[str, float] = Field(default_factory=dict, description="sequence length -> share of dense")
-    cost_model: str | None = Field(None, description="which cost model priced it (latency only)")
+    left_out_when_unset = ("absolute",)
+    metric: Literal["density", "kv_fraction", "latency", "ttft", "tpot", "memory", "parameters"]
+    bound: float = Field(description="share of dense, in (0, 1]; seconds or bytes if absolute")
+    predicted: dict[str, float] = Field(
+        default_factory=dict, description="sequence length, or `workload` for a total -> what the bound limits"
+    )
+    cost_model: str | None = Field(None, description="which cost model priced it (seconds only)")
+    absolute: bool = Field(False, description="bound and predictions are in seconds or bytes, not shares of dense")
 
 
 class Certificate(_Frozen):
@@ -81,8 +102,10 @@ class Plan(_Frozen):
     """Which rule each query head follows.
 
     `assignments[module][h]` names the rule of query head h; modules that are not named stay dense. Rules are named by their label.
+    `decode`, where it names a module, does the same for the tokens that are generated; elsewhere they follow `assignments`.
     """
 
+    left_out_when_unset = ("decode",)
     base_model: BaseModelInfo
     block_tokens: int = Field(ge=1)
     unit: Granularity
@@ -91,6 +114,9 @@ class Plan(_Frozen):
     )
     rules: dict[str, AnyRule]
     assignments: dict[str, tuple[str, ...]]
+    decode: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="the rules of the decode phase, where they are not those of `assignments`"
+    )
     budgets: tuple[BudgetRecord, ...] = ()
     certificate: Certificate | None = None
     quality: dict[str, Any] = Field(
@@ -102,7 +128,7 @@ class Plan(_Frozen):
     def _consistent(self) -> Self:
         geometry = self.base_model.geometry
         heads = dict(zip(geometry.modules, geometry.num_heads, strict=True))
-        for module, names in self.assignments.items():
+        for module, names in [*self.assignments.items(), *self.decode.items()]:
             if module not in heads:
                 raise ValueError(f"assignments name module {module!r}, which base_model.modules lacks")
             if len(names) != heads[module]:
@@ -116,6 +142,11 @@ class Plan(_Frozen):
         """The rule of one query head; dense where the plan says nothing."""
         names = self.assignments.get(module)
         return Dense() if names is None else self.rules[names[head]]
+
+    def decode_rule(self, module: str, head: int) -> Rule:
+        """The rule of one query head while tokens are generated; that of the prefill where the plan says nothing else."""
+        names = self.decode.get(module)
+        return self.rule(module, head) if names is None else self.rules[names[head]]
 
     def module_rules(self, module: str) -> tuple[Rule, ...]:
         """The rules of a module's query heads, in head order."""
