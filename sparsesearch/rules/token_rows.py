@@ -22,8 +22,8 @@ class TokenRows(Rule):
     computes key block j  iff  j <= p and both stay.
 
     Source: Jo et al. 2026, Token Sparse Attention: Efficient Long-Context Inference with Interleaved Token Selection, arXiv:2602.03216
-    (released code: window 64, tail 0.005, at least 1024 tokens, in the half of the layers whose hidden states drift least). Differs: whole blocks instead of
-    single tokens, and the one that crosses the tail stays; each head decides on its own tail, the code averages it over the layer's heads;
+    (released code: window 64, tail 0.005, at least 1024 tokens, in the half of the layers whose hidden states drift least). Differs: whole
+    blocks instead of single tokens, and the one that crosses the tail stays; each head decides on its own tail, the code averages it over the layer's heads;
     block 0 stays; which layers take part is the search's choice.
     """
 
