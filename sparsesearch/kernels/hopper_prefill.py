@@ -52,6 +52,7 @@ class HopperConfig:
     tile_keys: int
     stages: int
     overlap_tiles: bool = True
+    polynomial: int = 0
 
 
 TILE_ROWS = 128
@@ -105,10 +106,41 @@ def _producer(
 
 
 @gluon.jit
-def _softmax_step(s, m, total, scale):
+def _exp2_by_polynomial(x):
+    """2^x on the multiply-add units, for x <= 0: rounded part into the exponent, the rest by a polynomial (Cody and Waite).
+
+    Relative error 7.5e-5 (minimax, degree 3), a twentieth of the rounding to bf16 that follows. Source: Zadouri et al. 2026, FlashAttention-4 (software exponentials).
+    """
+    shifted = gl.maximum(x, -126.0) + 12582912.0  # 1.5 · 2^23: the sum's low bits are x rounded
+    f = gl.maximum(x, -126.0) - (shifted - 12582912.0)
+    p = ((0.05517167 * f + 0.24261115) * f + 0.69326099) * f + 0.99992807
+    bits = p.to(gl.int32, bitcast=True) + (shifted.to(gl.int32, bitcast=True) << 23)
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _exp2(x, POLY: gl.constexpr, LAYOUT: gl.constexpr):
+    """2^x; a half (POLY = 2) or a quarter (4) of the columns on the multiply-add units, which are idle while the special-function units work."""
+    if POLY == 0:
+        return gl.exp2(x)
+    ROWS: gl.constexpr = x.shape[0]
+    HALF: gl.constexpr = x.shape[1] // 2
+    left, right = x.reshape((ROWS, 2, HALF)).permute((0, 2, 1)).split()
+    if POLY == 4:
+        first, second = left.reshape((ROWS, 2, HALF // 2)).permute((0, 2, 1)).split()
+        left = gl.join(_exp2_by_polynomial(first), gl.exp2(second)).permute((0, 2, 1)).reshape((ROWS, HALF))
+        left = gl.convert_layout(left, right.type.layout)
+    else:
+        left = _exp2_by_polynomial(left)
+    both = gl.join(left, gl.exp2(right)).permute((0, 2, 1)).reshape((ROWS, 2 * HALF))
+    return gl.convert_layout(both, LAYOUT)
+
+
+@gluon.jit
+def _softmax_step(s, m, total, scale, POLY: gl.constexpr, LAYOUT: gl.constexpr):
     """Weights of one block in base 2, the factor for what was summed before, and the running maximum and sum."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    p = gl.exp2(s * scale - m_new[:, None])
+    p = _exp2(s * scale - m_new[:, None], POLY, LAYOUT)
     decay = gl.exp2(m - m_new)
     return p, decay, m_new, total * decay + gl.sum(p, 1)
 
@@ -196,7 +228,7 @@ def _consumer(
     G: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-    Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, POLY: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -228,7 +260,7 @@ def _consumer(
         mbarrier.arrive(k_empty.index(0), count=1, pred=first < end)
         kc += 1
         s = _adjust(s, entry, q_pos0 + rows, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-        p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
+        p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2, POLY, S_LAYOUT)
         weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     for t in range(first, end):
         # read again (it is in L1), not carried over: Triton 3.6's loop-aware CSE replaces a carried loop bound by its first value
@@ -246,7 +278,7 @@ def _consumer(
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             kc += 1
             s = _adjust(s, entry, q_pos0 + rows, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-            p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
+            p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2, POLY, S_LAYOUT)
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
         q_pos = q_pos0 + rows
@@ -262,7 +294,7 @@ def _consumer(
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             s = _adjust(s, entry, q_pos, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-            p, decay, m, total = _softmax_step(s, m, total, scale2)
+            p, decay, m, total = _softmax_step(s, m, total, scale2, POLY, S_LAYOUT)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
             kc += 1
@@ -288,7 +320,7 @@ def _consumer(
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
             s = _adjust(s, entry, pos_next + rows, len_next, bias_next, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-            p, decay, m_next, total_next = _softmax_step(s, no_max, no_sum, scale2)
+            p, decay, m_next, total_next = _softmax_step(s, no_max, no_sum, scale2, POLY, S_LAYOUT)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
             kc += 1
@@ -316,7 +348,7 @@ def hopper_attention(
     q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, tiles, entries, bin_ptr,
     o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, POLY: gl.constexpr,
 ):  # fmt: skip
     """One persistent worker: see the module. Grid: one program per bin of the schedule."""
     ROWS: gl.constexpr = 64
@@ -348,11 +380,11 @@ def hopper_attention(
             (_consumer, (
                 gl.constexpr(0), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS)),
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, POLY)),
             (_consumer, (
                 gl.constexpr(1), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS)),
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, POLY)),
             (_producer, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles, entries, bin_ptr, GROUP, BN, STAGES, ROWS, Q_BUFFERS)),
@@ -388,6 +420,7 @@ def constants(
         "Q_BUFFERS": 1 + config.overlap_tiles,
         "CAUSAL": causal,
         "BIAS": bias,
+        "POLY": config.polynomial,
     }
 
 
