@@ -52,7 +52,6 @@ class HopperConfig:
     tile_keys: int
     stages: int
     overlap_tiles: bool = True
-    polynomial: int = 0
 
 
 TILE_ROWS = 128
@@ -106,51 +105,20 @@ def _producer(
 
 
 @gluon.jit
-def _exp2_by_polynomial(x):
-    """2^x on the multiply-add units, for x <= 0: rounded part into the exponent, the rest by a polynomial (Cody and Waite).
-
-    Relative error 7.5e-5 (minimax, degree 3), a twentieth of the rounding to bf16 that follows. Source: Zadouri et al. 2026, FlashAttention-4 (software exponentials).
-    """
-    shifted = gl.maximum(x, -126.0) + 12582912.0  # 1.5 · 2^23: the sum's low bits are x rounded
-    f = gl.maximum(x, -126.0) - (shifted - 12582912.0)
-    p = ((0.05517167 * f + 0.24261115) * f + 0.69326099) * f + 0.99992807
-    bits = p.to(gl.int32, bitcast=True) + (shifted.to(gl.int32, bitcast=True) << 23)
-    return bits.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _exp2(x, POLY: gl.constexpr, LAYOUT: gl.constexpr):
-    """2^x; a half (POLY = 2) or a quarter (4) of the columns on the multiply-add units, which are idle while the special-function units work."""
-    if POLY == 0:
-        return gl.exp2(x)
-    ROWS: gl.constexpr = x.shape[0]
-    HALF: gl.constexpr = x.shape[1] // 2
-    left, right = x.reshape((ROWS, 2, HALF)).permute((0, 2, 1)).split()
-    if POLY == 4:
-        first, second = left.reshape((ROWS, 2, HALF // 2)).permute((0, 2, 1)).split()
-        left = gl.join(_exp2_by_polynomial(first), gl.exp2(second)).permute((0, 2, 1)).reshape((ROWS, HALF))
-        left = gl.convert_layout(left, right.type.layout)
-    else:
-        left = _exp2_by_polynomial(left)
-    both = gl.join(left, gl.exp2(right)).permute((0, 2, 1)).reshape((ROWS, 2 * HALF))
-    return gl.convert_layout(both, LAYOUT)
-
-
-@gluon.jit
-def _softmax_step(s, m, total, scale, POLY: gl.constexpr, LAYOUT: gl.constexpr):
+def _softmax_step(s, m, total, scale):
     """Weights of one block in base 2, the factor for what was summed before, and the running maximum and sum."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    p = _exp2(s * scale - m_new[:, None], POLY, LAYOUT)
+    p = gl.exp2(s * scale - m_new[:, None])
     decay = gl.exp2(m - m_new)
     return p, decay, m_new, total * decay + gl.sum(p, 1)
 
 
 @gluon.jit
 def _adjust(
-    s, entry, q_pos, kv_len, bias, scale, G: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    s, entry, at, q_pos, kv_len, bias, scale, masks, words, word_stride, G: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr,
+    CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Add the per-key bias; cut a partial block by the sequence's end, by causality, and by the half tile that does not attend to it."""
+    """Add the per-key bias; cut a partial block by the sequence's end, causality, the half tile that does not attend to it, its bitmap."""
     if BIAS:  # the running maximum is of s · scale, so the bias is brought to s's unit
         offs = (entry >> ENTRY_SHIFT) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
         s = s + (gl.load(bias + offs) * (LOG2E / scale))[None, :]
@@ -162,6 +130,14 @@ def _adjust(
             s = gl.where(k_pos[None, :] < limits[:, None], s, MASKED)
         else:
             s = gl.where((k_pos < limit)[None, :], s, MASKED)
+        if MASKS:
+            # one word of every row at a time: a [ROWS, BN] gather would hold 64 addresses per thread
+            start = gl.load(masks + 2 * at + G)
+            row = words + gl.maximum(start, 0) + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) * word_stride
+            bit = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+            for w in gl.static_range(BN // 32):
+                word = gl.where(start >= 0, gl.load(row + w), -1)[:, None]
+                s = gl.where((bit // 32 == w)[None, :] & (((word >> (bit % 32)[None, :]) & 1) == 0), MASKED, s)
     return s
 
 
@@ -226,9 +202,9 @@ def _read(tiles, bias, t, bias_stride_b, bias_stride_g, GROUP: gl.constexpr, BIA
 @gluon.jit
 def _consumer(
     G: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
+    tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-    Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, POLY: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -259,8 +235,9 @@ def _consumer(
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(0), count=1, pred=first < end)
         kc += 1
-        s = _adjust(s, entry, q_pos0 + rows, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-        p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2, POLY, S_LAYOUT)
+        s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+                    G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+        p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
         weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     for t in range(first, end):
         # read again (it is in L1), not carried over: Triton 3.6's loop-aware CSE replaces a carried loop bound by its first value
@@ -277,9 +254,15 @@ def _consumer(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             kc += 1
-            s = _adjust(s, entry, q_pos0 + rows, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-            p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2, POLY, S_LAYOUT)
+            s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+                    G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+            p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        if OVERLAP:  # the next tile's record and first entry, asked for early: they come from L2, one after the other
+            len_next, pos_next, lo_next, _, bias_next = _read(
+                tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
+            )
+            entry_next = gl.load(entries + lo_next)
         acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
         q_pos = q_pos0 + rows
         for i in range(lo + 1, hi):
@@ -293,8 +276,9 @@ def _consumer(
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
-            s = _adjust(s, entry, q_pos, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-            p, decay, m, total = _softmax_step(s, m, total, scale2, POLY, S_LAYOUT)
+            s = _adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
+                        G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+            p, decay, m, total = _softmax_step(s, m, total, scale2)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
             kc += 1
@@ -302,11 +286,8 @@ def _consumer(
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         if OVERLAP:
             more = t + 1 < end
-            len_next, pos_next, lo_next, _, bias_next = _read(
-                tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
-            )
             mbarrier.arrive(q_empty.index(half), count=1)
-            entry = gl.load(entries + lo_next)
+            entry = entry_next
             half_next = ((done + 1) % Q_BUFFERS) * 2 + G
             mbarrier.wait(q_full.index(half_next), ((done + 1) // Q_BUFFERS) & 1, pred=more)
             mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
@@ -319,8 +300,9 @@ def _consumer(
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
-            s = _adjust(s, entry, pos_next + rows, len_next, bias_next, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
-            p, decay, m_next, total_next = _softmax_step(s, no_max, no_sum, scale2, POLY, S_LAYOUT)
+            s = _adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
+                        G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+            p, decay, m_next, total_next = _softmax_step(s, no_max, no_sum, scale2)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
             kc += 1
@@ -345,10 +327,10 @@ def _consumer(
 
 @gluon.jit
 def hopper_attention(
-    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, tiles, entries, bin_ptr,
-    o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, scale,
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, tiles, entries, bin_ptr,
+    o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, word_stride, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, POLY: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
 ):  # fmt: skip
     """One persistent worker: see the module. Grid: one program per bin of the schedule."""
     ROWS: gl.constexpr = 64
@@ -374,17 +356,17 @@ def hopper_attention(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    strides = (o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g)
+    strides = (o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, word_stride)
     gl.warp_specialize(
         [
             (_consumer, (
                 gl.constexpr(0), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, POLY)),
+                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
             (_consumer, (
                 gl.constexpr(1), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, POLY)),
+                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
             (_producer, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles, entries, bin_ptr, GROUP, BN, STAGES, ROWS, Q_BUFFERS)),
@@ -407,7 +389,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def constants(
-    config: HopperConfig, *, num_heads: int, group: int, head_dim: int, causal: bool, bias: bool
+    config: HopperConfig, *, num_heads: int, group: int, head_dim: int, causal: bool, bias: bool, masks: bool
 ) -> dict[str, int | bool]:
     """Compile-time arguments of `hopper_attention`."""
     return {
@@ -420,7 +402,7 @@ def constants(
         "Q_BUFFERS": 1 + config.overlap_tiles,
         "CAUSAL": causal,
         "BIAS": bias,
-        "POLY": config.polynomial,
+        "MASKS": masks,
     }
 
 
@@ -430,7 +412,7 @@ OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, parts: Tensor, lse_parts: Tensor, bias: Tensor | None,
-    tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, config: HopperConfig,
+    masks: Tensor | None, words: Tensor | None, tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, config: HopperConfig,
 ) -> None:  # fmt: skip
     """Run the kernel; every tensor is on the same Hopper device. Shapes as in `dispatch.prefill`, parts [slots, 128, padded head_dim] like q, lse_parts [slots, 128]."""
     head_dim = q.shape[-1]
@@ -442,10 +424,13 @@ def launch(
         head_dim=head_dim,
         causal=causal,
         bias=bias is not None,
+        masks=masks is not None,
     )
     hopper_attention[(bin_ptr.numel() - 1,)](
         describe(q, TILE_ROWS // 2), describe(k, config.tile_keys), describe(v, config.tile_keys), describe(out, TILE_ROWS // 2),
-        out, lse, parts, lse_parts, own_bias, tiles, entries, bin_ptr,
-        out.stride(0), out.stride(1), out.stride(2), lse.stride(1), own_bias.stride(0), own_bias.stride(1), scale,
+        out, lse, parts, lse_parts, own_bias, entries if masks is None else masks, entries if words is None else words,
+        tiles, entries, bin_ptr,
+        out.stride(0), out.stride(1), out.stride(2), lse.stride(1), own_bias.stride(0), own_bias.stride(1),
+        0 if words is None else words.shape[2], scale,
         **fixed, **OPTIONS,
     )  # fmt: skip
