@@ -258,11 +258,6 @@ def _consumer(
                     G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-        if OVERLAP:  # the next tile's record and first entry, asked for early: they come from L2, one after the other
-            len_next, pos_next, lo_next, _, bias_next = _read(
-                tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
-            )
-            entry_next = gl.load(entries + lo_next)
         acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
         q_pos = q_pos0 + rows
         for i in range(lo + 1, hi):
@@ -286,8 +281,12 @@ def _consumer(
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         if OVERLAP:
             more = t + 1 < end
+            # asked for here, not before the loop over keys: values that live through it cost up to a tenth (measured, H200)
+            len_next, pos_next, lo_next, _, bias_next = _read(
+                tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
+            )
             mbarrier.arrive(q_empty.index(half), count=1)
-            entry = entry_next
+            entry = gl.load(entries + lo_next)
             half_next = ((done + 1) % Q_BUFFERS) * 2 + G
             mbarrier.wait(q_full.index(half_next), ((done + 1) // Q_BUFFERS) & 1, pred=more)
             mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
