@@ -82,7 +82,7 @@ def measure_sensitivity(
     """
     ranges, layers, heads, _ = profile.error.shape
     probe = _near(profile, density)
-    sensitivity = torch.zeros(ranges, layers, heads)
+    changed, error = (torch.zeros(ranges, layers, heads, dtype=torch.double) for _ in range(2))
     groups = [[head] for head in range(heads)] if per_head else [list(range(heads))]
     todo = [(place, layer, group) for place in range(ranges) for layer in range(layers) for group in groups]
     for done, (place, layer, group) in enumerate(todo):
@@ -90,13 +90,24 @@ def measure_sensitivity(
         choice = np.zeros((ranges, layers, heads), int)
         choice[place, layer, group] = probe[place, layer, group]
         plan = write_step_plan(profile, choice.ravel(), density=1.0)
-        changed = float(replay.error(plan).mean())
         first, end = profile.manifest.ranges[place]
         columns = torch.as_tensor(probe[place, layer, group])
-        error = float(profile.error[place, layer, group, columns].sum()) * (end - first) / profile.manifest.num_steps
-        sensitivity[place, layer, group] = changed / max(error, 1e-12)
+        share = (end - first) / profile.manifest.num_steps / len(group)
+        changed[place, layer, group] = float(replay.error(plan).mean()) / len(group)
+        error[place, layer, group] = float(profile.error[place, layer, group, columns].sum()) * share
     progress("sensitivity", len(todo), len(todo))
-    return profile.with_sensitivity(sensitivity)
+    return profile.with_sensitivity(_ratio(changed, error).float())
+
+
+def _ratio(changed: Float[Tensor, "R L H"], error: Float[Tensor, "R L H"]) -> Float[Tensor, "R L H"]:
+    """changed / error per head, drawn towards the ratio of its layer's sums.
+
+    A head whose perturbation is small says little, because its change is mostly rounding; half the layer's mean error is what it takes to be
+    believed as much as the layer.
+    """
+    layer = changed.sum(2, keepdim=True) / error.sum(2, keepdim=True).clamp_min(1e-12)
+    doubt = 0.5 * error.mean(2, keepdim=True) + 1e-12
+    return (changed + layer * doubt) / (error + doubt)
 
 
 def _near(profile: DenoisingProfile, density: float) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -118,6 +129,7 @@ def weightings(profile: DenoisingProfile) -> dict[str, Float[Tensor, "R L H"]]:
         "head": measured,
         "head, halved": (measured * by_layer).sqrt(),
         "damped": measured.sqrt(),
+        "damped more": measured**0.25,
     }
 
 
