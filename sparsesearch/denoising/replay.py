@@ -100,7 +100,7 @@ def measure_sensitivity(
 
 
 def _ratio(changed: Float[Tensor, "R L H"], error: Float[Tensor, "R L H"]) -> Float[Tensor, "R L H"]:
-    """changed / error per head, drawn towards the ratio of its layer's sums.
+    """Changed / error per head, drawn towards the ratio of its layer's sums.
 
     A head whose perturbation is small says little, because its change is mostly rounding; half the layer's mean error is what it takes to be
     believed as much as the layer.

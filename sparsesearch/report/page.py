@@ -58,7 +58,7 @@ def render(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(heading)}</title><style>{INK}{kind_css(kinds)}{series_css()}{PLOT_CSS}{_PAGE_CSS}</style></head>\n"
+        f"<title>{escape(heading)}</title><style>{INK}{kind_css(kinds)}{series_css()}{PLOT_CSS}{PAGE_CSS}</style></head>\n"
         f'<body><main><header><p class="over">sparsesearch report</p><h1>{escape(heading)}</h1>'
         f"{tables.headline(plan, metrics, variant)}</header>{body}</main></body></html>\n"
     )
@@ -112,7 +112,7 @@ def _legend(plan: Plan) -> str:
     )
 
 
-_PAGE_CSS = f"""
+PAGE_CSS = f"""
 *{{box-sizing:border-box}}html{{background:var(--bg);color:var(--ink);font:15px/1.55 {FONT};-webkit-text-size-adjust:100%}}body{{margin:0}}
 main{{max-width:1040px;margin:0 auto;padding:40px 20px 64px}}h1{{font-size:28px;line-height:1.2;margin:2px 0 22px;letter-spacing:-.01em}}
 h2{{font-size:18px;margin:0 0 14px}}section{{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:22px 24px;margin-top:20px}}
