@@ -8,12 +8,18 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, density
+from sparsesearch.layout import video_layout
 from sparsesearch.plan import Plan
 from sparsesearch.report.svg import figure
-from sparsesearch.rules.base import Rule
+from sparsesearch.rules.base import LengthLaw, Rule
+from sparsesearch.rules.dense_source import DenseSource
+from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.reuse import Reuse
 
 _SIDE = 132.0
 _MOST_BLOCKS = 32
+
+EXAMPLE_VIDEO = video_layout(8, 16, 16)
 
 
 def mask_cards(plan: Plan, length_tokens: int, *, most: int = 18) -> str:
@@ -30,12 +36,17 @@ def mask_cards(plan: Plan, length_tokens: int, *, most: int = 18) -> str:
 
 
 def _card(rule: Rule, heads: int, block_tokens: int, length_tokens: int) -> str:
-    blocks = min(_MOST_BLOCKS, -(-length_tokens // block_tokens))
-    grid = BlockGrid(blocks * block_tokens, blocks * block_tokens, block_tokens)
+    grid = example_grid(rule, length_tokens, block_tokens)
     tiles = example_tiles(rule, grid)
     said = f"{100 * density(tiles, grid):.0f} % of the tiles"
+    if rule.needs_layout:
+        said += f" of a video of {EXAMPLE_VIDEO.num_tokens} tokens, in its order {rule.token_order}"
     if rule.dynamic:
         said = "chosen from the data; shown on synthetic queries and keys"
+    if isinstance(rule, Reuse):
+        said = f"what layer {rule.layer} chose, nothing estimated; shown on synthetic queries and keys"
+    if isinstance(rule, DenseSource):
+        said = "all tiles are computed; shown is what it leaves for later layers, on synthetic queries and keys"
     if rule.rest != "drop":
         said = {"zero": "output 0, no tile", "mean_value": "mean of the values, no tile"}[rule.rest]
     name, _, parameters = rule.label.partition("(")
@@ -47,6 +58,15 @@ def _card(rule: Rule, heads: int, block_tokens: int, length_tokens: int) -> str:
         f"head{'s' if heads != 1 else ''}</span><br><code>{escape(parameters.rstrip(')') or 'no parameters')}</code><br>"
         f'<span class="soft">{escape(said)} · {escape(rule.source)}</span></figcaption></figure>'
     )
+
+
+def example_grid(rule: Rule, length_tokens: int, block_tokens: int) -> BlockGrid:
+    """The grid of a rule's picture: a short causal sequence, or a small video for rules over frames."""
+    if rule.needs_layout:
+        tokens = EXAMPLE_VIDEO.num_tokens
+        return BlockGrid(tokens, tokens, 64, causal=False, layout=EXAMPLE_VIDEO)
+    tokens = min(_MOST_BLOCKS, -(-length_tokens // block_tokens)) * block_tokens
+    return BlockGrid(tokens, tokens, block_tokens)
 
 
 def thumbnail(tiles: Bool[Tensor, "M N"], grid: BlockGrid, kind: str, *, faint: bool = False) -> str:
@@ -71,7 +91,9 @@ def example_tiles(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
     liked = (torch.rand(grid.kv_len, 1, generator=generator) < 0.003) * 9.0
     q = torch.cat([near, noise[0], torch.ones_like(place)], -1)
     k = torch.cat([near, noise[1], liked], -1)
-    return rule.select(grid, q, k)
+    if isinstance(rule, Reuse):  # whatever an earlier layer chose
+        return rule.select(grid, left=PooledTopk(keep=LengthLaw(b=0.15)).select(grid, q, k))
+    return rule.left_behind(rule.select(grid, q, k), grid, q, k)
 
 
 def _runs(tiles: Bool[Tensor, "M N"], step: float) -> str:
