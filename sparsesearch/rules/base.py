@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, blocks_of
+from sparsesearch.order import IDENTITY, Order
 
 Rest = Literal["drop", "zero", "mean_value"]
 
@@ -61,6 +62,8 @@ class Rule(BaseModel):
             the unit's whole output (no tile is computed): by nothing, or by the running mean of the values.
         reuses: the choice is another head's; `select` takes it as `left`, so the rule runs inside a plan only.
         needs_calibration: a template in a search space; profiling turns it into one rule per unit with `calibrated`.
+        needs_layout: the choice speaks of text and frames: `grid.layout` must be given, and its policy is obeyed. Such a rule has a field
+            `order`; everything it is given and returns (tiles, q, k, masses) is in that order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +72,7 @@ class Rule(BaseModel):
     rest: ClassVar[Rest] = "drop"
     reuses: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    needs_layout: ClassVar[bool] = False
     kind: str
 
     registry: ClassVar[dict[str, type["Rule"]]] = {}
@@ -82,6 +86,13 @@ class Rule(BaseModel):
         if file in Rule.registry:
             raise TypeError(f"{file}.py must hold one rule, but also defines {cls.__name__}.")
         Rule.registry[file] = cls
+
+    @property
+    def token_order(self) -> Order:
+        """The order of tokens over which the rule's blocks are counted; the model's own unless the rule has a field `order`."""
+        order = getattr(self, "order", IDENTITY)
+        assert isinstance(order, Order)
+        return order
 
     @classmethod
     def kind_name(cls) -> str:
