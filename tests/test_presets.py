@@ -76,14 +76,6 @@ def test_a_space_is_named_by_its_file_and_starts_with_dense(name: str) -> None:
     assert "arXiv:" in space.source or name in ("mixture", "video_mixture")
 
 
-<<<<<<< HEAD
-def test_mixture_holds_every_other_space() -> None:
-    mixture = set(SearchSpace.load("mixture").labels)
-    for name in SPACES:
-        space = SearchSpace.load(name)
-        if not any(rule.needs_layout for rule in space.candidates):  # video has a mixture of its own
-            assert set(space.labels) <= mixture
-=======
 def test_mixture_holds_the_spaces_it_includes() -> None:
     mixture = SearchSpace.load("mixture")
     included = yaml.safe_load(preset_text("search_spaces", "mixture"))["include"]
@@ -140,7 +132,6 @@ def test_moa_grid_is_that_of_the_paper() -> None:
     laws = {(rule.window.a, rule.window.b) for rule in rules}
     assert laws == {(-2048 + 2048 * i, j / 8) for i in range(6) for j in range(9)}
     assert {rule.sink for rule in rules} == {64}
->>>>>>> main
 
 
 def test_duo_attention_is_dense_or_streaming_per_kv_group() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.order import Order
-from sparsesearch.rules.base import LengthLaw, Rule
+from sparsesearch.rules.base import Rule
 
 
 def _as_rule(value: Any) -> Any:
@@ -27,6 +27,7 @@ class Union(Rule):
     """
 
     source: ClassVar[str] = "Zaheer et al. 2020, BigBird, arXiv:2007.14062"
+    needs_layout: ClassVar[bool] = True
     kind: Literal["union"] = "union"
     left: Operand
     right: Operand
@@ -37,12 +38,16 @@ class Union(Rule):
             raise ValueError(
                 f"both rules must have one order, but have {self.left.token_order} and {self.right.token_order}"
             )
-        if self.left.rest != "drop" or self.right.rest != "drop":
-            raise ValueError(
-                "both rules must drop what they do not compute; zero and mean_value replace the whole output"
-            )
-        if self.left.dynamic or self.right.dynamic or self.left.needs_calibration or self.right.needs_calibration:
-            raise ValueError("both rules must be static and need no calibration")
+        for rule in (self.left, self.right):
+            if (
+                not rule.needs_layout
+                or rule.dynamic
+                or rule.rest != "drop"
+                or (rule.needs_calibration and not _ready(rule))
+            ):
+                raise ValueError(
+                    f"both rules must be static rules over frames that need no calibration any more, but one is {rule.label}"
+                )
         return self
 
     @property
@@ -63,9 +68,13 @@ class Union(Rule):
 
     @classmethod
     def examples(cls) -> list[Self]:
-        """Two windows."""
-        from sparsesearch.rules.sink_window import SinkWindow
+        """The first frame and the own frame; a third on top."""
+        from sparsesearch.rules.first_frames import FirstFrames
+        from sparsesearch.rules.neighbourhood import Neighbourhood
 
-        return [
-            cls(left=SinkWindow(sink=64, window=LengthLaw(a=64)), right=SinkWindow(sink=0, window=LengthLaw(b=0.1)))
-        ]
+        pair = cls(left=FirstFrames(), right=Neighbourhood(window=(1, 0, 0)))
+        return [pair, cls(left=pair, right=Neighbourhood(window=(0, 1, 1)))]
+
+
+def _ready(rule: Rule) -> bool:
+    return getattr(rule, "bitmap", None) is not None

@@ -156,7 +156,8 @@ def _bilinear(texture: Tensor, x: Tensor, y: Tensor) -> Float[Tensor, "B 3 F Y X
 
     def tap(dx: int, dy: int) -> Tensor:
         index = ((top + dy) % _CANVAS).long() * _CANVAS + ((left + dx) % _CANVAS).long()
-        return flat.gather(2, index.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, x.shape[1:])
+        pixels: Tensor = flat.gather(2, index.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, x.shape[1:])
+        return pixels
 
     upper = tap(0, 0) * (1 - right_share) + tap(1, 0) * right_share
     lower = tap(0, 1) * (1 - right_share) + tap(1, 1) * right_share

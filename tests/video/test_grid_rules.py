@@ -238,7 +238,7 @@ def test_union_is_either() -> None:
             },
             "one order",
         ),
-        ({"kind": "union", "left": {"kind": "zero"}, "right": {"kind": "dense"}}, "drop"),
+        ({"kind": "union", "left": {"kind": "zero"}, "right": {"kind": "dense"}}, "static rules over frames"),
     ],
 )
 def test_bad_rules_are_named(data: object, message: str) -> None:
