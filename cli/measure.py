@@ -22,10 +22,19 @@ def quickstart(
     ] = False,
     evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.", min=0)] = 3,
     num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.", min=1)] = 18,
+    video: Annotated[
+        bool, typer.Option("--video", help="The embedded video model instead; on a CPU a reduced run. Needs diffusers.")
+    ] = False,
+    mode: Annotated[str, typer.Option(help="With --video: t2v (text to video) or i2v (image to video).")] = "t2v",
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
     """Run the whole corridor on the embedded model. It does profile, search, apply, eval, check, report."""
+    if video:
+        from .video import quickstart_video
+
+        quickstart_video(out, density, mode, json)
+        return
     from sparsesearch.quickstart import quickstart as run
 
     with progress_bar() as progress:

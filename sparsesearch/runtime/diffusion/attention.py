@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.kernels.dispatch import Backend, choose_backend
-from sparsesearch.kernels.ordered import ChosenTiles, attend
+from sparsesearch.kernels.ordered import ChosenTiles
+from sparsesearch.kernels.ordered import attend as attend_rules
 from sparsesearch.kernels.schedule import Span
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
@@ -112,7 +113,7 @@ class SparseLayer:
                 return answer
         if all(isinstance(rule, Dense) for rule in rules):
             return None
-        return self._attend(query, key, value, rules, call, factor)
+        return self.attend(query, key, value, rules, call, factor)
 
     def _range(self, call: Call) -> int:
         schedule = self.plan.schedule
@@ -126,11 +127,12 @@ class SparseLayer:
         place = schedule.range_index(*call.step)
         return -1 if place is None else place
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules, call: Call, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules, call: Call, scale: float) -> Tensor:
+        """Attention of one call under these rules, all of them in one launch per order."""
         grids = grids_of(call, q.shape[0], self.plan.block_tokens)
         if self.taken is None:
             self.taken = choose_backend(q, k, v, [Span(grids[0])], backend=self.backend)
-        return attend(q, k, v, grids, rules, scale=scale, backend=self.backend, chosen=self._chosen(call))
+        return attend_rules(q, k, v, grids, rules, scale=scale, backend=self.backend, chosen=self._chosen(call))
 
     def _chosen(self, call: Call) -> ChosenTiles | None:
         """Where dynamic rules keep their tiles between the schedule's refresh steps; None if they choose anew at every step."""

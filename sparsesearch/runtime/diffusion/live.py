@@ -80,6 +80,7 @@ class AppliedTransformer:
     Attributes:
         model: the transformer.
         plan: the plan.
+        layers: path of an attention module -> what answers its calls.
         heads_patched: heads whose rule is not dense at some step.
     """
 
@@ -88,7 +89,7 @@ class AppliedTransformer:
         sites = transformer_sites(model)
         _check_geometry(plan.base_model, sites)
         self._hook = install(model, family_of(model))
-        self._layers: dict[str, SparseLayer] = {}
+        self.layers: dict[str, SparseLayer] = {}
         self._processors: list[tuple[Any, Any, Any]] = []
         self._active = True
         try:
@@ -98,13 +99,13 @@ class AppliedTransformer:
                 ours = specialise(before, layer)
                 site.module.set_processor(ours)
                 self._processors.append((site.module, before, ours))
-                self._layers[site.path] = layer
+                self.layers[site.path] = layer
         except BaseException:
             self.remove()
             raise
         self.heads_patched = sum(
             any(rule.kind != "dense" for rule in ranges)
-            for layer in self._layers.values()
+            for layer in self.layers.values()
             for ranges in zip(*layer.rules, strict=True)
         )
 
@@ -118,13 +119,13 @@ class AppliedTransformer:
 
     def probe(self, probe: Probe | None) -> None:
         """Show every self-attention call to `probe`; what it returns, if anything, replaces the output."""
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.probe = probe
 
     @property
     def backends(self) -> set[str]:
         """Backends that served the last sparse calls."""
-        return {layer.taken for layer in self._layers.values() if layer.taken is not None}
+        return {layer.taken for layer in self.layers.values() if layer.taken is not None}
 
     def remove(self) -> None:
         """Restore the transformer exactly as it was before.
