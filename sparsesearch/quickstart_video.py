@@ -15,7 +15,7 @@ from sparsesearch.errors import ArtifactError, SpecError
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.presets import preset_path
 from sparsesearch.profiling.denoising.record import DenoisingProfile
-from sparsesearch.profiling.denoising.run import StepsRequest
+from sparsesearch.profiling.denoising.request import StepsRequest
 from sparsesearch.report.video import render_video
 from sparsesearch.runtime.diffusion.export import export_diffusers
 from sparsesearch.runtime.diffusion.live import describe_transformer

@@ -11,7 +11,8 @@ from sparsesearch.denoising.planning import find_step_plan
 from sparsesearch.denoising.replay import Replay, accept, measure_sensitivity, plans_of
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.record import DenoisingProfile
-from sparsesearch.profiling.denoising.run import Progress, Sampler, StepsRequest, profile_transformer, silent
+from sparsesearch.profiling.denoising.request import StepsRequest
+from sparsesearch.profiling.denoising.run import Progress, Sampler, profile_transformer, silent
 from sparsesearch.search_space import SearchSpace
 
 

@@ -88,6 +88,7 @@ def load_weights(
     if dtype not in DTYPES:
         raise SpecError(f"unknown dtype {dtype!r}.{nearest(dtype, DTYPES)}")
     place = locate(source)
+    _refuse_diffusers(place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options["dtype"] = "float32" if dtype == "auto" and device == "cpu" else dtype
     if isinstance(place, Path) and place.suffix == ".gguf":
@@ -98,6 +99,16 @@ def load_weights(
     model: PreTrainedModel = _load(AutoModelForCausalLM, source, place, **options).to(device)
     model.train(False)
     return model
+
+
+def _refuse_diffusers(place: Path | str) -> None:
+    if isinstance(place, Path) and place.is_dir():
+        config = (place / "config.json").read_text(encoding="utf-8")
+        if '"_class_name"' in config:
+            raise UnsupportedModelError(
+                f"{place.name} must be a causal language model here, but is a diffusers model. See `sparsesearch quickstart --video` and "
+                "sparsesearch.apply_diffusers."
+            )
 
 
 def _load(kind: Any, source: str | Path, place: Path | str, **options: Any) -> Any:

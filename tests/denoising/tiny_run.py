@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsesearch.profiling.denoising.record import DenoisingProfile
-from sparsesearch.profiling.denoising.run import StepsRequest, profile_transformer
+from sparsesearch.profiling.denoising.request import StepsRequest
+from sparsesearch.profiling.denoising.run import profile_transformer
 from sparsesearch.runtime.diffusion.live import describe_transformer
 from sparsesearch.search_space import SearchSpace
 

@@ -4,14 +4,14 @@ The model samples as ever; a probe on its attention sees queries, keys and value
 with steps, layers or sequences.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -20,8 +20,10 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
 from sparsesearch.layout import Layout
 from sparsesearch.order import Order
-from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
+from sparsesearch.plan import Plan, uniform_plan
+from sparsesearch.profiling.denoising.menu import FlatCall, OrderGroup, video_grid
 from sparsesearch.profiling.denoising.record import DenoisingProfile, StepsManifest
+from sparsesearch.profiling.denoising.request import StepsRequest
 from sparsesearch.profiling.denoising.tile_errors import tile_errors, tile_masses
 from sparsesearch.profiling.record import provenance_versions
 from sparsesearch.profiling.shards import ShardStore
@@ -29,7 +31,6 @@ from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.runtime.diffusion.attention import LayerCall
 from sparsesearch.runtime.diffusion.live import apply_to_transformer, output_weights
-from sparsesearch.search_space import SearchSpace
 
 Sampler = Callable[[], Tensor]
 """Samples from the calibration inputs through the model under study and returns the final latents, one row per sequence."""
@@ -39,61 +40,6 @@ Calibrated = dict[str, tuple[dict[str, tuple[Rule, ...]], ...]]
 
 def silent(stage: str, done: int, total: int) -> None:
     """The default progress callback."""
-
-
-@dataclass(frozen=True)
-class StepsRequest:
-    """What to profile.
-
-    Attributes:
-        base_model: the transformer.
-        space: candidates.
-        num_steps: denoising steps that the sampler takes.
-        ends: where ranges of steps end, as shares of the run; the last is 1.
-        captured_per_range: steps to look at in each range, evenly spaced.
-        calibration: a name of the calibration inputs, for the record and for resuming.
-        query_blocks: score so many query blocks, evenly spaced, instead of all; for sequences of 100,000 tokens.
-    """
-
-    base_model: BaseModelInfo
-    space: SearchSpace
-    num_steps: int
-    ends: tuple[float, ...] = (0.2, 0.5, 1.0)
-    captured_per_range: int = 2
-    calibration: str = "unnamed"
-    query_blocks: int | None = None
-
-    @property
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        """First and end step of each range."""
-        ends = [round(share * self.num_steps) for share in self.ends]
-        if sorted(set(ends)) != ends or ends[0] < 1 or ends[-1] != self.num_steps:
-            raise SpecError(
-                f"ends must ascend to 1 with a step in every range, but are {self.ends} of {self.num_steps}."
-            )
-        return tuple(zip([0, *ends[:-1]], ends, strict=True))
-
-    @property
-    def captured(self) -> tuple[tuple[int, ...], ...]:
-        """Steps to look at, per range."""
-        count = self.captured_per_range
-        return tuple(
-            tuple(sorted({first + (2 * i + 1) * (end - first) // (2 * count) for i in range(count)}))
-            for first, end in self.ranges
-        )
-
-    def fingerprint(self, plan: Plan | None) -> dict[str, Any]:
-        """The fields a resumed run must repeat."""
-        return {
-            "model": self.base_model.model_dump(mode="json", exclude={"name_or_path"}),
-            "space": self.space.sha256,
-            "captured": [list(steps) for steps in self.captured],
-            "num_steps": self.num_steps,
-            "calibration": self.calibration,
-            "query_blocks": self.query_blocks,
-            "plan": None if plan is None else plan.sha256,
-            "versions": provenance_versions(),
-        }
 
 
 def profile_transformer(
@@ -152,7 +98,7 @@ class _Study:
             return {}
 
         def masses(seen: LayerCall) -> dict[str, Tensor]:
-            flat = _Flat.of(seen)
+            flat = FlatCall.of(seen)
             found = {}
             for order in orders:
                 q, k, _ = flat.ordered(order)
@@ -162,7 +108,7 @@ class _Study:
 
         shards = self._observe("masses", masses)
         assert self.layout is not None
-        modules, grid = self.request.base_model.modules, _grid(self.layout, self.request.space.block_tokens)
+        modules, grid = self.request.base_model.modules, video_grid(self.layout, self.request.space.block_tokens)
         calibrated: dict[str, list[dict[str, tuple[Rule, ...]]]] = {rule.label: [] for rule in templates}
         for steps in self.request.captured:
             for rule in templates:
@@ -177,7 +123,7 @@ class _Study:
         """Errors of all candidates at every captured step."""
         weights = output_weights(self.model)
         place_of = {step: place for place, steps in enumerate(self.request.captured) for step in steps}
-        chosen: dict[tuple[int, str], list[_OrderGroup]] = {}
+        chosen: dict[tuple[int, str], list[OrderGroup]] = {}
 
         def errors(seen: LayerCall) -> dict[str, Tensor]:
             assert seen.call.step is not None
@@ -191,10 +137,10 @@ class _Study:
         assert self.layout is not None
         return self._merge(shards, calibrated, plan_sha256)
 
-    def _groups(self, place: int, module: str, calibrated: Calibrated, heads: int, device: str) -> "list[_OrderGroup]":
+    def _groups(self, place: int, module: str, calibrated: Calibrated, heads: int, device: str) -> list[OrderGroup]:
         """Candidates by order, with the tiles of the static ones."""
         assert self.layout is not None
-        grid = _grid(self.layout, self.request.space.block_tokens)
+        grid = video_grid(self.layout, self.request.space.block_tokens)
         by_order: dict[Order, list[int]] = {}
         for index, rule in enumerate(self.request.space.candidates):
             by_order.setdefault(rule.token_order, []).append(index)
@@ -210,13 +156,13 @@ class _Study:
                     masks.append(torch.stack([one.select(grid) for one in own]).to(device))
                 else:
                     masks.append(rule.select(grid).to(device).expand(heads, -1, -1))
-            groups.append(_OrderGroup(order, indices, masks, grid))
+            groups.append(OrderGroup(order, indices, masks, grid))
         return groups
 
-    def _errors(self, seen: LayerCall, groups: "list[_OrderGroup]", weight: Float[Tensor, "O HD"]) -> dict[str, Tensor]:
+    def _errors(self, seen: LayerCall, groups: list[OrderGroup], weight: Float[Tensor, "O HD"]) -> dict[str, Tensor]:
         """Relative error [H, C] and tiles [H, C] of one call, mean over its sequences."""
         batch, heads, _tokens, size = seen.q.shape
-        flat, rules = _Flat.of(seen), self.request.space.candidates
+        flat, rules = FlatCall.of(seen), self.request.space.candidates
         per_head = weight.float().view(-1, heads, size)
         gram = torch.einsum("ohd,ohe->hde", per_head, per_head)
         dense = F.scaled_dot_product_attention(seen.q, seen.k, seen.v, scale=seen.scale)
@@ -333,49 +279,3 @@ class _Study:
         profile.save_manifest(self.store.folder)
         self.store.clear()
         return profile
-
-
-@dataclass(frozen=True)
-class _OrderGroup:
-    """Candidates that share an order of tokens."""
-
-    order: Order
-    indices: list[int]
-    masks: "Sequence[Tensor | Rule]"
-    grid: BlockGrid
-
-    def tiles(self, q: Tensor, k: Tensor, batch: int, scale: float) -> Bool[Tensor, "U C M N"]:
-        """Tiles per (sequence, head) pair; dynamic rules look at the pairs' own queries and keys."""
-        found = []
-        for mask in self.masks:
-            if isinstance(mask, Rule):
-                own = mask.select(self.grid, q.unflatten(0, (batch, -1)) * scale, k.unflatten(0, (batch, -1)))
-                found.append(own.to(q.device).flatten(0, 1))
-            else:
-                found.append(mask.repeat(batch, 1, 1))
-        return torch.stack(found, 1)
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """Queries, keys and values of one call as (sequence, head) pairs."""
-
-    q: Float[Tensor, "U T D"]
-    k: Float[Tensor, "U T D"]
-    v: Float[Tensor, "U T D"]
-    layout: Layout
-
-    @classmethod
-    def of(cls, seen: LayerCall) -> "_Flat":
-        return cls(seen.q.flatten(0, 1), seen.k.flatten(0, 1), seen.v.flatten(0, 1), seen.call.layout)
-
-    def ordered(self, order: Order) -> tuple[Tensor, Tensor, Tensor]:
-        if order.is_identity:
-            return self.q, self.k, self.v
-        index = order.permutation(self.layout, self.q.device)
-        return self.q.index_select(1, index), self.k.index_select(1, index), self.v.index_select(1, index)
-
-
-def _grid(layout: Layout, block_tokens: int) -> BlockGrid:
-    tokens = layout.num_tokens
-    return BlockGrid(tokens, tokens, block_tokens, causal=False, layout=layout)
