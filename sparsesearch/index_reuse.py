@@ -4,7 +4,7 @@ Three objectives. `reuse`: least predicted loss within a budget, on measured los
 `hylra` and `rals`: the published ones, on overlap alone, per layer; refreshing layers run dense and leave their heaviest tiles.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ class ReusePass:
 def search_reuse(
     model: PreTrainedModel,
     question: ReuseQuestion,
-    samples: dict[int, Sequence[Sample]],
+    samples: Mapping[int, Sequence[Sample]],
     *,
     passes: int = 3,
     seed: int = 0,
