@@ -32,6 +32,7 @@ CASES: tuple[tuple[int, dict[str, Any]], ...] = (
     (64, {"kind": "bounds_topk", "keep": {"b": 0.15}, "prefill": True}),
     (64, {"kind": "token_rows", "tail": 0.1, "min_tokens": 1024}),
     (64, {"kind": "segment_topk", "keep": 0.15}),
+    (64, {"kind": "skip_softmax", "prefill_scale": 1000.0}),
 )
 
 
