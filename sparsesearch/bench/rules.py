@@ -68,8 +68,11 @@ def run(
 
 
 def untimed_kinds() -> set[str]:
-    """Dynamic rules that no case covers."""
-    return {kind for kind, rule in rule_kinds().items() if rule.dynamic} - {data["kind"] for _, data in CASES}
+    """Dynamic rules that choose for themselves, from queries and keys alone, and that no case covers."""
+    choosing = {
+        kind for kind, rule in rule_kinds().items() if rule.dynamic and not rule.reuses and not rule.needs_layout
+    }
+    return choosing - {data["kind"] for _, data in CASES} - {"dense_source"}  # which computes all tiles
 
 
 def _inputs(length: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

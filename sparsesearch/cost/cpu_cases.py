@@ -93,11 +93,11 @@ def _curve_cases(shapes: Grid) -> list[Case]:
 
 def estimators() -> dict[str, Rule]:
     """A generous example of every dynamic rule."""
-    return {kind: rule.examples()[-1] for kind, rule in rule_kinds().items() if rule.dynamic}
+    return {kind: rule.examples()[-1] for kind, rule in rule_kinds().items() if rule.dynamic and not rule.reuses}
 
 
 def _select(rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return rule.select(grid, q, k)
+    return rule.left_behind(rule.select(grid, q, k), grid, q, k)
 
 
 def _mean_value(grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class Rule(BaseModel):
         skips_rows: some query blocks may compute no tile; their output is 0, and the residual stream carries those tokens on.
         rest: what stands for the tiles that are not computed. `drop` renormalises over the chosen ones; `zero` and `mean_value` replace
             the unit's whole output (no tile is computed): by nothing, or by the running mean of the values.
+        reuses: the choice is another head's; `select` takes it as `left`, so the rule runs inside a plan only.
         needs_calibration: a template in a search space; profiling turns it into one rule per unit with `calibrated`.
         needs_layout: the choice speaks of text and frames: `grid.layout` must be given, and its policy is obeyed. Such a rule has a field
             `order`; everything it is given and returns (tiles, q, k, masses) is in that order.
@@ -84,6 +85,7 @@ class Rule(BaseModel):
     decodes: ClassVar[bool] = False
     skips_rows: ClassVar[bool] = False
     rest: ClassVar[Rest] = "drop"
+    reuses: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     needs_layout: ClassVar[bool] = False
     kind: str
@@ -123,6 +125,20 @@ class Rule(BaseModel):
         A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
         """
+
+    def left_behind(
+        self,
+        tiles: Bool[Tensor, "*#unit M N"],
+        grid: BlockGrid,
+        q: Float[Tensor, "*unit S D"],
+        k: Float[Tensor, "*unit T D"],
+    ) -> Bool[Tensor, "*#unit M N"]:
+        """What a dynamic rule that chose `tiles` leaves for later layers to reuse: the same tiles by default."""
+        return tiles
+
+    def source_head(self, head: int) -> tuple[int, int] | None:
+        """Layer (index of the attention module) and query head whose selection query head `head` runs; None: it chooses by itself."""
+        return None
 
     def calibrated(self, mass: Float[Tensor, "N N"]) -> Self:
         """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default."""

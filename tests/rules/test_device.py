@@ -7,7 +7,8 @@ from sparsesearch.bench.rules import CASES, no_host_wait, run, untimed_kinds
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
 
-DYNAMIC = [rule for kind in rule_kinds().values() if kind.dynamic and not kind.needs_layout for rule in kind.examples()]
+KINDS = [kind for kind in rule_kinds().values() if kind.dynamic and not kind.needs_layout and not kind.reuses]
+DYNAMIC = [rule for kind in KINDS for rule in kind.examples()]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GRIDS = [BlockGrid(1000, 1000, 64), BlockGrid(130, 513, 64), BlockGrid(1, 700, 64), BlockGrid(8192, 8192, 64)]
 
@@ -53,7 +54,7 @@ def test_choices_can_be_captured_in_a_graph(rule: Rule) -> None:
 
 
 def test_every_dynamic_rule_is_timed() -> None:
-    assert not {kind for kind in untimed_kinds() if not rule_kinds()[kind].needs_layout}
+    assert not untimed_kinds()
 
 
 def test_the_bench_runs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
