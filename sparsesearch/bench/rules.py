@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,8 +115,9 @@ def _time(rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, device: str) -> dic
 @contextmanager
 def no_host_wait() -> Iterator[None]:
     """Any operation that waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings(action="ignore"):  # torch calls the mode a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
