@@ -39,9 +39,12 @@ class PooledTopk(Rule):
         always = grid.diagonal(q.device) | (grid.k_blocks(q.device) < blocks_of(self.sink, grid.block_tokens))
         scores = scores.masked_fill(always, torch.inf).masked_fill(~reachable, -torch.inf)
         rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        budgets = [self._row_blocks(int(row), grid) for row in grid.q_blocks()[:, 0]]
-        budget = torch.tensor(budgets, device=q.device)[:, None]
+        budget = torch.tensor(self.row_blocks(grid), device=q.device)[:, None]
         return reachable & ((rank < budget) | always)
+
+    def row_blocks(self, grid: BlockGrid) -> list[int]:
+        """Blocks that each row keeps."""
+        return [self._row_blocks(row, grid) for row in range(grid.first_q_block, grid.num_k_blocks)]
 
     def _row_blocks(self, row: int, grid: BlockGrid) -> int:
         seen = min(grid.kv_len, (row + 1) * grid.block_tokens) if grid.causal else grid.kv_len

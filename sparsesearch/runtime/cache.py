@@ -24,7 +24,7 @@ from sparsesearch.rules.base import Rule
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
-from sparsesearch.runtime.attention import pick_heads
+from sparsesearch.runtime.attention import attend_heads, pick_heads
 from sparsesearch.runtime.binding import LayerBinding, binding_of
 from sparsesearch.runtime.mask_code import MaskCode
 from sparsesearch.runtime.stores import SLACK_TOKENS, Call, EmptyStore, FullStore, MeanStore, RingStore, Store
@@ -116,6 +116,10 @@ class PlanCacheLayer(CacheLayerMixin):
         assert self.law_tokens is not None, "prepare_call sets the prompt's length before any layer runs"
         is_first = self.num_tokens == query.shape[2]
         call = Call(binding, code, self.law_tokens, scale, before, positions, is_first)
+        if is_first:  # nothing is kept yet, so all heads go together
+            for store, kv_heads in self.stores:
+                store.take_in(call, pick_heads(key, kv_heads), pick_heads(value, kv_heads))
+            return attend_heads(binding.groups, binding, query, key, value, code, self.law_tokens, scale, None)
         size, order, outputs = query.shape[1] // key.shape[1], [], []
         for store, kv_heads in self.stores:
             heads = [head * size + member for head in kv_heads for member in range(size)]
