@@ -74,6 +74,11 @@ def sparse_attention(
         if answer is not None:
             return answer, None
         return sdpa_attention_forward(module, query, key, value, None, 0.0, scaling, is_causal)
+    step = getattr(key, "step", None)
+    if (
+        step is not None
+    ):  # one token for a static cache, whose prompt has passed the checks below; compiled and captured, so short
+        return step(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     binding = binding_of(module)
     if binding is None:
         raise UnsupportedModelError(

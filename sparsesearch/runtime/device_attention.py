@@ -156,7 +156,7 @@ def _reads(
             start[place.batch, pair] = place.batch * strides[0] + head // group * strides[1] + place.k_offset
             if rule.rest == "zero":
                 continue
-            blocks = _blocks(rule, grid)
+            blocks = visible_blocks(rule, grid)
             whole = whole and len(blocks) == grid.num_k_blocks
             pages[place.batch][pair] = blocks
             ragged = int(blocks[-1]) == grid.num_k_blocks - 1
@@ -168,8 +168,8 @@ def _reads(
         return start.flatten().to(device), lens.flatten().to(device), table
 
 
-@lru_cache(maxsize=64)
-def _blocks(rule: Rule, grid: BlockGrid) -> Int[Tensor, " blocks"]:
+@lru_cache(maxsize=4096)
+def visible_blocks(rule: Rule, grid: BlockGrid) -> Int[Tensor, " blocks"]:
     """Blocks that the only query of a call sees, ascending."""
     if rule.dynamic or rule.rest == "mean_value" or isinstance(rule, Dense):
         return torch.arange(grid.num_k_blocks, dtype=torch.int32)
