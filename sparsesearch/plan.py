@@ -12,9 +12,11 @@ from pydantic_core import CoreSchema
 
 from sparsesearch.artifacts import canonical_json, parse_json, read_text, sha256_text, write_json
 from sparsesearch.errors import ArtifactError, SpecError, first_problem
+from sparsesearch.layout import Layout
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
 from sparsesearch.rules.dense import Dense
 from sparsesearch.shapes import Granularity, ModelGeometry
+from sparsesearch.step_schedule import StepSchedule
 
 FORMAT = "sparsesearch.plan"
 SCHEMA_VERSION = "1.0"
@@ -97,12 +99,16 @@ class Plan(_Frozen):
         default_factory=dict, description="measured on held-out data: metric -> variant -> value"
     )
     provenance: dict[str, Any] = Field(default_factory=dict)
+    schedule: StepSchedule | None = Field(None, description="assignments per range of denoising steps; diffusion only")
+    layout: Layout | None = Field(None, description="the segments and grids that the search saw")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         geometry = self.base_model.geometry
         heads = dict(zip(geometry.modules, geometry.num_heads, strict=True))
-        for module, names in self.assignments.items():
+        schedule = self.schedule
+        scheduled = [] if schedule is None else [schedule.assignments(i) for i in range(len(schedule.ranges))]
+        for module, names in ((m, names) for table in (self.assignments, *scheduled) for m, names in table.items()):
             if module not in heads:
                 raise ValueError(f"assignments name module {module!r}, which base_model.modules lacks")
             if len(names) != heads[module]:
@@ -110,7 +116,47 @@ class Plan(_Frozen):
             for name in names:
                 if name not in self.rules:
                     raise ValueError(f"{module} names rule {name!r}, which `rules` lacks")
+        for target, module in enumerate(geometry.modules):
+            for head in range(len(self.assignments.get(module, ()))):
+                self._check_source(target, module, head)
         return self
+
+    def at_step(self, index: int, num_steps: int | None = None) -> "Plan":
+        """The plan of one denoising step: the same content, the step's assignments, no schedule. Itself without a schedule.
+
+        Args:
+            index: step of the trajectory, from 0.
+            num_steps: steps of the trajectory; those of the schedule by default.
+
+        Raises:
+            SpecError: there is no such step.
+        """
+        if self.schedule is None:
+            return self
+        place = self.schedule.range_index(index, num_steps)
+        table = self.assignments if place is None else self.schedule.assignments(place)
+        return self.model_copy(update={"assignments": table, "schedule": None})
+
+    def _check_source(self, target: int, module: str, head: int) -> None:
+        """A head that reuses must name an earlier head that leaves a selection."""
+        source = self.rule(module, head).source_head(head)
+        if source is None:
+            return
+        layer, source_head = source
+        if layer >= target:
+            raise ValueError(
+                f"{module}:{head} must reuse an earlier layer than its own ({target}), but names layer {layer}"
+            )
+        path = self.base_model.modules[layer]
+        if not 0 <= source_head < self.base_model.num_heads[layer]:
+            raise ValueError(
+                f"{module}:{head} reuses head {source_head} of {path}, which has {self.base_model.num_heads[layer]}"
+            )
+        left = self.rule(path, source_head)
+        if not left.dynamic or left.reuses:
+            raise ValueError(
+                f"{module}:{head} reuses {path}:{source_head}, which leaves no selection: its rule is {left.label}"
+            )
 
     def rule(self, module: str, head: int) -> Rule:
         """The rule of one query head; dense where the plan says nothing."""
@@ -139,7 +185,8 @@ class Plan(_Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content, as embedded in a checkpoint's config."""
-        return self.model_dump(mode="json")
+        unset = {name for name in ("schedule", "layout") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=unset)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], *, source: str) -> Self:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from sparsesearch.cost.base import CostModel, UnitWork
+from sparsesearch.cost.base import CostModel, DecodeWork, UnitWork
 from sparsesearch.cost.roofline import DATASHEETS, roofline
 from sparsesearch.cost.table import CostTable, TableCostModel
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.presets import preset_names, preset_path
 
-__all__ = ["CostModel", "UnitWork", "cost_model_names", "load_cost_model"]
+__all__ = ["CostModel", "DecodeWork", "UnitWork", "cost_model_names", "load_cost_model"]
 
 
 def cost_model_names() -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsesearch.cost.base import UnitWork
+from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.errors import SpecError, nearest
 
 
@@ -54,6 +54,7 @@ class Roofline:
     key: str
     datasheet: Datasheet
     measured: bool = False
+    decode_call_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -77,6 +78,13 @@ class Roofline:
         """The same for many units."""
         seconds = {work: self.unit_latency_s(work) for work in set(works)}  # units repeat each other
         return np.array([seconds[work] for work in works])
+
+    def decode_latency_s(self, works: Sequence[DecodeWork]) -> Float[ndarray, " works"]:
+        """Keys and values read once at the datasheet's bandwidth, or 4·head_dim FLOPs per query head and key."""
+        bytes_s = np.array([work.kv_bytes for work in works]) / self.datasheet.bytes_per_s
+        flops = [4.0 * work.head_dim * work.query_heads * work.kv_tokens * work.batch for work in works]
+        peaks = [self._peak_flop_per_s(max(work.dtype_bytes, 2)) for work in works]
+        return np.asarray(np.maximum(bytes_s, np.array(flops) / np.array(peaks)))
 
     def _peak_flop_per_s(self, dtype_bytes: int) -> float:
         match dtype_bytes:

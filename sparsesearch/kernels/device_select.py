@@ -4,7 +4,7 @@
 that keys are repeated for one group only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -21,6 +21,9 @@ from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.pooled_topk import PooledTopk
 from sparsesearch.rules.vertical_slash import VerticalSlash
 
+watchers: list[Callable[[BlockGrid, Bool[Tensor, "h M N"]], None]] = []
+"""Called with every choice that is made here and not by a rule's own `select`; for counting, empty otherwise."""
+
 
 def chosen_tiles(
     rules: Sequence[Rule],
@@ -30,6 +33,7 @@ def chosen_tiles(
     *,
     scale: float,
     kernel: Backend,
+    given: Mapping[int, Bool[Tensor, "M N"]] | None = None,
 ) -> Bool[Tensor, "H M N"]:
     """The tiles of every query head of one sequence.
 
@@ -40,11 +44,15 @@ def chosen_tiles(
         k: keys of the sequence, likewise.
         scale: softmax scale.
         kernel: which prefill kernel gives the log-sum-exp of the queries that vote.
+        given: tiles of heads whose choice is made already.
     """
+    given = given or {}
     tiles = torch.empty(len(rules), grid.num_q_blocks, grid.num_k_blocks, dtype=torch.bool, device=q.device)
     group = len(rules) // k.shape[0]
+    for head, chosen in given.items():
+        tiles[head] = chosen
     for rule in dict.fromkeys(rules):
-        heads = [head for head, own in enumerate(rules) if own == rule]
+        heads = [head for head, own in enumerate(rules) if own == rule and head not in given]
         if not rule.dynamic or grid.q_len == 1:
             static = _static(rule if not rule.dynamic else Dense(), grid, str(q.device))
             for head in heads:
@@ -93,9 +101,9 @@ def _dynamic(
 ) -> Bool[Tensor, "h M N"]:
     match rule:
         case VerticalSlash():
-            return _vertical_slash(rule, grid, q, k, scale, kernel)
+            return _seen(grid, _vertical_slash(rule, grid, q, k, scale, kernel))
         case PooledTopk():
-            return _pooled_topk(rule, grid, q, k)
+            return _seen(grid, _pooled_topk(rule, grid, q, k))
         case _:
             size = q.shape[0] // k.shape[0]
             parts = [
@@ -103,6 +111,12 @@ def _dynamic(
                 for first in range(k.shape[0])
             ]
             return torch.cat(parts)
+
+
+def _seen(grid: BlockGrid, tiles: Bool[Tensor, "h M N"]) -> Bool[Tensor, "h M N"]:
+    for watch in watchers:
+        watch(grid, tiles)
+    return tiles
 
 
 def _vertical_slash(

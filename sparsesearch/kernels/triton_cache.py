@@ -36,10 +36,11 @@ def append(
             tl.store(values + target, tl.load(values + source, mask=inside), mask=inside)
         tl.debug_barrier()  # the new token overwrites the first row that was copied
     place = tl.minimum(block, tail) * BLOCK + offset
-    kept = (window > 0) & (place < tl.load(room + pair))
+    kept = place < tl.where(window > 0, tl.load(room + pair), 0)
     at = (first + place) * DV + cols
-    tl.store(keys + at, tl.load(k + batch * k_stride_b + head * k_stride_g + cols, mask=real), mask=real & kept)
-    tl.store(values + at, tl.load(v + batch * v_stride_b + head * v_stride_g + cols, mask=real), mask=real & kept)
+    stored = cols < tl.where(kept, DV, 0)  # a scalar mask and a vector do not meet in the interpreter
+    tl.store(keys + at, tl.load(k + batch * k_stride_b + head * k_stride_g + cols, mask=real), mask=stored)
+    tl.store(values + at, tl.load(v + batch * v_stride_b + head * v_stride_g + cols, mask=real), mask=stored)
     tl.debug_barrier()  # every thread has read the position
     tl.store(lens + pair, tl.where(kept, place + 1, tl.load(lens + pair)))
     tl.store(seen + pair, position + 1)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, blocks_of
+from sparsesearch.order import IDENTITY, Order
 
 Rest = Literal["drop", "zero", "mean_value"]
 
@@ -59,14 +60,19 @@ class Rule(BaseModel):
         dynamic: the choice needs this call's queries and keys; such a rule acts in prefill, and decoding is dense.
         rest: what stands for the tiles that are not computed. `drop` renormalises over the chosen ones; `zero` and `mean_value` replace
             the unit's whole output (no tile is computed): by nothing, or by the running mean of the values.
+        reuses: the choice is another head's; `select` takes it as `left`, so the rule runs inside a plan only.
         needs_calibration: a template in a search space; profiling turns it into one rule per unit with `calibrated`.
+        needs_layout: the choice speaks of text and frames: `grid.layout` must be given, and its policy is obeyed. Such a rule has a field
+            `order`; everything it is given and returns (tiles, q, k, masses) is in that order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     source: ClassVar[str]
     dynamic: ClassVar[bool] = False
     rest: ClassVar[Rest] = "drop"
+    reuses: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    needs_layout: ClassVar[bool] = False
     kind: str
 
     registry: ClassVar[dict[str, type["Rule"]]] = {}
@@ -80,6 +86,13 @@ class Rule(BaseModel):
         if file in Rule.registry:
             raise TypeError(f"{file}.py must hold one rule, but also defines {cls.__name__}.")
         Rule.registry[file] = cls
+
+    @property
+    def token_order(self) -> Order:
+        """The order of tokens over which the rule's blocks are counted; the model's own unless the rule has a field `order`."""
+        order = getattr(self, "order", IDENTITY)
+        assert isinstance(order, Order)
+        return order
 
     @classmethod
     def kind_name(cls) -> str:
@@ -95,6 +108,20 @@ class Rule(BaseModel):
         A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
         """
+
+    def left_behind(
+        self,
+        tiles: Bool[Tensor, "*#unit M N"],
+        grid: BlockGrid,
+        q: Float[Tensor, "*unit S D"],
+        k: Float[Tensor, "*unit T D"],
+    ) -> Bool[Tensor, "*#unit M N"]:
+        """What a dynamic rule that chose `tiles` leaves for later layers to reuse: the same tiles by default."""
+        return tiles
+
+    def source_head(self, head: int) -> tuple[int, int] | None:
+        """Layer (index of the attention module) and query head whose selection query head `head` runs; None: it chooses by itself."""
+        return None
 
     def calibrated(self, mass: Float[Tensor, "N N"]) -> Self:
         """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default."""

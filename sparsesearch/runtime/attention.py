@@ -23,6 +23,8 @@ from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.dense_source import DenseSource
+from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.backends import attend_tiles, serving_kernel
 from sparsesearch.runtime.binding import LayerBinding, binding_of
 from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans_of
@@ -138,29 +140,32 @@ def attend_heads(
     law_tokens: Int[Tensor, " B"] | None,
     scale: float,
     sliding_window: int | None,
+    layer_heads: Sequence[int] | None = None,
 ) -> Float[Tensor, "B h S D"]:
     """Attention of all query heads, each in one of `groups`; padding changes nothing, and queries that are padding give 0.
 
     Kernels take the call whole; elsewhere, and where an element mask is needed, it goes one sequence and one rule at a time.
+    `layer_heads` says which heads of the layer the given ones are; None: all of them.
     """
     batch_size, q_len, kv_slots = query.shape[0], query.shape[2], key.shape[2]
     found = spans_of(code, law_tokens, batch_size, q_len, kv_slots, binding.block_tokens)
     if sliding_window is None or kv_slots <= sliding_window:
-        answer = _attend_on_device(groups, binding, query, key, value, found, scale)
+        answer = _attend_on_device(groups, binding, query, key, value, found, scale, layer_heads)
         if answer is not None:
             return answer
     heads = [head for _, members in groups for head in members]
     order = sorted(range(len(heads)), key=heads.__getitem__)
     per_kv_head = query.shape[1] // key.shape[1]
     output: Tensor | None = None
-    for span in found:
+    for sequence, span in enumerate(found):
         q = take(query, span.rows, span.q_slots)
         k, v = (take(x, span.rows, span.k_slots) for x in (key, value))
         parts = []
         for rule, members in groups:
             kv_heads = [head // per_kv_head for head in members]
             own = pick_heads(q, members)
-            parts.append(_attend_rule(rule, own, k, v, kv_heads, span, binding, scale, sliding_window))
+            place = sequence, members if layer_heads is None else tuple(layer_heads[head] for head in members)
+            parts.append(_attend_rule(rule, own, k, v, kv_heads, span, binding, scale, sliding_window, place))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         joined = joined if order == list(range(len(heads))) else joined[:, order]
         if span.rows == slice(None) and isinstance(span.q_slots, slice) and span.q_slots == slice(None):
@@ -179,12 +184,13 @@ def _attend_on_device(
     value: Float[Tensor, "B G T D"],
     found: Sequence[Span],
     scale: float,
+    layer_heads: Sequence[int] | None,
 ) -> Float[Tensor, "B H S D"] | None:
     """The whole call through a kernel, or None where the backend is not a kernel or a sequence is not in one piece."""
     kernel = serving_kernel(binding.backend, query, key, value, binding.block_tokens)
     if kernel is None:
         return None
-    from sparsesearch.runtime.device_attention import decode_heads, places_of, prefill_heads
+    from sparsesearch.runtime.device_attention import Chooser, decode_heads, places_of, prefill_heads
 
     places = places_of(found, query.shape[0])
     if places is None:
@@ -193,7 +199,9 @@ def _attend_on_device(
     rules = tuple(of_head[head] for head in range(query.shape[1]))
     if query.shape[2] == 1:
         return decode_heads(rules, query, key, value, places, scale)
-    return prefill_heads(rules, query, key, value, places, scale, kernel)
+    chooser = Chooser(binding, rules, layer_heads, scale, kernel) if any(rule.dynamic for rule in rules) else None
+    choice = rules if chooser is None else chooser.tiles(query, key, found, places)
+    return prefill_heads(rules, choice, query, key, value, places, scale, kernel)
 
 
 def take(x: Float[Tensor, "B H T D"], rows: slice | list[int], slots: slice | Tensor) -> Float[Tensor, "b H t D"]:
@@ -225,8 +233,9 @@ def _attend_rule(
     binding: LayerBinding,
     scale: float,
     sliding_window: int | None,
+    place: tuple[int, tuple[int, ...]],
 ) -> Float[Tensor, "b h s D"]:
-    """One rule on one sequence; `kv_heads` are those of q's heads."""
+    """One rule on one sequence; `kv_heads` are those of q's heads, `place` is the sequence's number and the heads' in the layer."""
     grid = span.grid
     cut = sliding_window if sliding_window is not None and grid.kv_len > sliding_window else None
     if rule.rest == "zero":
@@ -247,10 +256,30 @@ def _attend_rule(
             f"{binding.path}: {rule.kind} must see all keys of the prompt to choose, but the model's sliding-window cache has dropped "
             "some. Prefill in one call, or choose static rules for this layer."
         )
-    tiles = rule.select(grid, q * scale, k) if rule.dynamic else _static_tiles(rule, grid)
+    tiles = _dynamic_tiles(rule, q * scale, k, grid, binding, *place) if rule.dynamic else _static_tiles(rule, grid)
+    if isinstance(rule, DenseSource):
+        return _attend_dense(q, k, v, span, scale, cut)
     if cut is not None:
         return _attend_strips(q, k, v, tiles, span, scale, cut)
     return attend_tiles(q, k, v, tiles, grid, scale=scale, backend=binding.backend)
+
+
+def _dynamic_tiles(
+    rule: Rule,
+    q: Float[Tensor, "b h s D"],
+    k: Float[Tensor, "b h t D"],
+    grid: BlockGrid,
+    binding: LayerBinding,
+    sequence: int,
+    heads: tuple[int, ...],
+) -> Bool[Tensor, "b h M N"]:
+    """The rule's own choice, left behind for whoever reuses it; or what an earlier layer left."""
+    if isinstance(rule, Reuse):
+        return rule.select(grid, q, k, left=binding.taken(sequence, grid, heads))
+    tiles = rule.select(grid, q, k)
+    if binding.leaves is not None:
+        binding.leaves.leave(sequence, grid, heads, rule.left_behind(tiles, grid, q, k))
+    return tiles
 
 
 @lru_cache(maxsize=32)

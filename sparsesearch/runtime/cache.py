@@ -204,8 +204,9 @@ def _store_plan(rules: tuple[Rule, ...], num_kv_heads: int) -> list[tuple[Callab
     size = len(rules) // num_kv_heads
     plans: list[tuple[Callable[[], Store], tuple[int, ...]]] = []
     for rule, kv_heads in kv_partition(rules, num_kv_heads).items():
-        members = tuple(rules[kv_head * size + member] for kv_head in kv_heads for member in range(size))
-        plans.append((functools.partial(FullStore, members) if rule is None else _maker(rule), kv_heads))
+        heads = tuple(kv_head * size + member for kv_head in kv_heads for member in range(size))
+        full = functools.partial(FullStore, tuple(rules[head] for head in heads), heads)
+        plans.append((full if rule is None else _maker(rule), kv_heads))
     return plans
 
 

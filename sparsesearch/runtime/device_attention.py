@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
@@ -15,7 +15,9 @@ from sparsesearch.kernels.schedule import HeadTiles
 from sparsesearch.kernels.schedule import Span as Place
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.backends import Kernel
+from sparsesearch.runtime.binding import LayerBinding
 from sparsesearch.runtime.mask_code import Span
 
 
@@ -30,8 +32,80 @@ def places_of(spans: Sequence[Span], batch_size: int) -> tuple[Place, ...] | Non
     return tuple(places)
 
 
+class Chooser:
+    """The tiles of a layer that has dynamic rules, worked out on the device; what other layers reuse is taken and left on the way."""
+
+    def __init__(
+        self,
+        binding: LayerBinding,
+        rules: tuple[Rule, ...],
+        layer_heads: Sequence[int] | None,
+        scale: float,
+        kernel: Kernel,
+    ) -> None:
+        self.binding, self.rules, self.scale, self.kernel = binding, rules, scale, kernel
+        self.heads = tuple(range(len(rules))) if layer_heads is None else tuple(layer_heads)
+
+    def tiles(
+        self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], spans: Sequence[Span], places: Sequence[Place]
+    ) -> list[HeadTiles]:
+        """One choice per place; `places` are the rows of the spans in turn."""
+        choices, rows = [], iter(places)
+        for number, span in enumerate(spans):
+            own = [
+                next(rows)
+                for _ in range(len(range(len(q))[span.rows]) if isinstance(span.rows, slice) else len(span.rows))
+            ]
+            taken = self._taken(number, span.grid)
+            chosen = [self._of_row(q, k, place, taken, row) for row, place in enumerate(own)]
+            self._leave(number, span.grid, chosen, q, k, own)
+            choices += [HeadTiles(tiles, tuple(range(len(self.rules)))) for tiles in chosen]
+        return choices
+
+    def _of_row(
+        self, q: Tensor, k: Tensor, place: Place, taken: dict[int, Bool[Tensor, "b M N"]], row: int
+    ) -> Bool[Tensor, "H M N"]:
+        from sparsesearch.kernels.device_select import chosen_tiles
+
+        grid, own_q = place.grid, sequence(q, place.batch, place.q_offset, place.grid.q_len)
+        reused = {}
+        for head, left in taken.items():
+            rule = self.rules[head]
+            assert isinstance(rule, Reuse), "only such rules take"
+            reused[head] = rule.select(grid, left=left[row])
+        return chosen_tiles(
+            self.rules, grid, own_q, keys_of(k, place), scale=self.scale, kernel=self.kernel, given=reused
+        )
+
+    def _taken(self, number: int, grid: BlockGrid) -> dict[int, Bool[Tensor, "b M N"]]:
+        """What earlier layers left for the heads that reuse; a single query is dense and needs nothing."""
+        readers = [head for head, rule in enumerate(self.rules) if rule.reuses and grid.q_len > 1]
+        return {head: self.binding.taken(number, grid, (self.heads[head],))[:, 0] for head in readers}
+
+    def _leave(
+        self,
+        number: int,
+        grid: BlockGrid,
+        chosen: list[Bool[Tensor, "H M N"]],
+        q: Tensor,
+        k: Tensor,
+        places: list[Place],
+    ) -> None:
+        leaves, group = self.binding.leaves, q.shape[1] // k.shape[1]
+        for head, rule in enumerate(self.rules) if leaves is not None and grid.q_len > 1 else ():
+            assert leaves is not None
+            if not rule.dynamic or rule.reuses or self.heads[head] not in leaves.heads:
+                continue
+            left = []
+            for tiles, place in zip(chosen, places, strict=True):
+                own_q = sequence(q, place.batch, place.q_offset, grid.q_len)[head] * self.scale
+                left.append(rule.left_behind(tiles[head], grid, own_q, keys_of(k, place)[head // group]))
+            leaves.leave(number, grid, (self.heads[head],), torch.stack(left)[:, None])
+
+
 def prefill_heads(
     rules: tuple[Rule, ...],
+    choice: tuple[Rule, ...] | list[HeadTiles],
     q: Float[Tensor, "B H S D"],
     k: Float[Tensor, "B G T D"],
     v: Float[Tensor, "B G T D"],
@@ -41,19 +115,10 @@ def prefill_heads(
 ) -> Float[Tensor, "B H S D"]:
     """Output of all query heads, one rule each; 0 where there is padding.
 
-    Static rules run on a cached schedule. If a rule is dynamic, tiles and schedule of the layer are made on the device.
+    Static rules (`choice` is `rules` then) run on a cached schedule; for chosen tiles it is made on the device.
     """
     if not places:
         return torch.zeros_like(q)
-    choice: tuple[Rule, ...] | list[HeadTiles] = rules
-    if any(rule.dynamic for rule in rules):
-        from sparsesearch.kernels.device_select import chosen_tiles
-
-        choice = []
-        for place in places:
-            own_q, own_k = sequence(q, place.batch, place.q_offset, place.grid.q_len), keys_of(k, place)
-            tiles = chosen_tiles(rules, place.grid, own_q, own_k, scale=scale, kernel=kernel)
-            choice.append(HeadTiles(tiles, tuple(range(len(rules)))))
     out = prefill(q, k, v, places, choice, scale=scale, backend=kernel).out
     _put_means(out, rules, v, places)
     return out

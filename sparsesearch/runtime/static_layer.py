@@ -126,6 +126,7 @@ class StaticPlanLayer(CacheLayerMixin):
     ) -> Float[Tensor, "B H S D"]:
         """A prompt, a chunk of one, or a further turn."""
         assert self.law_tokens is not None, "prepare_call sets the prompt's length before any layer runs"
+        self._check_room(k.shape[2])
         slots = k.shape[2] if code is None or not self.is_prefilled else code.shape[-1] - 1
         spans = spans_of(code, self.law_tokens, len(q), q.shape[2], slots, self.binding.block_tokens)
         news = [(row, span) for span in spans for row in _rows(span.rows, len(q))]
@@ -142,6 +143,13 @@ class StaticPlanLayer(CacheLayerMixin):
             self.reads.tabulate(self.binding, self.law_tokens, tuple(counts.values()), self.max_cache_len)
             self.is_prefilled = True
         return output
+
+    def _check_room(self, new_slots: int) -> None:
+        slots = int(self.slots) if self.is_prefilled else new_slots  # `update` has counted the new ones
+        if slots > self.max_cache_len:
+            raise SparseSearchError(
+                f"a batch must fit the cache's {self.max_cache_len} slots, padding included, but needs {slots}. Make a longer cache."
+            )
 
     def _allocate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Give each region its rows; those of an earlier prompt are used again if they suffice."""
@@ -176,10 +184,6 @@ class StaticPlanLayer(CacheLayerMixin):
     def _take_in(self, row: int, before: int, k: Float[Tensor, "G s D"], v: Float[Tensor, "G s D"]) -> None:
         """Keep of one row's new keys and values, which `before` tokens precede, what later queries can reach."""
         count = before + k.shape[1]
-        if count > self.max_cache_len:
-            raise SparseSearchError(
-                f"a sequence must fit the cache's {self.max_cache_len} tokens, but row {row} has {count}. Make a longer cache."
-            )
         for region in self.regions:
             new_k, new_v = (pick_heads(x[None], region.kv_heads)[0] for x in (k, v))
             if not region.rings[row].dropped(count):  # all stay where their position puts them
@@ -214,7 +218,9 @@ class StaticPlanLayer(CacheLayerMixin):
                 target[:, :, longest:] = pick_heads(new, region.kv_heads)
             groups = group_heads(rules, range(len(heads)))
             own = pick_heads(q, heads)
-            part = attend_heads(groups, self.binding, own, *joined, code[:, None, None], self.law_tokens, scale, None)
+            part = attend_heads(
+                groups, self.binding, own, *joined, code[:, None, None], self.law_tokens, scale, None, heads
+            )
             output.index_copy_(1, torch.tensor(heads, device=q.device), part)
         self.reads.put_means(output, v, news)
         return output

@@ -79,8 +79,9 @@ class FullStore(Store):
     Room grows by a sixteenth at a time, so that a new token does not copy the old ones.
     """
 
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
+    def __init__(self, rules: tuple[Rule, ...], layer_heads: tuple[int, ...]) -> None:
         self.groups = group_heads(rules, range(len(rules)))
+        self.layer_heads = layer_heads
         self.count = 0
 
     def take_in(self, call: Call, k: Tensor, v: Tensor) -> None:
@@ -95,7 +96,9 @@ class FullStore(Store):
         """See Store."""
         self.take_in(call, k, v)
         k, v = (tensor[:, :, : self.count] for tensor in self.kept)
-        return attend_heads(self.groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None)
+        return attend_heads(
+            self.groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None, self.layer_heads
+        )
 
     def keep_slots(self, count: int) -> None:
         """Drop what lies behind the first `count` slots seen; stores that know positions leave that to the next call."""

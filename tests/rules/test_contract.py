@@ -7,6 +7,7 @@ from sparsesearch.block_mask import BlockGrid, density, expand
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.reference import tile_attention
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
+from sparsesearch.rules.reuse import Reuse
 
 EXAMPLES = [rule for kind in rule_kinds().values() for rule in kind.examples()]
 STATIC = [rule for rule in EXAMPLES if not rule.dynamic]
@@ -17,6 +18,9 @@ def select(rule: Rule, grid: BlockGrid, heads: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(grid.q_len * 1000 + grid.kv_len)
     q = torch.randn(heads, grid.q_len, 16, generator=generator)
     k = torch.randn(heads, grid.kv_len, 16, generator=generator)
+    if isinstance(rule, Reuse):  # the only rule that does not choose by itself
+        left = torch.rand(heads, grid.num_q_blocks, grid.num_k_blocks, generator=generator) < 0.3
+        return rule.select(grid, q, k, left=left)
     return rule.select(grid, q, k)
 
 
@@ -77,8 +81,8 @@ def test_documented(kind: type[Rule]) -> None:
 @pytest.mark.parametrize("rule", EXAMPLES, ids=lambda rule: rule.label)
 def test_output_is_finite(rule: Rule) -> None:
     grid = BlockGrid(130, 130, 64)
-    q, k, v = torch.randn(3, 2, 130, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
-    tiles = rule.select(grid, q, k)
+    q, k, v = torch.randn(3, 3, 130, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    tiles = select(rule, grid)
     assert tile_attention(q, k, v, tiles, grid, scale=0.25, rest=rule.rest).isfinite().all()
 
 

@@ -19,7 +19,7 @@ ROWS = (157, 65, 3)
 
 
 def prefilled(model, ids, max_tokens, **inputs):
-    cache = sparsesearch.sparse_cache(model, max_tokens=max_tokens)
+    cache = sparsesearch.sparse_cache(model, max_tokens=max_tokens, prompt_tokens=min(ids.shape[1], max_tokens))
     with torch.no_grad():
         logits = model(ids, past_key_values=cache, use_cache=True, **inputs).logits
     return cache, logits
@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused(tiny):
     model = tiny("llama")
     ids, _ = left_padded([40], 64)
     with sparsesearch.apply(model, group_plan(model, EVICTING)):
-        with pytest.raises(SparseSearchError, match="32 tokens, but row 0 has 40"):
+        with pytest.raises(SparseSearchError, match="32 slots, padding included, but needs 40"):
             prefilled(model, ids, 32)
         cache, _ = prefilled(model, ids, 41)
         step = DecodeStep(model, cache, first_position=40)
