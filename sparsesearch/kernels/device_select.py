@@ -143,4 +143,4 @@ def _pooled_topk(rule: PooledTopk, grid: BlockGrid, q: Tensor, k: Tensor) -> Boo
 @lru_cache(maxsize=256)
 def _budget(rule: PooledTopk, grid: BlockGrid, device: str) -> Int[Tensor, " M"]:
     with torch.inference_mode(False):
-        return torch.tensor(rule.row_blocks(grid), dtype=torch.int32, device=device)
+        return rule.keep.row_blocks(grid, torch.device(device)).int().flatten()
