@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import bench_kernels
 from . import options as o
 from .errors import guarded
-from .render import emit_json, say, table
+from .render import say, table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def model(
     record = run(
         live, chosen, request, cost_model=predictor, command=[o.command_line()], progress=lambda row: say(str(row))
     )
-    write_bytes(out, _json(record))
+    write_bytes(out, as_bytes(record))
     write_bytes(out.with_suffix(".svg"), figure(record).encode())
     if json:
         emit_json(record)
@@ -96,7 +97,8 @@ def _live(name: str, device: str, max_tokens: int) -> "PreTrainedModel":
     return load_weights(name, dtype="bfloat16", device=device).eval()
 
 
-def _json(record: object) -> bytes:
+def as_bytes(record: object) -> bytes:
+    """A record as it is written to disk."""
     import json
 
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
@@ -104,5 +106,6 @@ def _json(record: object) -> bytes:
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
+    bench_kernels.register(bench)
     bench.command("model")(guarded(model))
     app.add_typer(bench)
