@@ -8,7 +8,7 @@ import typer
 from . import bench_kernels
 from . import options as o
 from .errors import guarded
-from .render import say, table
+from .render import emit_json, say, table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
