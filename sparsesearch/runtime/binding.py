@@ -17,6 +17,9 @@ from sparsesearch.errors import SparseSearchError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.mean_value import MeanValue
+from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.backends import Backend
 
 ATTRIBUTE = "sparsesearch_binding"
@@ -111,6 +114,23 @@ def group_heads(rules: Iterable[Rule], heads: Iterable[int]) -> list[tuple[Rule,
     for rule, head in zip(rules, heads, strict=True):
         groups.setdefault(rule, []).append(head)
     return [(rule, tuple(heads)) for rule, heads in groups.items()]
+
+
+def evicting_rule(rules: Iterable[Rule]) -> Rule | None:
+    """The rule of one KV head's query heads, if they all follow one that never returns to keys it has left behind."""
+    own = set(rules)
+    first = next(iter(own))
+    return first if len(own) == 1 and isinstance(first, SinkWindow | Zero | MeanValue) else None
+
+
+def kv_partition(rules: tuple[Rule, ...], num_kv_heads: int) -> dict[Rule | None, tuple[int, ...]]:
+    """KV heads by the evicting rule that they follow; under None those that must keep everything. These come last."""
+    size = len(rules) // num_kv_heads
+    parts: dict[Rule | None, list[int]] = {}
+    for kv_head in range(num_kv_heads):
+        parts.setdefault(evicting_rule(rules[kv_head * size : (kv_head + 1) * size]), []).append(kv_head)
+    full = parts.pop(None, None)
+    return {rule: tuple(heads) for rule, heads in parts.items()} | ({None: tuple(full)} if full else {})
 
 
 def _depends_on_law(rule: Rule, block_tokens: int) -> bool:

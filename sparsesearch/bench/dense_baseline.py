@@ -1,0 +1,92 @@
+"""The strong dense baseline: cuDNN's attention, forced, on exactly the keys there are, in transformers' static cache.
+
+Stock transformers would be slower: its masks keep static caches away from cuDNN, and repeat the keys of grouped queries.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
+
+_NAME = "sparsesearch_bench_dense"
+
+
+@dataclass
+class DenseAttention:
+    """Causal attention over the first `tokens` slots of the cache, by cuDNN on a GPU.
+
+    Attributes:
+        tokens: slots that are written, the present call's included.
+        events: per prefill call, a pair of CUDA events around it.
+    """
+
+    tokens: int = 0
+    events: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Answer transformers' attention call."""
+        k, v = key[:, :, : self.tokens], value[:, :, : self.tokens]
+        prompt = query.shape[2] > 1
+        backend = SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.MATH
+        with sdpa_kernel(backend), timed(self.events if prompt and query.is_cuda else None):
+            out = F.scaled_dot_product_attention(query, k, v, is_causal=prompt, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def timed(events: list[tuple[Any, Any]] | None) -> Iterator[None]:
+    """Put a pair of CUDA events around the block."""
+    if events is None:
+        yield
+        return
+    pair: Any = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    pair[0].record()
+    yield
+    pair[1].record()
+    events.append(pair)
+
+
+def elapsed_s(events: list[tuple[Any, Any]]) -> float:
+    """Sum of the times between the pairs; waits for the device."""
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+@contextmanager
+def dense(model: PreTrainedModel) -> Iterator[DenseAttention]:
+    """Run the model with this attention."""
+    attention, before = DenseAttention(), model.config._attn_implementation
+    AttentionInterface.register(_NAME, attention)
+    AttentionMaskInterface.register(_NAME, _no_mask)
+    model.set_attn_implementation(_NAME)
+    try:
+        yield attention
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _no_mask(**_: Any) -> None:
+    """The batch is unpadded, and the attention knows how many slots are written."""
+
+
+def repeated(cache: StaticCache, batch: int) -> None:
+    """Let a static cache of one sequence hold it `batch` times."""
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            setattr(layer, name, getattr(layer, name).repeat_interleave(batch, 0))
+        layer.batch_size = batch  # type: ignore[union-attr]
