@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
+
+from sparsesearch.bench.meter import Stamps, timed
 
 _NAME = "sparsesearch_bench_dense"
 
@@ -23,11 +24,11 @@ class DenseAttention:
 
     Attributes:
         tokens: slots that are written, the present call's included.
-        events: per prefill call, a pair of CUDA events around it.
+        stamps: start and end of every prefill call.
     """
 
     tokens: int = 0
-    events: list[tuple[Any, Any]] = field(default_factory=list)
+    stamps: Stamps = field(default_factory=list)
 
     def __call__(
         self,
@@ -43,28 +44,9 @@ class DenseAttention:
         k, v = key[:, :, : self.tokens], value[:, :, : self.tokens]
         prompt = query.shape[2] > 1
         backend = SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.MATH
-        with sdpa_kernel(backend), timed(self.events if prompt and query.is_cuda else None):
+        with sdpa_kernel(backend), timed(self.stamps if prompt else [], query.device):
             out = F.scaled_dot_product_attention(query, k, v, is_causal=prompt, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def timed(events: list[tuple[Any, Any]] | None) -> Iterator[None]:
-    """Put a pair of CUDA events around the block."""
-    if events is None:
-        yield
-        return
-    pair: Any = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    pair[0].record()
-    yield
-    pair[1].record()
-    events.append(pair)
-
-
-def elapsed_s(events: list[tuple[Any, Any]]) -> float:
-    """Sum of the times between the pairs; waits for the device."""
-    torch.cuda.synchronize()
-    return sum(start.elapsed_time(end) for start, end in events) / 1e3
 
 
 @contextmanager
