@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,12 +42,26 @@ class DenseAttention:
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Answer transformers' attention call."""
-        k, v = key[:, :, : self.tokens], value[:, :, : self.tokens]
-        prompt = query.shape[2] > 1
-        backend = SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.MATH
-        with sdpa_kernel(backend), timed(self.stamps if prompt else [], query.device):
-            out = F.scaled_dot_product_attention(query, k, v, is_causal=prompt, scale=scaling, enable_gqa=True)
+        if query.shape[2] == 1:
+            return dense_attention(query, key, value, self.tokens, scaling).transpose(1, 2), None
+        with timed(self.stamps, query.device):
+            out = dense_attention(query, key, value, self.tokens, scaling)
         return out.transpose(1, 2).contiguous(), None
+
+
+@torch.library.custom_op("sparsesearch::bench_dense_attention", mutates_args=())
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, tokens: int, scale: float) -> Tensor:
+    """Attention over the first `tokens` keys; an operator, so that a compiled layer calls cuDNN as it is."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if q.is_cuda else SDPBackend.MATH):
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=True
+        ).contiguous()
+
+
+@dense_attention.register_fake
+def _dense_attention_shape(q: Tensor, k: Tensor, v: Tensor, tokens: int, scale: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @contextmanager
