@@ -45,18 +45,20 @@ class DenseAttention:
         if query.shape[2] == 1:
             return dense_attention(query, key, value, self.tokens, scaling).transpose(1, 2), None
         with timed(self.stamps, query.device):
-            out = dense_attention(query, key, value, self.tokens, scaling)
+            out = _cudnn(query, key, value, self.tokens, scaling)
         return out.transpose(1, 2).contiguous(), None
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, tokens: int, scale: float) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if q.is_cuda else SDPBackend.MATH):
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=True)
 
 
 @torch.library.custom_op("sparsesearch::bench_dense_attention", mutates_args=())
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, tokens: int, scale: float) -> Tensor:
     """Attention over the first `tokens` keys; an operator, so that a compiled layer calls cuDNN as it is."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if q.is_cuda else SDPBackend.MATH):
-        k, v = k[:, :, :tokens], v[:, :, :tokens]
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=True
-        ).contiguous()
+    return _cudnn(q, k, v, tokens, scale).contiguous()
 
 
 @dense_attention.register_fake
