@@ -31,9 +31,9 @@ def _stamp(device: torch.device) -> Any:
 def elapsed_s(stamps: Stamps) -> float:
     """Sum of the times between the pairs; waits for the device."""
     if any(isinstance(first, float) for first, _ in stamps):
-        return sum(end - first for first, end in stamps)
+        return float(sum(end - first for first, end in stamps))
     torch.cuda.synchronize()
-    return sum(first.elapsed_time(end) for first, end in stamps) / 1e3
+    return float(sum(first.elapsed_time(end) for first, end in stamps)) / 1e3
 
 
 def synchronize(device: torch.device) -> None:

@@ -197,14 +197,13 @@ class _Bench:
                 one = self._filled(variant, attention, room)
                 bytes_each = _cache_bytes(one)
                 fits[variant] = 1 + max(0, int((free_bytes(self.device) - _MARGIN_BYTES) // bytes_each))
-                largest = max(1, fits[variant] * 15 // 16)  # repeating one layer's rows holds both copies for a moment
                 for batch in self.request.batches:
-                    size = batch or largest
-                    if size <= fits[variant]:
-                        self._steps(variant, attention, one if size == 1 else None, size, room, bytes_each)
-                if "dense" in fits and variant == "plan" and 0 in self.request.batches:
-                    same = max(1, fits["dense"] * 15 // 16)
-                    self._steps(variant, attention, None, same, room, bytes_each)
+                    size = batch or fits[variant] * 15 // 16  # prompts and copies need room for a moment
+                    if 0 < size <= fits[variant]:
+                        self._fitting(variant, attention, one if size == 1 else None, size, room, bytes_each)
+                if variant == "plan" and 0 in self.request.batches:
+                    same = max(row["batch"] for row in self.rows if row.get("variant") == "dense")
+                    self._fitting(variant, attention, None, same, room, bytes_each)
                 del one
         self._record(phase="fit", tokens=tokens, largest_batch=fits)
 
@@ -225,6 +224,17 @@ class _Bench:
         )
         self._prefill_s(self._prompt(tokens), cache)
         return cache
+
+    def _fitting(self, variant: str, attention: Any, cache: Any, batch: int, room: int, bytes_each: int) -> None:
+        """The steps at this batch, or at the next smaller one that fits beside what a step needs for itself."""
+        while True:
+            try:
+                return self._steps(variant, attention, cache, batch, room, bytes_each)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+            emptied(self.device)
+            cache, batch = None, max(1, batch * 15 // 16)
 
     def _steps(self, variant: str, attention: Any, cache: Any, batch: int, room: int, bytes_each: int) -> None:
         """Time decoding steps; all sequences of a batch are copies of one, which costs what different ones cost."""
@@ -263,8 +273,9 @@ class _Bench:
     def _weight_bytes(self) -> int:
         """Weights that a step reads: all but an input embedding of its own."""
         total = sum(parameter.nbytes for parameter in self.model.parameters())
-        inputs, outputs = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        return total - (0 if inputs is outputs else inputs.nbytes)
+        inputs: Any = self.model.get_input_embeddings().weight
+        outputs: Any = self.model.get_output_embeddings().weight
+        return total - (0 if inputs is outputs else int(inputs.nbytes))
 
     def _read_bytes(self, cache: Any, batch: int) -> int:
         info, read = self.plan.base_model, 0
