@@ -94,7 +94,9 @@ def _live(name: str, device: str, max_tokens: int) -> "PreTrainedModel":
 
     if name in MODEL_SHAPES:
         return random_model(MODEL_SHAPES[name], device=device, max_tokens=max_tokens)
-    return load_weights(name, dtype="bfloat16", device=device).eval()
+    model = load_weights(name, dtype="bfloat16", device=device)
+    model.train(False)
+    return model
 
 
 def as_bytes(record: object) -> bytes:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
 
+from sparsesearch.bench.meter import Stamps, timed
+
 _NAME = "sparsesearch_bench_dense"
 
 
@@ -23,11 +25,11 @@ class DenseAttention:
 
     Attributes:
         tokens: slots that are written, the present call's included.
-        events: per prefill call, a pair of CUDA events around it.
+        stamps: start and end of every prefill call.
     """
 
     tokens: int = 0
-    events: list[tuple[Any, Any]] = field(default_factory=list)
+    stamps: Stamps = field(default_factory=list)
 
     def __call__(
         self,
@@ -40,31 +42,28 @@ class DenseAttention:
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Answer transformers' attention call."""
-        k, v = key[:, :, : self.tokens], value[:, :, : self.tokens]
-        prompt = query.shape[2] > 1
-        backend = SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.MATH
-        with sdpa_kernel(backend), timed(self.events if prompt and query.is_cuda else None):
-            out = F.scaled_dot_product_attention(query, k, v, is_causal=prompt, scale=scaling, enable_gqa=True)
+        if query.shape[2] == 1:
+            return dense_attention(query, key, value, self.tokens, scaling).transpose(1, 2), None
+        with timed(self.stamps, query.device):
+            out = _cudnn(query, key, value, self.tokens, scaling)
         return out.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def timed(events: list[tuple[Any, Any]] | None) -> Iterator[None]:
-    """Put a pair of CUDA events around the block."""
-    if events is None:
-        yield
-        return
-    pair: Any = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    pair[0].record()
-    yield
-    pair[1].record()
-    events.append(pair)
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, tokens: int, scale: float) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if q.is_cuda else SDPBackend.MATH):
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=True)
 
 
-def elapsed_s(events: list[tuple[Any, Any]]) -> float:
-    """Sum of the times between the pairs; waits for the device."""
-    torch.cuda.synchronize()
-    return sum(start.elapsed_time(end) for start, end in events) / 1e3
+@torch.library.custom_op("sparsesearch::bench_dense_attention", mutates_args=())
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, tokens: int, scale: float) -> Tensor:
+    """Attention over the first `tokens` keys; an operator, so that a compiled layer calls cuDNN as it is."""
+    return _cudnn(q, k, v, tokens, scale).contiguous()
+
+
+@dense_attention.register_fake
+def _dense_attention_shape(q: Tensor, k: Tensor, v: Tensor, tokens: int, scale: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ The bounds it is measured against:
     decoding  bytes: weights read per step, and keys and values kept, over the copy bandwidth measured in the same run
 """
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from sparsesearch.bench.dense_baseline import dense, elapsed_s, repeated, timed
+from sparsesearch.bench.dense_baseline import dense, repeated
+from sparsesearch.bench.meter import Stamps, elapsed_s, emptied, free_bytes, peak_bytes, synchronize, timed
 from sparsesearch.bench.timing import ceilings, provenance
 from sparsesearch.cost import CostModel
 from sparsesearch.errors import SpecError
@@ -112,9 +112,10 @@ class _Bench:
         top: dict[str, float],
         cost_model: CostModel | None,
         progress: Callable[[Row], None],
+        backend: str = "auto",
     ) -> None:
         self.model, self.plan, self.request, self.top, self.progress = model, plan, request, top, progress
-        self.cost_model, self.rows = cost_model, list[Row]()
+        self.cost_model, self.rows, self.device, self.backend = cost_model, list[Row](), model.device, backend
 
     def _record(self, **row: Any) -> Row:
         self.rows.append(row)
@@ -122,15 +123,15 @@ class _Bench:
         return row
 
     def _prompt(self, length: int) -> Tensor:
-        generator = torch.Generator("cuda").manual_seed(length)
+        generator = torch.Generator(self.device).manual_seed(length)
         vocabulary = self.model.config.get_text_config().vocab_size
-        return torch.randint(vocabulary, (1, length), generator=generator, device=self.model.device)
+        return torch.randint(vocabulary, (1, length), generator=generator, device=self.device)
 
     def _prefill_s(self, ids: Tensor, cache: Any) -> float:
-        torch.cuda.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        torch.cuda.synchronize()
+        synchronize(self.device)
         return time.perf_counter() - start
 
     def prefill(self, length: int) -> None:
@@ -139,19 +140,19 @@ class _Bench:
         with dense(self.model) as attention:
             attention.tokens = length
             self._prefill_s(ids[:, : min(length, 4096)], None)  # kernels are chosen and loaded
-            attention.events.clear()
-            _emptied()
+            attention.stamps.clear()
+            emptied(self.device)
             dense_s = self._prefill_s(ids, StaticCache(config, max_cache_len=length))
-            attention_s = elapsed_s(attention.events)
-        dense_peak = torch.cuda.max_memory_allocated()
+            attention_s = elapsed_s(attention.stamps)
+        dense_peak = peak_bytes(self.device)
         times = []
-        with apply(self.model, self.plan, allow_other_weights=True):
+        with apply(self.model, self.plan, backend=self.backend, allow_other_weights=True):
             for _ in range(self.request.repeats + 1):
-                _emptied()
+                emptied(self.device)
                 cache = sparse_cache(self.model, max_tokens=length)
                 times.append(self._prefill_s(ids, cache))
                 kept = sum(layer.nbytes for layer in cache.layers)  # type: ignore[union-attr]
-                peak = torch.cuda.max_memory_allocated()
+                peak = peak_bytes(self.device)
                 del cache
             inner = _inside(self.model, ids)
         plan_s = min(times[1:])
@@ -192,27 +193,24 @@ class _Bench:
             with ExitStack() as stack:
                 attention = self._enter(stack, variant)
                 room = tokens + self.request.steps + 8
-                _emptied()
+                emptied(self.device)
                 one = self._filled(variant, attention, room)
                 bytes_each = _cache_bytes(one)
-                free, _ = torch.cuda.mem_get_info()
-                free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-                fits[variant] = 1 + int((free - _MARGIN_BYTES) // bytes_each)
-                largest = max(1, fits[variant] * 15 // 16)  # repeating one layer's rows holds both copies for a moment
+                fits[variant] = 1 + max(0, int((free_bytes(self.device) - _MARGIN_BYTES) // bytes_each))
                 for batch in self.request.batches:
-                    size = batch or largest
-                    if size <= fits[variant]:
-                        self._steps(variant, attention, one if size == 1 else None, size, room, bytes_each)
-                if "dense" in fits and variant == "plan" and 0 in self.request.batches:
-                    same = max(1, fits["dense"] * 15 // 16)
-                    self._steps(variant, attention, None, same, room, bytes_each)
+                    size = batch or fits[variant] * 15 // 16  # prompts and copies need room for a moment
+                    if 0 < size <= fits[variant]:
+                        self._fitting(variant, attention, one if size == 1 else None, size, room, bytes_each)
+                if variant == "plan" and 0 in self.request.batches:
+                    same = max(row["batch"] for row in self.rows if row.get("variant") == "dense")
+                    self._fitting(variant, attention, None, same, room, bytes_each)
                 del one
         self._record(phase="fit", tokens=tokens, largest_batch=fits)
 
     def _enter(self, stack: ExitStack, variant: str) -> Any:
         if variant == "dense":
             return stack.enter_context(dense(self.model))
-        stack.enter_context(apply(self.model, self.plan, allow_other_weights=True))
+        stack.enter_context(apply(self.model, self.plan, backend=self.backend, allow_other_weights=True))
         return None
 
     def _filled(self, variant: str, attention: Any, room: int) -> Any:
@@ -227,46 +225,63 @@ class _Bench:
         self._prefill_s(self._prompt(tokens), cache)
         return cache
 
+    def _fitting(self, variant: str, attention: Any, cache: Any, batch: int, room: int, bytes_each: int) -> None:
+        """The steps at this batch, or at the next smaller one that fits beside what a step needs for itself."""
+        while True:
+            try:
+                return self._steps(variant, attention, cache, batch, room, bytes_each)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+            emptied(self.device)
+            cache, batch = None, max(1, batch * 15 // 16)
+
     def _steps(self, variant: str, attention: Any, cache: Any, batch: int, room: int, bytes_each: int) -> None:
         """Time decoding steps; all sequences of a batch are copies of one, which costs what different ones cost."""
-        _emptied()
+        emptied(self.device)
         tokens = self.request.decode_tokens
         if cache is None:
             cache = self._filled(variant, attention, room)
             repeated(cache, batch) if variant == "dense" else cache.batch_repeat_interleave(batch)
         if attention is not None:
-            attention.tokens = tokens + 1 + self.request.steps // 2
+            attention.tokens = self._dense_tokens
         step = DecodeStep(self.model, cache, first_position=tokens, compiled=self.request.compiled)
-        newest = torch.zeros(batch, dtype=torch.long, device=self.model.device)
+        newest = torch.zeros(batch, dtype=torch.long, device=self.device)
         start = time.perf_counter()
         step(newest)
-        torch.cuda.synchronize()
+        synchronize(self.device)
         capture_s = time.perf_counter() - start
-        events: list[tuple[Any, Any]] = []
-        with timed(events):
+        stamps: Stamps = []
+        with timed(stamps, self.device):
             for _ in range(self.request.steps):
                 newest = step(newest).argmax(-1)
-        step_s = elapsed_s(events) / self.request.steps
+        step_s = elapsed_s(stamps) / self.request.steps
         read = self._read_bytes(cache, batch)
         bound_s = (self._weight_bytes() + read) / self.top["copy_bytes_per_s"]
         self._record(
             phase="decode", variant=variant, batch=batch, tokens=tokens, step_s=step_s, tokens_per_s=batch / step_s,
             kv_read_bytes=read, weight_bytes=self._weight_bytes(), bound_s=bound_s, bound_share=bound_s / step_s,
-            cache_bytes_per_sequence=bytes_each, peak_bytes=torch.cuda.max_memory_allocated(), capture_s=capture_s,
+            cache_bytes_per_sequence=bytes_each, peak_bytes=peak_bytes(self.device), capture_s=capture_s,
             compiled=self.request.compiled, **self._predicted_decode(cache, batch),
         )  # fmt: skip
+
+    @property
+    def _dense_tokens(self) -> int:
+        """Keys that the dense variant reads in every step: those of the middle one, because a graph's shapes are fixed."""
+        return self.request.decode_tokens + 1 + self.request.steps // 2
 
     def _weight_bytes(self) -> int:
         """Weights that a step reads: all but an input embedding of its own."""
         total = sum(parameter.nbytes for parameter in self.model.parameters())
-        inputs, outputs = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        return total - (0 if inputs is outputs else inputs.nbytes)
+        inputs: Any = self.model.get_input_embeddings().weight
+        outputs: Any = self.model.get_output_embeddings().weight
+        return total - (0 if inputs is outputs else int(inputs.nbytes))
 
     def _read_bytes(self, cache: Any, batch: int) -> int:
         info, read = self.plan.base_model, 0
         for layer, heads, size in zip(cache.layers, info.num_kv_heads, info.head_dim, strict=True):
             lens = getattr(layer, "reads", None)
-            keys = int(lens.lens.sum()) if lens is not None else batch * heads * (self.request.decode_tokens + 1)
+            keys = int(lens.lens.sum()) if lens is not None else batch * heads * self._dense_tokens
             read += 2 * keys * size * self.model.dtype.itemsize
         return read
 
@@ -280,7 +295,7 @@ class _Bench:
             cache.layers, info.num_heads, info.num_kv_heads, info.head_dim, strict=True
         ):
             lens = getattr(layer, "reads", None)
-            dense_lens = [self.request.decode_tokens + 1] * kv_heads
+            dense_lens = [self._dense_tokens] * kv_heads
             own = lens.lens.view(batch, -1).float().mean(0).tolist() if lens is not None else dense_lens
             works += [DecodeWork(count, size, heads // kv_heads, batch, self.model.dtype.itemsize) for count in own]
         seconds = (
@@ -293,20 +308,14 @@ def _cache_bytes(cache: Any) -> int:
     return sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _emptied() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
 def _inside(model: PreTrainedModel, ids: Tensor) -> Row:
     """Density, and where the seconds of attention go: choosing tiles and building schedules, and the kernel itself."""
     from sparsesearch.kernels.dispatch import run_schedule, schedule_for
     from sparsesearch.runtime.device_attention import Chooser, places_of
     from sparsesearch.runtime.mask_code import spans_of
 
-    index: list[tuple[Any, Any]] = []
-    kernels: list[tuple[Any, Any]] = []
+    index: Stamps = []
+    kernels: Stamps = []
     densities: list[float | Tensor] = []
 
     def answer(call: AttentionCall) -> Tensor:
@@ -319,11 +328,11 @@ def _inside(model: PreTrainedModel, ids: Tensor) -> Row:
         spans = spans_of(None, None, 1, q.shape[2], k.shape[2], binding.block_tokens)
         places, rules = places_of(spans, 1), binding.rules
         assert places is not None, "an unpadded prompt has no gaps"
-        with timed(index):
+        with timed(index, q.device):
             chooser = Chooser(binding, rules, None, scale, kernel) if any(rule.dynamic for rule in rules) else None
             choice: Any = rules if chooser is None else chooser.tiles(q, k, spans, places)
             schedule = schedule_for(q, k, places, choice, kernel)
-        with timed(kernels):
+        with timed(kernels, q.device):
             out, _ = run_schedule(q, k, v, schedule, scale=scale, kernel=kernel)
         reachable = len(rules) * int(places[0].grid.num_k_blocks * (places[0].grid.num_k_blocks + 1) / 2)
         densities.append(schedule.density if chooser is None else choice[0].choices.sum() / reachable)

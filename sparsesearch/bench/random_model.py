@@ -31,7 +31,8 @@ def random_model(
     ):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def mixture_plan(info: BaseModelInfo, *, density: float, kv_fraction: float, block_tokens: int = 128) -> Plan:

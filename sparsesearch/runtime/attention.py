@@ -105,9 +105,8 @@ def sparse_attention(
         output: Tensor = attend(binding, query, attention_mask, scale, sliding_window)
     else:
         law_tokens = kwargs.get(LAW_KEYWORD)
-        output = attend_heads(
-            binding.groups, binding, query, key, value, attention_mask, law_tokens, scale, sliding_window
-        )
+        groups = binding.groups if query.shape[2] > 1 else binding.decode_groups
+        output = attend_heads(groups, binding, query, key, value, attention_mask, law_tokens, scale, sliding_window)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -59,7 +59,7 @@ def serving_kernel(
     wanted = KERNELS if backend == "auto" else tuple(name for name in KERNELS if name == backend)
     reasons = []
     for name in wanted:
-        reason = "has no backward" if trained else why_not(name, q, k, v, block_tokens, bias=False)
+        reason = "has no backward" if trained else why_not(name, q, k, v, block_tokens, bias=False, masks=False)
         if reason is None:
             _say(name, str(q.dtype), q.shape[-1], block_tokens, "")
             return name

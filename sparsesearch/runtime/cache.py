@@ -12,7 +12,7 @@ are left alone: there evicting rules are masked, and no memory is saved.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -93,9 +93,7 @@ class PlanCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores, once the number of KV heads is known."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.stores = [
-            (make(), kv_heads) for make, kv_heads in _store_plan(self.binding.rules, num_kv_heads=key_states.shape[1])
-        ]
+        self.stores = [(make(), kv_heads) for make, kv_heads in _store_plan(self.binding, key_states.shape[1])]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -124,7 +122,7 @@ class PlanCacheLayer(CacheLayerMixin):
         if is_first:  # nothing is kept yet, so all heads go together
             for store, kv_heads in self.stores:
                 store.take_in(call, pick_heads(key, kv_heads), pick_heads(value, kv_heads))
-            return attend_heads(binding.groups, binding, query, key, value, code, self.law_tokens, scale, None)
+            return attend_heads(_groups(binding, query), binding, query, key, value, code, self.law_tokens, scale, None)
         size, order, outputs = query.shape[1] // key.shape[1], [], []
         for store, kv_heads in self.stores:
             heads = [head * size + member for head in kv_heads for member in range(size)]
@@ -199,14 +197,17 @@ class PlanCacheLayer(CacheLayerMixin):
         return sum(store.nbytes for store, _ in self.stores)
 
 
-def _store_plan(rules: tuple[Rule, ...], num_kv_heads: int) -> list[tuple[Callable[[], Store], tuple[int, ...]]]:
+def _groups(binding: LayerBinding, query: Tensor) -> Sequence[tuple[Rule, tuple[int, ...]]]:
+    return binding.groups if query.shape[2] > 1 else binding.decode_groups
+
+
+def _store_plan(binding: LayerBinding, num_kv_heads: int) -> list[tuple[Callable[[], Store], tuple[int, ...]]]:
     """How to make each group's store, and its KV heads."""
-    size = len(rules) // num_kv_heads
+    size = len(binding.rules) // num_kv_heads
     plans: list[tuple[Callable[[], Store], tuple[int, ...]]] = []
-    for rule, kv_heads in kv_partition(rules, num_kv_heads).items():
+    for rule, kv_heads in kv_partition(binding.kept_by, num_kv_heads).items():
         heads = tuple(kv_head * size + member for kv_head in kv_heads for member in range(size))
-        full = functools.partial(FullStore, tuple(rules[head] for head in heads), heads)
-        plans.append((full if rule is None else _maker(rule), kv_heads))
+        plans.append((functools.partial(FullStore, binding, heads) if rule is None else _maker(rule), kv_heads))
     return plans
 
 
@@ -249,5 +250,5 @@ def install_layers(decoder: nn.Module, cache: DynamicCache | StaticCache) -> Non
             cache.layers[index] = StaticPlanLayer(binding, layer.max_cache_len)
         elif isinstance(layer, StaticPlanLayer):
             layer.rebind(binding)
-        elif any(isinstance(rule, SinkWindow | Zero | MeanValue) for rule in binding.rules):
+        elif any(isinstance(rule, SinkWindow | Zero | MeanValue) for rule in binding.kept_by):
             cache.layers[index] = PlanCacheLayer(binding)

@@ -64,7 +64,8 @@ class DecodeStep:
         graph: bool | None = None,
         backend: str = "inductor",
     ) -> None:
-        if not cache.layers or not all(layer.is_compileable and layer.is_initialized for layer in cache.layers):
+        layers: list[Any] = cache.layers
+        if not layers or not all(layer.is_compileable and layer.is_initialized for layer in layers):
             raise SpecError(
                 "a decoding step needs a static cache that holds a prompt, but this one does not. Make it with "
                 "sparsesearch.sparse_cache(model, max_tokens=...) and run the prompt through the model first."
@@ -87,8 +88,8 @@ class DecodeStep:
             )
         # a ready mask is handed through as it is: what a row sees is known to the cache
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.int32, device=device) if ours else None
-        for layer in cache.layers:  # rows differ from layer to layer, and one graph is to serve all
-            for rows in (layer.keys, layer.values) if ours else ():  # type: ignore[union-attr]
+        for layer in layers:  # rows differ from layer to layer, and one graph is to serve all
+            for rows in (layer.keys, layer.values) if ours else ():
                 torch._dynamo.maybe_mark_dynamic(rows, 0)  # type: ignore[attr-defined]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: tuple[int, ...] = ()
@@ -153,7 +154,8 @@ class _Kept:
     def __init__(self, cache: Cache, positions: Tensor) -> None:
         counters = [positions]
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             if isinstance(layer, StaticPlanLayer):
                 counters += [layer.seen, layer.slots, layer.reads.lens, layer.reads.sums]
                 index = layer.next_rows()
@@ -177,9 +179,10 @@ def _batch_of(cache: Cache) -> int:
 
 def _addresses(cache: Cache) -> tuple[int, ...]:
     """Where the tensors lie that a captured step reads; a longer prompt may have moved them."""
-    found = []
-    for layer in cache.layers:
-        found += [layer.keys.data_ptr(), layer.values.data_ptr()]  # type: ignore[union-attr]
+    found: list[int] = []
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        found += [layer.keys.data_ptr(), layer.values.data_ptr()]
         if isinstance(layer, StaticPlanLayer):
             found += [layer.seen.data_ptr(), *layer.reads.addresses()]
     return tuple(found)

@@ -13,6 +13,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
+from sparsesearch.rules.mean_value import MeanValue
+from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.attention import LAW_KEYWORD, NAME
 from sparsesearch.runtime.binding import binding_of
 from sparsesearch.runtime.cache import PlanCacheLayer, install_layers
@@ -68,8 +71,8 @@ def _may_be_ours(cache: Any) -> bool:
 def _is_step(cache: Any, kwargs: dict[str, Any]) -> bool:
     """Whether this is one more token for a static cache that holds its prompt: all that matters is on the device, which nobody waits for."""
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    layers = getattr(cache, "layers", ())
-    return bool(layers) and isinstance(layers[0], StaticPlanLayer) and layers[0].is_prefilled and inputs.shape[1] == 1
+    first: Any = next(iter(getattr(cache, "layers", ())), None)
+    return isinstance(first, StaticPlanLayer) and first.is_prefilled and inputs.shape[1] == 1
 
 
 def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any], ragged: bool) -> Int[Tensor, " B"]:
@@ -89,6 +92,8 @@ def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any], ragged: 
     layers = [layer for layer in cache.layers if isinstance(layer, PlanCacheLayer | StaticPlanLayer)]
     if layers and past > 0:
         known = layers[0].law_tokens  # reordered with the rows
+    if layers and 0 < past < (prompt or 0):
+        _check_prompt_is_kept(decoder)
     if known is None or past == 0 or (prompt is not None and past < prompt):
         known = _real_tokens(kwargs.get("attention_mask"), batch_size, past + q_len)
         if prompt is not None:
@@ -106,6 +111,23 @@ def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any], ragged: 
     if len(known) != batch_size:
         raise SpecError(f"the cache was made for a batch of {len(known)}, but {batch_size} rows came. Use a new cache.")
     return known
+
+
+def _check_prompt_is_kept(decoder: nn.Module) -> None:
+    """A chunk of a prompt may need keys that the rules of the generated tokens have dropped already.
+
+    Raises:
+        SpecError: some KV head drops by another rule than its prompt's.
+    """
+    for binding in (binding_of(module) for module in decoder.modules()):
+        if binding is not None and any(
+            isinstance(kept, SinkWindow | Zero | MeanValue) and kept != rule
+            for rule, kept in zip(binding.rules, binding.kept_by, strict=True)
+        ):
+            raise SpecError(
+                f"{binding.path}: a prompt must come in one call where keys are dropped by another rule while tokens are generated, but it "
+                "comes in chunks. Do not pass prefill_chunk_size, or apply the plan with cache=False."
+            )
 
 
 def _check_laws_are_constant(decoder: nn.Module, prompt_tokens: int | None) -> None:

@@ -74,6 +74,7 @@ class StaticPlanLayer(CacheLayerMixin):
     supports_early_init = False
     keys: Tensor
     values: Tensor
+    seen: Tensor
 
     def __init__(self, binding: LayerBinding, max_tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -134,7 +135,8 @@ class StaticPlanLayer(CacheLayerMixin):
             output = self._attend_chunk(q, k, v, news, scale)
         else:
             self._allocate(q, k, v)
-            output = attend_heads(self.binding.groups, self.binding, q, k, v, code, self.law_tokens, scale, None)
+            groups = self.binding.groups if q.shape[2] > 1 else self.binding.decode_groups
+            output = attend_heads(groups, self.binding, q, k, v, code, self.law_tokens, scale, None)
         for row, span in news:
             new_k, new_v = (take(x, [row], span.q_slots)[0] for x in (k, v))
             self._take_in(row, span.grid.q_start, new_k, new_v)
@@ -158,7 +160,7 @@ class StaticPlanLayer(CacheLayerMixin):
         laws, block = self.law_tokens.tolist(), self.binding.block_tokens
         parts = {
             rule: heads
-            for rule, heads in kv_partition(self.binding.rules, num_kv_heads).items()
+            for rule, heads in kv_partition(self.binding.kept_by, num_kv_heads).items()
             if not isinstance(rule, Zero | MeanValue)
         }
         rings = {rule: tuple(Ring.of(rule, block, law) for law in laws) for rule in parts}
@@ -168,7 +170,7 @@ class StaticPlanLayer(CacheLayerMixin):
         if not fits or self.keys.dtype != k.dtype or self.keys.device != k.device or self.keys.shape[1] != size:
             self.keys, self.values = k.new_empty(total, size), v.new_empty(total, size)
             self.seen = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=k.device)
-            self.reads = Reads(self.binding.rules, batch, num_kv_heads, size, k.device)
+            self.reads = Reads(self.binding.kept_by, batch, num_kv_heads, size, k.device)
         self.seen.zero_()
         self.reads.sums.zero_()
         self.regions, first = [], 0
@@ -203,23 +205,27 @@ class StaticPlanLayer(CacheLayerMixin):
         size, output = q.shape[1] // k.shape[1], torch.zeros_like(q)
         for region in self.regions:
             heads = [head * size + member for head in region.kv_heads for member in range(size)]
-            rules: list[Rule] = [self.binding.rules[head] for head in heads]
+            rules: list[Rule] = [
+                self.binding.rules[head] if region.rule is None and q.shape[2] > 1 else self.binding.kept_by[head]
+                for head in heads
+            ]
             kept = {row: region.ordered(row, span.grid.q_start) for row, span in news}
             longest = max((keys.shape[1] for keys, _ in kept.values()), default=0)
             code = torch.zeros(len(q), longest + q.shape[2], dtype=torch.int32)
-            joined = [q.new_zeros(len(q), len(region.kv_heads), code.shape[1], q.shape[3]) for _ in "kv"]
+            shape = (len(q), len(region.kv_heads), code.shape[1], q.shape[3])
+            joined_k, joined_v = q.new_zeros(shape), q.new_zeros(shape)
             for row, span in news:
                 old = kept[row][0].shape[1]
                 code[row, longest - old : longest] = torch.arange(1, old + 1)
                 code[row, longest:][span.q_slots] = torch.arange(old + 1, old + 1 + span.grid.q_len, dtype=torch.int32)
-                for target, part in zip(joined, kept[row], strict=True):
+                for target, part in zip((joined_k, joined_v), kept[row], strict=True):
                     target[row, :, longest - old : longest] = part
-            for target, new in zip(joined, (k, v), strict=True):
+            for target, new in zip((joined_k, joined_v), (k, v), strict=True):
                 target[:, :, longest:] = pick_heads(new, region.kv_heads)
             groups = group_heads(rules, range(len(heads)))
             own = pick_heads(q, heads)
             part = attend_heads(
-                groups, self.binding, own, *joined, code[:, None, None], self.law_tokens, scale, None, heads
+                groups, self.binding, own, joined_k, joined_v, code[:, None, None], self.law_tokens, scale, None, heads
             )
             output.index_copy_(1, torch.tensor(heads, device=q.device), part)
         self.reads.put_means(output, v, news)
@@ -259,19 +265,24 @@ class StaticPlanLayer(CacheLayerMixin):
         """Let row i be what row index[i] was; addresses stay if the batch does."""
         assert self.law_tokens is not None
         rows, there, batch = index.tolist(), index.to(self.seen.device), self.reads.batch
-        kept = [(region.keys[there], region.values[there]) for region in self.regions]
         seen = self.seen.view(batch, -1)[there].flatten()
-        if len(rows) != batch:
-            total, size = sum(keys.shape[:3].numel() for keys, _ in kept), self.keys.shape[1]
-            self.keys, self.values = self.keys.new_empty(total, size), self.values.new_empty(total, size)
-            self.seen = torch.empty_like(seen)
-        self.seen.copy_(seen)
+        if len(rows) == batch:
+            self.seen.copy_(seen)
+        else:
+            total = sum(region.keys.shape[1:3].numel() * len(rows) for region in self.regions)
+            self.keys, self.values = (x.new_empty(total, x.shape[1]) for x in (self.keys, self.values))
+            self.seen = seen
         self.law_tokens, first = self.law_tokens[index.cpu()], 0
-        for region, (keys, values) in zip(self.regions, kept, strict=True):
-            part = slice(first, first + keys.shape[:3].numel())
+        for region in self.regions:
+            shape = (len(rows), *region.keys.shape[1:])
+            part = slice(first, first + shape[0] * shape[1] * shape[2])
+            if len(rows) == batch:
+                region.keys.copy_(region.keys[there])
+                region.values.copy_(region.values[there])
+            else:
+                region.keys = torch.index_select(region.keys, 0, there, out=self.keys[part].view(shape))
+                region.values = torch.index_select(region.values, 0, there, out=self.values[part].view(shape))
             region.rings = tuple(region.rings[row] for row in rows)
-            region.keys = self.keys[part].view(keys.shape).copy_(keys)
-            region.values = self.values[part].view(values.shape).copy_(values)
             first = part.stop
         self.reads.choose_rows(there, self.regions)
 

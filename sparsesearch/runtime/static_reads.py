@@ -99,7 +99,7 @@ class Reads:
         lists = [
             [
                 [
-                    visible_blocks(binding.rules[head], BlockGrid(1, (own + turn) * block + 1, block, law))
+                    visible_blocks(binding.kept_by[head], BlockGrid(1, (own + turn) * block + 1, block, law))
                     for head in heads
                 ]
                 for turn in range(turns)

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.rules.base import Rule
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.attention import attend_heads
 from sparsesearch.runtime.binding import LayerBinding, group_heads
@@ -79,8 +78,10 @@ class FullStore(Store):
     Room grows by a sixteenth at a time, so that a new token does not copy the old ones.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], layer_heads: tuple[int, ...]) -> None:
-        self.groups = group_heads(rules, range(len(rules)))
+    def __init__(self, binding: LayerBinding, layer_heads: tuple[int, ...]) -> None:
+        places = range(len(layer_heads))
+        self.groups = group_heads((binding.rules[head] for head in layer_heads), places)
+        self.decode_groups = group_heads((binding.kept_by[head] for head in layer_heads), places)
         self.layer_heads = layer_heads
         self.count = 0
 
@@ -96,8 +97,9 @@ class FullStore(Store):
         """See Store."""
         self.take_in(call, k, v)
         k, v = (tensor[:, :, : self.count] for tensor in self.kept)
+        groups = self.groups if q.shape[2] > 1 else self.decode_groups
         return attend_heads(
-            self.groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None, self.layer_heads
+            groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None, self.layer_heads
         )
 
     def keep_slots(self, count: int) -> None:
@@ -182,7 +184,8 @@ class RingStore(Store):
         window_blocks = torch.tensor(windows, device=k.device)
         if q.shape[2] == 1:
             self.take_in(call, k, v)
-            return _attend_places(call, q, *self.kept, window_blocks, sink_tokens)
+            keys, values, places = self.kept
+            return _attend_places(call, q, keys, values, places, window_blocks, sink_tokens)
         keys, values, places = self.kept
         known = torch.where(places < call.before[:, None], places, -1)
         joined = torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([known, call.positions], 1)
