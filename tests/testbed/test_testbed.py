@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-
 from sparsesearch.presets import preset_path
 from sparsesearch.runtime.diffusion.live import describe_transformer
 from sparsesearch.testbed.clips import ABSENT, VOCABULARY, render_clips

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-
 from sparsesearch.testbed.clips import render_clips
 from sparsesearch.testbed.muon import orthogonalised
 from sparsesearch.testbed.train import Recipe, Training, flow_loss, new_bed, noise_levels, rate_share, save_bed
