@@ -28,7 +28,8 @@ def orthogonalised(matrices: Float[Tensor, "B M N"]) -> Float[Tensor, "B M N"]:
     for a, b, c in _COEFFICIENTS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    found: Tensor = x.mT if tall else x
+    return found
 
 
 class Muon:

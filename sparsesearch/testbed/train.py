@@ -141,7 +141,7 @@ class Training:
     def step(self, index: int, elapsed: float, video: Tensor, captions: Tensor) -> float:
         """One step; returns its loss."""
         loss = flow_loss(self.bed, video, captions, self.recipe)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.clipped, 1.0)
         share = rate_share(elapsed, index)
         self.muon.step(self.recipe.matrix_rate * share)

@@ -110,3 +110,15 @@ def test_the_request_must_fit_the_sampler(run: Run, tmp_path: Path) -> None:
         profile_transformer(run.model, run, replace(request_of(run), num_steps=8), tmp_path / "p")
     with pytest.raises(SpecError, match="ascend to 1"):
         _ = request_of(run, ends=(0.5, 0.4, 1.0)).ranges
+
+
+def test_several_passes_are_averaged(run: Run, made: DenoisingProfile, tmp_path: Path) -> None:
+    def twice() -> torch.Tensor:
+        return torch.cat([run(), run()])
+
+    found = profile_transformer(run.model, twice, request_of(run, passes=2), tmp_path / "two")
+    torch.testing.assert_close(found.error, made.error)
+    with pytest.raises(SpecError, match="set `passes`"):
+        profile_transformer(run.model, twice, request_of(run), tmp_path / "one")
+    with pytest.raises(SpecError, match="3 times"):
+        profile_transformer(run.model, twice, request_of(run, passes=3), tmp_path / "three")

@@ -20,6 +20,8 @@ class StepsRequest:
         ends: where ranges of steps end, as shares of the run; the last is 1.
         captured_per_range: steps to look at in each range, evenly spaced.
         calibration: a name of the calibration inputs, for the record and for resuming.
+        passes: how often the sampler comes to each step: prompts one after another and guidance in calls of its own count each. With more
+            than one, what was measured at a step is held in memory until all have come.
         query_blocks: score so many query blocks, evenly spaced, instead of all; for sequences of 100,000 tokens.
     """
 
@@ -29,6 +31,7 @@ class StepsRequest:
     ends: tuple[float, ...] = (0.2, 0.5, 1.0)
     captured_per_range: int = 2
     calibration: str = "unnamed"
+    passes: int = 1
     query_blocks: int | None = None
 
     @property
@@ -58,6 +61,7 @@ class StepsRequest:
             "captured": [list(steps) for steps in self.captured],
             "num_steps": self.num_steps,
             "calibration": self.calibration,
+            "passes": self.passes,
             "query_blocks": self.query_blocks,
             "plan": None if plan is None else plan.sha256,
             "versions": provenance_versions(),

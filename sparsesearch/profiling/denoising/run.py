@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -199,43 +200,59 @@ class _Study:
         """Sample once and measure every layer at the captured steps that have no shard yet; then the shards of all of them."""
         steps = [step for captured in self.request.captured for step in captured]
         paths = {step: self.store.folder / "shards" / name / f"{step:04d}.safetensors" for step in steps}
-        last = self.request.base_model.modules[-1]
-        sums: dict[int, dict[str, list[Tensor]]] = {}
         missing = {step for step in steps if not paths[step].exists()}
-        taken: set[int] = set()
+        sums: dict[int, dict[str, Tensor]] = {step: {} for step in missing}
+        passes, taken = dict.fromkeys(missing, 0), set[int]()
 
         def probe(seen: LayerCall) -> None:
-            if seen.call.step is None or seen.call.step[1] != self.request.num_steps:
+            step = self._step_of(seen)
+            if step in taken:
                 raise SpecError(
-                    f"the sampler must take the {self.request.num_steps} steps of the request and tell them, but the call says {seen.call.step}."
+                    f"the sampler came to step {step} more than {self.request.passes} times. Prompts one after another and guidance in "
+                    "calls of its own count each: set `passes` of the request."
                 )
-            self.layout = seen.call.layout
-            step = seen.call.step[0]
-            if step not in missing or seen.call.key_lengths is not None:
+            if step not in missing:
                 return
             for key, value in measure(seen).items():
-                sums.setdefault(step, {}).setdefault(f"{seen.path}/{key}", []).append(value)
-            if seen.path == last:
-                taken.add(step)
-                self.progress(name, len(steps) - len(missing) + len(taken), len(steps))
-            for done in [other for other in sums if other != step]:  # the loop has moved on
-                self._write(paths[done], sums.pop(done))
+                full = f"{seen.path}/{key}"
+                sums[step][full] = value if full not in sums[step] else sums[step][full] + value
+            if seen.path == self.request.base_model.modules[-1]:
+                passes[step] += 1
+                if passes[step] == self.request.passes:
+                    self._write(paths[step], sums.pop(step))
+                    taken.add(step)
+                    self.progress(name, len(steps) - len(missing) + len(taken), len(steps))
 
-        if missing or self.layout is None:
+        if missing:
             with apply_to_transformer(self.model, self.running, allow_other_weights=True) as applied:
                 applied.probe(probe)
                 self.sampler()
-            for step in list(sums):
-                self._write(paths[step], sums.pop(step))
             if missing - taken:
                 raise SpecError(
-                    f"the sampler must take steps {sorted(missing)}, but never came to {sorted(missing - taken)}; prompts must be unpadded."
+                    f"the sampler must come to steps {sorted(missing)} {self.request.passes} times, but did not for {sorted(missing - taken)}."
                 )
+        if self.layout is None:
+            with safe_open(paths[steps[0]], "pt") as shard:
+                self.layout = Layout.model_validate_json(shard.metadata()["layout"])
         return {step: load_file(path) for step, path in paths.items()}
 
-    def _write(self, path: Path, sums: dict[str, list[Tensor]]) -> None:
-        means = {key: torch.stack(values).mean(0).cpu().contiguous() for key, values in sums.items()}
-        write_bytes(path, save(means))
+    def _step_of(self, seen: LayerCall) -> int:
+        """The step of a call, which must be one of the request's run over the same tokens as ever."""
+        if seen.call.step is None or seen.call.step[1] != self.request.num_steps:
+            raise SpecError(
+                f"the sampler must take the {self.request.num_steps} steps of the request and tell them, but the call says {seen.call.step}."
+            )
+        if seen.call.key_lengths is not None or self.layout not in (None, seen.call.layout):
+            raise SpecError(
+                "calibration inputs must have one size and no padding, but these differ. Use prompts of full length."
+            )
+        self.layout = seen.call.layout
+        return seen.call.step[0]
+
+    def _write(self, path: Path, sums: dict[str, Tensor]) -> None:
+        assert self.layout is not None
+        means = {key: (value / self.request.passes).cpu().contiguous() for key, value in sums.items()}
+        write_bytes(path, save(means, metadata={"layout": self.layout.model_dump_json()}))
 
     def _merge(
         self, shards: dict[int, dict[str, Tensor]], calibrated: Calibrated, plan_sha256: str | None
