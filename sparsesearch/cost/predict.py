@@ -67,6 +67,12 @@ class LayerCosts(Protocol):
     def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
         """A dynamic rule's choice."""
 
+    def prefill_relief(self, rows: int) -> float:
+        """Share of the pointwise time that whole layers of so many rows do not take."""
+
+    def decode_glue_s(self, batch: int) -> float:
+        """What a decoding layer takes beyond its parts."""
+
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention; one work per KV head."""
 
@@ -153,8 +159,8 @@ def predict(
     tokens = workload.batch * workload.prompt_tokens
     attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
     decode_s = sum(layer.decode_attention_s for layer in layers)
-    other_s = rest_of_model_s(shape, costs, rows=tokens, last_rows=workload.batch)
-    step_s = rest_of_model_s(shape, costs, rows=workload.batch, last_rows=workload.batch)
+    other_s = prefill_rest_s(shape, costs, rows=tokens, batch=workload.batch)
+    step_s = decode_rest_s(shape, costs, batch=workload.batch)
     kv_bytes = sum(layer.kv_bytes for layer in layers)
     weight_bytes = float(shape.num_parameters * dtype_bytes)
     return Prediction(
@@ -172,8 +178,19 @@ def predict(
     )
 
 
-def rest_of_model_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_rows: int) -> float:
-    """All but attention: layers over `rows` tokens, the output layer over `last_rows`."""
+def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: int) -> float:
+    """All of a prefill over `rows` tokens but its attention."""
+    linear_s, pointwise_s = parts_s(shape, costs, rows=rows, last_rows=batch)
+    return linear_s + pointwise_s * (1 - costs.prefill_relief(rows))
+
+
+def decode_rest_s(shape: ModelShape, costs: LayerCosts, *, batch: int) -> float:
+    """All of a decoding step but its attention."""
+    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + shape.num_layers * costs.decode_glue_s(batch)
+
+
+def parts_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_rows: int) -> tuple[float, float]:
+    """Seconds of the linear and of the pointwise parts: layers over `rows` tokens, the output layer over `last_rows`."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden, ffn = shape.hidden_size, shape.intermediate_size
     linear = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn))
@@ -186,10 +203,12 @@ def rest_of_model_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_row
     ]
     if shape.qk_norm:
         pointwise.append(("norm", [q, kv]))
-    layer_s = sum(costs.linear_s(rows, outputs, inputs) for outputs, inputs in linear)
-    layer_s += sum(costs.pointwise_s(name, rows * width) for name, widths in pointwise for width in widths)
-    ends_s = costs.pointwise_s("norm", rows * hidden) + costs.linear_s(last_rows, shape.vocab_size, hidden)
-    return shape.num_layers * layer_s + ends_s
+    linear_s = shape.num_layers * sum(costs.linear_s(rows, outputs, inputs) for outputs, inputs in linear)
+    pointwise_s = sum(costs.pointwise_s(name, rows * width) for name, widths in pointwise for width in widths)
+    return (
+        linear_s + costs.linear_s(last_rows, shape.vocab_size, hidden),
+        shape.num_layers * pointwise_s + costs.pointwise_s("norm", rows * hidden),
+    )
 
 
 def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:

@@ -15,6 +15,7 @@ from tests.cost.device_tables import tile_cost
 
 WORKERS = Workers(132, 6e7)
 TRUTH = tile_cost()
+READ = 4e12
 
 
 def made_up_rows(noise: float) -> list[runs.Row]:
@@ -23,19 +24,19 @@ def made_up_rows(noise: float) -> list[runs.Row]:
     for case in tile_cases(128, 128):
         if case.length <= 16384:
             row = {"group": "tiles", "spread": 0.01, **case.to_dict()}
-            seconds = schedule_seconds(TRUTH, case_load(row, "gluon", WORKERS, 2))
+            seconds = schedule_seconds(TRUTH, case_load(row, "gluon", WORKERS, 2), READ)
             rows.append(row | {"seconds": seconds * (1 + noise * rng.standard_normal())})
     return rows
 
 
 @pytest.mark.parametrize(("noise", "bound"), [(0.0, 0.01), (0.02, 0.035)])
 def test_costs_are_found_again(noise: float, bound: float) -> None:
-    (cost,), errors = fit_tiles(made_up_rows(noise), "gluon", WORKERS, 2)
+    (cost,), errors = fit_tiles(made_up_rows(noise), "gluon", WORKERS, 2, READ)
     assert errors["tiles_mape"] < bound
     assert errors["held_out_tiles_mape"] < bound
     unseen = TileCase("scatter", 32768, 128, size=9)
     load = case_load(unseen.to_dict(), "gluon", WORKERS, 2)
-    assert schedule_seconds(cost, load) == pytest.approx(schedule_seconds(TRUTH, load), rel=2 * bound)
+    assert schedule_seconds(cost, load, READ) == pytest.approx(schedule_seconds(TRUTH, load, READ), rel=2 * bound)
 
 
 def test_every_group_of_runs_reaches_the_file() -> None:
@@ -43,7 +44,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     bench = runs.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = runs.RunPlan(
         tile_kinds=(), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)),
-        pointwise_tokens=(1, 2), estimator_tokens=(256,), peak_side=32,
+        pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(), layer_tokens=(), peak_side=32,
     )  # fmt: skip
     cases = [TileCase("window", 128, 16, 1, 32, 2, 1), TileCase("stream", 128, 16, 1, 32, 2, 1)]
     rows = [*runs.all_runs(bench, tiny), *runs.tile_runs(bench, cases)]

@@ -7,7 +7,7 @@ import pytest
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.predict import choice_of, decode_works, predict, rest_of_model_s
+from sparsesearch.cost.predict import choice_of, decode_rest_s, decode_works, parts_s, predict, prefill_rest_s
 from sparsesearch.cost.roofline import roofline
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape, model_shape, shape_of_config
@@ -51,12 +51,15 @@ def test_a_dense_plan_is_dense() -> None:
 def test_the_parts_add_up() -> None:
     found = predict(None, SMALL, WORK, COSTS)
     rows = WORK.batch * WORK.prompt_tokens
-    rest_s = rest_of_model_s(SMALL, COSTS, rows=rows, last_rows=WORK.batch)
+    rest_s = prefill_rest_s(SMALL, COSTS, rows=rows, batch=WORK.batch)
+    linear_s, pointwise_s = parts_s(SMALL, COSTS, rows=rows, last_rows=WORK.batch)
+    assert rest_s == pytest.approx(linear_s + 0.8 * pointwise_s)  # halfway between relief at 4k and 64k rows
     assert found.ttft_s == pytest.approx(rest_s + sum(layer.attention_s for layer in found.layers))
     head = DecodeWork(8242, 64, 4, 2)
     step_s = 2 * COSTS.decode_attention_s([head, head])
     assert found.decode_attention_s == pytest.approx(step_s)
-    assert found.tpot_s == pytest.approx(step_s + rest_of_model_s(SMALL, COSTS, rows=2, last_rows=2))
+    assert found.tpot_s == pytest.approx(step_s + decode_rest_s(SMALL, COSTS, batch=2))
+    assert decode_rest_s(SMALL, COSTS, batch=2) > sum(parts_s(SMALL, COSTS, rows=2, last_rows=2))
     assert (
         found.kv_bytes == 2 * 2 * 2 * 8292 * 64 * 2 * 2
     )  # layers, KV heads, keys and values, tokens, size, bytes, batch
@@ -69,7 +72,7 @@ def test_linear_layers_are_seven_per_layer_and_the_last() -> None:
     """Every product of the model, at the roofline: 2 FLOPs per weight and row."""
     costs = roofline("h100")
     rows = 1 << 20  # arithmetic binds everywhere
-    seconds = rest_of_model_s(model_shape("llama3-8b"), costs, rows=rows, last_rows=0)
+    seconds = sum(parts_s(model_shape("llama3-8b"), costs, rows=rows, last_rows=0))
     shape = model_shape("llama3-8b")
     products_s = 2 * rows * shape.num_layers * shape.layer_matmul_parameters / 989.4e12
     moved = rows * (2 * 4096 * 2 + 2 * 4096 * 3 + 5120 * 2 + 4096 * 2 + 14336 * 3) * shape.num_layers + rows * 4096 * 2

@@ -16,19 +16,29 @@ from sparsesearch.errors import SpecError, nearest
 from sparsesearch.kernels.dispatch import Backend, tile_shape
 from sparsesearch.kernels.schedule import TileSchedule, Workers
 
-SMOOTHNESS = 8.0
+SHARPNESS = 8.0
 
 
-def schedule_seconds(kernel: TileKernelCost, load: TileLoad) -> float:
+def schedule_seconds(kernel: TileKernelCost, load: TileLoad, read_bytes_per_s: float) -> float:
     """Seconds of one launch over a schedule; the formula is that of `TileKernelCost`."""
-    workers = len(load.tiles)
-    busy = float((load.tiles * kernel.tile_s + load.blocks * kernel.block_s + load.partial * kernel.partial_s).max())
-    power = float(load.tiles.sum() * kernel.tile_power_s + load.blocks.sum() * kernel.block_power_s)
-    power = (power + load.traffic_bytes * kernel.byte_power_s) / workers
-    merging = kernel.merge_s + load.pieces * kernel.piece_s if load.merges else 0.0
-    longest = max(busy, power, 1e-12)
-    shared: float = longest * ((busy / longest) ** SMOOTHNESS + (power / longest) ** SMOOTHNESS) ** (1 / SMOOTHNESS)
-    return kernel.launch_s + shared + merging
+    return float(many_schedule_seconds(kernel, (load,), read_bytes_per_s)[0])
+
+
+def many_schedule_seconds(
+    kernel: TileKernelCost, loads: Sequence[TileLoad], read_bytes_per_s: float
+) -> Float[ndarray, " loads"]:
+    """The same for several schedules on equally many workers."""
+    tiles, blocks, partial = (
+        np.stack([getattr(load, name) for load in loads]) for name in ("tiles", "blocks", "partial")
+    )
+    busy = (tiles * kernel.tile_s + blocks * kernel.block_s + partial * kernel.partial_s).max(-1)
+    power = tiles.mean(-1) * kernel.tile_power_s + blocks.mean(-1) * kernel.block_power_s
+    memory = np.array([load.traffic_bytes for load in loads]) / read_bytes_per_s
+    merging = np.array([kernel.merge_s + load.pieces * kernel.piece_s if load.merges else 0.0 for load in loads])
+    bounds = np.stack([busy, power, memory])
+    longest = np.maximum(bounds.max(0), 1e-12)
+    corner = ((bounds / longest) ** SHARPNESS).sum(0) ** (1 / SHARPNESS)
+    return np.asarray(kernel.launch_s + longest * corner + merging)
 
 
 @dataclass(frozen=True)
@@ -98,13 +108,17 @@ class DeviceCostModel:
         """
         for work in works:
             self._check_dtype(work.dtype_bytes)
-        return np.array([work.kv_bytes * self._decode_cost(work.head_dim).byte_s for work in works])
+        costs = [self._decode_cost(work.head_dim) for work in works]
+        return np.array(
+            [w.kv_bytes * cost.byte_s + w.batch * cost.pair_s for w, cost in zip(works, costs, strict=True)]
+        )
 
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention in one step; `works` are all of its KV heads."""
         if not works:
             return 0.0
-        return self._decode_cost(works[0].head_dim).points.at(sum(work.kv_bytes for work in works))
+        cost = self._decode_cost(works[0].head_dim)
+        return cost.points.at(sum(work.kv_bytes for work in works)) + cost.pair_s * sum(work.batch for work in works)
 
     def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
         """One layer's prefill attention; `schedule` was built on the CPU for `workers` and `kernel`."""
@@ -116,7 +130,7 @@ class DeviceCostModel:
             dtype_bytes=self.table.dtype_bytes,
             cache_bytes=self.table.cache_bytes,
         )
-        return schedule_seconds(kernel, load)
+        return schedule_seconds(kernel, load, self.table.peaks.read_bytes_per_s)
 
     def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
         """A linear layer of `rows` inputs.
@@ -140,6 +154,14 @@ class DeviceCostModel:
                 f"cost model {self.name} must know the pointwise layer {name!r}.{nearest(name, self.table.pointwise)}"
             )
         return self.table.pointwise[name].at(elements)
+
+    def prefill_relief(self, rows: int) -> float:
+        """Share of the pointwise time that whole layers of so many rows do not take."""
+        return self.table.prefill_relief.at(rows)
+
+    def decode_glue_s(self, batch: int) -> float:
+        """What a decoding layer takes beyond its parts."""
+        return self.table.decode_glue_s.at(batch)
 
     def permutation_s(self, nbytes: float) -> float:
         """Gathering the tokens of a tensor of so many bytes in another order."""
