@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.annotated_handlers import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -48,10 +58,19 @@ class BaseModelInfo(_Frozen):
 class BudgetRecord(_Frozen):
     """One constraint of the search and what the plan uses of it, per length."""
 
-    metric: Literal["density", "kv_fraction", "latency"]
-    bound: float = Field(description="share of dense, in (0, 1]")
-    predicted: dict[str, float] = Field(default_factory=dict, description="sequence length -> share of dense")
-    cost_model: str | None = Field(None, description="which cost model priced it (latency only)")
+    metric: Literal["density", "kv_fraction", "latency", "ttft", "tpot", "memory", "parameters"]
+    bound: float = Field(description="share of dense, in (0, 1]; seconds or bytes if absolute")
+    predicted: dict[str, float] = Field(
+        default_factory=dict, description="sequence length, or `workload` for a total -> what the bound limits"
+    )
+    cost_model: str | None = Field(None, description="which cost model priced it (seconds only)")
+    absolute: bool = Field(False, description="bound and predictions are in seconds or bytes, not shares of dense")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`absolute` is written only where it is set, so that older plans keep their bytes."""
+        content: dict[str, Any] = handler(self)
+        return content if self.absolute else {name: value for name, value in content.items() if name != "absolute"}
 
 
 class Certificate(_Frozen):
@@ -83,6 +102,7 @@ class Plan(_Frozen):
     """Which rule each query head follows.
 
     `assignments[module][h]` names the rule of query head h; modules that are not named stay dense. Rules are named by their label.
+    `decode`, where it names a module, does the same for the tokens that are generated; elsewhere they follow `assignments`.
     """
 
     base_model: BaseModelInfo
@@ -93,6 +113,9 @@ class Plan(_Frozen):
     )
     rules: dict[str, AnyRule]
     assignments: dict[str, tuple[str, ...]]
+    decode: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="the rules of the decode phase, where they are not those of `assignments`"
+    )
     budgets: tuple[BudgetRecord, ...] = ()
     certificate: Certificate | None = None
     quality: dict[str, Any] = Field(
@@ -108,7 +131,8 @@ class Plan(_Frozen):
         heads = dict(zip(geometry.modules, geometry.num_heads, strict=True))
         schedule = self.schedule
         scheduled = [] if schedule is None else [schedule.assignments(i) for i in range(len(schedule.ranges))]
-        for module, names in ((m, names) for table in (self.assignments, *scheduled) for m, names in table.items()):
+        tables = (self.assignments, self.decode, *scheduled)
+        for module, names in ((m, names) for table in tables for m, names in table.items()):
             if module not in heads:
                 raise ValueError(f"assignments name module {module!r}, which base_model.modules lacks")
             if len(names) != heads[module]:
@@ -163,6 +187,11 @@ class Plan(_Frozen):
         names = self.assignments.get(module)
         return Dense() if names is None else self.rules[names[head]]
 
+    def decode_rule(self, module: str, head: int) -> Rule:
+        """The rule of one query head while tokens are generated; that of the prefill where the plan says nothing else."""
+        names = self.decode.get(module)
+        return self.rule(module, head) if names is None else self.rules[names[head]]
+
     def module_rules(self, module: str) -> tuple[Rule, ...]:
         """The rules of a module's query heads, in head order."""
         count = dict(zip(self.base_model.modules, self.base_model.num_heads, strict=True))[module]
@@ -185,7 +214,7 @@ class Plan(_Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content, as embedded in a checkpoint's config."""
-        unset = {name for name in ("schedule", "layout") if getattr(self, name) is None}
+        unset = {name for name in ("schedule", "layout", "decode") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=unset)
 
     @classmethod
