@@ -84,12 +84,15 @@ def calibrate_cuda(
     kernel: Backend = "gluon" if properties.major == 9 else "triton"
     plan = runs.QUICK if quick else runs.FULL
     bench = runs.Bench("cuda", kernel, dtype, time_share=plan.time_share, seed=seed)
-    start, rows, total = perf_counter(), [], plan.count
-    for row in runs.all_runs(bench, plan):
-        rows.append(row)
-        progress("calibrate", min(len(rows), total), total)
-    if runs_out is not None:
-        write_bytes(runs_out, canonical_json({"runs": rows}).encode())
+    start, total = perf_counter(), plan.count
+    rows: list[runs.Row] = []
+    try:
+        for row in runs.all_runs(bench, plan):
+            rows.append(row)
+            progress("calibrate", min(len(rows), total), total)
+    finally:  # what was measured is kept even if a later run fails
+        if runs_out is not None:
+            write_bytes(runs_out, canonical_json({"runs": rows}).encode())
     provenance = {
         "seed": seed,
         "quick": quick,

@@ -150,11 +150,14 @@ def predict(
         PlanMismatchError: plan and shape have different heads.
         SpecError: the device's model lacks something the plan needs.
     """
-    rules = _rules_of(plan, shape)
+    rules, decode_rules = _rules_of(plan, shape), _rules_of(plan, shape, decode=True)
+    tile_rules = [
+        tuple(_source(rules, layer, head) for head in range(shape.num_heads)) for layer in range(shape.num_layers)
+    ]
     block_tokens = DENSE_BLOCK_TOKENS if plan is None else plan.block_tokens
     layers = tuple(
-        _layer(module, own, block_tokens, shape, workload, costs, dtype_bytes)
-        for module, own in zip(shape.geometry.modules, rules, strict=True)
+        _layer(module, heads, block_tokens, shape, workload, costs, dtype_bytes)
+        for module, *heads in zip(shape.geometry.modules, rules, tile_rules, decode_rules, strict=True)
     )
     tokens = workload.batch * workload.prompt_tokens
     attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
@@ -224,14 +227,15 @@ def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:
 
 def _layer(
     module: str,
-    rules: tuple[Rule, ...],
+    heads: Sequence[tuple[Rule, ...]],
     block_tokens: int,
     shape: ModelShape,
     workload: Workload,
     costs: LayerCosts,
     dtype_bytes: int,
 ) -> LayerPrediction:
-    schedule, repeats = layer_schedule(rules, block_tokens, shape, workload, costs)
+    rules, tile_rules, decode_rules = heads
+    schedule, repeats = layer_schedule(tile_rules, block_tokens, shape, workload, costs)
     attention_s = repeats * costs.attention_s(schedule, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
     mean_heads = sum(rule.rest == "mean_value" for rule in rules)
     if mean_heads:
@@ -239,11 +243,11 @@ def _layer(
         attention_s += costs.pointwise_s("transpose", elements)
     index_s = sum(
         workload.batch * costs.estimator_s(kind, workload.prompt_tokens, sum(rule.kind == kind for rule in rules))
-        for kind in sorted({rule.kind for rule in rules if rule.dynamic})
+        for kind in sorted({rule.kind for rule in rules if rule.dynamic and not rule.reuses})
     )
     halfway = workload.prompt_tokens + -(-workload.generate_tokens // 2)
-    step = decode_works(rules, block_tokens, shape, workload, halfway, dtype_bytes)
-    kept = decode_works(rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
+    step = decode_works(decode_rules, block_tokens, shape, workload, halfway, dtype_bytes)
+    kept = decode_works(decode_rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
     return LayerPrediction(
         module=module,
         density=schedule.density,
@@ -325,7 +329,14 @@ def choice_of(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
     return rule.select(grid, q * PROBE_HEAD_DIM**-0.5, k)[0]
 
 
-def _rules_of(plan: Plan | None, shape: ModelShape) -> list[tuple[Rule, ...]]:
+def _source(rules: Sequence[tuple[Rule, ...]], layer: int, head: int) -> Rule:
+    """The rule whose tiles a head computes: its own, or where it reuses another's, that one's."""
+    rule = rules[layer][head]
+    found = rule.source_head(head)
+    return rule if found is None else _source(rules, *found)
+
+
+def _rules_of(plan: Plan | None, shape: ModelShape, *, decode: bool = False) -> list[tuple[Rule, ...]]:
     geometry = shape.geometry
     if plan is None:
         return [(Dense(),) * shape.num_heads] * shape.num_layers
@@ -339,4 +350,5 @@ def _rules_of(plan: Plan | None, shape: ModelShape) -> list[tuple[Rule, ...]]:
             f"the plan's model must have {shape.num_layers} layers of {shape.num_heads} heads, {shape.num_kv_heads} of them KV heads, of "
             f"{shape.head_dim}, as {shape.name} has, but is {plan.base_model.name_or_path}. Name the shape of the plan's own model."
         )
-    return [plan.module_rules(module) for module in plan.base_model.modules]
+    rule_of = plan.decode_rule if decode else plan.rule
+    return [tuple(rule_of(module, head) for head in range(shape.num_heads)) for module in plan.base_model.modules]

@@ -16,6 +16,7 @@ from sparsesearch.rules.base import LengthLaw, Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.reuse import Reuse
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
 from sparsesearch.workload import Workload
@@ -112,6 +113,27 @@ def test_heads_without_tiles_compute_none_and_dynamic_ones_pay_for_their_choice(
     assert 0.9 * (0.1 * 7 + 1) / 8 < chosen.density < 1.3 * (0.1 * 7 + 1) / 8
     mean = predict(plan_of(*[MeanValue()] * 7, Dense()), SMALL, WORK, COSTS)
     assert mean.attention_s > idle.attention_s
+
+
+def test_a_head_that_reuses_computes_its_sources_tiles_and_pays_for_no_choice() -> None:
+    topk, reuse = PooledTopk(keep=LengthLaw(b=0.1), sink=128), Reuse(layer=0)
+    plan = plan_of(*[topk] * 8)
+    rules = {rule.label: rule for rule in (topk, reuse)}
+    second = {SMALL.geometry.modules[1]: (reuse.label,) * 8}
+    plan = plan.model_copy(update={"rules": rules, "assignments": plan.assignments | second})
+    first, reused = predict(plan, SMALL, WORK, COSTS).layers
+    assert reused.density == first.density
+    assert reused.attention_s == first.attention_s
+    assert first.index_s > reused.index_s == 0
+
+
+def test_decoding_follows_the_rules_of_its_phase() -> None:
+    plan = plan_of(*[Dense()] * 8)
+    window = dict.fromkeys(SMALL.geometry.modules, (WINDOW.label,) * 8)
+    both = plan.model_copy(update={"rules": {**plan.rules, WINDOW.label: WINDOW}, "decode": window})
+    dense, mixed = (predict(each, SMALL, WORK, COSTS) for each in (plan, both))
+    assert mixed.ttft_s == dense.ttft_s
+    assert mixed.kv_bytes == pytest.approx(640 / 8292 * dense.kv_bytes)
 
 
 def test_a_dynamic_choice_has_its_budget() -> None:

@@ -66,6 +66,7 @@ def fitted(
         provenance: settings and versions.
     """
     peaks = _peaks(rows)
+    skipped = {row["name"]: row["error"] for row in _group(rows, "skipped")}
     tiles, errors = fit_tiles(
         [row for row in rows if row["group"] == "tiles"], kernel, workers, dtype_bytes, peaks.read_bytes_per_s
     )
@@ -92,8 +93,8 @@ def fitted(
         prefill_relief=Correction(amounts=(1.0,), values=(0.0,)),
         decode_glue_s=Correction(amounts=(1.0,), values=(0.0,)),
         permutation=rising([(row["nbytes"], row["seconds"]) for row in _group(rows, "permutation")]),
-        fit={**errors, "repeat_spread_median": float(np.median([row["spread"] for row in rows]))},
-        provenance=provenance,
+        fit={**errors, "repeat_spread_median": float(np.median([row["spread"] for row in rows if "spread" in row]))},
+        provenance=provenance | ({"skipped": skipped} if skipped else {}),
     )
     return table.model_copy(update=_corrections(DeviceCostModel(table), rows))
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsesearch.kernels.schedule import TileSchedule
+from sparsesearch.kernels.schedule import ENTRY_SHIFT, TileSchedule
 
 CHUNK_ENTRIES = 1 << 22
 
@@ -79,7 +79,7 @@ def memory_traffic(schedule: TileSchedule, *, num_kv_heads: int, cache_blocks: f
     records = schedule.tiles.numpy().astype(np.int64)
     if len(records) == 0:
         return 0.0
-    entries = schedule.entries.numpy() >> 3
+    entries = schedule.entries.numpy() >> ENTRY_SHIFT
     bin_ptr = schedule.bin_ptr.numpy()
     wave = np.arange(len(records)) - np.repeat(bin_ptr[:-1], np.diff(bin_ptr))
     length = records[:, 9] - records[:, 8]

@@ -28,6 +28,7 @@ PROBE = ModelShape("probe", "llama", 4, 3072, 8192, 24, 8, 128, 1024, False, 5e5
 """Whole layers of this shape, which no known model has, show what the parts leave out when they run together."""
 
 PROBE_KV_TOKENS = 4096
+SLOW_S = 0.05
 LAYER_WIDTHS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192))
 
 
@@ -72,7 +73,15 @@ class RunPlan:
         tiles = sum(case.length <= self.longest_tokens for kind in self.tile_kinds for case in tile_cases(*kind))
         decode, gemm = len(self.decode) * len(self.decode_head_dims), len(self.gemm_tokens) * len(self.gemm_widths)
         layers = len(self.layer_batches) + len(self.layer_tokens)
-        return 4 + tiles + decode + gemm + layers + 5 * len(self.pointwise_tokens) + 3 * len(self.estimator_tokens)
+        return (
+            4
+            + tiles
+            + decode
+            + gemm
+            + layers
+            + 5 * len(self.pointwise_tokens)
+            + len(self.estimator_tokens) * (1 + len(estimators()))
+        )
 
 
 FULL = RunPlan()
@@ -237,15 +246,29 @@ def pointwise_runs(bench: Bench, tokens: Sequence[int], width: int = 4096) -> It
                 yield bench.row("pointwise", timed, name=name, elements=count * width)
 
 
-def estimator_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_dim: int = 128) -> Iterator[Row]:
-    """What a dynamic rule takes before attention can start: its choice and, on a GPU, the schedule built from it."""
-    rules: dict[str, Rule] = {kind: rule.examples()[-1] for kind, rule in rule_kinds().items() if rule.dynamic}
-    for length in tokens:
-        q, k = bench.normal(heads, length, head_dim), bench.normal(heads, length, head_dim)
-        grid = BlockGrid(length, length, 128)
-        for kind, rule in rules.items():
-            timed = bench.time(partial(_choose, bench, rule, grid, q, k), warm_s=0.02, graph=False)
+def estimators() -> dict[str, Rule]:
+    """A generous example of every dynamic rule that chooses by itself in a causal prompt."""
+    kinds = rule_kinds().items()
+    return {kind: r.examples()[-1] for kind, r in kinds if r.dynamic and not r.reuses and not r.needs_layout}
+
+
+def estimator_runs(bench: Bench, tokens: Sequence[int], heads: int = 8, head_dim: int = 128) -> Iterator[Row]:
+    """What a dynamic rule takes before attention can start: its choice and, on a GPU, the schedule built from it.
+
+    A rule that cannot run here gives a row of group `skipped` with the reason; one that is slow is not tried at longer prompts.
+    """
+    for kind, rule in estimators().items():
+        for length in tokens:
+            q, k = bench.normal(heads, length, head_dim), bench.normal(heads, length, head_dim)
+            grid = BlockGrid(length, length, 128)
+            try:
+                timed = bench.time(partial(_choose, bench, rule, grid, q, k), warm_s=0.02, graph=False)
+            except RuntimeError as error:
+                yield {"group": "skipped", "name": kind, "tokens": length, "error": str(error)[:200]}
+                break
             yield bench.row("estimator", timed, name=kind, tokens=length, heads=heads, head_dim=head_dim)
+            if timed.seconds > SLOW_S:
+                break
 
 
 def _choose(bench: Bench, rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, copy: int) -> object:
@@ -266,10 +289,13 @@ def permutation_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_
         yield bench.row("permutation", timed, nbytes=float(x.nbytes))
 
 
-def layer_runs(bench: Bench, batches: Sequence[int], tokens: Sequence[int], shape: ModelShape = PROBE) -> Iterator[Row]:
+def layer_runs(
+    bench: Bench, batches: Sequence[int], tokens: Sequence[int], shape: ModelShape | None = None
+) -> Iterator[Row]:
     """A small model of whole layers: decoding steps, and dense prefills."""
     if not batches and not tokens:
         return
+    shape = shape or PROBE
     model = RandomLlama(shape, bench)
     for batch in batches:
         timed = model.decode(batch, PROBE_KV_TOKENS)
