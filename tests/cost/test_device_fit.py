@@ -81,7 +81,7 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     """With the GPU's part played by the interpreter."""
     tiny = runs.RunPlan(
         tile_kinds=((16, 32),), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),),
-        pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
+        pointwise_tokens=(1, 2), estimator_tokens=(128,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
         longest_tokens=0, time_share=0.001,
     )  # fmt: skip
     shape = ModelShape("probe", "llama", 2, 64, 96, 4, 2, 16, 100, False, 1e4, 1024)

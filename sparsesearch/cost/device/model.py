@@ -108,10 +108,12 @@ class DeviceCostModel:
         """
         for work in works:
             self._check_dtype(work.dtype_bytes)
-        costs = [self._decode_cost(work.head_dim) for work in works]
-        return np.array(
-            [w.kv_bytes * cost.byte_s + w.batch * cost.pair_s for w, cost in zip(works, costs, strict=True)]
-        )
+        return np.array([self._decode_s(work) for work in works])
+
+    def _decode_s(self, work: DecodeWork) -> float:
+        cost = self._decode_cost(work.head_dim)
+        flops = 4.0 * work.head_dim * work.query_heads * work.kv_tokens * work.batch
+        return max(work.kv_bytes * cost.byte_s, flops / self.table.peaks.matmul_flop_per_s) + work.batch * cost.pair_s
 
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention in one step; `works` are all of its KV heads."""
@@ -121,7 +123,7 @@ class DeviceCostModel:
         return cost.points.at(sum(work.kv_bytes for work in works)) + cost.pair_s * sum(work.batch for work in works)
 
     def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
-        """One layer's prefill attention; `schedule` was built on the CPU for `workers` and `kernel`."""
+        """One layer's prefill attention; `schedule` was built for `workers` and `kernel`."""
         kernel = self.tile_kernel(head_dim, schedule.shape.keys)
         load = tile_load(
             schedule,
