@@ -31,6 +31,10 @@ MOST_SCHEDULED_TOKENS = (
 )  # beyond this, the sequences of a batch are priced one after another: each fills the device
 
 
+LayerRules = tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[Rule, ...]]
+"""Of one layer's heads: their rules, the rules whose tiles they compute in prefill, and the rules they decode by."""
+
+
 @runtime_checkable
 class LayerCosts(Protocol):
     """A cost model that knows whole layers: a calibrated accelerator, or a datasheet's roofline."""
@@ -155,9 +159,13 @@ def predict(
         tuple(_source(rules, layer, head) for head in range(shape.num_heads)) for layer in range(shape.num_layers)
     ]
     block_tokens = DENSE_BLOCK_TOKENS if plan is None else plan.block_tokens
+    known: dict[LayerRules, LayerPrediction] = {}  # many layers are alike
+    for heads in zip(rules, tile_rules, decode_rules, strict=True):
+        if heads not in known:
+            known[heads] = _layer(heads, block_tokens, shape, workload, costs, dtype_bytes)
+    of_layer = zip(rules, tile_rules, decode_rules, strict=True)
     layers = tuple(
-        _layer(module, heads, block_tokens, shape, workload, costs, dtype_bytes)
-        for module, *heads in zip(shape.geometry.modules, rules, tile_rules, decode_rules, strict=True)
+        replace(known[heads], module=module) for module, heads in zip(shape.geometry.modules, of_layer, strict=True)
     )
     tokens = workload.batch * workload.prompt_tokens
     attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
@@ -226,8 +234,7 @@ def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:
 
 
 def _layer(
-    module: str,
-    heads: Sequence[tuple[Rule, ...]],
+    heads: LayerRules,
     block_tokens: int,
     shape: ModelShape,
     workload: Workload,
@@ -249,7 +256,7 @@ def _layer(
     step = decode_works(decode_rules, block_tokens, shape, workload, halfway, dtype_bytes)
     kept = decode_works(decode_rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
     return LayerPrediction(
-        module=module,
+        module="",
         density=schedule.density,
         attention_s=attention_s,
         index_s=index_s,

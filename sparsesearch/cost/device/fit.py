@@ -129,7 +129,7 @@ def fit_tiles(
     rows: Sequence[Row], kernel: Backend, workers: Workers, dtype_bytes: int, read_bytes_per_s: float
 ) -> tuple[tuple[TileKernelCost, ...], dict[str, float]]:
     """Least squares on relative errors, per configuration; the errors of the fit, and of cases left out in turn."""
-    costs, residuals, left_out = [], [], []
+    costs, residuals, left_out, beyond = [], [], [], []
     for head_dim, block_tokens in sorted({(row["head_dim"], row["block_tokens"]) for row in rows}):
         own = [row for row in rows if (row["head_dim"], row["block_tokens"]) == (head_dim, block_tokens)]
         shape = tile_shape(kernel, head_dim, block_tokens)
@@ -138,19 +138,28 @@ def fit_tiles(
         seconds = np.array([row["seconds"] for row in own])
         cost = _solve(loads, seconds, fixed, read_bytes_per_s)
         costs.append(cost)
-        residuals += _errors(cost, loads, seconds, read_bytes_per_s).tolist()
+        errors = _errors(cost, loads, seconds, read_bytes_per_s)
+        residuals += errors.tolist()
+        cache_bytes = CACHE_SHARE * workers.l2_bytes
+        beyond += [
+            error for error, load in zip(errors.tolist(), loads, strict=True) if load.traffic_bytes > 2 * cache_bytes
+        ]
         fold = np.arange(len(own)) % FOLDS
         for part in range(FOLDS if len(own) >= 3 * FOLDS else 0):
             kept, out = np.flatnonzero(fold != part), np.flatnonzero(fold == part)
             partial = _solve([loads[i] for i in kept], seconds[kept], fixed, read_bytes_per_s)
             left_out += _errors(partial, [loads[i] for i in out], seconds[out], read_bytes_per_s).tolist()
-    errors = {"tiles_mape": float(np.mean(np.abs(residuals))), "tiles_max": float(np.max(np.abs(residuals)))}
+    summary = {"tiles_mape": float(np.mean(np.abs(residuals))), "tiles_max": float(np.max(np.abs(residuals)))}
     if left_out:
-        errors |= {
+        summary |= {
             "held_out_tiles_mape": float(np.mean(np.abs(left_out))),
             "held_out_tiles_max": float(np.max(np.abs(left_out))),
         }
-    return tuple(costs), errors
+    if beyond:
+        summary["beyond_cache_bias"] = float(
+            np.mean(beyond)
+        )  # what reading past the cache costs and the model leaves out
+    return tuple(costs), summary
 
 
 def case_load(row: Row, kernel: Backend, workers: Workers, dtype_bytes: int) -> TileLoad:
