@@ -77,6 +77,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     assert "held_out_tiles_mape" not in table.fit  # two cases are too few to leave any out
 
 
+@pytest.mark.slow
 def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the GPU's part played by the interpreter."""
     tiny = runs.RunPlan(

@@ -12,6 +12,7 @@ from numpy import ndarray
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.device.load import TileLoad, tile_load
 from sparsesearch.cost.device.table import DecodeCost, DeviceTable, TileKernelCost
+from sparsesearch.cost.table import between_sizes
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.kernels.dispatch import Backend, tile_shape
 from sparsesearch.kernels.schedule import TileSchedule, Workers
@@ -210,7 +211,6 @@ class DeviceCostModel:
     def _tiles_s(self, work: UnitWork) -> float:
         side = 128 if work.kind == "dense" else work.block_tokens
         shape = tile_shape(self.kernel, work.head_dim, side)
-        kernel = self.tile_kernel(work.head_dim, shape.keys)
         rows = work.query_heads * -(-work.q_len // shape.rows)
         if work.kind == "dense":
             reach = work.kv_len - work.q_len + (work.q_len + shape.rows) / 2  # mean over the rows of tiles
@@ -218,15 +218,17 @@ class DeviceCostModel:
         else:
             halves = max(shape.rows // work.block_tokens - 1, 0) / 2  # where a causal tile's upper part is absent
             blocks = work.tiles * work.block_tokens**2 / (shape.rows * shape.keys) + halves * rows
-        busy = rows * (kernel.tile_s + kernel.partial_s) + blocks * kernel.block_s
-        power = rows * kernel.tile_power_s + blocks * kernel.block_power_s
-        return max(busy, power) / self.table.num_workers
+        seconds = {}
+        for kernel in _same_keys(self.table.tiles, shape.keys):
+            busy = rows * (kernel.tile_s + kernel.partial_s) + blocks * kernel.block_s
+            power = rows * kernel.tile_power_s + blocks * kernel.block_power_s
+            seconds[kernel.head_dim] = max(busy, power) / self.table.num_workers
+        return between_sizes(seconds, work.head_dim)
 
 
 @lru_cache(maxsize=64)
 def _tile_kernel(known: tuple[TileKernelCost, ...], head_dim: int, tile_keys: int, name: str) -> TileKernelCost:
-    closest = min(abs(math.log(kernel.tile_keys / tile_keys)) for kernel in known)
-    same = {k.head_dim: k for k in known if abs(math.log(k.tile_keys / tile_keys)) <= closest + 1e-9}
+    same = {kernel.head_dim: kernel for kernel in _same_keys(known, tile_keys)}
     if head_dim in same:
         return same[head_dim]
     sizes = sorted(same)
@@ -246,3 +248,9 @@ def _tile_kernel(known: tuple[TileKernelCost, ...], head_dim: int, tile_keys: in
             for field in ("tile_s", "block_s", "partial_s", "tile_power_s", "block_power_s")
         }
     return same[low].model_copy(update={"head_dim": head_dim, **scaled})
+
+
+def _same_keys(known: Sequence[TileKernelCost], tile_keys: int) -> list[TileKernelCost]:
+    """The configurations whose tiles have the number of keys nearest to the one asked for."""
+    closest = min(abs(math.log(kernel.tile_keys / tile_keys)) for kernel in known)
+    return [kernel for kernel in known if abs(math.log(kernel.tile_keys / tile_keys)) <= closest + 1e-9]
