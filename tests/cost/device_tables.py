@@ -53,7 +53,7 @@ def device_table(**changes: Any) -> DeviceTable:
         ),
         "pointwise": dict.fromkeys(("norm", "rotation", "gate", "residual", "transpose"), moved),
         "estimators": tuple(
-            EstimatorCost(kind=kind, points=Points(amounts=(4096, 65536), seconds=(1e-6, 2e-5)))
+            EstimatorCost(kind=kind, heads=8, points=Points(amounts=(4096, 65536), seconds=(1e-6, 2e-5)))
             for kind in ("pooled_topk", "vertical_slash")
         ),
         "prefill_relief": Correction(amounts=(4096, 65536), values=(0.1, 0.3)),

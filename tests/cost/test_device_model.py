@@ -103,6 +103,15 @@ def test_decoding_follows_its_bytes() -> None:
     assert MODEL.decode_latency_s([head]) == pytest.approx([head.kv_bytes * 2.5e-13 + 5e-8])
 
 
+def test_few_heads_take_as_long_to_choose_as_the_measured_call() -> None:
+    one, eight, sixteen = (MODEL.estimator_s("pooled_topk", 4096, heads) for heads in (1, 8, 16))
+    assert one == eight == pytest.approx(1e-6)
+    assert sixteen == pytest.approx(2 * eight)
+    unit = UnitWork("tiles", 4096, 4096, 128, 2, 100.0, 32, 128)
+    share = MODEL.unit_latency_s(replace(unit, estimator="pooled_topk")) - MODEL.unit_latency_s(unit)
+    assert share == pytest.approx(eight / 4)
+
+
 def test_points_level_noise_and_extrapolate() -> None:
     points = rising([(4.0, 3.0), (1.0, 1.0), (2.0, 4.0), (4.0, 4.2)])
     assert points == Points(amounts=(1.0, 2.0, 4.0), seconds=(1.0, 4.0, 4.0))

@@ -243,7 +243,7 @@ def _estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
     own = _group(rows, "estimator")
     return tuple(
         EstimatorCost(
-            kind=kind, points=rising([(r["tokens"], r["seconds"] / r["heads"]) for r in own if r["name"] == kind])
+            kind=kind, heads=heads, points=rising([(r["tokens"], r["seconds"]) for r in own if r["name"] == kind])
         )
-        for kind in sorted({row["name"] for row in own})
+        for kind, heads in sorted({(row["name"], row["heads"]) for row in own})
     )

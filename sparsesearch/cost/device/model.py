@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.device.load import TileLoad, tile_load
-from sparsesearch.cost.device.table import DecodeCost, DeviceTable, TileKernelCost
+from sparsesearch.cost.device.table import DecodeCost, DeviceTable, EstimatorCost, TileKernelCost
 from sparsesearch.cost.table import between_sizes
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.kernels.dispatch import Backend, tile_shape
@@ -81,7 +81,10 @@ class DeviceCostModel:
             SpecError: the element size or the estimator was not measured.
         """
         self._check_dtype(work.dtype_bytes)
-        index_s = 0.0 if work.estimator is None else self.estimator_s(work.estimator, work.kv_len, work.query_heads)
+        index_s = 0.0
+        if work.estimator is not None:  # a unit's share of a call that other units of the layer join
+            cost = self._estimator(work.estimator)
+            index_s = cost.points.at(work.kv_len) * work.query_heads / cost.heads
         match work.kind:
             case "zero":
                 return 0.0
@@ -171,14 +174,18 @@ class DeviceCostModel:
         return self.table.permutation.at(nbytes)
 
     def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
-        """Choosing the tiles of a dynamic rule for a prompt of so many tokens.
+        """Choosing the tiles of a dynamic rule for a prompt of so many tokens, all heads of the layer that follow it in one call.
 
         Raises:
             SpecError: it was not measured.
         """
+        cost = self._estimator(kind)
+        return cost.points.at(tokens) * max(1.0, query_heads / cost.heads)
+
+    def _estimator(self, kind: str) -> EstimatorCost:
         for cost in self.table.estimators:
             if cost.kind == kind:
-                return query_heads * cost.points.at(tokens)
+                return cost
         known = [cost.kind for cost in self.table.estimators]
         raise SpecError(f"cost model {self.name} must know what {kind!r} costs. Calibrate again.{nearest(kind, known)}")
 

@@ -117,9 +117,13 @@ class LinearCost(_Frozen):
 
 
 class EstimatorCost(_Frozen):
-    """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds per query head."""
+    """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds of a call of `heads` query heads.
+
+    The host's launches dominate, so fewer heads take as long; more take proportionally longer.
+    """
 
     kind: str
+    heads: int = Field(ge=1)
     points: Points
 
 
