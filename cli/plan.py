@@ -10,7 +10,7 @@ from .errors import guarded, usage
 from .render import emit_json, entries, lines, progress_bar, table
 
 if TYPE_CHECKING:
-    from sparsesearch.plan import Plan
+    from sparsesearch.plan import BudgetRecord, Plan
     from sparsesearch.planning import Question
 
 
@@ -19,11 +19,23 @@ def search(
     budget: Annotated[
         list[str],
         typer.Option(
-            help="density=0.25, kv_fraction=0.4 or latency=0.5x; several must all hold.", metavar="METRIC=SHARE"
+            help="density=0.25, kv_fraction=0.4, latency=0.5x, ttft=120ms, tpot=0.8x, memory=24GB; several must all hold.",
+            metavar="METRIC=BOUND",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
     space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="What will be served: prompt=32768,generate=512,batch=8,weight=1; repeatable."),
+    ] = None,
+    decode: Annotated[
+        Literal["same", "separate"], typer.Option(help="Decode under the prefill's rules, or under rules of its own.")
+    ] = "same",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the cache that is served; the profiled model's by default."),
+    ] = None,
     unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
     objective: Annotated[
         Literal["combined", "text", "answer", "output_error", "dropped_mass", "moa"],
@@ -46,14 +58,19 @@ def search(
     from sparsesearch.cost import load_cost_model
     from sparsesearch.errors import ArtifactError
     from sparsesearch.planning import Question, find_choice, write_plan
+    from sparsesearch.pricing import weight_bytes
     from sparsesearch.profiling.record import Profile
+    from sparsesearch.scoring import DTYPE_BYTES
     from sparsesearch.search.budget import parse_budgets
     from sparsesearch.search_space import SearchSpace
+    from sparsesearch.workload import parse_workloads
 
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
     with usage("--budget"):
         budgets = parse_budgets(budget)
+    with usage("--workload"):
+        workloads = parse_workloads(workload) if workload else ()
     opened = Profile.load(profile)
     menu = None if space is None else SearchSpace.load(space)
     question = Question(
@@ -63,6 +80,10 @@ def search(
         objective=objective,
         answer_weight=answer_weight,
         cost_model=None if device is None else load_cost_model(device),
+        workloads=workloads,
+        decode=decode,
+        dtype_bytes=None if dtype is None else DTYPE_BYTES[dtype],
+        weight_bytes=weight_bytes(model or opened.manifest.base_model.name_or_path),
     )
     if refine:
         plan = _refined(opened, question, model, refine, seed)
@@ -118,13 +139,19 @@ def _show_search(plan: "Plan", out: Path, json: bool) -> None:
         emit_json(content)
         return
     rows = [
-        [record.metric, int(length), record.bound, used]
+        [record.metric, length, *(_amount(record, value) for value in (record.bound, used))]
         for record in plan.budgets
         for length, used in record.predicted.items()
     ]
-    table("budgets (shares of dense)", ["metric", "length", "bound", "plan"], rows)
+    table("budgets", ["metric", "length", "bound", "plan"], rows)
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
     lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
+
+
+def _amount(record: "BudgetRecord", value: float) -> str:
+    from sparsesearch.search.budget import Budget
+
+    return Budget(record.metric, record.bound, absolute=record.absolute).amount(float(f"{value:.4g}"))
 
 
 def diff(
