@@ -36,6 +36,10 @@ def search(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of the cache that is served; the profiled model's by default."),
     ] = None,
+    max_groups_per_layer: Annotated[
+        int | None,
+        typer.Option(help="Most different rules in a layer, for backends that launch each by itself.", min=1),
+    ] = None,
     unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
     objective: Annotated[
         Literal["combined", "text", "answer", "output_error", "dropped_mass", "moa"],
@@ -48,7 +52,8 @@ def search(
     refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
     model: o.OptionalModel = None,
     pareto: Annotated[
-        Path | None, typer.Option(help="Also write the front over the first budget's metric as CSV.")
+        Path | None,
+        typer.Option(help="Also write the front over quality, the first budget's metric and memory as CSV."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
     seed: o.Seed = 0,
@@ -82,6 +87,7 @@ def search(
         cost_model=None if device is None else load_cost_model(device),
         workloads=workloads,
         decode=decode,
+        max_groups_per_layer=max_groups_per_layer,
         dtype_bytes=None if dtype is None else DTYPE_BYTES[dtype],
         weight_bytes=weight_bytes(model or opened.manifest.base_model.name_or_path),
     )
@@ -115,11 +121,11 @@ def _write_front(profile: object, question: "Question", path: Path) -> None:
     import pandas as pd
 
     from sparsesearch.artifacts import write_bytes
-    from sparsesearch.planning import front_rows
+    from sparsesearch.planning import surface_rows
     from sparsesearch.profiling.record import Profile
 
     assert isinstance(profile, Profile)
-    write_bytes(path, pd.DataFrame(front_rows(profile, question)).to_csv(index=False).encode())
+    write_bytes(path, pd.DataFrame(surface_rows(profile, question)).to_csv(index=False).encode())
 
 
 def _show_search(plan: "Plan", out: Path, json: bool) -> None:

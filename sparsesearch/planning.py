@@ -1,7 +1,10 @@
 """From a profile and a budget to a plan: search, and write down what was proved."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
@@ -10,11 +13,20 @@ from sparsesearch.pricing import Pricer
 from sparsesearch.profiling.record import Profile
 from sparsesearch.scores import ScoreTable
 from sparsesearch.scoring import DEFAULT_ANSWER_WEIGHT, Question, priced_lengths, score_table
+from sparsesearch.search.budget import Budget
 from sparsesearch.search.build import plan_from_choice
 from sparsesearch.search.pareto import feasible_bounds, pareto
 from sparsesearch.search.solve import Solution, solve
 
-__all__ = ["DEFAULT_ANSWER_WEIGHT", "Question", "find_choice", "front_rows", "score_table", "write_plan"]
+__all__ = [
+    "DEFAULT_ANSWER_WEIGHT",
+    "Question",
+    "find_choice",
+    "front_rows",
+    "score_table",
+    "surface_rows",
+    "write_plan",
+]
 
 
 def find_choice(profile: Profile, question: Question) -> tuple[ScoreTable, Solution]:
@@ -67,6 +79,8 @@ def _assumptions(profile: Profile, question: Question) -> dict[str, Any]:
         found["workloads"] = [str(workload) for workload in question.workloads]
     if question.decode == "separate":
         found["decode"] = "separate rules; a pair loses the sum of what its rules lose in their phases"
+    if question.max_groups_per_layer is not None:
+        found["max_groups_per_layer"] = question.max_groups_per_layer
     if question.cost_model is not None:
         found["seconds"] = "attention only; decoding halfway through the generated tokens"
     if any(budget.metric == "memory" for budget in question.budgets):
@@ -82,7 +96,33 @@ def _assumptions(profile: Profile, question: Question) -> dict[str, Any]:
 def front_rows(profile: Profile, question: Question, *, num_points: int = 24) -> list[dict[str, Any]]:
     """The front over the first budget's metric, from the smallest feasible share to dense, as rows for a CSV file."""
     table = score_table(profile, question)
+    swept, *others = question.constraints
+    return _sweep(table, swept, others, num_points)
+
+
+def surface_rows(
+    profile: Profile, question: Question, *, num_points: int = 24, num_levels: int = 5
+) -> list[dict[str, Any]]:
+    """The front over quality, the first budget's metric and memory: plans that no other one beats in all three.
+
+    Memory is a second axis where caches are decided per KV group, and the first budget is not about it. Each of `num_levels` bounds on
+    it gets a sweep of its own; shares and amounts of every metric stand beside the loss.
+    """
     swept, *others = question.budgets
+    grouped = question.granularity == "kv_group" or question.decode == "separate"
+    if not grouped or swept.metric in ("memory", "kv_fraction"):
+        return front_rows(profile, question, num_points=num_points)
+    asked = replace(question, budgets=(*question.budgets, Budget("memory", 1.0)))
+    table = score_table(profile, asked)
+    others = [budget for budget in asked.constraints[1:] if budget.metric != "memory" or budget.bound < 1.0]
+    rows: list[dict[str, Any]] = []
+    for level in feasible_bounds(table, "memory", num_levels, others=others):
+        held = Budget("memory", level)
+        rows += [{"memory_bound": level, **row} for row in _sweep(table, swept, [*others, held], num_points)]
+    return _undominated(rows, swept.metric)
+
+
+def _sweep(table: ScoreTable, swept: Budget, others: Sequence[Budget], num_points: int) -> list[dict[str, Any]]:
     bounds = feasible_bounds(table, swept.metric, num_points, others=others, lengths=swept.lengths)
     front = pareto(table, swept.metric, bounds, others=others, lengths=swept.lengths)
     return [
@@ -91,6 +131,33 @@ def front_rows(profile: Profile, question: Question, *, num_points: int = 24) ->
             "loss": found.loss,
             "lower_bound": found.lower_bound,
             **{f"{name}@{length}": share for name, shares in found.used.items() for length, share in shares.items()},
+            **_amounts(table, found),
         }
         for bound, found in zip(bounds, front, strict=True)
     ]
+
+
+def _amounts(table: ScoreTable, found: Solution) -> dict[str, float]:
+    """Seconds and bytes of a plan, by metric and length."""
+    units = {"latency": "s", "ttft": "s", "tpot": "s", "memory": "bytes"}
+    return {
+        f"{metric}_{unit}@{length}": amount
+        for metric, unit in units.items()
+        if metric in table.costs
+        for length, amount in table.used(metric, found.choice, absolute=True).items()
+    }
+
+
+def _undominated(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Rows that no other one equals or beats in loss, in the swept metric and in memory; of equal ones the first."""
+
+    def largest(row: dict[str, Any], name: str) -> float:
+        return max(value for key, value in row.items() if key.startswith(f"{name}@"))
+
+    points = np.array([[row["loss"], largest(row, metric), largest(row, "memory")] for row in rows])
+    kept = []
+    for index, point in enumerate(points):
+        beaten = (points <= point).all(1) & ((points < point).any(1) | (np.arange(len(points)) < index))
+        if not beaten.any():
+            kept.append(rows[index])
+    return kept

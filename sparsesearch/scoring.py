@@ -13,10 +13,11 @@ from sparsesearch.errors import SpecError
 from sparsesearch.pricing import Pricer
 from sparsesearch.profiling.proxies import objective_loss, phase_losses
 from sparsesearch.profiling.record import Profile
-from sparsesearch.scores import WHOLE, ScoreTable
+from sparsesearch.rules import Rule
+from sparsesearch.scores import WHOLE, LayerMenus, ScoreTable
 from sparsesearch.search.budget import PRICED_BY_DEVICE, Budget
 from sparsesearch.search_space import SearchSpace
-from sparsesearch.shapes import Decoding, Granularity
+from sparsesearch.shapes import Decoding, Granularity, Unit
 from sparsesearch.workload import Workload
 
 DEFAULT_ANSWER_WEIGHT = 1.0
@@ -38,6 +39,7 @@ class Question:
         decode: `same` rule in both phases, or a `separate` one per KV group.
         dtype_bytes: bytes per cached element; None takes the profiled model's.
         weight_bytes: of the model, which `memory` then includes.
+        max_groups_per_layer: most different rules (of one phase) in a layer, for backends that launch each by itself; None: any number.
     """
 
     budgets: tuple[Budget, ...]
@@ -50,6 +52,7 @@ class Question:
     decode: Literal["same", "separate"] = "same"
     dtype_bytes: int | None = None
     weight_bytes: float = 0.0
+    max_groups_per_layer: int | None = None
 
     @property
     def constraints(self) -> tuple[Budget, ...]:
@@ -97,7 +100,18 @@ def score_table(profile: Profile, question: Question) -> ScoreTable:
         valid=np.isfinite(loss),
         points=ledger.points,
         fixed=ledger.fixed,
+        menus=_menus(question, ledger.units, [rules[column] for column in columns]),
     )
+
+
+def _menus(question: Question, units: Sequence[Unit | Decoding], rules: Sequence[Rule]) -> LayerMenus | None:
+    """One layer per module and phase, one launch group per rule; a rule that computes nothing launches nothing."""
+    if question.max_groups_per_layer is None:
+        return None
+    places = [(True, unit.unit.module) if isinstance(unit, Decoding) else (False, unit.module) for unit in units]
+    layers = {place: index for index, place in enumerate(dict.fromkeys(places))}
+    group = np.array([-1 if rule.rest == "zero" else index for index, rule in enumerate(rules)])
+    return LayerMenus(np.array([layers[place] for place in places]), group, question.max_groups_per_layer)
 
 
 @dataclass
@@ -112,7 +126,7 @@ class _Ledger:
     fixed: dict[str, Float[ndarray, " P"]] = field(default_factory=dict)
 
     @property
-    def units(self) -> tuple[object, ...]:
+    def units(self) -> tuple[Unit | Decoding, ...]:
         """The rows."""
         own = self.prefill.units
         return (*own, *(Decoding(unit) for unit in self.decode.units)) if self.separate else own

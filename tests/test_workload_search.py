@@ -15,7 +15,7 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.plan import Plan
-from sparsesearch.planning import Question, find_choice, write_plan
+from sparsesearch.planning import Question, find_choice, surface_rows, write_plan
 from sparsesearch.pricing import Pricer, dynamic_density, weight_bytes
 from sparsesearch.profiling.proxies import length_terms, phase_losses
 from sparsesearch.profiling.record import Profile
@@ -166,7 +166,7 @@ def test_absolute_budgets_are_absolute(profile: Profile) -> None:
     dense = score_table(profile, ask("memory=1")).dense_cost("memory")
     small, large = (Budget("memory", share * float(dense.min()), absolute=True) for share in (0.1, 0.8))
     windows = SearchSpace.parse(STATIC.replace("  - {kind: zero}\n", ""), where="windows")
-    with pytest.raises(BudgetInfeasibleError, match=r"smallest feasible value is memory=0\.0\d+MB"):
+    with pytest.raises(BudgetInfeasibleError, match=r"smallest feasible value is memory=32\.77KB; all"):
         find_choice(profile, replace(ask("memory=1", space=windows), budgets=(small,)))
     table, solution = find_choice(profile, replace(ask("memory=1"), budgets=(large,)))
     assert max(table.used("memory", solution.choice, absolute=True).values()) <= large.bound * (1 + 1e-12)
@@ -228,6 +228,39 @@ def test_the_answer_splits_exactly_between_the_phases(profile: Profile) -> None:
     assert scale == pytest.approx(np.broadcast_to(scale[:1, :1], scale.shape), rel=0.2)
     assert (decode >= 0).all()
     assert decode[:, 1:].sum() > 0
+
+
+@pytest.mark.parametrize("decode", ["same", "separate"])
+def test_a_layer_has_no_more_rules_than_it_may(profile: Profile, decode: str) -> None:
+    asked = ask("density=0.5,memory=0.8", decode=decode, granularity="kv_group")
+    free = find_choice(profile, asked)[1]
+    limited = replace(asked, max_groups_per_layer=1)
+    table, solution = find_choice(profile, limited)
+    plan = write_plan(profile, limited, table, solution.choice, solution)
+    assert plan.provenance["max_groups_per_layer"] == 1
+    for module in plan.base_model.modules:
+        for names in (plan.assignments[module], plan.decode.get(module, ())):
+            kinds = {name.split(",bitmap")[0] for name in names} - {"zero"}
+            assert len(kinds) <= 1, names
+    assert solution.loss >= free.lower_bound
+
+
+def test_the_front_has_three_axes(profile: Profile) -> None:
+    asked = ask("latency=0.9x")
+    rows = surface_rows(profile, asked, num_points=6, num_levels=3)
+    assert len({row["memory_bound"] for row in rows}) >= 2
+    for row in rows:
+        assert row["latency@0"] <= row["bound"] + 1e-9
+        assert max(row[f"memory@{length}"] for length in (256, 512, 2048)) <= row["memory_bound"] + 1e-9
+        assert row["lower_bound"] <= row["loss"]
+        assert row["memory_bytes@512"] > 0
+    points = [(row["loss"], row["latency@0"], max(row[f"memory@{n}"] for n in (256, 512, 2048))) for row in rows]
+    for point in points:
+        assert not any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points)
+    assert min(row["loss"] for row in rows) == 0
+    one_axis = surface_rows(profile, replace(asked, granularity="query_head", workloads=()), num_points=4)
+    assert len(one_axis) == 4
+    assert "memory_bound" not in one_axis[0]
 
 
 @pytest.mark.parametrize(
