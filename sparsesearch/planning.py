@@ -130,7 +130,11 @@ def _sweep(table: ScoreTable, swept: Budget, others: Sequence[Budget], num_point
             "bound": bound,
             "loss": found.loss,
             "lower_bound": found.lower_bound,
-            **{f"{name}@{length}": share for name, shares in found.used.items() for length, share in shares.items()},
+            **{
+                f"{name}@{length or 'workload'}": share
+                for name, shares in found.used.items()
+                for length, share in shares.items()
+            },
             **_amounts(table, found),
         }
         for bound, found in zip(bounds, front, strict=True)
@@ -141,7 +145,7 @@ def _amounts(table: ScoreTable, found: Solution) -> dict[str, float]:
     """Seconds and bytes of a plan, by metric and length."""
     units = {"latency": "s", "ttft": "s", "tpot": "s", "memory": "bytes"}
     return {
-        f"{metric}_{unit}@{length}": amount
+        f"{metric}_{unit}@{length or 'workload'}": amount
         for metric, unit in units.items()
         if metric in table.costs
         for length, amount in table.used(metric, found.choice, absolute=True).items()
@@ -152,7 +156,7 @@ def _undominated(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]
     """Rows that no other one equals or beats in loss, in the swept metric and in memory; of equal ones the first."""
 
     def largest(row: dict[str, Any], name: str) -> float:
-        return max(value for key, value in row.items() if key.startswith(f"{name}@"))
+        return max(float(value) for key, value in row.items() if key.startswith(f"{name}@"))
 
     points = np.array([[row["loss"], largest(row, metric), largest(row, "memory")] for row in rows])
     kept = []
