@@ -3,6 +3,7 @@
 For predictions and for benchmarks with random weights, whose time does not depend on what the weights are.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,3 +120,36 @@ def model_shape(name: str) -> ModelShape:
     if name not in MODEL_SHAPES:
         raise SpecError(f"unknown model shape {name!r}.{nearest(name, tuple(MODEL_SHAPES))}")
     return MODEL_SHAPES[name]
+
+
+def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape that a transformers `config.json` describes; of its text model, if it has several parts.
+
+    Raises:
+        SpecError: a size is missing.
+    """
+    inner = config.get("text_config")
+    text: Mapping[str, Any] = inner if isinstance(inner, Mapping) else config
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    missing = [field for field in needed if not isinstance(text.get(field), int)]
+    if missing:
+        raise SpecError(
+            f"the config of {name} must state {', '.join(missing)}, but does not. Name a model shape instead."
+        )
+    heads = text["num_attention_heads"]
+    rope = text.get("rope_parameters") or {}
+    return ModelShape(
+        name=name,
+        model_type=str(text.get("model_type", "llama")),
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        intermediate_size=text["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        vocab_size=text["vocab_size"],
+        tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e4))),
+        max_tokens=int(text.get("max_position_embeddings", 0)) or 1 << 17,
+        qk_norm=str(text.get("model_type", "")).startswith(("qwen3", "gemma3")),
+    )
