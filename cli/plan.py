@@ -40,6 +40,12 @@ def search(
         int | None,
         typer.Option(help="Most different rules in a layer, for backends that launch each by itself.", min=1),
     ] = None,
+    model_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of the model, such as llama3-8b, for seconds and bytes of the whole; from its config by default."
+        ),
+    ] = None,
     unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
     objective: Annotated[
         Literal["combined", "text", "answer", "output_error", "dropped_mass", "moa"],
@@ -63,7 +69,7 @@ def search(
     from sparsesearch.cost import load_cost_model
     from sparsesearch.errors import ArtifactError
     from sparsesearch.planning import Question, find_choice, write_plan
-    from sparsesearch.pricing import weight_bytes
+    from sparsesearch.pricing import shape_of
     from sparsesearch.profiling.record import Profile
     from sparsesearch.scoring import DTYPE_BYTES
     from sparsesearch.search.budget import parse_budgets
@@ -78,6 +84,7 @@ def search(
         workloads = parse_workloads(workload) if workload else ()
     opened = Profile.load(profile)
     menu = None if space is None else SearchSpace.load(space)
+    whole = model_shape or workloads or any(each.absolute or each.metric == "memory" for each in budgets)
     question = Question(
         budgets=budgets,
         space=menu,
@@ -89,7 +96,7 @@ def search(
         decode=decode,
         max_groups_per_layer=max_groups_per_layer,
         dtype_bytes=None if dtype is None else DTYPE_BYTES[dtype],
-        weight_bytes=weight_bytes(model or opened.manifest.base_model.name_or_path),
+        shape=shape_of(opened.manifest.base_model, model_shape) if whole else None,
     )
     if refine:
         plan = _refined(opened, question, model, refine, seed)

@@ -82,9 +82,10 @@ def _assumptions(profile: Profile, question: Question) -> dict[str, Any]:
     if question.max_groups_per_layer is not None:
         found["max_groups_per_layer"] = question.max_groups_per_layer
     if question.cost_model is not None:
-        found["seconds"] = "attention only; decoding halfway through the generated tokens"
+        scope = "attention only" if question.layer_costs is None else "whole model"
+        found["seconds"] = f"{scope}; decoding halfway through the generated tokens"
     if any(budget.metric == "memory" for budget in question.budgets):
-        found["memory"] = "keys, values and weights" if question.weight_bytes else "keys and values; weights unknown"
+        found["memory"] = "keys, values and weights" if question.shape else "keys and values; weights unknown"
     pricer = Pricer(profile, question.granularity)
     if law := [length for length in priced_lengths(profile, question) if pricer.is_extrapolated(length)]:
         found["extrapolated"] = (

@@ -5,17 +5,22 @@ their profiled density, straight in log-log between profiled lengths and bounded
 decoding is priced halfway through the generated tokens.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from sparsesearch.artifacts import read_text
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import CostModel, DecodeWork, UnitWork, WorkKind
-from sparsesearch.errors import SpecError
+from sparsesearch.errors import PlanMismatchError, SpecError
+from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape, model_shape, shape_of_config
+from sparsesearch.plan import BaseModelInfo
+from sparsesearch.presets import preset_names, preset_path
 from sparsesearch.profiling.proxies import length_terms, profile_units
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import Rule
@@ -152,10 +157,26 @@ def dynamic_density(known: Sequence[int], density: Float[ndarray, "U P"], length
     return np.asarray(np.exp(logs[:, right - 1] * (1 - part) + logs[:, right] * part))
 
 
-def weight_bytes(name_or_path: str) -> float:
-    """Bytes of a local checkpoint's safetensors files; 0 where there are none to look at."""
-    folder = Path(name_or_path)
-    return float(sum(file.stat().st_size for file in folder.glob("*.safetensors"))) if folder.is_dir() else 0.0
+def shape_of(base_model: BaseModelInfo, name: str | None = None) -> ModelShape | None:
+    """The sizes of a profiled model: by the name of a shape, or from its own config where that is at hand; else None.
+
+    Raises:
+        SpecError: there is no shape of that name.
+        PlanMismatchError: the named shape has other heads than the model.
+    """
+    base = base_model.name_or_path
+    if name is None and base not in MODEL_SHAPES:
+        folder = preset_path("models", base) if base in preset_names("models") else Path(base)
+        if not (folder / "config.json").is_file():
+            return None
+        found = shape_of_config(json.loads(read_text(folder / "config.json")), base)
+    else:
+        found = model_shape(name or base)
+    if replace(found.geometry, modules=base_model.modules) != base_model.geometry:
+        raise PlanMismatchError(
+            f"the shape {found.name} must have the heads of {base}, but has others. Name the model's own shape."
+        )
+    return found
 
 
 def unit_work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_heads: int) -> UnitWork:

@@ -9,7 +9,9 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsesearch.cost.base import CostModel
+from sparsesearch.cost.predict import LayerCosts, rest_of_model_s
 from sparsesearch.errors import SpecError
+from sparsesearch.model_shapes import ModelShape
 from sparsesearch.pricing import Pricer
 from sparsesearch.profiling.proxies import objective_loss, phase_losses
 from sparsesearch.profiling.record import Profile
@@ -38,7 +40,8 @@ class Question:
         workloads: what will be served. Without any, everything is priced for one sequence at the profiled lengths.
         decode: `same` rule in both phases, or a `separate` one per KV group.
         dtype_bytes: bytes per cached element; None takes the profiled model's.
-        weight_bytes: of the model, which `memory` then includes.
+        shape: sizes of the model. With them `memory` includes the weights, and seconds all that is not attention, where the cost model
+            knows whole layers.
         max_groups_per_layer: most different rules (of one phase) in a layer, for backends that launch each by itself; None: any number.
     """
 
@@ -51,8 +54,13 @@ class Question:
     workloads: tuple[Workload, ...] = ()
     decode: Literal["same", "separate"] = "same"
     dtype_bytes: int | None = None
-    weight_bytes: float = 0.0
+    shape: ModelShape | None = None
     max_groups_per_layer: int | None = None
+
+    @property
+    def layer_costs(self) -> LayerCosts | None:
+        """The cost model, where seconds can be those of the whole model."""
+        return self.cost_model if self.shape is not None and isinstance(self.cost_model, LayerCosts) else None
 
     @property
     def constraints(self) -> tuple[Budget, ...]:
@@ -86,7 +94,8 @@ def score_table(profile: Profile, question: Question) -> ScoreTable:
     if "memory" in metrics:
         prompts = [workload.prompt_tokens for workload in served]
         kv_bytes = [decode.kv_bytes(workload) for workload in served]
-        ledger.enter("memory", prompts, decode=kv_bytes, fixed=question.weight_bytes)
+        weight_bytes = 0.0 if question.shape is None else float(question.shape.num_parameters * element_bytes)
+        ledger.enter("memory", prompts, decode=kv_bytes, fixed=[weight_bytes] * len(prompts))
     if metrics & set(PRICED_BY_DEVICE):
         _enter_seconds(ledger, question, served)
     loss = _losses(profile, question)[:, columns]
@@ -138,7 +147,7 @@ class _Ledger:
         *,
         prefill: Sequence[Float[ndarray, "U C"]] = (),
         decode: Sequence[Float[ndarray, "G C"]] = (),
-        fixed: float = 0.0,
+        fixed: Sequence[float] = (),
     ) -> None:
         """Price a metric at some points, in one phase or in both."""
         parts = [np.stack(part, -1) if part else None for part in (prefill, decode)]
@@ -154,8 +163,8 @@ class _Ledger:
             self.costs[metric] = first if parts[1] is None else first + second
         if tuple(points) != self.prefill.profile.manifest.lengths:
             self.points[metric] = tuple(points)
-        if fixed:
-            self.fixed[metric] = np.full(len(points), fixed)
+        if any(fixed):
+            self.fixed[metric] = np.array(fixed)
 
 
 def _enter_seconds(ledger: _Ledger, question: Question, served: Sequence[Workload]) -> None:
@@ -164,22 +173,33 @@ def _enter_seconds(ledger: _Ledger, question: Question, served: Sequence[Workloa
     first = [ledger.prefill.ttft_s(workload) for workload in served]
     step = [ledger.decode.tpot_s(workload) for workload in generating]
     calls_s = ledger.decode.decode_calls_s() if generating else 0.0
+    rest = [_rest_s(question, workload.batch * workload.prompt_tokens, workload.batch) for workload in served]
+    step_rest = [calls_s + _rest_s(question, workload.batch, workload.batch) for workload in generating]
     prompts = [workload.prompt_tokens for workload in served]
-    ledger.enter("ttft", prompts, prefill=first)
+    ledger.enter("ttft", prompts, prefill=first, fixed=rest)
     if generating:
-        ledger.enter("tpot", [workload.prompt_tokens for workload in generating], decode=step, fixed=calls_s)
+        ledger.enter("tpot", [workload.prompt_tokens for workload in generating], decode=step, fixed=step_rest)
     if not question.workloads:
-        ledger.enter("latency", prompts, prefill=first)
+        ledger.enter("latency", prompts, prefill=first, fixed=rest)
         return
     total = sum(workload.weight for workload in served)
+    runs = [workload.weight / total for workload in served]
     steps = [workload.weight / total * workload.generate_tokens for workload in generating]
     ledger.enter(
         "latency",
         [WHOLE],
-        prefill=[np.sum([w.weight / total * seconds for w, seconds in zip(served, first, strict=True)], 0)],
+        prefill=[np.sum([share * seconds for share, seconds in zip(runs, first, strict=True)], 0)],
         decode=[np.sum([count * seconds for count, seconds in zip(steps, step, strict=True)], 0)] if step else [],
-        fixed=sum(steps) * calls_s,
+        fixed=[float(np.dot(runs, rest) + np.dot(steps, step_rest))],
     )
+
+
+def _rest_s(question: Question, rows: int, last_rows: int) -> float:
+    """Seconds of everything but attention; 0 where it is not known."""
+    costs = question.layer_costs
+    if costs is None or question.shape is None:
+        return 0.0
+    return rest_of_model_s(question.shape, costs, rows=rows, last_rows=last_rows)
 
 
 def _losses(profile: Profile, question: Question) -> Float[ndarray, "U C"]:

@@ -1,7 +1,6 @@
 """Searching for a stated workload: prices at lengths nobody profiled, both phases, and decode rules of their own."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,12 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork
-from sparsesearch.errors import BudgetInfeasibleError, SpecError
-from sparsesearch.plan import Plan
+from sparsesearch.cost.predict import LayerCosts, rest_of_model_s
+from sparsesearch.errors import BudgetInfeasibleError, PlanMismatchError, SpecError
+from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape
+from sparsesearch.plan import BaseModelInfo, Plan
 from sparsesearch.planning import Question, find_choice, surface_rows, write_plan
-from sparsesearch.pricing import Pricer, dynamic_density, weight_bytes
+from sparsesearch.pricing import Pricer, dynamic_density, shape_of
 from sparsesearch.profiling.proxies import length_terms, phase_losses
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
@@ -124,12 +125,33 @@ def test_every_metric_is_what_the_workload_costs(profile: Profile) -> None:
     assert table.dense_cost("memory")[0] == 4 * 320 * 8 * 4 * 4
 
 
-def test_weights_count_in_memory(profile: Profile, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(bytes(50_000))
-    assert weight_bytes(str(tmp_path)) == 50_000
-    assert weight_bytes("org/name") == 0
-    table = score_table(profile, ask("memory=1", weight_bytes=50_000.0, dtype_bytes=2))
-    assert table.dense_cost("memory")[0] == 50_000 + 4 * 320 * 8 * 4 * 4
+def test_the_rest_of_the_model_counts_in_seconds_and_bytes(profile: Profile) -> None:
+    """Weights in memory, and linear layers in time: what no plan can save makes shares of the whole smaller."""
+    shape = ModelShape("tiny", "llama", 2, 32, 48, 4, 2, 8, 64, True, 1e4, 512)
+    bare, whole = (score_table(profile, ask("memory=1", shape=each, dtype_bytes=2)) for each in (None, shape))
+    assert (whole.dense_cost("memory") - bare.dense_cost("memory")).tolist() == [2.0 * shape.num_parameters] * 3
+    costs = load_cost_model("roofline:h100")
+    assert isinstance(costs, LayerCosts)
+    for index, served in enumerate(SERVED):
+        rest = rest_of_model_s(shape, costs, rows=served.batch * served.prompt_tokens, last_rows=served.batch)
+        assert whole.dense_cost("ttft")[index] - bare.dense_cost("ttft")[index] == pytest.approx(rest)
+    asked = ask("latency=0.9x", shape=shape)
+    table, solution = find_choice(profile, asked)
+    plan = write_plan(profile, asked, table, solution.choice, solution)
+    assert plan.provenance["seconds"].startswith("whole model")
+    assert plan.budgets[0].predicted["workload"] <= 0.9
+
+
+def test_the_shape_of_a_profiled_model_is_found_or_named() -> None:
+    embedded = BaseModelInfo(
+        name_or_path="org/name", model_type="llama", modules=("a", "b"), num_heads=(4, 4), num_kv_heads=(2, 2), head_dim=(8, 8)
+    )  # fmt: skip
+    assert shape_of(embedded) is None
+    with pytest.raises(PlanMismatchError, match="must have the heads of org/name"):
+        shape_of(embedded, "llama3-8b")
+    geometry = MODEL_SHAPES["qwen3-4b"].geometry
+    large = BaseModelInfo(name_or_path="x", model_type="qwen3", **vars(geometry))
+    assert shape_of(large, "qwen3-4b") == MODEL_SHAPES["qwen3-4b"]
 
 
 @pytest.mark.parametrize("decode", ["same", "separate"])

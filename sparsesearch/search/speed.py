@@ -156,7 +156,7 @@ def measure() -> dict[str, dict[str, float | str]]:
         figures[name] = {"time_s": perf_counter() - start, "gap": solution.gap, "loss": solution.loss}
     without_zero = replace(large, valid=large.valid & (np.arange(50) >= 10) & (np.arange(50) != 48))
     figures["1024x50x4, infeasible"] = infeasible_s(without_zero, [Budget("density", 0.001)])
-    conflict = [Budget("density", 0.03), Budget("kv_fraction", 0.02), Budget("latency", 0.05)]
+    conflict = [Budget("density", 0.03), Budget("kv_fraction", 0.02), Budget("latency", 0.03)]
     figures["1024x50x4, infeasible, three budgets"] = infeasible_s(without_zero, conflict)
     start = perf_counter()
     front = pareto(large, "density", [float(bound) for bound in np.linspace(0.02, 1, 100)])
