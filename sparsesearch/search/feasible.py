@@ -192,10 +192,10 @@ def _explain(problem: Knapsack, budgets: Sequence[Budget], together: LeastScale)
     together_text = (
         f"; all raised by the same factor, they fit at {', '.join(filter(None, joint))}" if all(joint) else ""
     )
-    return (
-        f"{asked}: while the others hold, the smallest feasible value is {' or '.join(smallest)}{together_text}. "
-        "Raise them or add sparser rules."
-    )
+    alone = f"while the others hold, the smallest feasible value is {' or '.join(smallest)}"
+    if not any(values.values()):
+        alone = "raising one of them alone does not help"
+    return f"{asked}: {alone}{together_text}. Raise them or add sparser rules."
 
 
 def _least(problem: Knapsack, held: Bool[ndarray, " K"] | None = None) -> LeastScale:
