@@ -42,6 +42,7 @@ class Question:
         dtype_bytes: bytes per cached element; None takes the profiled model's.
         shape: sizes of the model. With them `memory` includes the weights, and seconds all that is not attention, where the cost model
             knows whole layers.
+        sample_weights: of the calibration sequences, in the profile's order; None weighs them equally. For one rule in both phases.
         max_groups_per_layer: most different rules (of one phase) in a layer, for backends that launch each by itself; None: any number.
     """
 
@@ -56,6 +57,7 @@ class Question:
     dtype_bytes: int | None = None
     shape: ModelShape | None = None
     max_groups_per_layer: int | None = None
+    sample_weights: tuple[float, ...] | None = None
 
     @property
     def layer_costs(self) -> LayerCosts | None:
@@ -205,7 +207,17 @@ def _rest_s(question: Question, rows: int, last_rows: int) -> float:
 def _losses(profile: Profile, question: Question) -> Float[ndarray, "U C"]:
     """Losses of the ledger's rows; inf where a candidate may not be chosen."""
     if question.decode == "same":
-        return objective_loss(profile, question.objective, question.granularity, answer_weight=question.answer_weight)
+        return objective_loss(
+            profile,
+            question.objective,
+            question.granularity,
+            answer_weight=question.answer_weight,
+            sample_weights=question.sample_weights,
+        )
+    if question.sample_weights is not None:
+        raise SpecError(
+            "calibration sequences can be weighed only where both phases share a rule. Search with --decode same."
+        )
     prefill, decode = phase_losses(
         profile, question.objective, question.granularity, answer_weight=question.answer_weight
     )

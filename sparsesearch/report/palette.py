@@ -34,6 +34,16 @@ _KNOWN = {
     "block_mass": Swatch("A", "#b0432f", "#f49a86"),
     "draft_attention": Swatch("Q", "#92304f", "#ee8fae"),
     "pooled_tail": Swatch("O", "#7a4a12", "#deb078"),
+    "antidiagonal": Swatch("X", "#8c2f1b", "#f3a07f"),
+    "bounds_topk": Swatch("Y", "#1b5f8c", "#7dbdf0"),
+    "chunk_topk": Swatch("H", "#3f6b2a", "#a3d684"),
+    "flex_prefill": Swatch("J", "#7d2f6f", "#e59bd8"),
+    "power_lags": Swatch("2", "#2f5d62", "#86c9cf"),
+    "segment_topk": Swatch("G", "#5b3b8f", "#c3a3f7"),
+    "skip_softmax": Swatch("K", "#545b16", "#cdd563"),
+    "strided_shards": Swatch("Z", "#8a2346", "#f58fb3"),
+    "token_rows": Swatch("I", "#39506b", "#a5bcd9"),
+    "tree_topk": Swatch("E", "#1e6b4f", "#6fd3ad"),
     "zero": Swatch("0", "#dfe4ea", "#2f3843", "#4a5461", "#aeb8c3"),
 }
 _OTHERS = (
