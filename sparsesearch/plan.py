@@ -177,10 +177,6 @@ class Plan(_Frozen):
                 f"{module}:{head} reuses head {source_head} of {path}, which has {self.base_model.num_heads[layer]}"
             )
         left = self.rule(path, source_head)
-        if left.token_order != self.rule(module, head).token_order:
-            raise ValueError(
-                f"{module}:{head} must reuse tiles of its own token order, but {path}:{source_head} runs {left.label}"
-            )
         if not left.dynamic or left.reuses:
             raise ValueError(
                 f"{module}:{head} reuses {path}:{source_head}, which leaves no selection: its rule is {left.label}"
