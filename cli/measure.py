@@ -191,14 +191,17 @@ def calibrate(
     device: Annotated[str, typer.Option(help="Device to measure: cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; <device>.json by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths and repeats, for a first look.")] = False,
+    runs: Annotated[
+        Path | None, typer.Option(help="Also write a GPU's micro-runs, from which the fit can be repeated.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Measure what attention costs here, for latency budgets."""
+    """Measure what attention costs here, and on a GPU what whole layers cost."""
     from sparsesearch.cost.calibrate import calibrate as run
 
     path = out or Path(f"{device}.json")
     with progress_bar() as progress:
-        found = run(device, out=path, quick=quick, progress=progress)
+        found = run(device, out=path, quick=quick, runs_out=runs, progress=progress)
     content = found.summary()
     emit_json(content) if json else pairs(f"cost model in {path}", content)
 

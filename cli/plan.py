@@ -10,7 +10,7 @@ from .errors import guarded, usage
 from .render import emit_json, entries, lines, progress_bar, table
 
 if TYPE_CHECKING:
-    from sparsesearch.plan import Plan
+    from sparsesearch.plan import BudgetRecord, Plan
     from sparsesearch.planning import Question
 
 
@@ -19,11 +19,33 @@ def search(
     budget: Annotated[
         list[str],
         typer.Option(
-            help="density=0.25, kv_fraction=0.4 or latency=0.5x; several must all hold.", metavar="METRIC=SHARE"
+            help="density=0.25, kv_fraction=0.4, latency=0.5x, ttft=120ms, tpot=0.8x, memory=24GB; several must all hold.",
+            metavar="METRIC=BOUND",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
     space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="What will be served: prompt=32768,generate=512,batch=8,weight=1; repeatable."),
+    ] = None,
+    decode: Annotated[
+        Literal["same", "separate"], typer.Option(help="Decode under the prefill's rules, or under rules of its own.")
+    ] = "same",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the cache that is served; the profiled model's by default."),
+    ] = None,
+    max_groups_per_layer: Annotated[
+        int | None,
+        typer.Option(help="Most different rules in a layer, for backends that launch each by itself.", min=1),
+    ] = None,
+    model_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of the model, such as llama3-8b, for seconds and bytes of the whole; from its config by default."
+        ),
+    ] = None,
     unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
     objective: Annotated[
         Literal[
@@ -47,7 +69,8 @@ def search(
     refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
     model: o.OptionalModel = None,
     pareto: Annotated[
-        Path | None, typer.Option(help="Also write the front over the first budget's metric as CSV.")
+        Path | None,
+        typer.Option(help="Also write the front over quality, the first budget's metric and memory as CSV."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
     seed: o.Seed = 0,
@@ -57,16 +80,22 @@ def search(
     from sparsesearch.cost import load_cost_model
     from sparsesearch.errors import ArtifactError
     from sparsesearch.planning import Question, find_choice, write_plan
+    from sparsesearch.pricing import shape_of
     from sparsesearch.profiling.record import Profile
+    from sparsesearch.scoring import DTYPE_BYTES
     from sparsesearch.search.budget import parse_budgets
     from sparsesearch.search_space import SearchSpace
+    from sparsesearch.workload import parse_workloads
 
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
     with usage("--budget"):
         budgets = parse_budgets(budget)
+    with usage("--workload"):
+        workloads = parse_workloads(workload) if workload else ()
     opened = Profile.load(profile)
     menu = None if space is None else SearchSpace.load(space)
+    whole = model_shape or workloads or any(each.absolute or each.metric == "memory" for each in budgets)
     question = Question(
         budgets=budgets,
         space=menu,
@@ -74,6 +103,11 @@ def search(
         objective=objective,
         answer_weight=answer_weight,
         cost_model=None if device is None else load_cost_model(device),
+        workloads=workloads,
+        decode=decode,
+        max_groups_per_layer=max_groups_per_layer,
+        dtype_bytes=None if dtype is None else DTYPE_BYTES[dtype],
+        shape=shape_of(opened.manifest.base_model, model_shape) if whole else None,
     )
     if refine:
         plan = _refined(opened, question, model, refine, seed)
@@ -105,11 +139,11 @@ def _write_front(profile: object, question: "Question", path: Path) -> None:
     import pandas as pd
 
     from sparsesearch.artifacts import write_bytes
-    from sparsesearch.planning import front_rows
+    from sparsesearch.planning import surface_rows
     from sparsesearch.profiling.record import Profile
 
     assert isinstance(profile, Profile)
-    write_bytes(path, pd.DataFrame(front_rows(profile, question)).to_csv(index=False).encode())
+    write_bytes(path, pd.DataFrame(surface_rows(profile, question)).to_csv(index=False).encode())
 
 
 def _show_search(plan: "Plan", out: Path, json: bool) -> None:
@@ -129,13 +163,19 @@ def _show_search(plan: "Plan", out: Path, json: bool) -> None:
         emit_json(content)
         return
     rows = [
-        [record.metric, int(length), record.bound, used]
+        [record.metric, length, *(_amount(record, value) for value in (record.bound, used))]
         for record in plan.budgets
         for length, used in record.predicted.items()
     ]
-    table("budgets (shares of dense)", ["metric", "length", "bound", "plan"], rows)
+    table("budgets", ["metric", "length", "bound", "plan"], rows)
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
     lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
+
+
+def _amount(record: "BudgetRecord", value: float) -> str:
+    from sparsesearch.search.budget import Budget
+
+    return Budget(record.metric, record.bound, absolute=record.absolute).amount(float(f"{value:.4g}"))
 
 
 def diff(

@@ -1,98 +1,38 @@
-"""From a profile and a budget to a plan: price the candidates, search, write down what was proved."""
+"""From a profile and a budget to a plan: search, and write down what was proved."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy import ndarray
 
-from sparsesearch.block_mask import BlockGrid
-from sparsesearch.cost.base import CostModel, UnitWork, WorkKind
-from sparsesearch.errors import SpecError
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.proxies import length_terms, objective_loss, profile_units
+from sparsesearch.pricing import Pricer
 from sparsesearch.profiling.record import Profile
-from sparsesearch.rules import Rule
 from sparsesearch.scores import ScoreTable
+from sparsesearch.scoring import DEFAULT_ANSWER_WEIGHT, Question, priced_lengths, score_table
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.build import plan_from_choice
 from sparsesearch.search.pareto import feasible_bounds, pareto
 from sparsesearch.search.solve import Solution, solve
-from sparsesearch.search_space import SearchSpace
-from sparsesearch.shapes import Granularity, Unit
 
-DEFAULT_ANSWER_WEIGHT = 1.0
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a profile.
-
-    Attributes:
-        budgets: all must hold at every profiled length.
-        space: a subset of the profile's candidates; None takes all.
-        granularity: what a unit is.
-        objective: a name of `proxies.OBJECTIVES`.
-        answer_weight: weight of the answer proxy in `combined`.
-        cost_model: prices `latency`; needed only by such budgets.
-        sample_weights: of the calibration sequences, in the profile's order; None weighs them equally.
-    """
-
-    budgets: tuple[Budget, ...]
-    space: SearchSpace | None = None
-    granularity: Granularity = "query_head"
-    objective: str = "combined"
-    answer_weight: float = DEFAULT_ANSWER_WEIGHT
-    cost_model: CostModel | None = None
-    sample_weights: tuple[float, ...] | None = None
-
-
-def score_table(profile: Profile, question: Question) -> ScoreTable:
-    """Losses and costs of the question's candidates in every unit.
-
-    Raises:
-        SpecError: the space has rules that were not profiled; a latency budget has no cost model; kv_fraction is asked per query head.
-    """
-    rules = profile.manifest.candidates
-    columns = list(range(len(rules))) if question.space is None else profile.indices(question.space.candidates)
-    metrics = {"density", *(budget.metric for budget in question.budgets)}
-    if "kv_fraction" in metrics and question.granularity != "kv_group":
-        raise SpecError(
-            "kv_fraction must be decided per KV group, because heads that share a KV head share its cache. Pass --unit kv_group."
-        )
-    if "latency" in metrics and question.cost_model is None:
-        raise SpecError("a latency budget must have a cost model. Pass --device cpu or --device roofline:h100.")
-    loss = objective_loss(
-        profile,
-        question.objective,
-        question.granularity,
-        answer_weight=question.answer_weight,
-        sample_weights=question.sample_weights,
-    )[:, columns]
-    units = profile_units(profile, question.granularity)
-    tiles = [length_terms(profile, length, question.granularity).tiles for length in profile.manifest.lengths]
-    costs = {"density": np.stack(tiles, -1)[:, columns]}
-    if "kv_fraction" in metrics:
-        costs["kv_fraction"] = _kv_tokens(profile, units)[:, columns]
-    if question.cost_model is not None:
-        costs["latency"] = _latency_s(profile, units, costs["density"], columns, question.cost_model)
-    return ScoreTable(
-        units=units,
-        candidates=tuple(rules[column].label for column in columns),
-        lengths=profile.manifest.lengths,
-        loss=np.where(np.isfinite(loss), loss, 0.0),
-        costs=costs,
-        dense_index=columns.index(0),
-        valid=np.isfinite(loss),
-    )
+__all__ = [
+    "DEFAULT_ANSWER_WEIGHT",
+    "Question",
+    "find_choice",
+    "front_rows",
+    "score_table",
+    "surface_rows",
+    "write_plan",
+]
 
 
 def find_choice(profile: Profile, question: Question) -> tuple[ScoreTable, Solution]:
     """Solve the question exactly on its additive table."""
     table = score_table(profile, question)
-    return table, solve(table, question.budgets)
+    return table, solve(table, question.constraints)
 
 
 def write_plan(
@@ -126,64 +66,64 @@ def write_plan(
             "profile_dtype": manifest.dtype,
             "seed": manifest.seed,
             "versions": manifest.versions,
+            **_assumptions(profile, question),
             **(provenance or {}),
         },
     )
 
 
-def _kv_tokens(profile: Profile, units: Sequence[Unit]) -> Float[ndarray, "U C P"]:
-    """Keys a KV group must cache, the same for every unit of equal head size."""
-    manifest = profile.manifest
-    grids = [BlockGrid(length, length, manifest.block_tokens) for length in manifest.lengths]
-    kept = np.array([[float(rule.kept_tokens(grid)) for grid in grids] for rule in manifest.candidates])
-    size = dict(zip(manifest.base_model.modules, manifest.base_model.head_dim, strict=True))
-    return np.stack([kept * size[unit.module] for unit in units])
-
-
-def _latency_s(
-    profile: Profile,
-    units: Sequence[Unit],
-    tiles: Float[ndarray, "U C P"],
-    columns: Sequence[int],
-    cost_model: CostModel,
-) -> Float[ndarray, "U C P"]:
-    """Seconds per unit, candidate and length."""
-    manifest = profile.manifest
-    size = dict(zip(manifest.base_model.modules, manifest.base_model.head_dim, strict=True))
-    works = [
-        _work(manifest.candidates[column], float(tiles[row, place, index]), grid, size[unit.module], len(unit.heads))
-        for row, unit in enumerate(units)
-        for place, column in enumerate(columns)
-        for index, grid in enumerate(BlockGrid(length, length, manifest.block_tokens) for length in manifest.lengths)
-    ]
-    return np.asarray(cost_model.latency_s(works)).reshape(tiles.shape)
-
-
-def _work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_heads: int) -> UnitWork:
-    """What a unit under a rule computes, in the words of the cost models."""
-    kind: WorkKind = "dense" if rule.kind == "dense" else "tiles"
-    match rule.rest:
-        case "zero":
-            kind = "zero"
-        case "mean_value":
-            kind = "mean_value"
-    return UnitWork(
-        kind=kind,
-        q_len=grid.q_len,
-        kv_len=grid.kv_len,
-        head_dim=head_dim,
-        query_heads=query_heads,
-        tiles=tiles,
-        query_blocks=grid.num_q_blocks,
-        block_tokens=grid.block_tokens,
-        estimator=rule.kind if rule.dynamic else None,
-    )
+def _assumptions(profile: Profile, question: Question) -> dict[str, Any]:
+    """What was asked for, and what the prices rest on, beyond a budget at the profiled lengths."""
+    found: dict[str, Any] = {}
+    if question.workloads:
+        found["workloads"] = [str(workload) for workload in question.workloads]
+    if question.decode == "separate":
+        found["decode"] = "separate rules; a pair loses the sum of what its rules lose in their phases"
+    if question.max_groups_per_layer is not None:
+        found["max_groups_per_layer"] = question.max_groups_per_layer
+    if question.cost_model is not None:
+        scope = "attention only" if question.layer_costs is None else "whole model"
+        found["seconds"] = f"{scope}; decoding halfway through the generated tokens"
+    if any(budget.metric == "memory" for budget in question.budgets):
+        found["memory"] = "keys, values and weights" if question.shape else "keys and values; weights unknown"
+    pricer = Pricer(profile, question.granularity)
+    if law := [length for length in priced_lengths(profile, question) if pricer.is_extrapolated(length)]:
+        found["extrapolated"] = (
+            f"tiles of dynamic rules at {', '.join(map(str, law))} tokens follow their profiled density"
+        )
+    return found
 
 
 def front_rows(profile: Profile, question: Question, *, num_points: int = 24) -> list[dict[str, Any]]:
     """The front over the first budget's metric, from the smallest feasible share to dense, as rows for a CSV file."""
     table = score_table(profile, question)
+    swept, *others = question.constraints
+    return _sweep(table, swept, others, num_points)
+
+
+def surface_rows(
+    profile: Profile, question: Question, *, num_points: int = 24, num_levels: int = 5
+) -> list[dict[str, Any]]:
+    """The front over quality, the first budget's metric and memory: plans that no other one beats in all three.
+
+    Memory is a second axis where caches are decided per KV group, and the first budget is not about it. Each of `num_levels` bounds on
+    it gets a sweep of its own; shares and amounts of every metric stand beside the loss.
+    """
     swept, *others = question.budgets
+    grouped = question.granularity == "kv_group" or question.decode == "separate"
+    if not grouped or swept.metric in ("memory", "kv_fraction"):
+        return front_rows(profile, question, num_points=num_points)
+    asked = replace(question, budgets=(*question.budgets, Budget("memory", 1.0)))
+    table = score_table(profile, asked)
+    others = [budget for budget in asked.constraints[1:] if budget.metric != "memory" or budget.bound < 1.0]
+    rows: list[dict[str, Any]] = []
+    for level in feasible_bounds(table, "memory", num_levels, others=others):
+        held = Budget("memory", level)
+        rows += [{"memory_bound": level, **row} for row in _sweep(table, swept, [*others, held], num_points)]
+    return _undominated(rows, swept.metric)
+
+
+def _sweep(table: ScoreTable, swept: Budget, others: Sequence[Budget], num_points: int) -> list[dict[str, Any]]:
     bounds = feasible_bounds(table, swept.metric, num_points, others=others, lengths=swept.lengths)
     front = pareto(table, swept.metric, bounds, others=others, lengths=swept.lengths)
     return [
@@ -191,7 +131,38 @@ def front_rows(profile: Profile, question: Question, *, num_points: int = 24) ->
             "bound": bound,
             "loss": found.loss,
             "lower_bound": found.lower_bound,
-            **{f"{name}@{length}": share for name, shares in found.used.items() for length, share in shares.items()},
+            **{
+                f"{name}@{length or 'workload'}": share
+                for name, shares in found.used.items()
+                for length, share in shares.items()
+            },
+            **_amounts(table, found),
         }
         for bound, found in zip(bounds, front, strict=True)
     ]
+
+
+def _amounts(table: ScoreTable, found: Solution) -> dict[str, float]:
+    """Seconds and bytes of a plan, by metric and length."""
+    units = {"latency": "s", "ttft": "s", "tpot": "s", "memory": "bytes"}
+    return {
+        f"{metric}_{unit}@{length or 'workload'}": amount
+        for metric, unit in units.items()
+        if metric in table.costs
+        for length, amount in table.used(metric, found.choice, absolute=True).items()
+    }
+
+
+def _undominated(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Rows that no other one equals or beats in loss, in the swept metric and in memory; of equal ones the first."""
+
+    def largest(row: dict[str, Any], name: str) -> float:
+        return max(float(value) for key, value in row.items() if key.startswith(f"{name}@"))
+
+    points = np.array([[row["loss"], largest(row, metric), largest(row, "memory")] for row in rows])
+    kept = []
+    for index, point in enumerate(points):
+        beaten = (points <= point).all(1) & ((points < point).any(1) | (np.arange(len(points)) < index))
+        if not beaten.any():
+            kept.append(rows[index])
+    return kept

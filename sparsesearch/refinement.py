@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsesearch.calibration import Sample
+from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.plan import Plan
 from sparsesearch.planning import Question, find_choice, write_plan
@@ -96,7 +97,7 @@ class Refinement:
             self.question.granularity,
         ).change[:, columns]
         for price, frozen in self._trust_regions(around, now):
-            proposal = solve(self.table, self.question.budgets, loss=priced(around, now, price, frozen))
+            proposal = solve(self.table, self.question.constraints, loss=priced(around, now, price, frozen))
             local = replace(
                 self.question, objective=f"loss expanded around a replayed plan, price {price:g} per change"
             )
@@ -112,7 +113,7 @@ class Refinement:
         for price in PRICES:
             yield price, frozen
         while not self.spent:
-            swap = solve(self.table, self.question.budgets, loss=priced(around, now, PRICES[-1], frozen)).choice
+            swap = solve(self.table, self.question.constraints, loss=priced(around, now, PRICES[-1], frozen)).choice
             if (swap == now).all():
                 return
             yield PRICES[-1], frozen.copy()
@@ -162,7 +163,10 @@ def refine(
 
     Raises:
         BudgetInfeasibleError: no plan fits.
+        SpecError: decoding is searched separately, which a replay of whole sequences cannot judge.
     """
+    if evaluations and question.decode == "separate":
+        raise SpecError("refinement replays whole sequences under one rule per head. Search with --decode same.")
     table, solution = find_choice(profile, question)
     if evaluations == 0:
         return write_plan(profile, question, table, solution.choice, solution), []

@@ -4,13 +4,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from sparsesearch.errors import SpecError
 
 WHOLE = 0
 """The point of a metric that has no sequence length: a workload's total, or parameters."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMenus:
+    """At most `max_groups` different launch groups among the units of a layer, where a backend launches each group by itself.
+
+    Attributes:
+        layer: of each unit; -1 where a unit is not limited.
+        group: launch group of each candidate; -1 launches nothing and does not count.
+        max_groups: at least 1.
+    """
+
+    layer: Int[ndarray, " U"]
+    group: Int[ndarray, " C"]
+    max_groups: int
+
+    def __post_init__(self) -> None:
+        if self.max_groups < 1:
+            raise SpecError(f"a layer must be allowed at least 1 launch group, but got {self.max_groups}.")
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,7 @@ class ScoreTable:
         points: metric -> the length of each entry of its last axis, where it is not `lengths`. A length may stand there more than once
             (two batch sizes); a budget on it then holds for each.
         fixed: metric -> cost per point that no choice changes; 0 where not named.
+        menus: what couples the units of a layer; None where nothing does.
     """
 
     units: tuple[Any, ...]
@@ -52,12 +72,17 @@ class ScoreTable:
     valid: Bool[ndarray, "U C"] = field(repr=False)
     points: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fixed: dict[str, Float[ndarray, " P"]] = field(default_factory=dict)
+    menus: LayerMenus | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.units), len(self.candidates))
         if self.loss.shape != shape or self.valid.shape != shape:
             raise SpecError(
                 f"loss and valid must have shape {shape}, but have {self.loss.shape} and {self.valid.shape}."
+            )
+        if self.menus is not None and (self.menus.layer.shape, self.menus.group.shape) != ((shape[0],), (shape[1],)):
+            raise SpecError(
+                f"menus must have a layer for each of {shape[0]} units and a group for each of {shape[1]} candidates."
             )
         for metric, cost in self.costs.items():
             expected = (*shape, len(self.points_of(metric)))

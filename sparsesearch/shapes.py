@@ -43,6 +43,13 @@ class Unit:
         return f"{self.module}:{self.heads[0]}-{self.heads[-1]}"
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """Address of the decision how a KV group decodes, where that is not the decision about its prefill."""
+
+    unit: Unit
+
+
 def units_of(geometry: ModelGeometry, granularity: Granularity) -> tuple[Unit, ...]:
     """All units of a model, in module order, then head order."""
     units = []

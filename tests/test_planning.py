@@ -127,7 +127,6 @@ def test_a_space_is_a_subset_of_the_profile(profile: Profile) -> None:
     [
         ("kv_fraction=0.5", {}, "--unit kv_group"),
         ("latency=0.5", {}, "must have a cost model"),
-        ("density=0.5@64", {}, "64"),
         ("density=0.5", {"objective": "los"}, "objective"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from sparsesearch.check import baseline_variant
+from sparsesearch.cost.device.table import DeviceTable
 from sparsesearch.cost.table import CostTable
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate import Metrics
@@ -53,6 +54,8 @@ def _opened(path: Path, artifact: str) -> None:
             Metrics.load(path)
         case "cost_model":
             CostTable.load(path)
+        case "device_cost_model":
+            DeviceTable.load(path)
         case "profile":
             Profile.load(path.parent)
         case "profile-state":

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsesearch.bench.predicted import shipped_costs
 from sparsesearch.bench.timing import ceilings, median_s, provenance
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SparseSearchError
@@ -128,6 +129,7 @@ class _Case:
         self.budget_s = budget_s
         self.shape: dict[str, Any] = {"head_dim": head_dim, "length": length, "causal": causal}
         self.dense_s = float("inf")
+        self.costs = shipped_costs()
 
     def dense(self, record: Callable[[dict[str, Any]], None]) -> None:
         """cuDNN, forced, and FlashAttention-2; the first is what R divides by."""
@@ -166,7 +168,7 @@ class _Case:
                     lambda: run_schedule(self.q, self.k, self.v, schedule, scale=scale, kernel=backend),  # noqa: B023
                     budget_s=self.budget_s,
                 )
-                record(row | self._costs(schedule, seconds))
+                record(row | self._costs(schedule, seconds) | self._predicted(schedule, backend))
             except (
                 RuntimeError,
                 SparseSearchError,
@@ -189,6 +191,13 @@ class _Case:
             "makespan": schedule.makespan,
             "blocks": schedule.num_blocks,
         }
+
+    def _predicted(self, schedule: TileSchedule, backend: Backend) -> dict[str, Any]:
+        """What the shipped cost model says, if it is of this device and kernel."""
+        if self.costs is None or self.costs.kernel != backend:
+            return {}
+        heads = {"num_kv_heads": self.k.shape[1], "head_dim": self.k.shape[3]}
+        return {"predicted_s": self.costs.attention_s(schedule, **heads)}
 
     def _flex(self, rules: tuple[Rule, ...], density: float) -> dict[str, Any]:
         from torch.nn.attention.flex_attention import flex_attention

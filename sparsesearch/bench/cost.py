@@ -2,7 +2,7 @@
 
     python -m sparsesearch.bench.cost --json out.json [--cost-model h200]
 
-Without --cost-model the device is calibrated first and the model is written beside the record.
+Without --cost-model the device is calibrated first; the model and its micro-runs are written beside the record.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def main() -> None:
     parser.add_argument("--model-shape", default="llama3-8b", help="model to run end to end; 'none' leaves it out")
     given = parser.parse_args()
     if given.cost_model is None:
-        beside = given.json.with_suffix(".model.json")
-        model: Any = calibrate("cuda", out=beside, progress=lambda *state: None)
+        beside, runs_beside = (given.json.with_suffix(suffix) for suffix in (".model.json", ".runs.json"))
+        model: Any = calibrate("cuda", out=beside, runs_out=runs_beside)
     else:
         model = load_cost_model(given.cost_model)
     if not isinstance(model, DeviceCostModel):

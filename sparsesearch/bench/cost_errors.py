@@ -19,7 +19,7 @@ from sparsesearch.bench.cost_runs import model_plans
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.device.runs import Row
-from sparsesearch.cost.predict import rest_of_model_s
+from sparsesearch.cost.predict import decode_rest_s, prefill_rest_s
 from sparsesearch.cost.roofline import DATASHEETS, Roofline, roofline
 from sparsesearch.model_shapes import model_shape
 
@@ -131,11 +131,11 @@ def _prefill_s(row: Row, model: DeviceCostModel) -> float:
     shape = model_shape(row["model"])
     layers = [_attention_s(plan, model) for plan in model_plans(shape, row["length"], row["seed"])]
     attention_s = sum(layers[layer % len(layers)] for layer in range(shape.num_layers))
-    return attention_s + rest_of_model_s(shape, model, rows=row["length"], last_rows=1)
+    return attention_s + prefill_rest_s(shape, model, rows=row["length"], batch=1)
 
 
 def _decode_s(row: Row, model: DeviceCostModel) -> float:
     shape = model_shape(row["model"])
     head = DecodeWork(row["kv_tokens"], shape.head_dim, shape.num_heads // shape.num_kv_heads, row["batch"])
     attention_s = shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
-    return attention_s + rest_of_model_s(shape, model, rows=row["batch"], last_rows=row["batch"])
+    return attention_s + decode_rest_s(shape, model, batch=row["batch"])

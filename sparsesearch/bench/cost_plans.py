@@ -151,9 +151,10 @@ def held_out_plans(
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072),
     head_dims: tuple[int, ...] = (128, 64),
     per_shape: int = 5,
+    first_seed: int = 10,
 ) -> Iterator[HeldOutPlan]:
     """`per_shape` plans for every length and head size."""
     for head_dim in head_dims:
         for length in lengths:
-            for seed in range(per_shape):
+            for seed in range(first_seed, first_seed + per_shape):
                 yield HeldOutPlan(length, head_dim, seed)

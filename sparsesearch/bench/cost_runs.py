@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sparsesearch.bench.cost_plans import HeldOutPlan
+from sparsesearch.cost.device.llama import RandomLlama
 from sparsesearch.cost.device.runs import Bench, Row, time_schedule
 from sparsesearch.model_shapes import ModelShape
 
@@ -32,8 +33,6 @@ def model_runs(
         prefills: (prompt tokens, seed); four held-out layers from that seed on take turns over the model's layers; `DENSE_SEED` is dense.
         decodes: (batch, cached keys per sequence).
     """
-    from sparsesearch.bench.llama_runs import RandomLlama
-
     model = RandomLlama(shape, bench)
     for batch, kv_tokens in decodes:
         timed = model.decode(batch, kv_tokens)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsesearch.bench.predicted import shipped_costs
 from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.cost.base import DecodeWork
 from sparsesearch.kernels.decode import ragged_decode
 
 CACHE_COPIES = 3
@@ -87,11 +89,17 @@ def _one_shape(
             F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
 
     case = {"batch": batch, "length": length}
+    costs = shipped_costs()
     for share in kept:
         for kind in ("uniform", "ragged"):
             lens = _lengths(kind, share, batch, num_kv_heads, length)
             seconds = median_s(partial(ragged, lens), budget_s=budget_s) / CACHE_COPIES
             row = {"kernel": "ragged_decode", "lengths": kind, "kept": share, "bytes": int(lens.sum()) * head_dim * 4}
+            if costs is not None:
+                heads = [
+                    DecodeWork(float(kept_keys), head_dim, num_heads // num_kv_heads) for kept_keys in lens.tolist()
+                ]
+                row["predicted_s"] = costs.decode_attention_s(heads)
             record(case | row | {"seconds": seconds})
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         seconds = median_s(dense, budget_s=budget_s) / CACHE_COPIES

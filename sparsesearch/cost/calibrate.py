@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sparsesearch.artifacts import canonical_json, write_bytes
 from sparsesearch.cost.cpu_cases import FULL, QUICK, all_cases, measure
 from sparsesearch.cost.cpu_fit import fitted
 from sparsesearch.cost.table import TableCostModel
@@ -29,6 +30,7 @@ def calibrate(
     quick: bool = False,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    runs_out: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> "TableCostModel | DeviceCostModel":
     """Measure what attention costs here, and on an accelerator what a whole layer costs; in under 90 s.
@@ -39,6 +41,7 @@ def calibrate(
         quick: a few shapes and seconds, for tests; extrapolates further.
         dtype: of queries, keys and values; by default fp32 on a CPU and bf16 elsewhere.
         seed: of the inputs and masks.
+        runs_out: where to write an accelerator's micro-runs, from which the fit can be repeated; None writes nothing.
         progress: called with the stage, the amount done and the amount planned.
 
     Raises:
@@ -48,7 +51,7 @@ def calibrate(
         case "cpu":
             return _calibrate_cpu(out, quick, dtype or torch.float32, seed, progress)
         case "cuda" if torch.cuda.is_available():
-            return calibrate_cuda(out, quick, dtype or torch.bfloat16, seed, progress)
+            return calibrate_cuda(out, quick, dtype or torch.bfloat16, seed, runs_out, progress)
     raise SpecError(
         f"calibrate must be given a device of this machine, cpu or cuda, but got {device!r}"
         f"{'' if torch.cuda.is_available() else ' and torch finds no GPU here'}. For a GPU that nobody has measured use "
@@ -68,7 +71,7 @@ def _calibrate_cpu(out: Path | None, quick: bool, dtype: torch.dtype, seed: int,
 
 
 def calibrate_cuda(
-    out: Path | None, quick: bool, dtype: torch.dtype, seed: int, progress: Progress
+    out: Path | None, quick: bool, dtype: torch.dtype, seed: int, runs_out: Path | None, progress: Progress
 ) -> "DeviceCostModel":
     """Run the micro-runs on the current CUDA device and fit them."""
     import triton
@@ -81,10 +84,15 @@ def calibrate_cuda(
     kernel: Backend = "gluon" if properties.major == 9 else "triton"
     plan = runs.QUICK if quick else runs.FULL
     bench = runs.Bench("cuda", kernel, dtype, time_share=plan.time_share, seed=seed)
-    start, rows, total = perf_counter(), [], plan.count
-    for row in runs.all_runs(bench, plan):
-        rows.append(row)
-        progress("calibrate", min(len(rows), total), total)
+    start, total = perf_counter(), plan.count
+    rows: list[runs.Row] = []
+    try:
+        for row in runs.all_runs(bench, plan):
+            rows.append(row)
+            progress("calibrate", min(len(rows), total), total)
+    finally:  # what was measured is kept even if a later run fails
+        if runs_out is not None:
+            write_bytes(runs_out, canonical_json({"runs": rows}).encode())
     provenance = {
         "seed": seed,
         "quick": quick,

@@ -31,6 +31,10 @@ MOST_SCHEDULED_TOKENS = (
 )  # beyond this, the sequences of a batch are priced one after another: each fills the device
 
 
+LayerRules = tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[Rule, ...]]
+"""Of one layer's heads: their rules, the rules whose tiles they compute in prefill, and the rules they decode by."""
+
+
 @runtime_checkable
 class LayerCosts(Protocol):
     """A cost model that knows whole layers: a calibrated accelerator, or a datasheet's roofline."""
@@ -66,6 +70,12 @@ class LayerCosts(Protocol):
 
     def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
         """A dynamic rule's choice."""
+
+    def prefill_relief(self, rows: int) -> float:
+        """Share of the pointwise time that whole layers of so many rows do not take."""
+
+    def decode_glue_s(self, batch: int) -> float:
+        """What a decoding layer takes beyond its parts."""
 
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention; one work per KV head."""
@@ -144,17 +154,24 @@ def predict(
         PlanMismatchError: plan and shape have different heads.
         SpecError: the device's model lacks something the plan needs.
     """
-    rules = _rules_of(plan, shape)
+    rules, decode_rules = _rules_of(plan, shape), _rules_of(plan, shape, decode=True)
+    tile_rules = [
+        tuple(_source(rules, layer, head) for head in range(shape.num_heads)) for layer in range(shape.num_layers)
+    ]
     block_tokens = DENSE_BLOCK_TOKENS if plan is None else plan.block_tokens
+    known: dict[LayerRules, LayerPrediction] = {}  # many layers are alike
+    for heads in zip(rules, tile_rules, decode_rules, strict=True):
+        if heads not in known:
+            known[heads] = _layer(heads, block_tokens, shape, workload, costs, dtype_bytes)
+    of_layer = zip(rules, tile_rules, decode_rules, strict=True)
     layers = tuple(
-        _layer(module, own, block_tokens, shape, workload, costs, dtype_bytes)
-        for module, own in zip(shape.geometry.modules, rules, strict=True)
+        replace(known[heads], module=module) for module, heads in zip(shape.geometry.modules, of_layer, strict=True)
     )
     tokens = workload.batch * workload.prompt_tokens
     attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
     decode_s = sum(layer.decode_attention_s for layer in layers)
-    other_s = rest_of_model_s(shape, costs, rows=tokens, last_rows=workload.batch)
-    step_s = rest_of_model_s(shape, costs, rows=workload.batch, last_rows=workload.batch)
+    other_s = prefill_rest_s(shape, costs, rows=tokens, batch=workload.batch)
+    step_s = decode_rest_s(shape, costs, batch=workload.batch)
     kv_bytes = sum(layer.kv_bytes for layer in layers)
     weight_bytes = float(shape.num_parameters * dtype_bytes)
     return Prediction(
@@ -172,8 +189,19 @@ def predict(
     )
 
 
-def rest_of_model_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_rows: int) -> float:
-    """All but attention: layers over `rows` tokens, the output layer over `last_rows`."""
+def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: int) -> float:
+    """All of a prefill over `rows` tokens but its attention."""
+    linear_s, pointwise_s = parts_s(shape, costs, rows=rows, last_rows=batch)
+    return linear_s + pointwise_s * (1 - costs.prefill_relief(rows))
+
+
+def decode_rest_s(shape: ModelShape, costs: LayerCosts, *, batch: int) -> float:
+    """All of a decoding step but its attention."""
+    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + shape.num_layers * costs.decode_glue_s(batch)
+
+
+def parts_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_rows: int) -> tuple[float, float]:
+    """Seconds of the linear and of the pointwise parts: layers over `rows` tokens, the output layer over `last_rows`."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden, ffn = shape.hidden_size, shape.intermediate_size
     linear = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn))
@@ -186,10 +214,12 @@ def rest_of_model_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_row
     ]
     if shape.qk_norm:
         pointwise.append(("norm", [q, kv]))
-    layer_s = sum(costs.linear_s(rows, outputs, inputs) for outputs, inputs in linear)
-    layer_s += sum(costs.pointwise_s(name, rows * width) for name, widths in pointwise for width in widths)
-    ends_s = costs.pointwise_s("norm", rows * hidden) + costs.linear_s(last_rows, shape.vocab_size, hidden)
-    return shape.num_layers * layer_s + ends_s
+    linear_s = shape.num_layers * sum(costs.linear_s(rows, outputs, inputs) for outputs, inputs in linear)
+    pointwise_s = sum(costs.pointwise_s(name, rows * width) for name, widths in pointwise for width in widths)
+    return (
+        linear_s + costs.linear_s(last_rows, shape.vocab_size, hidden),
+        shape.num_layers * pointwise_s + costs.pointwise_s("norm", rows * hidden),
+    )
 
 
 def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:
@@ -204,15 +234,15 @@ def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:
 
 
 def _layer(
-    module: str,
-    rules: tuple[Rule, ...],
+    heads: LayerRules,
     block_tokens: int,
     shape: ModelShape,
     workload: Workload,
     costs: LayerCosts,
     dtype_bytes: int,
 ) -> LayerPrediction:
-    schedule, repeats = layer_schedule(rules, block_tokens, shape, workload, costs)
+    rules, tile_rules, decode_rules = heads
+    schedule, repeats = layer_schedule(tile_rules, block_tokens, shape, workload, costs)
     attention_s = repeats * costs.attention_s(schedule, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
     mean_heads = sum(rule.rest == "mean_value" for rule in rules)
     if mean_heads:
@@ -220,13 +250,13 @@ def _layer(
         attention_s += costs.pointwise_s("transpose", elements)
     index_s = sum(
         workload.batch * costs.estimator_s(kind, workload.prompt_tokens, sum(rule.kind == kind for rule in rules))
-        for kind in sorted({rule.kind for rule in rules if rule.dynamic})
+        for kind in sorted({rule.kind for rule in rules if rule.dynamic and not rule.reuses})
     )
     halfway = workload.prompt_tokens + -(-workload.generate_tokens // 2)
-    step = decode_works(rules, block_tokens, shape, workload, halfway, dtype_bytes)
-    kept = decode_works(rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
+    step = decode_works(decode_rules, block_tokens, shape, workload, halfway, dtype_bytes)
+    kept = decode_works(decode_rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
     return LayerPrediction(
-        module=module,
+        module="",
         density=schedule.density,
         attention_s=attention_s,
         index_s=index_s,
@@ -306,7 +336,14 @@ def choice_of(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
     return rule.select(grid, q * PROBE_HEAD_DIM**-0.5, k)[0]
 
 
-def _rules_of(plan: Plan | None, shape: ModelShape) -> list[tuple[Rule, ...]]:
+def _source(rules: Sequence[tuple[Rule, ...]], layer: int, head: int) -> Rule:
+    """The rule whose tiles a head computes: its own, or where it reuses another's, that one's."""
+    rule = rules[layer][head]
+    found = rule.source_head(head)
+    return rule if found is None else _source(rules, *found)
+
+
+def _rules_of(plan: Plan | None, shape: ModelShape, *, decode: bool = False) -> list[tuple[Rule, ...]]:
     geometry = shape.geometry
     if plan is None:
         return [(Dense(),) * shape.num_heads] * shape.num_layers
@@ -320,4 +357,5 @@ def _rules_of(plan: Plan | None, shape: ModelShape) -> list[tuple[Rule, ...]]:
             f"the plan's model must have {shape.num_layers} layers of {shape.num_heads} heads, {shape.num_kv_heads} of them KV heads, of "
             f"{shape.head_dim}, as {shape.name} has, but is {plan.base_model.name_or_path}. Name the shape of the plan's own model."
         )
-    return [plan.module_rules(module) for module in plan.base_model.modules]
+    rule_of = plan.decode_rule if decode else plan.rule
+    return [tuple(rule_of(module, head) for head in range(shape.num_heads)) for module in plan.base_model.modules]

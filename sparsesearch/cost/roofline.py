@@ -128,6 +128,14 @@ class Roofline:
         """Queries and keys read once more, at head_dim 128."""
         return self._bound_s(0.0, 2.0 * tokens * query_heads * 128)
 
+    def prefill_relief(self, rows: int) -> float:
+        """Nothing is known."""
+        return 0.0
+
+    def decode_glue_s(self, batch: int) -> float:
+        """Nothing is known."""
+        return 0.0
+
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention."""
         return float(self.decode_latency_s(works).sum())

@@ -156,7 +156,7 @@ class TableCostModel:
     def _decode_s(self, work: DecodeWork) -> float:
         self._check_dtype(work.dtype_bytes)
         seconds = {cost.head_dim: cost.head_s + work.kv_tokens * cost.key_s for cost in self.table.decode}
-        return work.batch * work.query_heads * _between(seconds, work.head_dim)
+        return work.batch * work.query_heads * between_sizes(seconds, work.head_dim)
 
     def _check_dtype(self, dtype_bytes: int | None) -> None:
         if dtype_bytes not in (None, self.table.dtype_bytes):
@@ -194,14 +194,14 @@ class TableCostModel:
             side = work.block_tokens / cost.block_tokens
             tiles_s = work.tiles * cost.tile_s * side**2
             seconds[cost.head_dim] = work.query_heads * cost.call_s + rows * cost.row_s * side + tiles_s
-        return _between(seconds, work.head_dim)
+        return between_sizes(seconds, work.head_dim)
 
 
 def _at(curves: Sequence[Curve], head_dim: int, tokens: float, *, growth: float) -> float:
-    return _between({curve.head_dim: curve.at(tokens, growth=growth) for curve in curves}, head_dim)
+    return between_sizes({curve.head_dim: curve.at(tokens, growth=growth) for curve in curves}, head_dim)
 
 
-def _between(seconds: dict[int, float], head_dim: int) -> float:
+def between_sizes(seconds: dict[int, float], head_dim: int) -> float:
     """Interpolate over head_dim in log-log; proportional outside."""
     known = sorted(seconds)
     if head_dim <= known[0]:

@@ -25,6 +25,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.profiling.published import PUBLISHED, allowed
 from sparsesearch.profiling.record import Profile
+from sparsesearch.profiling.tile_scores import late_from
 from sparsesearch.shapes import Granularity, Unit, units_of
 
 PROXIES = ("text", "answer", "output_error", "dropped_mass", "moa")
@@ -37,6 +38,7 @@ class LengthTerms:
     """Every proxy at one length, averaged over samples, and the tiles each candidate computes."""
 
     proxies: dict[str, Float[ndarray, "U C"]]
+    """`decode_text` and `decode_answer` besides PROXIES, unless the profile is older than they are."""
     tiles: Float[ndarray, "U C"]
 
 
@@ -101,7 +103,8 @@ def _layer_terms(
         summed: Tensor = x.unflatten(-2, (groups, heads // groups)).sum(-2)
         return summed
 
-    answer = scores[layer + ("answer_group" if granularity == "kv_group" else "answer")]
+    suffix = "_group" if granularity == "kv_group" else ""
+    answer = scores[layer + "answer" + suffix]
     layer_norm = scores[layer + "output_norm"].sum(-1)[:, None, None]
     terms = {
         "text": per_unit(scores[layer + "fisher"]).square().mean((0, 1)) / (2 * length),
@@ -111,6 +114,10 @@ def _layer_terms(
         "moa": per_unit(_moa(profile, scores[layer + "influence"], length)),
         "tiles": per_unit(scores[layer + "tiles"]).mean(0),
     }
+    if layer + "late_fisher" in scores:
+        late = per_unit(scores[layer + "late_fisher"]).square().mean((0, 1)) / (2 * (length - late_from(length)))
+        generated = torch.einsum("nuc,n->uc", scores[layer + "decode_answer" + suffix], answer_weight)
+        terms |= {"decode_text": late, "decode_answer": generated}
     return {name: term.double().numpy() for name, term in terms.items()}
 
 
@@ -166,11 +173,8 @@ def objective_loss(
     Raises:
         SpecError: unknown objective, or one of a method that decides on other units or has none of the candidates.
     """
-    if objective not in OBJECTIVES:
-        raise SpecError(f"unknown objective {objective!r}.{nearest(objective, OBJECTIVES)}")
+    weights = _weights(objective, answer_weight)
     reference = reference_candidate(profile)
-    proxy = PUBLISHED[objective].proxy if objective in PUBLISHED else objective
-    weights = {"text": 1.0, "answer": answer_weight} if proxy == "combined" else {proxy: 1.0}
     loss: Float[ndarray, "U C"] = np.zeros((1, 1))
     for length in profile.manifest.lengths:
         terms = length_terms(profile, length, granularity, sample_weights=sample_weights).proxies
@@ -180,6 +184,48 @@ def objective_loss(
     if objective in PUBLISHED:
         loss = np.where(allowed(objective, profile.manifest.candidates, granularity), loss, np.inf)
     return loss
+
+
+def phase_losses(
+    profile: Profile, objective: str, granularity: Granularity, *, answer_weight: float
+) -> tuple[Float[ndarray, "U C"], Float[ndarray, "G C"]]:
+    """Losses of a rule in prefill, per unit, and in decoding, per KV group; a pair of rules is taken to lose their sum.
+
+    text: the predicted KL per token of the whole sequence, and per token of its late queries (`tile_scores.LATE_SHARE`) for decoding, so
+    that a token of either phase counts the same whatever the workload. answer: the squared log-odds that errors at the queries before the
+    answers cause, and those at the queries that hold answer tokens; these two add up to the loss of one rule in both phases exactly. What
+    is left out is the product of the phases' errors inside the square of `text`, as products between units are left out anyway.
+
+    Raises:
+        SpecError: the objective has no such split, or the profile was made before decoding was recorded.
+    """
+    weights = _weights(objective, answer_weight)
+    if not set(weights) <= {"text", "answer"}:
+        raise SpecError(
+            f"separate decode rules must be chosen by combined, text or answer, but the objective is {objective}."
+        )
+    reference = reference_candidate(profile)
+    prefill: Float[ndarray, "U C"] = np.zeros((1, 1))
+    decode: Float[ndarray, "G C"] = np.zeros((1, 1))
+    for length in profile.manifest.lengths:
+        terms = length_terms(profile, length, granularity).proxies
+        groups = length_terms(profile, length, "kv_group").proxies
+        if "decode_text" not in terms:
+            raise SpecError("separate decode rules need a profile that records decoding. Profile again.")
+        for name, weight in weights.items():
+            scale = weight / max(float(terms[name][:, reference].sum()), 1e-30)
+            before = terms["answer"] - terms["decode_answer"] if name == "answer" else terms[name]
+            prefill = prefill + scale * np.maximum(before, 0.0)
+            decode = decode + scale * groups[f"decode_{name}"]
+    prefill[:, 0], decode[:, 0] = 0.0, 0.0
+    return prefill, decode
+
+
+def _weights(objective: str, answer_weight: float) -> dict[str, float]:
+    if objective not in OBJECTIVES:
+        raise SpecError(f"unknown objective {objective!r}.{nearest(objective, OBJECTIVES)}")
+    proxy = PUBLISHED[objective].proxy if objective in PUBLISHED else objective
+    return {"text": 1.0, "answer": answer_weight} if proxy == "combined" else {proxy: 1.0}
 
 
 def profile_units(profile: Profile, granularity: Granularity) -> tuple[Unit, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -171,9 +171,14 @@ def layer_inputs(model: PreTrainedModel, sample: Sample, *, num_probes: int, see
         num_probes=num_probes,
         generator=generator,
     )
+    generated = sample.answer_mask if sample.answer_mask.any() else None
     return [
         layer_input(
-            call, [probe[layer] for probe in gradients.fisher], gradients.answer[layer], gradients.answer_ce[layer]
+            call,
+            [probe[layer] for probe in gradients.fisher],
+            gradients.answer[layer],
+            gradients.answer_ce[layer],
+            generated=generated,
         )
         for layer, call in enumerate(calls)
     ]
@@ -184,6 +189,8 @@ def layer_input(
     probes: Sequence[Float[Tensor, "S H D"]],
     answer: Float[Tensor, "S H D"],
     answer_ce: Float[Tensor, "S H D"],
+    *,
+    generated: Bool[Tensor, " S"] | None = None,
 ) -> LayerInput:
     """A recorded call and its gradients, as scoring wants them."""
     return LayerInput(
@@ -196,6 +203,7 @@ def layer_input(
         projection_gram=projection_gram(call.module, call.q.shape[0]),
         sliding_window=call.sliding_window,
         num_kv_heads=call.k.shape[0],
+        generated=None if generated is None else generated.to(call.q.device),
     )
 
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.rules import Rule
 
+LATE_SHARE = 0.125
+"""Of a sequence's queries, the share that stands for decoded ones: their context is nearly the whole prompt."""
+
 
 @dataclass(frozen=True)
 class LayerInput:
@@ -30,6 +33,7 @@ class LayerInput:
         answer: gradient of the answer log-odds.
         answer_ce: gradient of the answer cross-entropy.
         projection_gram: W_oᵀ W_o of each head's slice of the output projection; errors are measured behind it.
+        generated: queries that count as decoding for the answer: those that hold an answer token; None for the late ones.
     """
 
     q: Float[Tensor, "H S D"]
@@ -41,6 +45,7 @@ class LayerInput:
     projection_gram: Float[Tensor, "H D D"]
     sliding_window: int | None
     num_kv_heads: int
+    generated: Bool[Tensor, " S"] | None = None
 
 
 @dataclass
@@ -57,6 +62,9 @@ class LayerScores:
         tiles: computed tiles.
         mass: attention mass per tile.
         influence: MoA's first-order influence per tile, of the answer cross-entropy.
+        late_fisher: the part of `fisher` from the late queries, the last LATE_SHARE of the sequence: what decoding there adds.
+        decode_answer: the part of `answer` from the generated queries.
+        decode_answer_group: the part of `answer_group` from the generated queries.
     """
 
     fisher: Float[Tensor, "R H C"]
@@ -68,6 +76,9 @@ class LayerScores:
     tiles: Float[Tensor, "H C"]
     mass: Float[Tensor, "H N N"]
     influence: Float[Tensor, "H N N"]
+    late_fisher: Float[Tensor, "R H C"]
+    decode_answer: Float[Tensor, "H C"]
+    decode_answer_group: Float[Tensor, "G C"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,11 @@ class _Strip:
     @property
     def dense(self) -> Float[Tensor, "H S D"]:
         return self.numerator.sum(1) / self.denominator.sum(1)[..., None]
+
+
+def late_from(length: int) -> int:
+    """The first late query of a sequence."""
+    return length - max(1, round(LATE_SHARE * length))
 
 
 def choose_tiles(rules: Sequence[Rule], layer: LayerInput, grid: BlockGrid) -> Bool[Tensor, "H C N N"]:
@@ -119,6 +135,9 @@ def score_layer(
         tiles=tiles.sum((-1, -2)).float(),
         mass=zeros(heads, grid.num_k_blocks, grid.num_k_blocks),
         influence=zeros(heads, grid.num_k_blocks, grid.num_k_blocks),
+        late_fisher=zeros(num_probes, heads, count),
+        decode_answer=zeros(heads, count),
+        decode_answer_group=zeros(layer.num_kv_heads, count),
     )
     replaced = {rest: [i for i, rule in enumerate(rules) if rule.rest == rest] for rest in ("zero", "mean_value")}
     positions = torch.arange(1, grid.kv_len + 1, device=layer.v.device, dtype=torch.float64)
@@ -167,10 +186,18 @@ def _accumulate(
     span: slice,
 ) -> None:
     """Add one strip's errors to the sums."""
-    scores.fisher += torch.einsum("hcsd,rhsd->rhc", delta, layer.probes[:, :, span])
+    probes = layer.probes[:, :, span]
+    scores.fisher += torch.einsum("hcsd,rhsd->rhc", delta, probes)
     answer = torch.einsum("hcsd,hsd->hcs", delta, layer.answer[:, span])
+    grouped = answer.unflatten(0, (layer.num_kv_heads, -1)).sum(1)
     scores.answer += answer.square().sum(-1)
-    scores.answer_group += answer.unflatten(0, (layer.num_kv_heads, -1)).sum(1).square().sum(-1)
+    scores.answer_group += grouped.square().sum(-1)
+    late = torch.arange(span.start, span.stop, device=delta.device) >= late_from(layer.v.shape[1])
+    if late.any():
+        scores.late_fisher += torch.einsum("hcsd,rhsd->rhc", delta[:, :, late], probes[:, :, late])
+    generated = late if layer.generated is None else layer.generated[span]
+    scores.decode_answer += answer[..., generated].square().sum(-1)
+    scores.decode_answer_group += grouped[..., generated].square().sum(-1)
     behind = delta.flatten(1, 2) @ layer.projection_gram
     scores.output_error += (behind * delta.flatten(1, 2)).sum(-1).unflatten(1, delta.shape[1:3]).sum(-1)
     scores.output_norm += ((dense @ layer.projection_gram) * dense).sum((-1, -2))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sparsesearch.errors import SpecError, nearest
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_BYTES = {"GB": 1e9, "MB": 1e6, "GiB": 2.0**30, "MiB": 2.0**20}
+_BYTES = {"GB": 1e9, "MB": 1e6, "KB": 1e3, "GiB": 2.0**30, "MiB": 2.0**20}
 
 METRICS: dict[str, dict[str, float]] = {
     "density": {},

@@ -1,6 +1,6 @@
 """From the search's choice to a plan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Int
@@ -13,7 +13,7 @@ from sparsesearch.rules.dense import Dense
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import PRICED_BY_DEVICE, Budget
 from sparsesearch.search.solve import Solution, relative_gap
-from sparsesearch.shapes import Granularity, Unit
+from sparsesearch.shapes import Decoding, Granularity, Unit
 
 
 def plan_from_choice(
@@ -38,7 +38,7 @@ def plan_from_choice(
         rules_for: the rules of a unit's heads under a candidate; calibrated rules differ from head to head.
         base_model: which model the plan is for.
         block_tokens: side of a tile.
-        granularity: what the units are.
+        granularity: what the prefill's units are; `Decoding` rows of the table become the plan's decode rules.
         budgets: what was asked for; the plan records what it uses of each.
         solution: what was proved about the choice. A choice that was refined by true evaluations afterwards keeps the
             bound but has its own loss.
@@ -49,9 +49,16 @@ def plan_from_choice(
     Raises:
         PlanMismatchError: a unit names a module or head that the model lacks.
     """
-    rules = [rules_for(unit, int(candidate)) for unit, candidate in zip(table.units, choice, strict=True)]
-    assignments = _assignments(table.units, rules, base_model)
-    used = {name for names in assignments.values() for name in names}
+    chosen = {unit: int(candidate) for unit, candidate in zip(table.units, choice, strict=True)}
+    prefill = {unit: rules_for(unit, candidate) for unit, candidate in chosen.items() if isinstance(unit, Unit)}
+    generated = {
+        address.unit: rules_for(address.unit, candidate)
+        for address, candidate in chosen.items()
+        if isinstance(address, Decoding)
+    }
+    assignments, decode = (_assignments(phase, base_model) for phase in (prefill, generated))
+    used = {name for names in (*assignments.values(), *decode.values()) for name in names}
+    rules = [*prefill.values(), *generated.values()]
     return Plan(
         base_model=base_model,
         block_tokens=block_tokens,
@@ -61,19 +68,18 @@ def plan_from_choice(
             rule.label: rule for rule in [Dense(), *(rule for heads in rules for rule in heads)] if rule.label in used
         },
         assignments=assignments,
+        decode=decode,
         budgets=tuple(_record(table, choice, budget, cost_model) for budget in budgets),
         certificate=None if solution is None else _certificate(table, choice, solution, objective),
         provenance=provenance or {},
     )
 
 
-def _assignments(
-    units: Sequence[Unit], rules: Sequence[Sequence[Rule]], base_model: BaseModelInfo
-) -> dict[str, tuple[str, ...]]:
+def _assignments(rules: Mapping[Unit, Sequence[Rule]], base_model: BaseModelInfo) -> dict[str, tuple[str, ...]]:
     """The rule's label of every head, for the modules that some unit covers."""
     num_heads = dict(zip(base_model.modules, base_model.num_heads, strict=True))
     labels: dict[str, list[str]] = {}
-    for unit, rule in zip(units, rules, strict=True):
+    for unit, rule in rules.items():
         if unit.module not in num_heads or max(unit.heads) >= num_heads[unit.module]:
             raise PlanMismatchError(
                 f"unit {unit} must be a part of {base_model.name_or_path}, but that has no such head. "

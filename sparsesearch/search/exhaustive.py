@@ -45,6 +45,11 @@ def solve_exhaustive(
 def _within(table: ScoreTable, budgets: Sequence[Budget], plans: Int[ndarray, "plans U"]) -> Bool[ndarray, " plans"]:
     """Which plans keep every budget."""
     within = np.ones(len(plans), dtype=bool)
+    if table.menus is not None:
+        for layer in np.unique(table.menus.layer[table.menus.layer >= 0]):
+            taken = np.sort(table.menus.group[plans[:, table.menus.layer == layer]], axis=1)
+            new = np.diff(taken, axis=1, prepend=-1) > 0  # -1 is on every menu
+            within &= new.sum(1) <= table.menus.max_groups
     for budget in budgets:
         known = table.points_of(budget.metric)
         at = [position for position, length in enumerate(known) if budget.holds_at(length)]

@@ -69,17 +69,18 @@ def least_scale(
     scaled, kept = np.isfinite(limit) & ~held, held & np.isfinite(limit)
     limit = np.where(np.isfinite(limit), limit, 1.0)
     use = problem.use / limit[:, None, None]
-    found, prices = _play(np.where(problem.allowed, use, FORBIDDEN), scaled, kept, enough)
+    found, prices = _play(problem, np.where(problem.allowed, use, FORBIDDEN), scaled, kept, enough)
     if _close(found, enough):
         return found
     found = _repaired(problem, limit, scaled, kept, found, prices, enough)
     if _close(found, enough) or problem.allowed.sum() > 10 * MAX_EXACT_COLUMNS:
         return found
     own = scaled | kept
-    open_to = ~dominated(np.where(problem.allowed, 0.0, np.inf), use[own])
+    loss = np.where(problem.allowed, 0.0, np.inf)
+    open_to = ~dominated(loss, use[own]) if problem.menus is None else problem.allowed
     if open_to.sum() > MAX_EXACT_COLUMNS:
         return found
-    choice = least_scale_exact(use[scaled], use[kept], open_to, time_limit_s=EXACT_TIME_S)
+    choice = least_scale_exact(use[scaled], use[kept], open_to, problem.menus, time_limit_s=EXACT_TIME_S)
     if choice is None:
         return found
     totals = use[:, np.arange(len(choice)), choice].sum(1)
@@ -92,6 +93,7 @@ def _close(found: LeastScale, enough: float) -> bool:
 
 
 def _play(
+    problem: Knapsack,
     use: Float[ndarray, "K U C"],
     scaled: Bool[ndarray, " K"],
     held: Bool[ndarray, " K"],
@@ -108,7 +110,7 @@ def _play(
     bound, at = -np.inf, prices
     plans: list[Float[ndarray, " K"]] = []
     for _ in range(rounds):
-        choice = np.tensordot(prices, use, 1).argmin(1)
+        choice, _ = problem.cheapest(np.tensordot(prices, use, 1))
         totals = use[:, np.arange(len(choice)), choice].sum(1)
         plans.append(totals)
         value = float(prices @ (totals - held))
@@ -160,7 +162,7 @@ def _repaired(
 ) -> LeastScale:
     """Repair the bound's own plan at scales a little above the bound, the nearest first."""
     priced = np.where(problem.allowed, np.tensordot(prices / limit, problem.use, 1), np.inf)
-    choice = priced.argmin(1)
+    choice, priced = problem.cheapest(priced)
     least = np.take_along_axis(priced, choice[:, None], 1)
     dual = Dual(found.bound, 0.0, prices, choice, priced - least)
     for scale in sorted([enough, *(found.bound * (1 + above) for above in ABOVE)]):
@@ -182,26 +184,34 @@ def _explain(problem: Knapsack, budgets: Sequence[Budget], together: LeastScale)
     if len(tight) == 1:
         value = _value(budgets[problem.owner[0]], _least(problem).scale)
         return f"{asked}: the smallest feasible value is {value}. Raise the budget or add sparser rules."
-    smallest = []
-    for index, budget in tight.items():
-        scale = _least(problem, held=owner != index).scale
-        smallest.append(_value(budget, scale))
-    scale = _least(problem).scale
-    joint = ", ".join(_value(budget, scale) for budget in tight.values())
-    return (
-        f"{asked}: while the others hold, the smallest feasible value is {' or '.join(smallest)}; "
-        f"all budgets raised by the same factor fit at {joint}. Raise them or add sparser rules."
+    values = {budget: _value(budget, _least(problem, held=owner != index).scale) for index, budget in tight.items()}
+    smallest = [value or f"none of {budget.metric}" for budget, value in values.items() if value or not _full(budget)]
+    all_full = [index for index, budget in tight.items() if _full(budget)]
+    scale = _least(problem, held=np.isin(owner, all_full)).scale
+    joint = [_value(budget, scale) for budget in tight.values() if not _full(budget)]
+    together_text = (
+        f"; all raised by the same factor, they fit at {', '.join(filter(None, joint))}" if all(joint) else ""
     )
+    alone = f"while the others hold, the smallest feasible value is {' or '.join(smallest)}"
+    if not any(values.values()):
+        alone = "raising one of them alone does not help"
+    return f"{asked}: {alone}{together_text}. Raise them or add sparser rules."
 
 
 def _least(problem: Knapsack, held: Bool[ndarray, " K"] | None = None) -> LeastScale:
     return least_scale(problem, problem.limit, held=held)
 
 
+def _full(budget: Budget) -> bool:
+    """Whether a budget cannot be raised: it asks only that nothing gets worse than dense."""
+    return not budget.absolute and budget.bound >= 1.0
+
+
 def _value(budget: Budget, scale: float) -> str:
+    """A budget raised by a factor; empty where there is none, or none that is a share of dense."""
     value = budget.bound * scale
     if not math.isfinite(value) or (not budget.absolute and value > 1.0 + TOLERANCE):
-        return f"none of {budget.metric}"
+        return ""
     return f"{budget.metric}={budget.amount(round_up(value))}"
 
 

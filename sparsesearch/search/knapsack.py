@@ -3,7 +3,7 @@
     minimise Σ_u loss[u, x_u]   subject to   Σ_u use[k, u, x_u] <= limit[k]   for every constraint k
 
 A constraint is one metric at one point; `use` is a unit's share of the dense plan's cost, what no choice changes being
-spread evenly over the units. Heads of a KV group are coupled by making the group the unit.
+spread evenly over the units. Heads of a KV group are coupled by making the group the unit, units of a layer by menus.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from numpy import ndarray
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import Budget
+from sparsesearch.search.menus import Menus
 
 TOLERANCE = 1e-12
 """How far a sum of shares may exceed its limit: the rounding of the sum itself."""
@@ -37,6 +38,7 @@ class Knapsack:
         candidate: the table's candidate index of each entry; -1 in padding.
         unit: the table's unit index of each row.
         owner: which of the budgets sets each limit.
+        menus: launch groups per layer, where they are limited.
     """
 
     loss: Float[ndarray, "U C"]
@@ -46,6 +48,7 @@ class Knapsack:
     candidate: Int[ndarray, "U C"]
     unit: Int[ndarray, " U"]
     owner: tuple[int, ...] = ()
+    menus: Menus | None = None
 
     @property
     def allowed(self) -> Bool[ndarray, "U C"]:
@@ -61,8 +64,19 @@ class Knapsack:
         return np.asarray(self.use[:, np.arange(len(choice)), choice].sum(1))
 
     def fits(self, choice: Int[ndarray, " U"]) -> bool:
-        """Whether a plan keeps every limit."""
-        return bool((self.use_of(choice) <= self.limit + TOLERANCE).all())
+        """Whether a plan keeps every limit and every layer's menu."""
+        within = bool((self.use_of(choice) <= self.limit + TOLERANCE).all())
+        return within and (self.menus is None or self.menus.allow(choice))
+
+    def cheapest(self, priced: Float[ndarray, "U C"]) -> tuple[Int[ndarray, " U"], Float[ndarray, "U C"]]:
+        """The plan of least price among all that keep the menus.
+
+        Returns:
+            The plan, and the prices with those entries at inf that its menus do not have.
+        """
+        if self.menus is not None:
+            priced = np.where(self.menus.open_under(self.menus.cheapest(priced)), priced, np.inf)
+        return priced.argmin(1), priced
 
     def with_limit(self, limit: Float[ndarray, " K"]) -> "Knapsack":
         """The same units under other limits."""
@@ -99,11 +113,13 @@ def knapsack_of(table: ScoreTable, budgets: Sequence[Budget], *, loss: Float[nda
         raise SpecError(f"loss must be finite and of shape {table.valid.shape}, but has shape {losses.shape}.")
     use = np.stack([_share(table, metric, position) for metric, position in places])
     dense_first = np.argsort(np.arange(len(table.candidates)) != table.dense_index, kind="stable")
-    problem = _reduced(np.where(table.valid, losses, np.inf)[:, dense_first], use[:, :, dense_first])
+    group = None if table.menus is None else table.menus.group[dense_first]
+    problem = _reduced(np.where(table.valid, losses, np.inf)[:, dense_first], use[:, :, dense_first], group)
     candidate = np.where(problem.candidate >= 0, dense_first[problem.candidate], -1)
+    menus = None if table.menus is None else Menus.of(table.menus, problem.unit, candidate)
     names = tuple((metric, table.points_of(metric)[position]) for metric, position in places)
     limit, owner = _tightest(table, budgets)
-    return replace(problem, limit=limit, names=names, candidate=candidate, owner=owner)
+    return replace(problem, limit=limit, names=names, candidate=candidate, owner=owner, menus=menus)
 
 
 def limits_of(table: ScoreTable, budgets: Sequence[Budget]) -> Float[ndarray, " K"]:
@@ -151,9 +167,9 @@ def _share(table: ScoreTable, metric: str, position: int) -> Float[ndarray, "U C
     return np.asarray((cost + fixed) / dense)
 
 
-def _reduced(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"]) -> Knapsack:
+def _reduced(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"], group: Int[ndarray, " C"] | None) -> Knapsack:
     """Drop what cannot matter, move the rest to the front, and order the units by content."""
-    kept = ~dominated(loss, use)
+    kept = ~dominated(loss, use, group)
     order = np.argsort(~kept, axis=1, kind="stable")[:, : kept.sum(1).max()]
     kept = np.take_along_axis(kept, order, 1)
     loss = np.where(kept, np.take_along_axis(loss, order, 1), np.inf)
@@ -164,10 +180,12 @@ def _reduced(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"]) -> Knaps
     return Knapsack(loss[unit], use[:, unit], np.ones(len(use)), (), candidate[unit], unit)
 
 
-def dominated(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"]) -> Bool[ndarray, "U C"]:
+def dominated(
+    loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"], group: Int[ndarray, " C"] | None = None
+) -> Bool[ndarray, "U C"]:
     """Entries of infinite loss, and those that another entry of the unit equals or beats in loss and in every use.
 
-    Of equal entries the first one stays.
+    Of equal entries the first one stays. With launch groups, an entry is beaten only by those that are on every menu it is on.
     """
     num_candidates = loss.shape[1]
     values = [loss, *use]
@@ -181,5 +199,7 @@ def dominated(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"]) -> Bool
         earlier = np.arange(num_candidates) < rival
         beaten &= ~(equal & earlier)
         beaten[:, rival] = False
+        if group is not None and group[rival] != -1:
+            beaten &= group == group[rival]
         result |= beaten
     return result

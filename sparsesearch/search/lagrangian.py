@@ -41,7 +41,7 @@ class Dual:
         prices: λ, loss per share of dense.
         choice: the plan that minimises loss + λ·use; it may exceed the limits.
         reduced: loss + λ·use − its minimum in the unit: by how much D rises when the unit must take that candidate; inf
-            in padding.
+            in padding, and off the menus of `choice`.
     """
 
     bound: float
@@ -53,8 +53,7 @@ class Dual:
 
 def evaluate(problem: Knapsack, prices: Float[ndarray, " K"]) -> Dual:
     """D and its minimiser at given prices."""
-    priced = problem.loss + np.tensordot(prices, problem.use, 1)
-    choice = priced.argmin(1)
+    choice, priced = problem.cheapest(problem.loss + np.tensordot(prices, problem.use, 1))
     least = np.take_along_axis(priced, choice[:, None], 1)
     paid = float(prices @ problem.limit)
     rounding = ROUNDING * (float(np.abs(least).sum()) + paid)

@@ -23,6 +23,7 @@ from sparsesearch.search.layer_dp import NONE, Lane, LanePath, cost_to_go, price
 from sparsesearch.search.solve import relative_gap
 
 MAX_CUTS = 200
+MAX_RIVALS = 512
 SLACK = 1e-12
 """Relative excess of a limit that counts as rounding."""
 
@@ -67,7 +68,15 @@ def solve_lanes(
     prices, bound, plans = _maximise(lanes, limit, cheapest)
     fitting = [plan for plan in plans if _fits(plan.cost, limit)]
     best = min(fitting, key=lambda plan: plan.loss, default=None)
-    found, dropped, complete = _search(lanes, limit, prices, best, gap_target, max_labels)
+    for cap in (
+        max_labels // 20,
+        max_labels,
+    ):  # a quick narrow search finds a plan that lets the wide one drop most labels
+        found, dropped, complete = _search(lanes, limit, prices, best, gap_target, max(cap, 1))
+        if complete:
+            break
+        best = min((plan for plan in (found, best) if plan is not None), key=lambda plan: plan.loss, default=None)
+        found = best
     if found is None:
         raise BudgetInfeasibleError(_infeasible(floor, limit))
     lower_bound = min(max(bound, dropped if complete else bound), found.loss)
@@ -219,17 +228,18 @@ def _kept(
 
 
 def _undominated(cost: Float[ndarray, "n K"]) -> Bool[ndarray, " n"]:
-    """Rows, in order of rising loss, that are cheaper in some resource than every row kept before them."""
+    """Rows, in order of rising loss, that are cheaper in some resource than every row before them."""
     if cost.shape[1] == 1:
         before = np.minimum.accumulate(np.append(np.inf, cost[:-1, 0]))
         return np.asarray(cost[:, 0] < before)
-    keep = np.zeros(len(cost), dtype=bool)
-    front = np.empty((0, cost.shape[1]))
-    for row, own in enumerate(cost):
-        if not (front <= own).all(1).any():
-            keep[row] = True
-            front = np.concatenate([front[~(own <= front).all(1)], own[None]])
-    return keep
+    # a row that stays although it is dominated costs time only, so many rows are compared with a spread of them
+    rivals = np.unique(np.linspace(0, len(cost) - 1, min(len(cost), MAX_RIVALS)).astype(np.int64))
+    beaten = np.zeros(len(cost), dtype=bool)
+    for first in range(0, len(cost), MAX_RIVALS):
+        rows = np.arange(first, min(first + MAX_RIVALS, len(cost)))
+        no_dearer = (cost[rivals, None] <= cost[rows]).all(-1)
+        beaten[rows] = (no_dearer & (rivals[:, None] < rows)).any(0)
+    return ~beaten
 
 
 def _trace(lanes: Sequence[Lane], steps: Sequence[_Labels], winner: int) -> _Plan:

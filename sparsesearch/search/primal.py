@@ -96,7 +96,7 @@ def fill(problem: Knapsack, dual: Dual, choice: Int[ndarray, " U"]) -> Int[ndarr
 def improve(problem: Knapsack, dual: Dual, choice: Int[ndarray, " U"], *, count: int) -> Int[ndarray, " U"]:
     """Change one or two units at a time while that lowers the loss of a plan within the limits."""
     choice = choice.copy()
-    if problem.allowed.sum() == len(choice):
+    if np.isfinite(dual.reduced).sum() <= len(choice):
         return choice
     least = 1e-13 * float(np.abs(problem.loss[np.arange(len(choice)), choice]).sum())
     for _ in range(4 * len(choice) + 16):

@@ -1,16 +1,16 @@
 """The search: the plan of least loss within all budgets, and the proof of how far it can be from the best."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import Budget
-from sparsesearch.search.exact import solve_exact
+from sparsesearch.search.exact import Screen, solve_exact
 from sparsesearch.search.feasible import feasible_plan
 from sparsesearch.search.knapsack import Knapsack, knapsack_of
 from sparsesearch.search.lagrangian import Cuts, Dual, maximise
@@ -89,11 +89,23 @@ def bounded_plan(
 ) -> Bounded:
     """The Lagrangian path alone: bound, repair, exchange."""
     dual = maximise(problem, floor, cuts, tolerance=tolerance, start=start)
-    repaired = fill(problem, dual, repair(problem, dual, dual.choice, floor))
-    improved = [improve(problem, dual, repaired, count=count) for count in NUM_MOVES]
+    repaired = repair(problem, dual, dual.choice, floor)
+    around = dual if problem.menus is None else _on_menus_of(problem, dual, repaired)
+    repaired = fill(problem, around, repaired)
+    improved = [improve(problem, around, repaired, count=count) for count in NUM_MOVES]
     losses = [problem.loss_of(plan) for plan in improved]
     best = int(np.argmin(losses))
     return Bounded(improved[best], losses[best], dual)
+
+
+def _on_menus_of(problem: Knapsack, dual: Dual, choice: Int[ndarray, " U"]) -> Dual:
+    """The prices of `dual`, with the entries on the menus of a plan: repair may have ended at another plan than the dual's."""
+    assert problem.menus is not None
+    if np.isfinite(dual.reduced[np.arange(len(choice)), choice]).all():
+        return dual
+    priced = problem.loss + np.tensordot(dual.prices, problem.use, 1)
+    reduced = np.where(problem.menus.open_with(choice), priced, np.inf)
+    return replace(dual, reduced=reduced - reduced.min(1, keepdims=True))
 
 
 def certify(
@@ -106,12 +118,55 @@ def certify(
     """
     if relative_gap(found.loss, found.lower_bound) <= gap_target:
         return found.choice, found.lower_bound, "lagrangian"
+    if problem.menus is not None:
+        found, finished = _best_menus(problem, found, gap_target, 0.5 * time_limit_s)
+        if relative_gap(found.loss, found.lower_bound) <= gap_target or not finished:
+            return found.choice, found.lower_bound, "lagrangian + highs" + ("" if finished else " (some menus)")
+    kept = found.dual.reduced <= (found.loss - found.dual.bound) * (1 + 1e-9) + found.dual.rounding
+    kept[np.arange(len(found.choice)), found.choice] = True
+    screen = None if problem.menus is None else _screen(problem, found)
+    kept = kept if screen is None else problem.allowed
+    return _closed(problem, found, kept, screen, gap_target, time_limit_s)
+
+
+MOST_MENUS = 6
+"""Menus per layer in the first round, the best ones at the final prices."""
+
+MAX_OPEN_MENUS = 1500
+"""Menus of all layers beyond which HiGHS is not asked for a proof."""
+
+
+def _screen(problem: Knapsack, found: Bounded, most: int | None = None) -> Screen:
+    assert problem.menus is not None
+    priced = problem.loss + np.tensordot(found.dual.prices, problem.use, 1)
+    totals = problem.menus.totals(priced)
+    slack = (found.loss - found.dual.bound) * (1 + 1e-9) + found.dual.rounding
+    return Screen(priced, totals - totals.min(1, keepdims=True), slack, most)
+
+
+def _best_menus(problem: Knapsack, found: Bounded, gap_target: float, time_limit_s: float) -> tuple[Bounded, bool]:
+    """A better plan from the best few menus of every layer; False if too many stay open for a proof after that."""
+    screen = _screen(problem, found, MOST_MENUS)
+    if screen.num_open > MOST_MENUS * len(screen.rise):
+        plan, _, _ = _closed(problem, found, problem.allowed, screen, gap_target, time_limit_s)
+        found = replace(found, choice=plan, loss=problem.loss_of(plan))
+    return found, _screen(problem, found).num_open <= MAX_OPEN_MENUS
+
+
+def _closed(
+    problem: Knapsack,
+    found: Bounded,
+    kept: Bool[ndarray, "U C"],
+    screen: Screen | None,
+    gap_target: float,
+    time_limit_s: float,
+) -> tuple[Int[ndarray, " U"], float, str]:
+    """HiGHS among the kept candidates: the plan, the lower bound, and what found them."""
     deadline = monotonic() + time_limit_s
     choice, loss = found.choice, found.loss
-    kept = found.dual.reduced <= (loss - found.dual.bound) * (1 + 1e-9) + found.dual.rounding
-    kept[np.arange(len(choice)), choice] = True
+    absolute_gap = 0.5 * gap_target * abs(loss)
     exact = solve_exact(
-        problem, kept, absolute_gap=0.5 * gap_target * abs(loss), largest=loss, time_limit_s=time_limit_s
+        problem, kept, absolute_gap=absolute_gap, largest=loss, time_limit_s=time_limit_s, screen=screen
     )
     bound, margin = max(exact.bound, found.dual.bound), 1e-9
     while exact.choice is not None and not problem.fits(exact.choice) and monotonic() < deadline:
@@ -121,9 +176,10 @@ def certify(
         exact = solve_exact(
             problem.with_limit(problem.limit * (1 - margin)),
             kept,
-            absolute_gap=0.5 * gap_target * abs(loss),
+            absolute_gap=absolute_gap,
             largest=loss,
             time_limit_s=deadline - monotonic(),
+            screen=screen,
         )
     if exact.choice is not None and problem.fits(exact.choice) and problem.loss_of(exact.choice) < loss:
         choice = exact.choice

@@ -3,15 +3,17 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
 
-from sparsesearch.scores import WHOLE, ScoreTable
+from sparsesearch.errors import BudgetInfeasibleError
+from sparsesearch.scores import WHOLE, LayerMenus, ScoreTable
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.pareto import pareto
 from sparsesearch.search.solve import solve
-from sparsesearch.shapes import Unit
+from sparsesearch.shapes import Decoding, Unit
 
 BLOCK_TOKENS = 64
 
@@ -64,6 +66,38 @@ def synthetic_table(
     )
 
 
+def two_phases(prefill: ScoreTable, decode: ScoreTable) -> ScoreTable:
+    """Prefill and decode rules of the same units: losses and costs of the phases are summed, so each phase has its rows.
+
+    Tiles are spent in the prefill, caches in decoding, seconds in both.
+    """
+    idle = {"density": decode, "kv_fraction": prefill}
+    costs = {
+        metric: np.concatenate([table.costs[metric] * (idle.get(metric) is not table) for table in (prefill, decode)])
+        for metric in prefill.costs
+    }
+    units = (*prefill.units, *(Decoding(unit) for unit in decode.units))
+    loss, valid = (np.concatenate([getattr(t, name) for t in (prefill, decode)]) for name in ("loss", "valid"))
+    return ScoreTable(units, prefill.candidates, prefill.lengths, loss, costs, prefill.dense_index, valid)
+
+
+def layered(table: ScoreTable, max_groups: int, num_heads: int = 32) -> ScoreTable:
+    """The same table with at most `max_groups` rules in a layer; `zero`, the last but one, launches nothing."""
+    group = np.arange(len(table.candidates))
+    group[-2] = -1
+    return replace(table, menus=LayerMenus(np.arange(len(table.units)) // num_heads, group, max_groups))
+
+
+def infeasible_s(table: ScoreTable, budgets: list[Budget]) -> dict[str, float | str]:
+    """How long it takes to find that there is no plan, and to name the smallest values."""
+    start = perf_counter()
+    try:
+        solve(table, budgets)
+    except BudgetInfeasibleError as error:
+        return {"time_s": perf_counter() - start, "answer": str(error)}
+    raise AssertionError("a search that must fail has found a plan")
+
+
 def video_table(
     num_steps: int = 50, num_layers: int = 60, num_heads: int = 24, num_candidates: int = 8, *, seed: int = 0
 ) -> ScoreTable:
@@ -93,9 +127,9 @@ def video_table(
     )
 
 
-def measure() -> dict[str, dict[str, float]]:
+def measure() -> dict[str, dict[str, float | str]]:
     """Times and gaps: the issue's bar, a harder search, a model of 70B, a video schedule, and a front of 100 points."""
-    figures: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float | str]] = {}
     large, huge, video = synthetic_table(), synthetic_table(5120, seed=1), video_table()
     one = [Budget("density", 0.25)]
     several = [
@@ -104,17 +138,26 @@ def measure() -> dict[str, dict[str, float]]:
         Budget("density", 0.16, (131072,)),
     ]
     three = [*several, Budget("kv_fraction", 0.22), Budget("latency", 0.24)]
+    both, both_huge = two_phases(large, synthetic_table(seed=2)), two_phases(huge, synthetic_table(5120, seed=3))
     for name, table, budgets in (
         ("1024x50x4, one budget", large, one),
         ("1024x50x4, a budget per length", large, several),
         ("1024x50x4, three budgets", large, three),
         ("5120x50x4, three budgets", huge, three),
+        ("1024x50x4, prefill and decode, three budgets", both, three),
+        ("5120x50x4, prefill and decode, three budgets", both_huge, three),
+        ("1024x50x4, two rules per layer, three budgets", layered(large, 2), three),
+        ("1024x50x4, three rules per layer, three budgets", layered(large, 3), three),
         ("72000x8 video, one budget", video, one),
         ("72000x8 video, two budgets", video, [*one, Budget("latency", 0.27)]),
     ):
         start = perf_counter()
         solution = solve(table, budgets)
         figures[name] = {"time_s": perf_counter() - start, "gap": solution.gap, "loss": solution.loss}
+    without_zero = replace(large, valid=large.valid & (np.arange(50) >= 10) & (np.arange(50) != 48))
+    figures["1024x50x4, infeasible"] = infeasible_s(without_zero, [Budget("density", 0.001)])
+    conflict = [Budget("density", 0.03), Budget("kv_fraction", 0.02), Budget("latency", 0.03)]
+    figures["1024x50x4, infeasible, three budgets"] = infeasible_s(without_zero, conflict)
     start = perf_counter()
     front = pareto(large, "density", [float(bound) for bound in np.linspace(0.02, 1, 100)])
     figures["1024x50x4, front of 100"] = {

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sparsesearch.cost.device.table import (
+    Correction,
     DecodeCost,
     DeviceTable,
     EstimatorCost,
@@ -16,7 +17,7 @@ from sparsesearch.cost.device.table import (
 def tile_cost(head_dim: int = 128, tile_keys: int = 128, **changes: float) -> TileKernelCost:
     fields: dict[str, Any] = {
         "launch_s": 3e-6, "tile_s": 1e-6, "block_s": 1.5e-6, "partial_s": 1e-7, "tile_power_s": 5e-7, "block_power_s": 1.7e-6,
-        "byte_power_s": 2e-11, "merge_s": 4e-6, "piece_s": 1e-8,
+        "merge_s": 4e-6, "piece_s": 1e-8,
     }  # fmt: skip
     share = head_dim * tile_keys / 128**2
     per_block = {name: fields[name] * share for name in ("block_s", "block_power_s", "partial_s")}
@@ -38,7 +39,11 @@ def device_table(**changes: Any) -> DeviceTable:
         "tiles": tuple(tile_cost(head_dim, keys) for head_dim in (64, 128) for keys in (64, 128)),
         "decode": tuple(
             DecodeCost(
-                head_dim=d, points=Points(amounts=(1e6, 1e9), seconds=(1e-5, 2.6e-4)), call_s=1e-5, byte_s=2.5e-13
+                head_dim=d,
+                points=Points(amounts=(1e6, 1e9), seconds=(1e-5, 2.6e-4)),
+                pair_s=5e-8,
+                call_s=1e-5,
+                byte_s=2.5e-13,
             )
             for d in (64, 128)
         ),
@@ -48,9 +53,11 @@ def device_table(**changes: Any) -> DeviceTable:
         ),
         "pointwise": dict.fromkeys(("norm", "rotation", "gate", "residual", "transpose"), moved),
         "estimators": tuple(
-            EstimatorCost(kind=kind, points=Points(amounts=(4096, 65536), seconds=(1e-6, 2e-5)))
+            EstimatorCost(kind=kind, heads=8, points=Points(amounts=(4096, 65536), seconds=(1e-6, 2e-5)))
             for kind in ("pooled_topk", "vertical_slash")
         ),
+        "prefill_relief": Correction(amounts=(4096, 65536), values=(0.1, 0.3)),
+        "decode_glue_s": Correction(amounts=(1, 32), values=(1e-6, 2e-5)),
         "permutation": moved,
         "fit": {"held_out_tiles_mape": 0.02},
         "provenance": {"torch": "2"},

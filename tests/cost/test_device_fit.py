@@ -1,20 +1,30 @@
 """The fit finds the costs that made-up runs were made with, and says how far off it is."""
 
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.calibrate import calibrate, short_name
-from sparsesearch.cost.device import runs
+from sparsesearch.cost.device import fit, runs
 from sparsesearch.cost.device.fit import case_load, fit_tiles, fitted
 from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
 from sparsesearch.cost.device.tile_cases import TileCase, tile_cases
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.schedule import Workers
+from sparsesearch.model_shapes import ModelShape
 from tests.cost.device_tables import tile_cost
 
 WORKERS = Workers(132, 6e7)
 TRUTH = tile_cost()
+READ = 4e12
 
 
 def made_up_rows(noise: float) -> list[runs.Row]:
@@ -23,19 +33,19 @@ def made_up_rows(noise: float) -> list[runs.Row]:
     for case in tile_cases(128, 128):
         if case.length <= 16384:
             row = {"group": "tiles", "spread": 0.01, **case.to_dict()}
-            seconds = schedule_seconds(TRUTH, case_load(row, "gluon", WORKERS, 2))
+            seconds = schedule_seconds(TRUTH, case_load(row, "gluon", WORKERS, 2), READ)
             rows.append(row | {"seconds": seconds * (1 + noise * rng.standard_normal())})
     return rows
 
 
 @pytest.mark.parametrize(("noise", "bound"), [(0.0, 0.01), (0.02, 0.035)])
 def test_costs_are_found_again(noise: float, bound: float) -> None:
-    (cost,), errors = fit_tiles(made_up_rows(noise), "gluon", WORKERS, 2)
+    (cost,), errors = fit_tiles(made_up_rows(noise), "gluon", WORKERS, 2, READ)
     assert errors["tiles_mape"] < bound
     assert errors["held_out_tiles_mape"] < bound
     unseen = TileCase("scatter", 32768, 128, size=9)
     load = case_load(unseen.to_dict(), "gluon", WORKERS, 2)
-    assert schedule_seconds(cost, load) == pytest.approx(schedule_seconds(TRUTH, load), rel=2 * bound)
+    assert schedule_seconds(cost, load, READ) == pytest.approx(schedule_seconds(TRUTH, load, READ), rel=2 * bound)
 
 
 def test_every_group_of_runs_reaches_the_file() -> None:
@@ -43,7 +53,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     bench = runs.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = runs.RunPlan(
         tile_kinds=(), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)),
-        pointwise_tokens=(1, 2), estimator_tokens=(256,), peak_side=32,
+        pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(), layer_tokens=(), peak_side=32,
     )  # fmt: skip
     cases = [TileCase("window", 128, 16, 1, 32, 2, 1), TileCase("stream", 128, 16, 1, 32, 2, 1)]
     rows = [*runs.all_runs(bench, tiny), *runs.tile_runs(bench, cases)]
@@ -60,11 +70,57 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     settings = {"name": "tiny", "device": "a CPU", "memory_bytes": 1e9, "dtype_bytes": 4, "provenance": {}}
     table = fitted(rows, kernel="triton", workers=bench.workers, **settings)  # type: ignore[arg-type]
     model = DeviceCostModel(table)
-    assert {cost.kind for cost in table.estimators} == {"pooled_topk", "vertical_slash"}
+    assert {cost.kind for cost in table.estimators} == set(runs.estimators()) >= {"pooled_topk", "vertical_slash"}
     assert set(table.pointwise) == {"norm", "rotation", "gate", "residual", "transpose"}
     assert model.linear_s(8, 32, 16) == pytest.approx(next(c.points.at(8) for c in table.linear if c.outputs == 32))
     assert table.fit["tiles_mape"] < 0.5
     assert "held_out_tiles_mape" not in table.fit  # two cases are too few to leave any out
+
+
+@pytest.mark.slow
+def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the GPU's part played by the interpreter."""
+    tiny = runs.RunPlan(
+        tile_kinds=((16, 32),), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),),
+        pointwise_tokens=(1, 2), estimator_tokens=(128,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
+        longest_tokens=0, time_share=0.001,
+    )  # fmt: skip
+    shape = ModelShape("probe", "llama", 2, 64, 96, 4, 2, 16, 100, False, 1e4, 1024)
+    properties = SimpleNamespace(name="Some GPU 900", major=8, total_memory=1 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runs, "FULL", tiny)
+    monkeypatch.setattr(runs, "PROBE", shape)
+    monkeypatch.setattr(fit, "PROBE", shape)
+    monkeypatch.setattr(runs, "PROBE_KV_TOKENS", 64)
+    monkeypatch.setattr(fit, "PROBE_KV_TOKENS", 64)
+    monkeypatch.setattr(runs, "Bench", partial(on_cpu, runs.Bench))
+    monkeypatch.setattr(runs, "tile_cases", lambda *kind: [TileCase("window", 0, 16, 1, 32, 2, 1)])
+    monkeypatch.setattr(runs, "tile_runs", lambda bench, cases: runs_of_a_window(bench))
+    seen: list[tuple[str, int, int]] = []
+    model = calibrate(
+        "cuda", out=tmp_path / "it.json", runs_out=tmp_path / "runs.json", dtype=torch.float32,
+        progress=lambda *state: seen.append(state),
+    )  # fmt: skip
+    assert load_cost_model(tmp_path / "it.json") == model
+    assert isinstance(model, DeviceCostModel)
+    assert (model.name, model.device, model.kernel) == ("900", "Some GPU 900", "triton")
+    assert model.table.prefill_relief.amounts == (64, 128)
+    assert model.table.decode_glue_s.amounts == (1, 2)
+    again = json.loads((tmp_path / "runs.json").read_text())["runs"]
+    assert len(again) == model.table.provenance["micro_runs"] == len(seen)
+    assert {"layer_decode", "layer_prefill", "tiles", "gemm"} <= {row["group"] for row in again}
+
+
+def on_cpu(bench: type[runs.Bench], device: str, kernel: str, dtype: torch.dtype, **settings: Any) -> runs.Bench:
+    assert (device, kernel) == ("cuda", "triton")
+    return bench("cpu", "triton", dtype, **settings)
+
+
+def runs_of_a_window(bench: runs.Bench) -> Iterator[runs.Row]:
+    case = TileCase("window", 128, 16, 1, 32, 2, 1)
+    timed = runs.time_schedule(bench, case.schedule(bench.workers, "triton"), 128, 16, 2, 1)
+    yield bench.row("tiles", timed, **case.to_dict())
 
 
 def test_a_device_that_is_not_here_is_refused() -> None:

@@ -17,6 +17,7 @@ from sparsesearch.errors import ArtifactError, SpecError
 from tests.cost.device_tables import device_table, tile_cost
 
 MODEL = DeviceCostModel(device_table())
+READ = 4e12
 
 
 def load(blocks: tuple[float, ...], *, pieces: int = 0, traffic_bytes: float = 0.0) -> TileLoad:
@@ -26,23 +27,23 @@ def load(blocks: tuple[float, ...], *, pieces: int = 0, traffic_bytes: float = 0
 
 def test_the_busiest_worker_decides_while_power_does_not() -> None:
     cost = tile_cost(block_power_s=1e-12, tile_power_s=1e-12)
-    assert schedule_seconds(cost, load((10, 10, 10, 10))) == pytest.approx(3e-6 + 1e-6 + 15e-6, rel=1e-6)
-    assert schedule_seconds(cost, load((10, 40, 10, 10))) == pytest.approx(3e-6 + 1e-6 + 60e-6, rel=1e-6)
+    assert schedule_seconds(cost, load((10, 10, 10, 10)), READ) == pytest.approx(3e-6 + 1e-6 + 15e-6, rel=1e-6)
+    assert schedule_seconds(cost, load((10, 40, 10, 10)), READ) == pytest.approx(3e-6 + 1e-6 + 60e-6, rel=1e-6)
 
 
 def test_power_decides_in_a_balanced_schedule() -> None:
     """All workers busy: 1.7 us per block beats the clock's 1.5; one busy worker among idle ones runs at the clock."""
-    even = schedule_seconds(tile_cost(), load((100,) * 4))
+    even = schedule_seconds(tile_cost(), load((100,) * 4), READ)
     assert even == pytest.approx(3e-6 + 170.5e-6, rel=0.05)
-    alone = schedule_seconds(tile_cost(), load((100, 0, 0, 0)))
+    alone = schedule_seconds(tile_cost(), load((100, 0, 0, 0)), READ)
     assert alone == pytest.approx(3e-6 + 151e-6, rel=1e-3)
 
 
-def test_cut_tiles_cost_a_merge_and_misses_cost_power() -> None:
-    plain, cut = schedule_seconds(tile_cost(), load((9, 9))), schedule_seconds(tile_cost(), load((9, 9), pieces=6))
+def test_cut_tiles_cost_a_merge_and_misses_cost_bandwidth() -> None:
+    plain, cut = (schedule_seconds(tile_cost(), load((9, 9), pieces=pieces), READ) for pieces in (0, 6))
     assert cut - plain == pytest.approx(4e-6 + 6e-8)
-    missing = schedule_seconds(tile_cost(), load((9, 9), traffic_bytes=1e7))
-    assert missing > 2 * plain
+    missing = schedule_seconds(tile_cost(), load((9, 9), traffic_bytes=1e9), READ)
+    assert missing == pytest.approx(3e-6 + 1e9 / READ, rel=1e-6)
 
 
 def test_it_is_a_cost_model_of_whole_layers_too() -> None:
@@ -94,8 +95,21 @@ def test_decoding_follows_its_bytes() -> None:
     assert MODEL.decode_attention_s([]) == 0.0
     one_layer = MODEL.decode_attention_s([head] * 8)
     assert 1e-5 < one_layer < 2.6e-4
-    assert MODEL.decode_attention_s([replace(head, batch=64)] * 8) == pytest.approx(8 * 64 * head.kv_bytes * 2.6e-13)
-    assert MODEL.decode_latency_s([head]) == pytest.approx([head.kv_bytes * 2.5e-13])
+    more_pairs = [replace(head, kv_tokens=head.kv_tokens / 2, batch=2)] * 8
+    assert MODEL.decode_attention_s(more_pairs) == pytest.approx(one_layer + 8 * 5e-8)
+    assert MODEL.decode_attention_s([replace(head, batch=64)] * 8) == pytest.approx(
+        8 * 64 * (head.kv_bytes * 2.6e-13 + 5e-8)
+    )
+    assert MODEL.decode_latency_s([head]) == pytest.approx([head.kv_bytes * 2.5e-13 + 5e-8])
+
+
+def test_few_heads_take_as_long_to_choose_as_the_measured_call() -> None:
+    one, eight, sixteen = (MODEL.estimator_s("pooled_topk", 4096, heads) for heads in (1, 8, 16))
+    assert one == eight == pytest.approx(1e-6)
+    assert sixteen == pytest.approx(2 * eight)
+    unit = UnitWork("tiles", 4096, 4096, 128, 2, 100.0, 32, 128)
+    share = MODEL.unit_latency_s(replace(unit, estimator="pooled_topk")) - MODEL.unit_latency_s(unit)
+    assert share == pytest.approx(eight / 4)
 
 
 def test_points_level_noise_and_extrapolate() -> None:

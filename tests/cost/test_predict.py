@@ -7,7 +7,7 @@ import pytest
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.predict import choice_of, decode_works, predict, rest_of_model_s
+from sparsesearch.cost.predict import choice_of, decode_rest_s, decode_works, parts_s, predict, prefill_rest_s
 from sparsesearch.cost.roofline import roofline
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape, model_shape, shape_of_config
@@ -16,6 +16,7 @@ from sparsesearch.rules.base import LengthLaw, Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.reuse import Reuse
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
 from sparsesearch.workload import Workload
@@ -51,12 +52,15 @@ def test_a_dense_plan_is_dense() -> None:
 def test_the_parts_add_up() -> None:
     found = predict(None, SMALL, WORK, COSTS)
     rows = WORK.batch * WORK.prompt_tokens
-    rest_s = rest_of_model_s(SMALL, COSTS, rows=rows, last_rows=WORK.batch)
+    rest_s = prefill_rest_s(SMALL, COSTS, rows=rows, batch=WORK.batch)
+    linear_s, pointwise_s = parts_s(SMALL, COSTS, rows=rows, last_rows=WORK.batch)
+    assert rest_s == pytest.approx(linear_s + 0.8 * pointwise_s)  # halfway between relief at 4k and 64k rows
     assert found.ttft_s == pytest.approx(rest_s + sum(layer.attention_s for layer in found.layers))
     head = DecodeWork(8242, 64, 4, 2)
     step_s = 2 * COSTS.decode_attention_s([head, head])
     assert found.decode_attention_s == pytest.approx(step_s)
-    assert found.tpot_s == pytest.approx(step_s + rest_of_model_s(SMALL, COSTS, rows=2, last_rows=2))
+    assert found.tpot_s == pytest.approx(step_s + decode_rest_s(SMALL, COSTS, batch=2))
+    assert decode_rest_s(SMALL, COSTS, batch=2) > sum(parts_s(SMALL, COSTS, rows=2, last_rows=2))
     assert (
         found.kv_bytes == 2 * 2 * 2 * 8292 * 64 * 2 * 2
     )  # layers, KV heads, keys and values, tokens, size, bytes, batch
@@ -69,7 +73,7 @@ def test_linear_layers_are_seven_per_layer_and_the_last() -> None:
     """Every product of the model, at the roofline: 2 FLOPs per weight and row."""
     costs = roofline("h100")
     rows = 1 << 20  # arithmetic binds everywhere
-    seconds = rest_of_model_s(model_shape("llama3-8b"), costs, rows=rows, last_rows=0)
+    seconds = sum(parts_s(model_shape("llama3-8b"), costs, rows=rows, last_rows=0))
     shape = model_shape("llama3-8b")
     products_s = 2 * rows * shape.num_layers * shape.layer_matmul_parameters / 989.4e12
     moved = rows * (2 * 4096 * 2 + 2 * 4096 * 3 + 5120 * 2 + 4096 * 2 + 14336 * 3) * shape.num_layers + rows * 4096 * 2
@@ -109,6 +113,27 @@ def test_heads_without_tiles_compute_none_and_dynamic_ones_pay_for_their_choice(
     assert 0.9 * (0.1 * 7 + 1) / 8 < chosen.density < 1.3 * (0.1 * 7 + 1) / 8
     mean = predict(plan_of(*[MeanValue()] * 7, Dense()), SMALL, WORK, COSTS)
     assert mean.attention_s > idle.attention_s
+
+
+def test_a_head_that_reuses_computes_its_sources_tiles_and_pays_for_no_choice() -> None:
+    topk, reuse = PooledTopk(keep=LengthLaw(b=0.1), sink=128), Reuse(layer=0)
+    plan = plan_of(*[topk] * 8)
+    rules = {rule.label: rule for rule in (topk, reuse)}
+    second = {SMALL.geometry.modules[1]: (reuse.label,) * 8}
+    plan = plan.model_copy(update={"rules": rules, "assignments": plan.assignments | second})
+    first, reused = predict(plan, SMALL, WORK, COSTS).layers
+    assert reused.density == first.density
+    assert reused.attention_s == first.attention_s
+    assert first.index_s > reused.index_s == 0
+
+
+def test_decoding_follows_the_rules_of_its_phase() -> None:
+    plan = plan_of(*[Dense()] * 8)
+    window = dict.fromkeys(SMALL.geometry.modules, (WINDOW.label,) * 8)
+    both = plan.model_copy(update={"rules": {**plan.rules, WINDOW.label: WINDOW}, "decode": window})
+    dense, mixed = (predict(each, SMALL, WORK, COSTS) for each in (plan, both))
+    assert mixed.ttft_s == dense.ttft_s
+    assert mixed.kv_bytes == pytest.approx(640 / 8292 * dense.kv_bytes)
 
 
 def test_a_dynamic_choice_has_its_budget() -> None:

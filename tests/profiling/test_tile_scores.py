@@ -1,11 +1,13 @@
 """Scoring through tile sums equals running every candidate through the oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.reference import tile_attention
-from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, score_layer, tile_mass
+from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, late_from, score_layer, tile_mass
 from sparsesearch.rules import Rule, rule_kinds
 
 RULES: list[Rule] = [
@@ -40,6 +42,8 @@ def test_every_sum_equals_the_oracle(length: int) -> None:
     tiles = choose_tiles(RULES, data, grid)
     scores = score_layer(RULES, tiles, data, grid)
     dense = tile_attention(data.q, data.k, data.v, grid.reachable(), grid, scale=1.0)
+    late = late_from(length)
+    assert late == length - max(1, round(length / 8))
     for index, rule in enumerate(RULES):
         delta = tile_attention(data.q, data.k, data.v, tiles[:, index], grid, scale=1.0, rest=rule.rest) - dense
         products = (delta * data.answer).sum(-1)
@@ -48,12 +52,30 @@ def test_every_sum_equals_the_oracle(length: int) -> None:
             "answer": products.square().sum(-1),
             "answer_group": products.unflatten(0, (2, 2)).sum(1).square().sum(-1),
             "output_error": torch.einsum("hsd,hde,hse->h", delta, data.projection_gram, delta),
+            "late_fisher": torch.einsum("hsd,rhsd->rh", delta[:, late:], data.probes[:, :, late:]),
+            "decode_answer": products[:, late:].square().sum(-1),
+            "decode_answer_group": products[:, late:].unflatten(0, (2, 2)).sum(1).square().sum(-1),
         }
         for name, value in expected.items():
             scale = dense.abs().sum() + value.abs().max()
             torch.testing.assert_close(
                 getattr(scores, name)[..., index], value, rtol=1e-4, atol=float(1e-6 * scale), msg=rule.label
             )
+
+
+def test_generated_queries_are_those_that_hold_answers() -> None:
+    data, grid = layer(130), BlockGrid(130, 130, 32)
+    generated = torch.zeros(130, dtype=torch.bool)
+    generated[[5, 64, 129]] = True
+    tiles = choose_tiles(RULES, data, grid)
+    scores = score_layer(RULES, tiles, replace(data, generated=generated), grid)
+    dense = tile_attention(data.q, data.k, data.v, grid.reachable(), grid, scale=1.0)
+    for index, rule in enumerate(RULES):
+        delta = tile_attention(data.q, data.k, data.v, tiles[:, index], grid, scale=1.0, rest=rule.rest) - dense
+        expected = (delta * data.answer).sum(-1)[:, generated].square().sum(-1)
+        torch.testing.assert_close(
+            scores.decode_answer[:, index], expected, rtol=1e-4, atol=float(1e-6 * dense.abs().sum()), msg=rule.label
+        )
 
 
 def test_mass_and_influence_equal_autograd() -> None:

@@ -8,10 +8,12 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.optimize import least_squares, nnls
 
+from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.load import TileLoad, tile_load
-from sparsesearch.cost.device.model import schedule_seconds
-from sparsesearch.cost.device.runs import Row
+from sparsesearch.cost.device.model import DeviceCostModel, many_schedule_seconds
+from sparsesearch.cost.device.runs import PROBE, PROBE_KV_TOKENS, Row
 from sparsesearch.cost.device.table import (
+    Correction,
     DecodeCost,
     DeviceTable,
     EstimatorCost,
@@ -21,6 +23,7 @@ from sparsesearch.cost.device.table import (
     rising,
 )
 from sparsesearch.cost.device.tile_cases import TileCase
+from sparsesearch.cost.predict import parts_s
 from sparsesearch.kernels.dispatch import Backend, tile_shape
 from sparsesearch.kernels.schedule import Workers
 
@@ -32,11 +35,10 @@ PARAMETERS = (
     "partial_s",
     "tile_power_s",
     "block_power_s",
-    "byte_power_s",
     "merge_s",
     "piece_s",
 )
-START = (3e-6, 1e-6, 1.5e-6, 1e-7, 5e-7, 1.5e-6, 1e-11, 3e-6, 2e-8)  # at head_dim 128; scaled to the device first
+START = (3e-6, 1e-6, 1.5e-6, 1e-7, 5e-7, 1.5e-6, 3e-6, 2e-8)  # at head_dim 128; scaled to the device first
 FOLDS = 4
 
 
@@ -63,8 +65,12 @@ def fitted(
         dtype_bytes: bytes per element.
         provenance: settings and versions.
     """
-    tiles, errors = fit_tiles([row for row in rows if row["group"] == "tiles"], kernel, workers, dtype_bytes)
-    return DeviceTable(
+    peaks = _peaks(rows)
+    skipped = {row["name"]: row["error"] for row in _group(rows, "skipped")}
+    tiles, errors = fit_tiles(
+        [row for row in rows if row["group"] == "tiles"], kernel, workers, dtype_bytes, peaks.read_bytes_per_s
+    )
+    table = DeviceTable(
         name=name,
         device=device,
         backend=kernel,
@@ -73,7 +79,7 @@ def fitted(
         l2_bytes=workers.l2_bytes,
         cache_bytes=CACHE_SHARE * workers.l2_bytes,
         memory_bytes=memory_bytes,
-        peaks=_peaks(rows),
+        peaks=peaks,
         tiles=tiles,
         decode=_decode(rows, dtype_bytes),
         linear=_linear(rows),
@@ -84,38 +90,76 @@ def fitted(
             for kind in sorted({row["name"] for row in _group(rows, "pointwise")})
         },
         estimators=_estimators(rows),
+        prefill_relief=Correction(amounts=(1.0,), values=(0.0,)),
+        decode_glue_s=Correction(amounts=(1.0,), values=(0.0,)),
         permutation=rising([(row["nbytes"], row["seconds"]) for row in _group(rows, "permutation")]),
-        fit={**errors, "repeat_spread_median": float(np.median([row["spread"] for row in rows]))},
-        provenance=provenance,
+        fit={**errors, "repeat_spread_median": float(np.median([row["spread"] for row in rows if "spread" in row]))},
+        provenance=provenance | ({"skipped": skipped} if skipped else {}),
     )
+    return table.model_copy(update=_corrections(DeviceCostModel(table), rows))
+
+
+def _corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction]:
+    """What the probe's whole layers took, beside the sum of their parts."""
+    found: dict[str, Correction] = {}
+    prefills = sorted((row["tokens"], row["seconds"]) for row in _group(rows, "layer_prefill"))
+    if prefills:
+        relief = []
+        for tokens, seconds in prefills:
+            case = TileCase("dense", tokens, PROBE.head_dim, num_heads=PROBE.num_heads, num_kv_heads=PROBE.num_kv_heads)
+            schedule = case.schedule(model.workers, model.kernel, model.table.dtype_bytes)
+            attention_s = model.attention_s(schedule, num_kv_heads=PROBE.num_kv_heads, head_dim=PROBE.head_dim)
+            linear_s, pointwise_s = parts_s(PROBE, model, rows=tokens, last_rows=1)
+            relief.append((PROBE.num_layers * attention_s + linear_s + pointwise_s - seconds) / pointwise_s)
+        found["prefill_relief"] = Correction(amounts=tuple(tokens for tokens, _ in prefills), values=tuple(relief))
+    steps = sorted((row["batch"], row["seconds"]) for row in _group(rows, "layer_decode"))
+    if steps:
+        glue = []
+        for batch, seconds in steps:
+            head = DecodeWork(PROBE_KV_TOKENS, PROBE.head_dim, 3, batch, model.table.dtype_bytes)
+            attention_s = PROBE.num_layers * model.decode_attention_s([head] * PROBE.num_kv_heads)
+            glue.append(
+                (seconds - attention_s - sum(parts_s(PROBE, model, rows=batch, last_rows=batch))) / PROBE.num_layers
+            )
+        found["decode_glue_s"] = Correction(amounts=tuple(batch for batch, _ in steps), values=tuple(glue))
+    return found
 
 
 def fit_tiles(
-    rows: Sequence[Row], kernel: Backend, workers: Workers, dtype_bytes: int
+    rows: Sequence[Row], kernel: Backend, workers: Workers, dtype_bytes: int, read_bytes_per_s: float
 ) -> tuple[tuple[TileKernelCost, ...], dict[str, float]]:
     """Least squares on relative errors, per configuration; the errors of the fit, and of cases left out in turn."""
-    costs, residuals, left_out = [], [], []
+    costs, residuals, left_out, beyond = [], [], [], []
     for head_dim, block_tokens in sorted({(row["head_dim"], row["block_tokens"]) for row in rows}):
         own = [row for row in rows if (row["head_dim"], row["block_tokens"]) == (head_dim, block_tokens)]
         shape = tile_shape(kernel, head_dim, block_tokens)
         fixed = {"head_dim": head_dim, "tile_rows": shape.rows, "tile_keys": shape.keys}
         loads = [case_load(row, kernel, workers, dtype_bytes) for row in own]
         seconds = np.array([row["seconds"] for row in own])
-        cost = _solve(loads, seconds, fixed)
+        cost = _solve(loads, seconds, fixed, read_bytes_per_s)
         costs.append(cost)
-        residuals += _errors(cost, loads, seconds).tolist()
+        errors = _errors(cost, loads, seconds, read_bytes_per_s)
+        residuals += errors.tolist()
+        cache_bytes = CACHE_SHARE * workers.l2_bytes
+        beyond += [
+            error for error, load in zip(errors.tolist(), loads, strict=True) if load.traffic_bytes > 2 * cache_bytes
+        ]
         fold = np.arange(len(own)) % FOLDS
         for part in range(FOLDS if len(own) >= 3 * FOLDS else 0):
             kept, out = np.flatnonzero(fold != part), np.flatnonzero(fold == part)
-            partial = _solve([loads[i] for i in kept], seconds[kept], fixed)
-            left_out += _errors(partial, [loads[i] for i in out], seconds[out]).tolist()
-    errors = {"tiles_mape": float(np.mean(np.abs(residuals))), "tiles_max": float(np.max(np.abs(residuals)))}
+            partial = _solve([loads[i] for i in kept], seconds[kept], fixed, read_bytes_per_s)
+            left_out += _errors(partial, [loads[i] for i in out], seconds[out], read_bytes_per_s).tolist()
+    summary = {"tiles_mape": float(np.mean(np.abs(residuals))), "tiles_max": float(np.max(np.abs(residuals)))}
     if left_out:
-        errors |= {
+        summary |= {
             "held_out_tiles_mape": float(np.mean(np.abs(left_out))),
             "held_out_tiles_max": float(np.max(np.abs(left_out))),
         }
-    return tuple(costs), errors
+    if beyond:
+        summary["beyond_cache_bias"] = float(
+            np.mean(beyond)
+        )  # what reading past the cache costs and the model leaves out
+    return tuple(costs), summary
 
 
 def case_load(row: Row, kernel: Backend, workers: Workers, dtype_bytes: int) -> TileLoad:
@@ -130,25 +174,27 @@ def case_load(row: Row, kernel: Backend, workers: Workers, dtype_bytes: int) -> 
     )
 
 
-def _solve(loads: Sequence[TileLoad], seconds: Float[ndarray, " cases"], fixed: dict[str, int]) -> TileKernelCost:
+def _solve(
+    loads: Sequence[TileLoad], seconds: Float[ndarray, " cases"], fixed: dict[str, int], read_bytes_per_s: float
+) -> TileKernelCost:
     usual = TileKernelCost(**fixed, **dict(zip(PARAMETERS, START, strict=True)))
-    start = np.log(START) + np.median(np.log(seconds / [schedule_seconds(usual, load) for load in loads]))
+    start = np.log(START) + np.median(np.log(seconds / many_schedule_seconds(usual, loads, read_bytes_per_s)))
 
     def cost(logs: ndarray) -> TileKernelCost:
         return TileKernelCost(**fixed, **dict(zip(PARAMETERS, np.exp(logs).tolist(), strict=True)))
 
     def residual(logs: ndarray) -> ndarray:
         pull = 0.003 * (logs - start)  # what the cases cannot tell stays where it was
-        return np.concatenate([_errors(cost(logs), loads, seconds), pull])
+        return np.concatenate([_errors(cost(logs), loads, seconds, read_bytes_per_s), pull])
 
     found = least_squares(residual, start, loss="soft_l1", f_scale=0.03, x_scale=1.0, max_nfev=200)
     return cost(found.x)
 
 
 def _errors(
-    cost: TileKernelCost, loads: Sequence[TileLoad], seconds: Float[ndarray, " cases"]
+    cost: TileKernelCost, loads: Sequence[TileLoad], seconds: Float[ndarray, " cases"], read_bytes_per_s: float
 ) -> Float[ndarray, " cases"]:
-    return np.asarray([schedule_seconds(cost, load) for load in loads] / seconds - 1)
+    return np.asarray(many_schedule_seconds(cost, loads, read_bytes_per_s) / seconds - 1)
 
 
 def _group(rows: Sequence[Row], name: str) -> list[Row]:
@@ -171,12 +217,13 @@ def _decode(rows: Sequence[Row], dtype_bytes: int) -> tuple[DecodeCost, ...]:
         own = [row for row in _group(rows, "decode") if row["head_dim"] == head_dim]
         nbytes = np.array([2.0 * r["batch"] * r["num_kv_heads"] * r["tokens"] * head_dim * dtype_bytes for r in own])
         seconds = np.array([row["seconds"] for row in own])
-        features = np.stack([np.ones_like(nbytes), nbytes / nbytes.mean()], 1)
-        (call_s, scaled), _ = nnls(features / seconds[:, None], np.ones(len(own)))
-        points = rising(list(zip(nbytes.tolist(), seconds.tolist(), strict=True)))
-        costs.append(
-            DecodeCost(head_dim=head_dim, points=points, call_s=call_s, byte_s=max(scaled / nbytes.mean(), 1e-15))
-        )
+        pairs = np.array([row["batch"] * row["num_kv_heads"] for row in own])
+        features = np.stack([np.ones_like(nbytes), nbytes / nbytes.mean(), pairs / pairs.mean()], 1)
+        (call_s, per_byte, per_pair), _ = nnls(features / seconds[:, None], np.ones(len(own)))
+        pair_s = float(per_pair / pairs.mean())
+        points = rising(list(zip(nbytes.tolist(), np.maximum(seconds - pairs * pair_s, 1e-9).tolist(), strict=True)))
+        byte_s = max(float(per_byte / nbytes.mean()), 1e-15)
+        costs.append(DecodeCost(head_dim=head_dim, points=points, pair_s=pair_s, call_s=float(call_s), byte_s=byte_s))
     return tuple(costs)
 
 
@@ -196,7 +243,7 @@ def _estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
     own = _group(rows, "estimator")
     return tuple(
         EstimatorCost(
-            kind=kind, points=rising([(r["tokens"], r["seconds"] / r["heads"]) for r in own if r["name"] == kind])
+            kind=kind, heads=heads, points=rising([(r["tokens"], r["seconds"]) for r in own if r["name"] == kind])
         )
-        for kind in sorted({row["name"] for row in own})
+        for kind, heads in sorted({(row["name"], row["heads"]) for row in own})
     )

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsesearch.kernels.schedule import TileSchedule
+from sparsesearch.kernels.schedule import ENTRY_SHIFT, TileSchedule
 
 CHUNK_ENTRIES = 1 << 22
 
@@ -37,7 +37,7 @@ class TileLoad:
 def tile_load(
     schedule: TileSchedule, *, num_kv_heads: int, head_dim: int, dtype_bytes: int, cache_bytes: float
 ) -> TileLoad:
-    """Count a schedule that lies on the CPU.
+    """Count a schedule, wherever it lies.
 
     Args:
         schedule: tiles, lists and order.
@@ -46,9 +46,9 @@ def tile_load(
         dtype_bytes: bytes per element.
         cache_bytes: keys and values that the shared cache is counted on to hold.
     """
-    records = schedule.tiles.numpy().astype(np.int64)
-    entries = schedule.entries.numpy()
-    bin_ptr = schedule.bin_ptr.numpy()
+    records = schedule.tiles.cpu().numpy().astype(np.int64)
+    entries = schedule.entries.cpu().numpy()
+    bin_ptr = schedule.bin_ptr.cpu().numpy()
     low, high = records[:, 8], records[:, 9]
     marked = np.concatenate([[0], np.cumsum(entries & 1)])
     owner = np.repeat(np.arange(schedule.num_workers), np.diff(bin_ptr))
@@ -76,11 +76,11 @@ def memory_traffic(schedule: TileSchedule, *, num_kv_heads: int, cache_blocks: f
     The workers' tiles are replayed in waves of one tile per worker. Inside a wave a block is read once, however many tiles want it; in a
     later wave it is still there if the blocks touched since then fit the cache (LRU stack distance, Mattson et al. 1970, on waves).
     """
-    records = schedule.tiles.numpy().astype(np.int64)
+    records = schedule.tiles.cpu().numpy().astype(np.int64)
     if len(records) == 0:
         return 0.0
-    entries = schedule.entries.numpy() >> 3
-    bin_ptr = schedule.bin_ptr.numpy()
+    entries = schedule.entries.cpu().numpy() >> ENTRY_SHIFT
+    bin_ptr = schedule.bin_ptr.cpu().numpy()
     wave = np.arange(len(records)) - np.repeat(bin_ptr[:-1], np.diff(bin_ptr))
     length = records[:, 9] - records[:, 8]
     group = schedule.num_heads // num_kv_heads

@@ -11,24 +11,35 @@ from numpy import ndarray
 
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.device.load import TileLoad, tile_load
-from sparsesearch.cost.device.table import DecodeCost, DeviceTable, TileKernelCost
+from sparsesearch.cost.device.table import DecodeCost, DeviceTable, EstimatorCost, TileKernelCost
+from sparsesearch.cost.table import between_sizes
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.kernels.dispatch import Backend, tile_shape
 from sparsesearch.kernels.schedule import TileSchedule, Workers
 
-SMOOTHNESS = 8.0
+SHARPNESS = 8.0
 
 
-def schedule_seconds(kernel: TileKernelCost, load: TileLoad) -> float:
+def schedule_seconds(kernel: TileKernelCost, load: TileLoad, read_bytes_per_s: float) -> float:
     """Seconds of one launch over a schedule; the formula is that of `TileKernelCost`."""
-    workers = len(load.tiles)
-    busy = float((load.tiles * kernel.tile_s + load.blocks * kernel.block_s + load.partial * kernel.partial_s).max())
-    power = float(load.tiles.sum() * kernel.tile_power_s + load.blocks.sum() * kernel.block_power_s)
-    power = (power + load.traffic_bytes * kernel.byte_power_s) / workers
-    merging = kernel.merge_s + load.pieces * kernel.piece_s if load.merges else 0.0
-    longest = max(busy, power, 1e-12)
-    shared: float = longest * ((busy / longest) ** SMOOTHNESS + (power / longest) ** SMOOTHNESS) ** (1 / SMOOTHNESS)
-    return kernel.launch_s + shared + merging
+    return float(many_schedule_seconds(kernel, (load,), read_bytes_per_s)[0])
+
+
+def many_schedule_seconds(
+    kernel: TileKernelCost, loads: Sequence[TileLoad], read_bytes_per_s: float
+) -> Float[ndarray, " loads"]:
+    """The same for several schedules on equally many workers."""
+    tiles, blocks, partial = (
+        np.stack([getattr(load, name) for load in loads]) for name in ("tiles", "blocks", "partial")
+    )
+    busy = (tiles * kernel.tile_s + blocks * kernel.block_s + partial * kernel.partial_s).max(-1)
+    power = tiles.mean(-1) * kernel.tile_power_s + blocks.mean(-1) * kernel.block_power_s
+    memory = np.array([load.traffic_bytes for load in loads]) / read_bytes_per_s
+    merging = np.array([kernel.merge_s + load.pieces * kernel.piece_s if load.merges else 0.0 for load in loads])
+    bounds = np.stack([busy, power, memory])
+    longest = np.maximum(bounds.max(0), 1e-12)
+    corner = ((bounds / longest) ** SHARPNESS).sum(0) ** (1 / SHARPNESS)
+    return np.asarray(kernel.launch_s + longest * corner + merging)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,10 @@ class DeviceCostModel:
             SpecError: the element size or the estimator was not measured.
         """
         self._check_dtype(work.dtype_bytes)
-        index_s = 0.0 if work.estimator is None else self.estimator_s(work.estimator, work.kv_len, work.query_heads)
+        index_s = 0.0
+        if work.estimator is not None:  # a unit's share of a call that other units of the layer join
+            cost = self._estimator(work.estimator)
+            index_s = cost.points.at(work.kv_len) * work.query_heads / cost.heads
         match work.kind:
             case "zero":
                 return 0.0
@@ -98,16 +112,22 @@ class DeviceCostModel:
         """
         for work in works:
             self._check_dtype(work.dtype_bytes)
-        return np.array([work.kv_bytes * self._decode_cost(work.head_dim).byte_s for work in works])
+        return np.array([self._decode_s(work) for work in works])
+
+    def _decode_s(self, work: DecodeWork) -> float:
+        cost = self._decode_cost(work.head_dim)
+        flops = 4.0 * work.head_dim * work.query_heads * work.kv_tokens * work.batch
+        return max(work.kv_bytes * cost.byte_s, flops / self.table.peaks.matmul_flop_per_s) + work.batch * cost.pair_s
 
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention in one step; `works` are all of its KV heads."""
         if not works:
             return 0.0
-        return self._decode_cost(works[0].head_dim).points.at(sum(work.kv_bytes for work in works))
+        cost = self._decode_cost(works[0].head_dim)
+        return cost.points.at(sum(work.kv_bytes for work in works)) + cost.pair_s * sum(work.batch for work in works)
 
     def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
-        """One layer's prefill attention; `schedule` was built on the CPU for `workers` and `kernel`."""
+        """One layer's prefill attention; `schedule` was built for `workers` and `kernel`."""
         kernel = self.tile_kernel(head_dim, schedule.shape.keys)
         load = tile_load(
             schedule,
@@ -116,7 +136,7 @@ class DeviceCostModel:
             dtype_bytes=self.table.dtype_bytes,
             cache_bytes=self.table.cache_bytes,
         )
-        return schedule_seconds(kernel, load)
+        return schedule_seconds(kernel, load, self.table.peaks.read_bytes_per_s)
 
     def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
         """A linear layer of `rows` inputs.
@@ -141,19 +161,31 @@ class DeviceCostModel:
             )
         return self.table.pointwise[name].at(elements)
 
+    def prefill_relief(self, rows: int) -> float:
+        """Share of the pointwise time that whole layers of so many rows do not take."""
+        return self.table.prefill_relief.at(rows)
+
+    def decode_glue_s(self, batch: int) -> float:
+        """What a decoding layer takes beyond its parts."""
+        return self.table.decode_glue_s.at(batch)
+
     def permutation_s(self, nbytes: float) -> float:
         """Gathering the tokens of a tensor of so many bytes in another order."""
         return self.table.permutation.at(nbytes)
 
     def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
-        """Choosing the tiles of a dynamic rule for a prompt of so many tokens.
+        """Choosing the tiles of a dynamic rule for a prompt of so many tokens, all heads of the layer that follow it in one call.
 
         Raises:
             SpecError: it was not measured.
         """
+        cost = self._estimator(kind)
+        return cost.points.at(tokens) * max(1.0, query_heads / cost.heads)
+
+    def _estimator(self, kind: str) -> EstimatorCost:
         for cost in self.table.estimators:
             if cost.kind == kind:
-                return query_heads * cost.points.at(tokens)
+                return cost
         known = [cost.kind for cost in self.table.estimators]
         raise SpecError(f"cost model {self.name} must know what {kind!r} costs. Calibrate again.{nearest(kind, known)}")
 
@@ -186,7 +218,6 @@ class DeviceCostModel:
     def _tiles_s(self, work: UnitWork) -> float:
         side = 128 if work.kind == "dense" else work.block_tokens
         shape = tile_shape(self.kernel, work.head_dim, side)
-        kernel = self.tile_kernel(work.head_dim, shape.keys)
         rows = work.query_heads * -(-work.q_len // shape.rows)
         if work.kind == "dense":
             reach = work.kv_len - work.q_len + (work.q_len + shape.rows) / 2  # mean over the rows of tiles
@@ -194,15 +225,17 @@ class DeviceCostModel:
         else:
             halves = max(shape.rows // work.block_tokens - 1, 0) / 2  # where a causal tile's upper part is absent
             blocks = work.tiles * work.block_tokens**2 / (shape.rows * shape.keys) + halves * rows
-        busy = rows * (kernel.tile_s + kernel.partial_s) + blocks * kernel.block_s
-        power = rows * kernel.tile_power_s + blocks * kernel.block_power_s
-        return max(busy, power) / self.table.num_workers
+        seconds = {}
+        for kernel in _same_keys(self.table.tiles, shape.keys):
+            busy = rows * (kernel.tile_s + kernel.partial_s) + blocks * kernel.block_s
+            power = rows * kernel.tile_power_s + blocks * kernel.block_power_s
+            seconds[kernel.head_dim] = max(busy, power) / self.table.num_workers
+        return between_sizes(seconds, work.head_dim)
 
 
 @lru_cache(maxsize=64)
 def _tile_kernel(known: tuple[TileKernelCost, ...], head_dim: int, tile_keys: int, name: str) -> TileKernelCost:
-    closest = min(abs(math.log(kernel.tile_keys / tile_keys)) for kernel in known)
-    same = {k.head_dim: k for k in known if abs(math.log(k.tile_keys / tile_keys)) <= closest + 1e-9}
+    same = {kernel.head_dim: kernel for kernel in _same_keys(known, tile_keys)}
     if head_dim in same:
         return same[head_dim]
     sizes = sorted(same)
@@ -222,3 +255,9 @@ def _tile_kernel(known: tuple[TileKernelCost, ...], head_dim: int, tile_keys: in
             for field in ("tile_s", "block_s", "partial_s", "tile_power_s", "block_power_s")
         }
     return same[low].model_copy(update={"head_dim": head_dim, **scaled})
+
+
+def _same_keys(known: Sequence[TileKernelCost], tile_keys: int) -> list[TileKernelCost]:
+    """The configurations whose tiles have the number of keys nearest to the one asked for."""
+    closest = min(abs(math.log(kernel.tile_keys / tile_keys)) for kernel in known)
+    return [kernel for kernel in known if abs(math.log(kernel.tile_keys / tile_keys)) <= closest + 1e-9]

@@ -13,15 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.cost.device.llama import RandomLlama
 from sparsesearch.cost.device.tile_cases import TileCase, on_device, tile_cases
 from sparsesearch.cost.device.timing import Timed, sustained
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import build_on_device
 from sparsesearch.kernels.dispatch import Backend, run_schedule, tile_shape
 from sparsesearch.kernels.schedule import Span, Workers
+from sparsesearch.model_shapes import ModelShape
 from sparsesearch.rules import Rule, rule_kinds
 
 Row = dict[str, Any]
+PROBE = ModelShape("probe", "llama", 4, 3072, 8192, 24, 8, 128, 1024, False, 5e5, 1 << 18)
+"""Whole layers of this shape, which no known model has, show what the parts leave out when they run together."""
+
+PROBE_KV_TOKENS = 4096
+SLOW_S = 0.05
 LAYER_WIDTHS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192))
 
 
@@ -37,6 +44,8 @@ class RunPlan:
         gemm_widths: (outputs, inputs) of a linear layer.
         pointwise_tokens: rows of the activations of norms and the like.
         estimator_tokens: prompt lengths of the dynamic rules.
+        layer_batches: batches of whole decoding layers.
+        layer_tokens: prompt lengths of whole layers.
         peak_side: side of the matrices whose product is the peak.
         longest_tokens: tile cases beyond this length are left out.
         time_share: share of the usual time per case.
@@ -48,10 +57,12 @@ class RunPlan:
         (32, 8192),
     )  # fmt: skip
     decode_head_dims: tuple[int, ...] = (64, 128)
-    gemm_tokens: tuple[int, ...] = (1, 4, 16, 32, 128, 512, 2048, 8192, 32768)
+    gemm_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192, 32768)
     gemm_widths: tuple[tuple[int, int], ...] = LAYER_WIDTHS
-    pointwise_tokens: tuple[int, ...] = (1, 32, 1024, 8192, 65536)
+    pointwise_tokens: tuple[int, ...] = (1, 8, 32, 1024, 8192, 65536)
     estimator_tokens: tuple[int, ...] = (4096, 16384, 65536)
+    layer_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    layer_tokens: tuple[int, ...] = (4096, 8192, 16384, 65536)
     peak_side: int = 8192
     longest_tokens: int = 1 << 20
     time_share: float = 1.0
@@ -61,7 +72,16 @@ class RunPlan:
         """Rows to expect, for a progress bar; a few large cases may be left out."""
         tiles = sum(case.length <= self.longest_tokens for kind in self.tile_kinds for case in tile_cases(*kind))
         decode, gemm = len(self.decode) * len(self.decode_head_dims), len(self.gemm_tokens) * len(self.gemm_widths)
-        return 4 + tiles + decode + gemm + 5 * len(self.pointwise_tokens) + 3 * len(self.estimator_tokens)
+        layers = len(self.layer_batches) + len(self.layer_tokens)
+        return (
+            4
+            + tiles
+            + decode
+            + gemm
+            + layers
+            + 5 * len(self.pointwise_tokens)
+            + len(self.estimator_tokens) * (1 + len(estimators()))
+        )
 
 
 FULL = RunPlan()
@@ -73,6 +93,8 @@ QUICK = RunPlan(
     gemm_widths=((4096, 4096), (14336, 4096)),
     pointwise_tokens=(1, 1024, 8192),
     estimator_tokens=(4096, 16384),
+    layer_batches=(1, 8),
+    layer_tokens=(4096, 16384),
     longest_tokens=16384,
     time_share=0.4,
 )
@@ -117,6 +139,7 @@ def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
     yield from pointwise_runs(bench, plan.pointwise_tokens)
     yield from estimator_runs(bench, plan.estimator_tokens)
     yield from permutation_runs(bench, plan.estimator_tokens)
+    yield from layer_runs(bench, plan.layer_batches, plan.layer_tokens)
 
 
 def peak_runs(bench: Bench, side: int) -> Iterator[Row]:
@@ -215,7 +238,7 @@ def pointwise_runs(bench: Bench, tokens: Sequence[int], width: int = 4096) -> It
             "rotation": lambda copy: apply_rotary_pos_emb(heads(x[copy]), heads(y)[:, :0], cos, sin),  # noqa: B023
             "gate": lambda copy: silu(x[copy]) * y,  # noqa: B023
             "residual": lambda copy: x[copy] + y,  # noqa: B023
-            "transpose": lambda copy: heads(x[copy]).contiguous(),  # noqa: B023
+            "transpose": lambda copy: heads(x[copy]).clone(memory_format=torch.contiguous_format),  # noqa: B023
         }
         with torch.inference_mode():
             for name, run in works.items():
@@ -223,19 +246,29 @@ def pointwise_runs(bench: Bench, tokens: Sequence[int], width: int = 4096) -> It
                 yield bench.row("pointwise", timed, name=name, elements=count * width)
 
 
-def estimator_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_dim: int = 128) -> Iterator[Row]:
-    """What a dynamic rule takes before attention can start: its choice and, on a GPU, the schedule built from it."""
-    rules = {
-        kind: rule.examples()[-1]
-        for kind, rule in rule_kinds().items()
-        if rule.dynamic and not (rule.reuses or rule.needs_layout)
-    }
-    for length in tokens:
-        q, k = bench.normal(heads, length, head_dim), bench.normal(heads, length, head_dim)
-        grid = BlockGrid(length, length, 128)
-        for kind, rule in rules.items():
-            timed = bench.time(partial(_choose, bench, rule, grid, q, k), warm_s=0.02, graph=False)
+def estimators() -> dict[str, Rule]:
+    """A generous example of every dynamic rule that chooses by itself in a causal prompt."""
+    kinds = rule_kinds().items()
+    return {kind: r.examples()[-1] for kind, r in kinds if r.dynamic and not r.reuses and not r.needs_layout}
+
+
+def estimator_runs(bench: Bench, tokens: Sequence[int], heads: int = 8, head_dim: int = 128) -> Iterator[Row]:
+    """What a dynamic rule takes before attention can start: its choice and, on a GPU, the schedule built from it.
+
+    A rule that cannot run here gives a row of group `skipped` with the reason; one that is slow is not tried at longer prompts.
+    """
+    for kind, rule in estimators().items():
+        for length in tokens:
+            q, k = bench.normal(heads, length, head_dim), bench.normal(heads, length, head_dim)
+            grid = BlockGrid(length, length, 128)
+            try:
+                timed = bench.time(partial(_choose, bench, rule, grid, q, k), warm_s=0.02, graph=False)
+            except RuntimeError as error:
+                yield {"group": "skipped", "name": kind, "tokens": length, "error": str(error)[:200]}
+                break
             yield bench.row("estimator", timed, name=kind, tokens=length, heads=heads, head_dim=head_dim)
+            if timed.seconds > SLOW_S:
+                break
 
 
 def _choose(bench: Bench, rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, copy: int) -> object:
@@ -254,3 +287,20 @@ def permutation_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_
         order = torch.randperm(length, device=bench.device)
         timed = bench.time(lambda _: x.index_select(1, order), warm_s=0.02)  # noqa: B023
         yield bench.row("permutation", timed, nbytes=float(x.nbytes))
+
+
+def layer_runs(
+    bench: Bench, batches: Sequence[int], tokens: Sequence[int], shape: ModelShape | None = None
+) -> Iterator[Row]:
+    """A small model of whole layers: decoding steps, and dense prefills."""
+    if not batches and not tokens:
+        return
+    shape = shape or PROBE
+    model = RandomLlama(shape, bench)
+    for batch in batches:
+        timed = model.decode(batch, PROBE_KV_TOKENS)
+        yield bench.row("layer_decode", timed, batch=batch)
+    for length in tokens:
+        case = TileCase("dense", length, shape.head_dim, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads)
+        timed = model.prefill(length, [case.schedule(bench.workers, bench.kernel)])
+        yield bench.row("layer_prefill", timed, tokens=length)

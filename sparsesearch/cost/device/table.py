@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparsesearch.artifacts import read_json, write_json
@@ -31,12 +32,13 @@ class Peaks(_Frozen):
 class TileKernelCost(_Frozen):
     """The tile kernel in one configuration.
 
-    seconds = launch_s + softmax_8(busy, power) + (merge_s + pieces·piece_s if tiles were cut)
+    seconds = launch_s + longest(busy, power, memory) + (merge_s + pieces·piece_s if tiles were cut)
     busy    = max over workers of  tiles·tile_s + blocks·block_s + partial·partial_s
-    power   = (Σ tiles·tile_power_s + Σ blocks·block_power_s + traffic·byte_power_s) / workers
-    softmax_8(a, b) = (a⁸ + b⁸)^(1/8)
+    power   = (Σ tiles·tile_power_s + Σ blocks·block_power_s) / workers
+    memory  = bytes of keys and values that miss the cache / read_bytes_per_s
+    longest(a, b, c) = (a⁸ + b⁸ + c⁸)^(1/8), a maximum with a soft corner
 
-    busy is the schedule replayed at the clock of a cool device; power is the time in which the whole device may spend that energy.
+    busy is the schedule replayed at the clock of a cool device, power the time in which the device may spend the energy of all tiles.
     """
 
     head_dim: int = Field(ge=1)
@@ -48,7 +50,6 @@ class TileKernelCost(_Frozen):
     partial_s: float = Field(ge=0, description="what masking adds to a block")
     tile_power_s: float = Field(ge=0)
     block_power_s: float = Field(ge=0)
-    byte_power_s: float = Field(ge=0, description="per byte of keys and values that misses the cache, over all workers")
     merge_s: float = Field(ge=0, description="once, if any tile was cut")
     piece_s: float = Field(ge=0, description="per piece")
 
@@ -78,11 +79,31 @@ class Points(_Frozen):
         return float(s * (t / s) ** (math.log(amount / a) / math.log(b / a)))
 
 
+class Correction(_Frozen):
+    """A number over rising amounts, straight between two in the logarithm of the amount and constant beyond the ends."""
+
+    amounts: tuple[float, ...] = Field(min_length=1)
+    values: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if len(self.amounts) != len(self.values) or any(
+            a >= b for a, b in zip(self.amounts, self.amounts[1:], strict=False)
+        ):
+            raise ValueError("amounts must rise, one value each")
+        return self
+
+    def at(self, amount: float) -> float:
+        """The value there."""
+        return float(np.interp(math.log(max(amount, 1e-9)), np.log(self.amounts), self.values))
+
+
 class DecodeCost(_Frozen):
-    """Ragged decoding of one layer: by its bytes of keys and values, and a line through the same points."""
+    """Ragged decoding of one layer: by its bytes of keys and values and its (sequence, KV head) pairs, and a line through the same points."""
 
     head_dim: int = Field(ge=1)
-    points: Points = Field(description="bytes of keys and values -> seconds")
+    points: Points = Field(description="bytes of keys and values -> seconds, without what pairs add")
+    pair_s: float = Field(ge=0, description="per (sequence, KV head)")
     call_s: float = Field(ge=0)
     byte_s: float = Field(gt=0)
 
@@ -96,9 +117,13 @@ class LinearCost(_Frozen):
 
 
 class EstimatorCost(_Frozen):
-    """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds per query head."""
+    """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds of a call of `heads` query heads.
+
+    The host's launches dominate, so fewer heads take as long; more take proportionally longer.
+    """
 
     kind: str
+    heads: int = Field(ge=1)
     points: Points
 
 
@@ -119,6 +144,12 @@ class DeviceTable(_Frozen):
     linear: tuple[LinearCost, ...] = Field(min_length=1)
     pointwise: dict[str, Points] = Field(description="norm, rotation, gate, residual, transpose: elements -> seconds")
     estimators: tuple[EstimatorCost, ...]
+    prefill_relief: Correction = Field(
+        description="rows -> share of the pointwise time that comes back because it lets the device draw less than its power limit"
+    )
+    decode_glue_s: Correction = Field(
+        description="batch -> seconds that a whole layer takes beyond its parts: writing the cache, gaps"
+    )
     permutation: Points = Field(description="bytes of a tensor whose tokens are gathered in another order -> seconds")
     fit: dict[str, float] = Field(
         description="errors on the micro-runs and, left out in turn, on ones the fit had not seen"

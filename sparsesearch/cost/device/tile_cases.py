@@ -92,18 +92,20 @@ class TileCase:
 
 
 def tile_cases(head_dim: int, block_tokens: int) -> Iterator[TileCase]:
-    """Lengths 1k to 64k: one block per tile up to whole rows, in the cache and out of it."""
-    base = TileCase("window", 4096, head_dim, block_tokens=block_tokens)
+    """Lengths 1k to 64k: one block per tile up to whole rows, in the cache and out of it. Of small blocks every other case."""
+    cases = _all_cases(head_dim, block_tokens)
+    return iter(cases if block_tokens >= 128 else cases[::2])
+
+
+def _all_cases(head_dim: int, block_tokens: int) -> list[TileCase]:
     per_block = 128 // block_tokens if block_tokens < 128 else 1
-    for length, sizes in ((4096, (1, 2, 4, 8, 16)), (16384, (1, 3, 8, 32)), (32768, (2, 16)), (65536, (4, 24))):
-        for size in sizes:
-            yield replace(base, length=length, size=size * per_block)
-    for length in (2048, 4096, 8192, 16384, 32768):
-        yield replace(base, family="dense", length=length)
-    for length, size in ((4096, 6), (8192, 12), (16384, 4), (32768, 6), (32768, 40), (65536, 12), (65536, 48)):
-        yield replace(base, family="scatter", length=length, size=size * per_block)
-    for length in (1024, 2048, 8192):
-        yield replace(base, family="stream", length=length, size=2 * per_block)
+    windows = ((4096, (1, 2, 4, 8, 16)), (16384, (1, 3, 8, 32)), (32768, (2, 16)), (65536, (4, 24)))
+    scatters = ((4096, 6), (8192, 12), (16384, 4), (32768, 6), (32768, 40), (65536, 12), (65536, 48))
+    kinds: list[tuple[Family, int, int]] = [("window", length, size) for length, sizes in windows for size in sizes]
+    kinds += [("dense", length, 1) for length in (2048, 4096, 8192, 16384, 32768)]
+    kinds += [("scatter", length, size) for length, size in scatters]
+    kinds += [("stream", length, 2) for length in (1024, 2048, 8192)]
+    return [TileCase(family, length, head_dim, size * per_block, block_tokens) for family, length, size in kinds]
 
 
 def on_device(schedule: TileSchedule, device: str) -> TileSchedule:

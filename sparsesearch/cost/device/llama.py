@@ -6,13 +6,12 @@ a CUDA graph, as serving engines do it, so the host's launches do not count.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from sparsesearch.cost.device.runs import Bench
 from sparsesearch.cost.device.tile_cases import on_device
 from sparsesearch.cost.device.timing import Timed
 from sparsesearch.kernels.decode import ragged_decode
@@ -20,13 +19,16 @@ from sparsesearch.kernels.dispatch import run_schedule
 from sparsesearch.kernels.schedule import TileSchedule
 from sparsesearch.model_shapes import ModelShape
 
+if TYPE_CHECKING:
+    from sparsesearch.cost.device.runs import Bench
+
 NAME = "sparsesearch_bench"
 
 
 class RandomLlama:
     """The model, and what its attention does in the run at hand."""
 
-    def __init__(self, shape: ModelShape, bench: Bench) -> None:
+    def __init__(self, shape: ModelShape, bench: "Bench") -> None:
         AttentionInterface.register(NAME, self._attend)
         settings = shape.config_settings() | {"max_position_embeddings": 1 << 18}
         config = AutoConfig.for_model(shape.model_type, **settings)
@@ -51,7 +53,9 @@ class RandomLlama:
             return self.model(ids, use_cache=False, logits_to_keep=1).logits
 
         with torch.inference_mode():
-            return self.bench.time(run, warm_s=0.3, graph=False)
+            timed = self.bench.time(run, warm_s=0.3, graph=False)
+        self._schedules = ()
+        return timed
 
     def decode(self, batch: int, kv_tokens: int) -> Timed:
         """Time of one step of `batch` sequences, each with `kv_tokens` cached keys in every KV head."""

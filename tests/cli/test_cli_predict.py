@@ -1,0 +1,45 @@
+"""`sparsesearch predict`: the shipped plan on a measured device and on a datasheet."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PLAN = Path(__file__).parents[2] / "profiles" / "needle-7m-plan.json"
+WORK = ("--workload", "prompt=8192,generate=64,batch=2")
+
+
+def test_json_has_both_sides_of_every_workload(run_json: Any) -> None:
+    found = run_json("predict", PLAN, "--device", "h200", *WORK, "--workload", "prompt=4k")
+    assert (found["device"], found["measured"], found["model_shape"]) == ("NVIDIA H200", True, "needle-7m")
+    assert len(found["workloads"]) == 2
+    first, second = found["workloads"]
+    assert first["plan"]["density"] < first["dense"]["density"] == 1.0
+    tiles_s = {name: sum(layer["attention_s"] for layer in first[name]["layers"]) for name in ("dense", "plan")}
+    assert tiles_s["plan"] < tiles_s["dense"]
+    assert first["plan"]["attention_s"] > tiles_s["plan"]  # dynamic rules pay for their choice
+    assert first["plan"]["kv_bytes"] < first["dense"]["kv_bytes"]
+    assert len(first["plan"]["layers"]) == 8
+    assert second["plan"]["tpot_s"] is None
+
+
+def test_a_datasheet_says_that_it_was_not_measured(run: Any) -> None:
+    shown = run("predict", PLAN, "--device", "roofline:l40s", *WORK).stdout
+    assert "NVIDIA L40S" in shown
+    assert "Nobody has measured this device" in shown
+    assert "Nobody" not in run("predict", PLAN, "--device", "h200", *WORK).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--device", "cpu", *WORK), 1, "prices attention alone"),
+        (("--device", "h20", *WORK), 1, "Did you mean 'h200'"),
+        (("--device", "h200", "--workload", "promt=5"), 2, "--workload"),
+        (("--device", "h200", *WORK, "--model-shape", "llama3-8b"), 5, "Name the shape of the plan's own model"),
+        (("--device", "h200", *WORK, "--model-shape", "llama3-9b"), 1, "Did you mean 'llama3-8b'"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(run: Any, arguments: tuple[str, ...], code: int, message: str) -> None:
+    refused = run("predict", PLAN, *arguments, code=code)
+    assert " ".join(message.split()) in " ".join(refused.stderr.replace("│", " ").split())
