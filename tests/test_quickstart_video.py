@@ -25,7 +25,7 @@ name: small
 source: test
 description: test
 unit: query_head
-block_tokens: 64
+block_tokens: 32
 candidates:
   - {kind: diagonal_band, reach: {b: 0.1}, order: [identity, axes(hwf)]}
   - {kind: calibrated_tiles, keep: [0.25, 0.5], order: ["tile(4,4,4)"]}

@@ -101,7 +101,7 @@ def flow_loss(
     condition[:, :1, 0] = pictured.view(-1, 1, 1, 1)
     condition[:, 1:, 0] = video[:, :, 0] * pictured.view(-1, 1, 1, 1)
     noise, share = torch.randn_like(video), level.view(-1, 1, 1, 1, 1)
-    with torch.autocast(video.device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         found = bed.transformer(
             torch.cat([(1 - share) * video + share * noise, condition], 1),
             level * 1000,
