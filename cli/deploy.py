@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options as o
+from . import prune
 from .errors import guarded
 from .render import emit_json, lines, pairs
 
@@ -23,6 +24,9 @@ def apply(
             "--allow-other-weights", help="Accept weights the plan was not made for, such as a fine-tuned copy."
         ),
     ] = False,
+    logical: Annotated[
+        bool, typer.Option("--logical", help="Removals: keep the shapes and write zeros; stock transformers loads it.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
@@ -30,6 +34,10 @@ def apply(
     from sparsesearch.runtime.export import export
 
     opened = Plan.load(plan)
+    if opened.pruning is not None:
+        taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
+        prune.apply_cuts(opened, model, out, logical=logical, **taken)
+        return
     export(
         opened,
         model,

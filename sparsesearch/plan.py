@@ -11,6 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from sparsesearch.artifacts import canonical_json, parse_json, read_text, sha256_text, write_json
+from sparsesearch.cut import Cut
 from sparsesearch.errors import ArtifactError, SpecError, first_problem
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
 from sparsesearch.rules.dense import Dense
@@ -46,7 +47,7 @@ class BaseModelInfo(_Frozen):
 class BudgetRecord(_Frozen):
     """One constraint of the search and what the plan uses of it, per length."""
 
-    metric: Literal["density", "kv_fraction", "latency"]
+    metric: Literal["density", "kv_fraction", "latency", "params", "flops", "memory"]
     bound: float = Field(description="share of dense, in (0, 1]")
     predicted: dict[str, float] = Field(default_factory=dict, description="sequence length -> share of dense")
     cost_model: str | None = Field(None, description="which cost model priced it (latency only)")
@@ -97,6 +98,7 @@ class Plan(_Frozen):
         default_factory=dict, description="measured on held-out data: metric -> variant -> value"
     )
     provenance: dict[str, Any] = Field(default_factory=dict)
+    pruning: Cut | None = Field(None, description="heads and FFN channels removed for good; left out when nothing is")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -139,7 +141,7 @@ class Plan(_Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content, as embedded in a checkpoint's config."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"pruning"} if self.pruning is None else None)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], *, source: str) -> Self:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from sparsesearch.errors import SpecError, nearest
 
-Metric = Literal["density", "kv_fraction", "latency"]
+Metric = Literal["density", "kv_fraction", "latency", "params", "flops", "memory"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Budget:
     """At every length, a plan's summed cost must be at most `bound` times that of the all-dense plan.
 
     Attributes:
-        metric: what is limited: computed tiles, cached KV, or seconds through a cost model.
+        metric: what is limited: computed tiles, cached KV, seconds through a cost model; where the profile covers pruning, also the
+            parameters, multiply-adds, or bytes of the layers.
         bound: share of dense, in (0, 1].
         lengths: the sequence lengths in tokens where it holds; None means all that were profiled.
     """
