@@ -204,7 +204,7 @@ def validate_proxy(
 
 
 def calibrate(
-    device: Annotated[str, typer.Option(help="Device to measure: cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device to measure: cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; <device>.json by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths and repeats, for a first look.")] = False,
     json: o.Json = False,

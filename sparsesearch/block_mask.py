@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparsesearch.errors import SpecError
+from sparsesearch.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class BlockGrid:
         block_tokens: side of a tile.
         law_len: the length N at which laws a + b·N are evaluated: the prompt length, fixed at prefill. Defaults to kv_len.
         causal: whether query i sees only keys j <= i.
+        layout: what the tokens are, for rules that speak of text and frames. The grid's blocks are counted over the tokens in the rule's own
+            order (`Rule.token_order`); the layout itself stays in the model's order.
     """
 
     q_len: int
@@ -31,12 +34,18 @@ class BlockGrid:
     block_tokens: int
     law_len: int = 0
     causal: bool = True
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.q_len <= self.kv_len:
             raise SpecError(f"1 <= q_len <= kv_len must hold, but got q_len={self.q_len}, kv_len={self.kv_len}.")
         if self.block_tokens < 1:
             raise SpecError(f"block_tokens >= 1 must hold, but got {self.block_tokens}.")
+        if self.layout is not None and (self.layout.num_tokens != self.kv_len or self.layout.causal != self.causal):
+            raise SpecError(
+                f"a layout must cover the {self.kv_len} keys with causal={self.causal}, but has {self.layout.num_tokens} tokens and "
+                f"causal={self.layout.causal}."
+            )
         if self.law_len == 0:
             object.__setattr__(self, "law_len", self.kv_len)
 

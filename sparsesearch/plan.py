@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.annotated_handlers import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -13,9 +23,11 @@ from pydantic_core import CoreSchema
 from sparsesearch.artifacts import canonical_json, parse_json, read_text, sha256_text, write_json
 from sparsesearch.cut import Cut
 from sparsesearch.errors import ArtifactError, SpecError, first_problem
+from sparsesearch.layout import Layout
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
 from sparsesearch.rules.dense import Dense
 from sparsesearch.shapes import Granularity, ModelGeometry
+from sparsesearch.step_schedule import StepSchedule
 
 FORMAT = "sparsesearch.plan"
 SCHEMA_VERSION = "1.0"
@@ -47,10 +59,19 @@ class BaseModelInfo(_Frozen):
 class BudgetRecord(_Frozen):
     """One constraint of the search and what the plan uses of it, per length."""
 
-    metric: Literal["density", "kv_fraction", "latency", "params", "flops", "memory"]
-    bound: float = Field(description="share of dense, in (0, 1]")
-    predicted: dict[str, float] = Field(default_factory=dict, description="sequence length -> share of dense")
-    cost_model: str | None = Field(None, description="which cost model priced it (latency only)")
+    metric: Literal["density", "kv_fraction", "latency", "ttft", "tpot", "memory", "parameters", "params", "flops"]
+    bound: float = Field(description="share of dense, in (0, 1]; seconds or bytes if absolute")
+    predicted: dict[str, float] = Field(
+        default_factory=dict, description="sequence length, or `workload` for a total -> what the bound limits"
+    )
+    cost_model: str | None = Field(None, description="which cost model priced it (seconds only)")
+    absolute: bool = Field(False, description="bound and predictions are in seconds or bytes, not shares of dense")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`absolute` is written only where it is set, so that older plans keep their bytes."""
+        content: dict[str, Any] = handler(self)
+        return content if self.absolute else {name: value for name, value in content.items() if name != "absolute"}
 
 
 class Certificate(_Frozen):
@@ -82,6 +103,7 @@ class Plan(_Frozen):
     """Which rule each query head follows.
 
     `assignments[module][h]` names the rule of query head h; modules that are not named stay dense. Rules are named by their label.
+    `decode`, where it names a module, does the same for the tokens that are generated; elsewhere they follow `assignments`.
     """
 
     base_model: BaseModelInfo
@@ -92,19 +114,27 @@ class Plan(_Frozen):
     )
     rules: dict[str, AnyRule]
     assignments: dict[str, tuple[str, ...]]
+    decode: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="the rules of the decode phase, where they are not those of `assignments`"
+    )
     budgets: tuple[BudgetRecord, ...] = ()
     certificate: Certificate | None = None
     quality: dict[str, Any] = Field(
         default_factory=dict, description="measured on held-out data: metric -> variant -> value"
     )
     provenance: dict[str, Any] = Field(default_factory=dict)
+    schedule: StepSchedule | None = Field(None, description="assignments per range of denoising steps; diffusion only")
+    layout: Layout | None = Field(None, description="the segments and grids that the search saw")
     pruning: Cut | None = Field(None, description="heads and FFN channels removed for good; left out when nothing is")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         geometry = self.base_model.geometry
         heads = dict(zip(geometry.modules, geometry.num_heads, strict=True))
-        for module, names in self.assignments.items():
+        schedule = self.schedule
+        scheduled = [] if schedule is None else [schedule.assignments(i) for i in range(len(schedule.ranges))]
+        tables = (self.assignments, self.decode, *scheduled)
+        for module, names in ((m, names) for table in tables for m, names in table.items()):
             if module not in heads:
                 raise ValueError(f"assignments name module {module!r}, which base_model.modules lacks")
             if len(names) != heads[module]:
@@ -112,12 +142,57 @@ class Plan(_Frozen):
             for name in names:
                 if name not in self.rules:
                     raise ValueError(f"{module} names rule {name!r}, which `rules` lacks")
+        for target, module in enumerate(geometry.modules):
+            for head in range(len(self.assignments.get(module, ()))):
+                self._check_source(target, module, head)
         return self
+
+    def at_step(self, index: int, num_steps: int | None = None) -> "Plan":
+        """The plan of one denoising step: the same content, the step's assignments, no schedule. Itself without a schedule.
+
+        Args:
+            index: step of the trajectory, from 0.
+            num_steps: steps of the trajectory; those of the schedule by default.
+
+        Raises:
+            SpecError: there is no such step.
+        """
+        if self.schedule is None:
+            return self
+        place = self.schedule.range_index(index, num_steps)
+        table = self.assignments if place is None else self.schedule.assignments(place)
+        return self.model_copy(update={"assignments": table, "schedule": None})
+
+    def _check_source(self, target: int, module: str, head: int) -> None:
+        """A head that reuses must name an earlier head that leaves a selection."""
+        source = self.rule(module, head).source_head(head)
+        if source is None:
+            return
+        layer, source_head = source
+        if layer >= target:
+            raise ValueError(
+                f"{module}:{head} must reuse an earlier layer than its own ({target}), but names layer {layer}"
+            )
+        path = self.base_model.modules[layer]
+        if not 0 <= source_head < self.base_model.num_heads[layer]:
+            raise ValueError(
+                f"{module}:{head} reuses head {source_head} of {path}, which has {self.base_model.num_heads[layer]}"
+            )
+        left = self.rule(path, source_head)
+        if not left.dynamic or left.reuses:
+            raise ValueError(
+                f"{module}:{head} reuses {path}:{source_head}, which leaves no selection: its rule is {left.label}"
+            )
 
     def rule(self, module: str, head: int) -> Rule:
         """The rule of one query head; dense where the plan says nothing."""
         names = self.assignments.get(module)
         return Dense() if names is None else self.rules[names[head]]
+
+    def decode_rule(self, module: str, head: int) -> Rule:
+        """The rule of one query head while tokens are generated; that of the prefill where the plan says nothing else."""
+        names = self.decode.get(module)
+        return self.rule(module, head) if names is None else self.rules[names[head]]
 
     def module_rules(self, module: str) -> tuple[Rule, ...]:
         """The rules of a module's query heads, in head order."""
@@ -141,7 +216,8 @@ class Plan(_Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content, as embedded in a checkpoint's config."""
-        return self.model_dump(mode="json", exclude={"pruning"} if self.pruning is None else None)
+        unset = {name for name in ("schedule", "layout", "decode", "pruning") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=unset)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], *, source: str) -> Self:

@@ -48,7 +48,7 @@ def small(**changes: Any) -> Plan:
 
 def every_rule() -> Plan:
     """One head per example of every rule."""
-    rules = {rule.label: rule for kind in rule_kinds().values() for rule in kind.examples()}
+    rules = {rule.label: rule for kind in rule_kinds().values() if not kind.reuses for rule in kind.examples()}
     info = INFO.model_copy(update={"modules": ("attn",), "num_heads": (len(rules),), "num_kv_heads": (1,), "head_dim": (8,)})  # fmt: skip
     return small(base_model=info, rules=rules, assignments={"attn": tuple(rules)})
 

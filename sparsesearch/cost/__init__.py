@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
-from sparsesearch.cost.base import CostModel, UnitWork
+from sparsesearch.artifacts import read_text
+from sparsesearch.cost.base import CostModel, DecodeWork, UnitWork
+from sparsesearch.cost.device.model import DeviceCostModel
+from sparsesearch.cost.device.table import FORMAT as DEVICE_FORMAT
+from sparsesearch.cost.device.table import DeviceTable
 from sparsesearch.cost.roofline import DATASHEETS, roofline
 from sparsesearch.cost.table import CostTable, TableCostModel
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.presets import preset_names, preset_path
 
-__all__ = ["CostModel", "UnitWork", "cost_model_names", "load_cost_model"]
+__all__ = ["CostModel", "DecodeWork", "UnitWork", "cost_model_names", "load_cost_model"]
 
 
 def cost_model_names() -> list[str]:
@@ -27,9 +31,17 @@ def load_cost_model(name_or_path: str | Path) -> CostModel:
     if name.startswith("roofline:"):
         return roofline(name.removeprefix("roofline:"))
     if isinstance(name_or_path, Path) or name.endswith(".json"):
-        return TableCostModel(CostTable.load(Path(name_or_path)))
+        return _opened(Path(name_or_path))
     if name not in preset_names("cost_models"):
         raise SpecError(
             f"a cost model must be a shipped name or a .json file, but got {name!r}.{nearest(name, cost_model_names())}"
         )
-    return TableCostModel(CostTable.load(preset_path("cost_models", name)))
+    return _opened(preset_path("cost_models", name))
+
+
+def _opened(path: Path) -> CostModel:
+    """Of a CPU or of an accelerator, as the file says."""
+    text = read_text(path)
+    if f'"format": "{DEVICE_FORMAT}"' in text:
+        return DeviceCostModel(DeviceTable.load(path))
+    return TableCostModel(CostTable.load(path))

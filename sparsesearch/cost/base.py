@@ -92,7 +92,8 @@ class CostModel(Protocol):
     predictions are always shown beside measurements. A model of whole tile lists may add a method for a layer; the
     search needs only this one.
 
-    Contract: more tiles or a longer sequence never cost less, and `zero` costs no more than anything else.
+    Contract: more tiles, more cached keys or a longer sequence never cost less, and `zero` costs no more than anything
+    else.
     """
 
     @property
@@ -112,3 +113,10 @@ class CostModel(Protocol):
 
     def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
         """The same for many units."""
+
+    @property
+    def decode_call_s(self) -> float:
+        """Seconds that decoding attention takes per layer and step before it reads a key, whatever the plan."""
+
+    def decode_latency_s(self, works: Sequence[DecodeWork]) -> Float[ndarray, " works"]:
+        """Seconds that each KV head adds to its layer's decoding attention in one step, `decode_call_s` not included."""

@@ -1,79 +1,25 @@
-"""Measuring a device: `sparsesearch calibrate`.
+"""Measuring a device: `sparsesearch calibrate`. A CPU by `cpu_cases` and `cpu_fit`, an accelerator by `device.runs` and `device.fit`."""
 
-Every case is run once per round, in turn, and its fastest round counts: on a machine that others use too, interference
-comes and goes within the minute and only ever adds time. Inputs rotate over several buffers, so that a case does not
-find its own data in the cache.
-"""
-
-import os
-import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import re
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool
-from scipy.optimize import nnls
-from torch import Tensor
 
-from sparsesearch.block_mask import BlockGrid
-from sparsesearch.cost.base import UnitWork
-from sparsesearch.cost.table import CostTable, Curve, TableCostModel, TileCost
+from sparsesearch.cost.cpu_cases import FULL, QUICK, all_cases, measure
+from sparsesearch.cost.cpu_fit import fitted
+from sparsesearch.cost.table import TableCostModel
 from sparsesearch.errors import SpecError
-from sparsesearch.kernels.reference import running_mean
-from sparsesearch.kernels.torch_gather import tile_attention_torch
-from sparsesearch.rules import Rule, rule_kinds
+from sparsesearch.kernels.dispatch import Backend
+
+if TYPE_CHECKING:
+    from sparsesearch.cost.device.model import DeviceCostModel
 
 TIME_LIMIT_S = 70.0
-MIN_ROUNDS, MAX_ROUNDS = 3, 24
-NUM_BUFFERS = 2
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which shapes are measured."""
-
-    dense_tokens: tuple[int, ...]
-    estimator_tokens: tuple[int, ...]
-    tile_tokens: tuple[int, ...]
-    head_dims: tuple[int, ...]
-    block_tokens: tuple[int, ...]
-    held_out_tokens: tuple[int, ...]
-
-
-FULL = Grid(
-    (128, 256, 512, 1024, 2048, 4096, 8192),
-    (256, 1024, 4096),
-    (512, 2048, 4096),
-    (32, 64, 128),
-    (32, 64, 128),
-    (768, 3072),
-)
-QUICK = Grid((128, 512, 1024), (128, 512), (512, 1024), (32, 64), (64,), (768,))
-
-
-@dataclass
-class Case:
-    """One thing to time: `run` on the next buffer; the fastest of its rounds is its cost."""
-
-    group: str
-    head_dim: int
-    tokens: int
-    heads: int
-    run: Callable[[Tensor, Tensor, Tensor], object]
-    work: UnitWork | None = None
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def best_s(self) -> float:
-        """Of all rounds."""
-        return min(self.seconds)
 
 
 def calibrate(
@@ -81,232 +27,92 @@ def calibrate(
     *,
     out: Path | None = None,
     quick: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
-) -> TableCostModel:
-    """Measure this machine's dense SDPA, tile attention, estimators and mean values, in under 90 s.
+) -> "TableCostModel | DeviceCostModel":
+    """Measure what attention costs here, and on an accelerator what a whole layer costs; in under 90 s.
 
     Args:
-        device: `cpu`.
+        device: `cpu` or `cuda`.
         out: where to write the JSON; None writes nothing.
         quick: a few shapes and seconds, for tests; extrapolates further.
-        dtype: of queries, keys and values.
+        dtype: of queries, keys and values; by default fp32 on a CPU and bf16 elsewhere.
         seed: of the inputs and masks.
-        progress: called with the stage, the seconds spent and the seconds planned.
+        progress: called with the stage, the amount done and the amount planned.
 
     Raises:
         SpecError: the device cannot be calibrated.
     """
-    if device != "cpu":
-        raise SpecError(
-            f"calibrate must be given device 'cpu', but got {device!r}. For a GPU that nobody has measured use "
-            "roofline:<gpu> as the cost model."
-        )
+    match torch.device(device).type if device.startswith("cuda") else device:
+        case "cpu":
+            return _calibrate_cpu(out, quick, dtype or torch.float32, seed, progress)
+        case "cuda" if torch.cuda.is_available():
+            return calibrate_cuda(out, quick, dtype or torch.bfloat16, seed, progress)
+    raise SpecError(
+        f"calibrate must be given a device of this machine, cpu or cuda, but got {device!r}"
+        f"{'' if torch.cuda.is_available() else ' and torch finds no GPU here'}. For a GPU that nobody has measured use "
+        "roofline:<gpu> as the cost model."
+    )
+
+
+def _calibrate_cpu(out: Path | None, quick: bool, dtype: torch.dtype, seed: int, progress: Progress) -> TableCostModel:
     shapes = QUICK if quick else FULL
     generator = torch.Generator().manual_seed(seed)
-    cases = [*_curve_cases(shapes), *_tile_cases(shapes, generator), *_held_out_cases(shapes, generator)]
-    rounds = _measure(cases, 5.0 if quick else TIME_LIMIT_S, dtype, generator, progress)
-    model = TableCostModel(_fitted(cases, shapes, dtype, {"seed": seed, "quick": quick, "rounds": rounds}))
+    cases = all_cases(shapes, generator)
+    rounds = measure(cases, 5.0 if quick else TIME_LIMIT_S, dtype, generator, progress)
+    model = TableCostModel(fitted(cases, shapes, dtype, {"seed": seed, "quick": quick, "rounds": rounds}))
     if out is not None:
         model.table.save(out)
     return model
 
 
-def _curve_cases(shapes: Grid) -> list[Case]:
-    cases = []
-    for head_dim in shapes.head_dims:
-        for tokens in shapes.dense_tokens:
-            heads = 8 if tokens <= 2048 else 2
-            cases.append(Case("dense", head_dim, tokens, heads, _dense(head_dim)))
-        for tokens in shapes.estimator_tokens:
-            grid = BlockGrid(tokens, tokens, 64)
-            cases.append(Case("mean_value", head_dim, tokens, 4, partial(_mean_value, grid)))
-            cases += [
-                Case(kind, head_dim, tokens, 4, partial(_select, rule, grid)) for kind, rule in _estimators().items()
-            ]
-    return cases
+def calibrate_cuda(
+    out: Path | None, quick: bool, dtype: torch.dtype, seed: int, progress: Progress
+) -> "DeviceCostModel":
+    """Run the micro-runs on the current CUDA device and fit them."""
+    import triton
 
+    from sparsesearch.cost.device import runs
+    from sparsesearch.cost.device.fit import fitted as fit
+    from sparsesearch.cost.device.model import DeviceCostModel
 
-def _estimators() -> dict[str, Rule]:
-    return {kind: rule.examples()[-1] for kind, rule in rule_kinds().items() if rule.dynamic}
-
-
-def _select(rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return rule.select(grid, q, k)
-
-
-def _mean_value(grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return running_mean(v, grid).to(v.dtype)
-
-
-def _dense(head_dim: int) -> Callable[[Tensor, Tensor, Tensor], object]:
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5)
-
-
-def _tile_cases(shapes: Grid, generator: torch.Generator) -> list[Case]:
-    """Windows (few distinct row lengths) and random tiles (many), sparse and dense."""
-    cases = []
-    for head_dim in shapes.head_dims:
-        for block in shapes.block_tokens:
-            for tokens in shapes.tile_tokens:
-                grid = BlockGrid(tokens, tokens, block)
-                for share in (0.02, 0.1, 0.3, 0.7):
-                    for choose in (_window, _random):
-                        cases.append(_tile_case("tiles", head_dim, grid, choose(grid, share, 4, generator)))
-    return cases
-
-
-def _held_out_cases(shapes: Grid, generator: torch.Generator) -> list[Case]:
-    """Lengths, shares and numbers of heads that no fit has seen; dense beside them."""
-    cases = []
-    for head_dim in shapes.head_dims:
-        for tokens in shapes.held_out_tokens:
-            cases.append(
-                Case("held_out", head_dim, tokens, 4, _dense(head_dim), UnitWork("dense", tokens, tokens, head_dim, 4))
-            )
-            grid = BlockGrid(tokens, tokens, 64)
-            for share, choose in ((0.06, _window), (0.2, _random), (0.4, _window), (0.5, _random)):
-                cases.append(_tile_case("held_out", head_dim, grid, choose(grid, share, 3, generator)))
-    return cases
-
-
-def _window(grid: BlockGrid, share: float, heads: int, generator: torch.Generator) -> Bool[Tensor, "H M N"]:
-    width = max(1, round(share * grid.num_k_blocks))
-    near = grid.q_blocks() - grid.k_blocks() < width
-    return (grid.reachable() & (near | (grid.k_blocks() == 0))).expand(heads, -1, -1)
-
-
-def _random(grid: BlockGrid, share: float, heads: int, generator: torch.Generator) -> Bool[Tensor, "H M N"]:
-    chosen = torch.rand(heads, grid.num_q_blocks, grid.num_k_blocks, generator=generator) < share
-    return grid.reachable() & (chosen | grid.diagonal())
-
-
-def _tile_case(group: str, head_dim: int, grid: BlockGrid, tiles: Bool[Tensor, "H M N"]) -> Case:
-    heads = tiles.shape[0]
-    work = UnitWork(
-        kind="tiles",
-        q_len=grid.q_len,
-        kv_len=grid.kv_len,
-        head_dim=head_dim,
-        query_heads=heads,
-        tiles=float(tiles.sum()),
-        query_blocks=grid.num_q_blocks,
-        block_tokens=grid.block_tokens,
-    )
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> object:
-        return tile_attention_torch(q, k, v, tiles, grid, scale=head_dim**-0.5)
-
-    return Case(group, head_dim, grid.kv_len, heads, run, work)
-
-
-def _measure(
-    cases: Sequence[Case],
-    time_limit_s: float,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    progress: Progress,
-) -> int:
-    """Run rounds over all cases until the time is spent; the number of rounds after the warm-up."""
-    start = perf_counter()
-    size = max(case.heads * case.tokens * case.head_dim for case in cases)
-    pools = [[torch.randn(size, generator=generator).to(dtype) for _ in range(3)] for _ in range(NUM_BUFFERS)]
-    rounds = -1
-    with torch.inference_mode():
-        while rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or perf_counter() - start < time_limit_s):
-            for case in cases:
-                shape = (1, case.heads, case.tokens, case.head_dim)
-                q, k, v = (flat[: int(np.prod(shape))].view(shape) for flat in pools[rounds % NUM_BUFFERS])
-                before = perf_counter()
-                case.run(q, k, v)
-                if rounds >= 0:
-                    case.seconds.append(perf_counter() - before)
-            rounds += 1
-            progress("calibrate", min(round(perf_counter() - start), round(time_limit_s)), round(time_limit_s))
-    progress("calibrate", round(time_limit_s), round(time_limit_s))
-    return rounds
-
-
-def _fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: dict[str, object]) -> CostTable:
-    dtype_bytes = torch.finfo(dtype).bits // 8
-    tiles, errors = _fit_tiles([case for case in cases if case.group == "tiles"])
-    spread = [float(np.median(case.seconds)) / case.best_s - 1 for case in cases]
-    table = CostTable(
-        name="cpu",
-        device=_processor(),
-        backend="torch",
-        dtype_bytes=dtype_bytes,
-        dense=_curves(cases, "dense", shapes),
-        mean_value=_curves(cases, "mean_value", shapes),
-        estimators={kind: _curves(cases, kind, shapes) for kind in _estimators()},
-        tiles=tiles,
-        fit={"tiles_mape": float(np.mean(errors)), "repeat_spread_median": float(np.median(spread))},
-        provenance=_provenance(dtype, settings),
-    )
-    held_out = _held_out_errors(TableCostModel(table), cases, dtype_bytes)
-    return table.model_copy(update={"fit": {**table.fit, **held_out}})
-
-
-def _curves(cases: Sequence[Case], group: str, shapes: Grid) -> tuple[Curve, ...]:
-    curves = []
-    for head_dim in shapes.head_dims:
-        own = [case for case in cases if case.group == group and case.head_dim == head_dim]
-        seconds = np.maximum.accumulate([case.best_s / case.heads for case in own])
-        curves.append(
-            Curve(head_dim=head_dim, tokens=tuple(case.tokens for case in own), seconds=tuple(seconds.tolist()))
-        )
-    return tuple(curves)
-
-
-def _fit_tiles(cases: Sequence[Case]) -> tuple[tuple[TileCost, ...], list[float]]:
-    """Non-negative least squares on relative errors, per head_dim and block size."""
-    fits, errors = [], []
-    works = [(case.work, case.best_s) for case in cases if case.work is not None]
-    for head_dim, block in sorted({(work.head_dim, work.block_tokens) for work, _ in works}):
-        own = [(work, s) for work, s in works if (work.head_dim, work.block_tokens) == (head_dim, block)]
-        features = np.array([[w.query_heads, w.query_heads * w.query_blocks, w.tiles] for w, _ in own], dtype=float)
-        seconds = np.array([s for _, s in own])
-        scale = features.mean(0)
-        weights, _ = nnls(features / scale / seconds[:, None], np.ones(len(own)))
-        call_s, row_s, tile_s = (weights / scale).tolist()
-        fits.append(
-            TileCost(head_dim=head_dim, block_tokens=block, call_s=call_s, row_s=row_s, tile_s=max(tile_s, 1e-12))
-        )
-        errors += np.abs(features @ (weights / scale) / seconds - 1).tolist()
-    return tuple(fits), errors
-
-
-def _held_out_errors(model: TableCostModel, cases: Sequence[Case], dtype_bytes: int) -> dict[str, float]:
-    errors: dict[str, list[float]] = {"dense": [], "tiles": []}
-    for case in cases:
-        if case.group == "held_out" and case.work is not None:
-            work = case.work
-            errors[work.kind].append(abs(model.unit_latency_s(work) / case.best_s - 1))
-    return {
-        "held_out_dense_mape": float(np.mean(errors["dense"])),
-        "held_out_tiles_mape": float(np.mean(errors["tiles"])),
-        "held_out_tiles_max": float(np.max(errors["tiles"])),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _provenance(dtype: torch.dtype, settings: dict[str, object]) -> dict[str, object]:
-    return {
-        **settings,
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+    properties = torch.cuda.get_device_properties("cuda")
+    kernel: Backend = "gluon" if properties.major == 9 else "triton"
+    plan = runs.QUICK if quick else runs.FULL
+    bench = runs.Bench("cuda", kernel, dtype, time_share=plan.time_share, seed=seed)
+    start, rows, total = perf_counter(), [], plan.count
+    for row in runs.all_runs(bench, plan):
+        rows.append(row)
+        progress("calibrate", min(len(rows), total), total)
+    provenance = {
+        "seed": seed,
+        "quick": quick,
         "dtype": str(dtype).removeprefix("torch."),
-        "clock": "fastest of the rounds, cases interleaved",
+        "device": properties.name,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "clock": "sustained: medians after 20 ms to 120 ms of the same work; random data; inputs rotate through the cache",
+        "micro_runs": len(rows),
+        "micro_runs_s": round(perf_counter() - start, 1),
     }
+    table = fit(
+        rows,
+        name=short_name(properties.name),
+        device=properties.name,
+        kernel=kernel,
+        workers=bench.workers,
+        memory_bytes=float(properties.total_memory),
+        dtype_bytes=torch.finfo(dtype).bits // 8,
+        provenance=provenance,
+    )
+    if out is not None:
+        table.save(out)
+    return DeviceCostModel(table)
+
+
+def short_name(product: str) -> str:
+    """`NVIDIA H100 80GB HBM3` as `h100`: the first word with a digit."""
+    words = [word for word in re.split(r"[\s_/-]+", product.lower()) if re.search(r"\d", word)]
+    return words[0] if words else re.sub(r"\W+", "-", product.lower())

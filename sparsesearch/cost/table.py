@@ -13,11 +13,11 @@ from numpy import ndarray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparsesearch.artifacts import read_json, write_json
-from sparsesearch.cost.base import UnitWork
+from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
 
 FORMAT = "sparsesearch.cost_model"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 class _Frozen(BaseModel):
@@ -56,6 +56,14 @@ class TileCost(_Frozen):
     tile_s: float = Field(gt=0, description="per computed tile")
 
 
+class DecodeCost(_Frozen):
+    """Decoding attention of one query head in one sequence: head_s + keys·key_s. Keys are read per query head."""
+
+    head_dim: int = Field(ge=1)
+    head_s: float = Field(ge=0, description="per query head and sequence")
+    key_s: float = Field(gt=0, description="per cached key that is read")
+
+
 class CostTable(_Frozen):
     """Everything that was measured on a device."""
 
@@ -67,6 +75,7 @@ class CostTable(_Frozen):
     mean_value: tuple[Curve, ...] = Field(min_length=1)
     estimators: dict[str, tuple[Curve, ...]] = Field(description="dynamic rule kind -> cost of choosing the tiles")
     tiles: tuple[TileCost, ...] = Field(min_length=1)
+    decode: tuple[DecodeCost, ...] = Field(min_length=1)
     fit: dict[str, float] = Field(description="errors on the fitted and on held-out runs, and the noise of repeats")
     provenance: dict[str, Any]
 
@@ -101,6 +110,7 @@ class TableCostModel:
 
     table: CostTable
     measured: bool = True
+    decode_call_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -118,11 +128,7 @@ class TableCostModel:
         Raises:
             SpecError: the element size or the estimator was not measured.
         """
-        if work.dtype_bytes not in (None, self.table.dtype_bytes):
-            raise SpecError(
-                f"cost model {self.name} must be asked for {self.table.dtype_bytes} bytes per element, as it was "
-                f"measured, but got {work.dtype_bytes}. Calibrate with the model's dtype."
-            )
+        self._check_dtype(work.dtype_bytes)
         chosen = self._kind_s(work)
         if work.estimator is None:
             return chosen
@@ -138,6 +144,26 @@ class TableCostModel:
         """The same for many units."""
         seconds = {work: self.unit_latency_s(work) for work in set(works)}  # units repeat each other
         return np.array([seconds[work] for work in works])
+
+    def decode_latency_s(self, works: Sequence[DecodeWork]) -> Float[ndarray, " works"]:
+        """Per query head: here a group's heads do not share one pass over the keys.
+
+        Raises:
+            SpecError: the element size was not measured.
+        """
+        return np.array([self._decode_s(work) for work in works])
+
+    def _decode_s(self, work: DecodeWork) -> float:
+        self._check_dtype(work.dtype_bytes)
+        seconds = {cost.head_dim: cost.head_s + work.kv_tokens * cost.key_s for cost in self.table.decode}
+        return work.batch * work.query_heads * _between(seconds, work.head_dim)
+
+    def _check_dtype(self, dtype_bytes: int | None) -> None:
+        if dtype_bytes not in (None, self.table.dtype_bytes):
+            raise SpecError(
+                f"cost model {self.name} must be asked for {self.table.dtype_bytes} bytes per element, as it was "
+                f"measured, but got {dtype_bytes}. Calibrate with the model's dtype."
+            )
 
     def summary(self) -> dict[str, str | float]:
         """What to show of it: where it comes from and how well it fits."""

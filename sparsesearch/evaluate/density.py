@@ -61,8 +61,8 @@ def counting(plan: Plan | None, count: TileCount) -> Iterator[None]:
 
 
 def _watched(select: Callable[..., Tensor], count: TileCount) -> Callable[..., Any]:
-    def watched(rule: Rule, grid: BlockGrid, q: Tensor | None = None, k: Tensor | None = None) -> Tensor:
-        tiles = select(rule, grid, q, k)
+    def watched(rule: Rule, grid: BlockGrid, q: Tensor | None = None, k: Tensor | None = None, **more: Any) -> Tensor:
+        tiles = select(rule, grid, q, k, **more)
         if grid.q_len == grid.kv_len:
             reachable = grid.reachable(tiles.device)
             units = tiles.numel() // reachable.numel()

@@ -108,6 +108,8 @@ def _pricers(
             projection_s(shape, size, length, cost_model) + attention_s(shape, size, length, cost_model, causal=causal)
         )
     for budget in question.budgets:
+        if budget.absolute:
+            raise SpecError(f"a budget over removals must be a share of dense such as params=0.8x, but got {budget}.")
         if budget.metric == "latency" and cost_model is None:
             raise SpecError("a latency budget must have a cost model. Pass --device cpu or --device roofline:h100.")
         if budget.metric not in known:

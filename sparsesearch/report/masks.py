@@ -10,7 +10,10 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid, density
 from sparsesearch.plan import Plan
 from sparsesearch.report.svg import figure
-from sparsesearch.rules.base import Rule
+from sparsesearch.rules.base import LengthLaw, Rule
+from sparsesearch.rules.dense_source import DenseSource
+from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.reuse import Reuse
 
 _SIDE = 132.0
 _MOST_BLOCKS = 32
@@ -36,6 +39,10 @@ def _card(rule: Rule, heads: int, block_tokens: int, length_tokens: int) -> str:
     said = f"{100 * density(tiles, grid):.0f} % of the tiles"
     if rule.dynamic:
         said = "chosen from the data; shown on synthetic queries and keys"
+    if isinstance(rule, Reuse):
+        said = f"what layer {rule.layer} chose, nothing estimated; shown on synthetic queries and keys"
+    if isinstance(rule, DenseSource):
+        said = "all tiles are computed; shown is what it leaves for later layers, on synthetic queries and keys"
     if rule.rest != "drop":
         said = {"zero": "output 0, no tile", "mean_value": "mean of the values, no tile"}[rule.rest]
     name, _, parameters = rule.label.partition("(")
@@ -71,7 +78,9 @@ def example_tiles(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
     liked = (torch.rand(grid.kv_len, 1, generator=generator) < 0.003) * 9.0
     q = torch.cat([near, noise[0], torch.ones_like(place)], -1)
     k = torch.cat([near, noise[1], liked], -1)
-    return rule.select(grid, q, k)
+    if isinstance(rule, Reuse):  # whatever an earlier layer chose
+        return rule.select(grid, left=PooledTopk(keep=LengthLaw(b=0.15)).select(grid, q, k))
+    return rule.left_behind(rule.select(grid, q, k), grid, q, k)
 
 
 def _runs(tiles: Bool[Tensor, "M N"], step: float) -> str:

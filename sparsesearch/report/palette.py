@@ -22,6 +22,8 @@ _KNOWN = {
     "pooled_topk": Swatch("P", "#a63a72", "#e583b5"),
     "fixed_blocks": Swatch("F", "#6a4cb8", "#b39cf5"),
     "mean_value": Swatch("M", "#6b7683", "#98a4b1"),
+    "dense_source": Swatch("S", "#3d5fa8", "#a9c1ff"),
+    "reuse": Swatch("R", "#8a5a2b", "#d6a878"),
     "zero": Swatch("0", "#dfe4ea", "#2f3843", "#4a5461", "#aeb8c3"),
 }
 _OTHERS = (

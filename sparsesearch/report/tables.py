@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from sparsesearch.evaluate import Estimate, Metrics, VariantMetrics
-from sparsesearch.plan import Plan
+from sparsesearch.plan import BudgetRecord, Plan
 
 
 def headline(plan: Plan, metrics: Metrics, variant: str) -> str:
@@ -73,13 +73,14 @@ def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
     """What the search promised beside what was found; empty when the plan records no budget."""
     rows = []
     for budget in plan.budgets:
-        for length_text, predicted in sorted(budget.predicted.items(), key=lambda entry: int(entry[0])):
-            length = int(length_text)
-            measured = _measured_share(metrics, length, variant, budget.metric)
+        for where, predicted in sorted(budget.predicted.items(), key=lambda entry: (len(entry[0]), entry[0])):
+            place = f"at {where} tokens" if where.isdecimal() else f"of the {where}"
+            known = where.isdecimal() and not budget.absolute
+            measured = _measured_share(metrics, int(where), variant, budget.metric) if known else None
             priced = f" ({budget.cost_model})" if budget.cost_model else ""
             off = "" if measured is None else f"{100 * (measured - predicted) / predicted:+.1f} %"
             rows.append(
-                f'<tr><th scope="row">{escape(budget.metric + priced)} at {length} tokens</th><td>{budget.bound:.3f}</td><td>{predicted:.4f}</td>'
+                f'<tr><th scope="row">{escape(f"{budget.metric}{priced} {place}")}</th><td>{_bound(budget.bound, budget)}</td><td>{_bound(predicted, budget, 4)}</td>'
                 f"<td>{'not measured' if measured is None else f'{measured:.4f}'}</td><td>{off}</td></tr>"
             )
     if not rows:
@@ -97,6 +98,10 @@ def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
     )
+
+
+def _bound(value: float, budget: BudgetRecord, digits: int = 3) -> str:
+    return f"{value:.4g}" if budget.absolute else f"{value:.{digits}f}"
 
 
 def _measured_share(metrics: Metrics, length: int, variant: str, metric: str) -> float | None:

@@ -8,11 +8,13 @@ import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, blocks_of
+from sparsesearch.order import IDENTITY, Order
 
 Rest = Literal["drop", "zero", "mean_value"]
 
@@ -37,6 +39,16 @@ class LengthLaw(BaseModel):
         """The law in whole blocks, rounded up, at the grid's law length."""
         return blocks_of(self.tokens(grid.law_len), grid.block_tokens)
 
+    def row_blocks(self, grid: BlockGrid, device: torch.device | str = "cpu") -> Int[Tensor, "M 1"]:
+        """The law in whole blocks for each query block, at the number of keys that row can see; at least 1.
+
+        Computed on the device, so that nothing waits for the host.
+        """
+        seen = ((grid.q_blocks(device) + 1) * grid.block_tokens).clamp(max=grid.kv_len)
+        seen = seen if grid.causal else torch.full_like(seen, grid.kv_len)
+        tokens = ((self.a + self.b * seen.double()).clamp(min=0) + 1e-9).floor().long()
+        return ((tokens + grid.block_tokens - 1) // grid.block_tokens).clamp(min=1)
+
     def __str__(self) -> str:
         if self.b == 0:
             return f"{self.a:g}"
@@ -56,17 +68,26 @@ class Rule(BaseModel):
     Class attributes (the rest of the contract):
         kind: equals the file name.
         source: the paper, with arXiv number.
-        dynamic: the choice needs this call's queries and keys; such a rule acts in prefill, and decoding is dense.
+        dynamic: the choice needs this call's queries and keys; such a rule acts in prefill, and decoding is dense unless `decodes`.
+        decodes: a dynamic rule that also chooses for a call of one query.
+        skips_rows: some query blocks may compute no tile; their output is 0, and the residual stream carries those tokens on.
         rest: what stands for the tiles that are not computed. `drop` renormalises over the chosen ones; `zero` and `mean_value` replace
             the unit's whole output (no tile is computed): by nothing, or by the running mean of the values.
+        reuses: the choice is another head's; `select` takes it as `left`, so the rule runs inside a plan only.
         needs_calibration: a template in a search space; profiling turns it into one rule per unit with `calibrated`.
+        needs_layout: the choice speaks of text and frames: `grid.layout` must be given, and its policy is obeyed. Such a rule has a field
+            `order`; everything it is given and returns (tiles, q, k, masses) is in that order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     source: ClassVar[str]
     dynamic: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
+    skips_rows: ClassVar[bool] = False
     rest: ClassVar[Rest] = "drop"
+    reuses: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    needs_layout: ClassVar[bool] = False
     kind: str
 
     registry: ClassVar[dict[str, type["Rule"]]] = {}
@@ -81,6 +102,13 @@ class Rule(BaseModel):
             raise TypeError(f"{file}.py must hold one rule, but also defines {cls.__name__}.")
         Rule.registry[file] = cls
 
+    @property
+    def token_order(self) -> Order:
+        """The order of tokens over which the rule's blocks are counted; the model's own unless the rule has a field `order`."""
+        order = getattr(self, "order", IDENTITY)
+        assert isinstance(order, Order)
+        return order
+
     @classmethod
     def kind_name(cls) -> str:
         """The value of `kind`, which names the rule in YAML and JSON."""
@@ -90,11 +118,27 @@ class Rule(BaseModel):
     def select(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
     ) -> Bool[Tensor, "*#unit M N"]:
-        """The tiles to compute; a subset of `grid.reachable()`, with no empty row unless `rest` replaces the output.
+        """The tiles to compute; a subset of `grid.reachable()` that holds the diagonal of every row.
+
+        Rows are empty only where `rest` replaces the whole output, or where the rule `skips_rows`.
 
         A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
         """
+
+    def left_behind(
+        self,
+        tiles: Bool[Tensor, "*#unit M N"],
+        grid: BlockGrid,
+        q: Float[Tensor, "*unit S D"],
+        k: Float[Tensor, "*unit T D"],
+    ) -> Bool[Tensor, "*#unit M N"]:
+        """What a dynamic rule that chose `tiles` leaves for later layers to reuse: the same tiles by default."""
+        return tiles
+
+    def source_head(self, head: int) -> tuple[int, int] | None:
+        """Layer (index of the attention module) and query head whose selection query head `head` runs; None: it chooses by itself."""
+        return None
 
     def calibrated(self, mass: Float[Tensor, "N N"]) -> Self:
         """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default."""

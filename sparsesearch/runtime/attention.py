@@ -4,7 +4,8 @@ It keeps no state of its own (a counter here would recompile every compiled mode
 with the call, and what must be remembered between calls lives in the cache.
 
 Dynamic rules act on every call with more than one query, on that call's own queries: a later chunk of a prompt chooses for itself (its
-estimate sees all keys but only its own queries), and so does a chunk of candidates in assisted decoding. A call of one query is dense for them.
+estimate sees all keys but only its own queries), and so does a chunk of candidates in assisted decoding. A call of one query is dense for
+them, except for rules that say they decode: these choose anew for every token.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.dense_source import DenseSource
+from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.backends import attend_tiles
 from sparsesearch.runtime.binding import LayerBinding, binding_of
 from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans
@@ -133,24 +136,26 @@ def attend_heads(
     law_tokens: Int[Tensor, " B"] | None,
     scale: float,
     sliding_window: int | None,
+    layer_heads: Sequence[int] | None = None,
 ) -> Float[Tensor, "B h S D"]:
     """Attention of the heads in `groups`, in ascending head order, one sequence at a time so that padding changes nothing.
 
-    Queries that are padding give 0.
+    `layer_heads` says which heads of the layer the given ones are; None: all of them. Queries that are padding give 0.
     """
     heads = [head for _, members in groups for head in members]
     order = sorted(range(len(heads)), key=heads.__getitem__)
     batch_size, q_len, kv_slots = query.shape[0], query.shape[2], key.shape[2]
     per_kv_head = query.shape[1] // key.shape[1]
     output: Tensor | None = None
-    for span in spans(code, law_tokens, batch_size, q_len, kv_slots, binding.block_tokens):
+    for sequence, span in enumerate(spans(code, law_tokens, batch_size, q_len, kv_slots, binding.block_tokens)):
         q = take(query, span.rows, span.q_slots)
         k, v = (take(x, span.rows, span.k_slots) for x in (key, value))
         parts = []
         for rule, members in groups:
             kv_heads = [head // per_kv_head for head in members]
             own = pick_heads(q, members)
-            parts.append(_attend_rule(rule, own, k, v, kv_heads, span, binding, scale, sliding_window))
+            place = sequence, members if layer_heads is None else tuple(layer_heads[head] for head in members)
+            parts.append(_attend_rule(rule, own, k, v, kv_heads, span, binding, scale, sliding_window, place))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         joined = joined if order == list(range(len(heads))) else joined[:, order]
         if span.rows == slice(None) and isinstance(span.q_slots, slice) and span.q_slots == slice(None):
@@ -190,14 +195,16 @@ def _attend_rule(
     binding: LayerBinding,
     scale: float,
     sliding_window: int | None,
+    place: tuple[int, tuple[int, ...]],
 ) -> Float[Tensor, "b h s D"]:
-    """One rule on one sequence; `kv_heads` are those of q's heads."""
+    """One rule on one sequence; `kv_heads` are those of q's heads, `place` is the sequence's number and the heads' in the layer."""
     grid = span.grid
     cut = sliding_window if sliding_window is not None and grid.kv_len > sliding_window else None
     if rule.rest == "zero":
         return torch.zeros_like(q)
-    dense = isinstance(rule, Dense) or (rule.dynamic and grid.q_len == 1)
-    if grid.q_len == 1 and rule.rest == "drop" and not dense and cut is None and binding.backend != "reference":
+    dense = isinstance(rule, Dense) or (rule.dynamic and not rule.decodes and grid.q_len == 1)
+    by_position = grid.q_len == 1 and not rule.dynamic and not dense
+    if by_position and rule.rest == "drop" and cut is None and binding.backend != "reference":
         keys = _decoding_keys(rule, grid).to(q.device)  # only these are read
         heads = torch.tensor(kv_heads, device=q.device)[:, None]
         return F.scaled_dot_product_attention(q, all_k[:, heads, keys], all_v[:, heads, keys], scale=scale)
@@ -212,10 +219,30 @@ def _attend_rule(
             f"{binding.path}: {rule.kind} must see all keys of the prompt to choose, but the model's sliding-window cache has dropped "
             "some. Prefill in one call, or choose static rules for this layer."
         )
-    tiles = rule.select(grid, q * scale, k) if rule.dynamic else _static_tiles(rule, grid)
+    tiles = _dynamic_tiles(rule, q * scale, k, grid, binding, *place) if rule.dynamic else _static_tiles(rule, grid)
+    if isinstance(rule, DenseSource):
+        return _attend_dense(q, k, v, span, scale, cut)
     if cut is not None:
         return _attend_strips(q, k, v, tiles, span, scale, cut)
     return attend_tiles(q, k, v, tiles, grid, scale=scale, backend=binding.backend)
+
+
+def _dynamic_tiles(
+    rule: Rule,
+    q: Float[Tensor, "b h s D"],
+    k: Float[Tensor, "b h t D"],
+    grid: BlockGrid,
+    binding: LayerBinding,
+    sequence: int,
+    heads: tuple[int, ...],
+) -> Bool[Tensor, "b h M N"]:
+    """The rule's own choice, left behind for whoever reuses it; or what an earlier layer left."""
+    if isinstance(rule, Reuse):
+        return rule.select(grid, q, k, left=binding.taken(sequence, grid, heads))
+    tiles = rule.select(grid, q, k)
+    if binding.leaves is not None:
+        binding.leaves.leave(sequence, grid, heads, rule.left_behind(tiles, grid, q, k))
+    return tiles
 
 
 @lru_cache(maxsize=32)

@@ -1,22 +1,61 @@
 """Which rules an attention module follows, kept on the module itself.
 
 A binding is one immutable attribute: it travels with `deepcopy` and `torch.save`, needs no device, and adds nothing to the state dict.
+Layers that reuse another layer's selection share one `Selections` with it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.errors import SparseSearchError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.runtime.backends import Backend
 
 ATTRIBUTE = "sparsesearch_binding"
+
+
+class Selections:
+    """What the heads of one source layer left in the present forward pass, sequence by sequence.
+
+    Filled when the source layer runs, read by the layers that reuse it, emptied before and after every forward pass.
+    """
+
+    def __init__(self, path: str, heads: frozenset[int]) -> None:
+        self.path, self.heads = path, heads
+        self._left: dict[tuple[int, int], tuple[BlockGrid, Tensor]] = {}
+
+    def leave(self, sequence: int, grid: BlockGrid, heads: Sequence[int], tiles: Bool[Tensor, "b h M N"]) -> None:
+        """Keep the choice of those heads that somebody reuses."""
+        for index, head in enumerate(heads):
+            if head in self.heads:
+                self._left[sequence, head] = grid, tiles[:, index]
+
+    def take(self, sequence: int, grid: BlockGrid, head: int, *, reader: str) -> Bool[Tensor, "b M N"]:
+        """What a head left for a sequence.
+
+        Raises:
+            SparseSearchError: the source layer has not run in this forward pass, or saw the sequence otherwise.
+        """
+        kept = self._left.get((sequence, head))
+        if kept is None or kept[0] != grid:
+            saw = "left nothing" if kept is None else f"chose for {kept[0]}, not {grid}"
+            raise SparseSearchError(
+                f"{reader} reuses the selection of head {head} of {self.path}, which must run before it in the same forward pass, but "
+                f"{saw}. Run the whole model, or search a plan without reuse."
+            )
+        return kept[1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._left.clear()
 
 
 @dataclass(frozen=True)
@@ -28,12 +67,27 @@ class LayerBinding:
         rules: one per query head.
         block_tokens: side of a tile.
         backend: which kernel computes the tiles.
+        leaves: where this layer's selections are put for later layers; None when nobody reuses them.
+        takes: per query head, whose selection it runs: where that lies, and the source's head; None for heads that choose by themselves.
     """
 
     path: str
     rules: tuple[Rule, ...]
     block_tokens: int
     backend: Backend
+    leaves: Selections | None = field(default=None, compare=False, repr=False)
+    takes: tuple[tuple[Selections, int] | None, ...] = field(default=(), compare=False, repr=False)
+
+    def taken(self, sequence: int, grid: BlockGrid, heads: Sequence[int]) -> Bool[Tensor, "b h M N"]:
+        """What the sources of some heads of this layer left for a sequence."""
+        sources = [self.takes[head] for head in heads]
+        return torch.stack(
+            [
+                selections.take(sequence, grid, head, reader=self.path)
+                for selections, head in (source for source in sources if source is not None)
+            ],
+            1,
+        )
 
     @cached_property
     def groups(self) -> tuple[tuple[Rule, tuple[int, ...]], ...]:
@@ -61,11 +115,17 @@ def group_heads(rules: Iterable[Rule], heads: Iterable[int]) -> list[tuple[Rule,
 
 def _depends_on_law(rule: Rule, block_tokens: int) -> bool:
     """Compare the choice under two very different prompt lengths."""
+    if rule.reuses:
+        return False  # its source's own rule is asked
     length = 16 * block_tokens
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(length, 4, generator=generator) for _ in range(2)) if rule.dynamic else (None, None)
-    near, far = (rule.select(BlockGrid(length, length, block_tokens, law), q, k) for law in (length, 1024 * length))
-    return not torch.equal(near, far)
+    q, k = (torch.randn(length, 4, generator=generator) for _ in range(2))
+    for q_len in (length, 1) if rule.decodes else (length,):
+        grids = (BlockGrid(q_len, length, block_tokens, law) for law in (length, 1024 * length))
+        near, far = (rule.select(grid, q[-q_len:], k) for grid in grids)
+        if not torch.equal(near, far):
+            return True
+    return False
 
 
 def binding_of(module: nn.Module) -> LayerBinding | None:
@@ -84,7 +144,19 @@ def bind(module: nn.Module, binding: LayerBinding | None) -> None:
 
 def bindings_of(plan: Plan, backend: Backend) -> dict[str, LayerBinding]:
     """A binding per attention module of the plan's model; modules that the plan does not name are all dense."""
-    return {
-        path: LayerBinding(path, plan.module_rules(path), plan.block_tokens, backend)
-        for path in plan.base_model.modules
+    modules = plan.base_model.modules
+    sources = {
+        (module, head): source for module, head, rule in plan.heads() if (source := rule.source_head(head)) is not None
     }
+    reused = sorted(set(sources.values()))
+    left = {
+        layer: Selections(modules[layer], frozenset(head for one, head in reused if one == layer))
+        for layer, _ in reused
+    }
+    bindings = {}
+    for index, path in enumerate(modules):
+        rules = plan.module_rules(path)
+        places = [sources.get((path, head)) for head in range(len(rules))]
+        takes = tuple(None if place is None else (left[place[0]], place[1]) for place in places)
+        bindings[path] = LayerBinding(path, rules, plan.block_tokens, backend, left.get(index), takes)
+    return bindings

@@ -206,8 +206,8 @@ def _store_plan(rules: tuple[Rule, ...], num_kv_heads: int) -> list[tuple[Callab
     for rule, kv_heads in evicting.items():
         plans.append((_maker(rule), tuple(kv_heads)))
     if full:
-        members = tuple(rules[kv_head * size + member] for kv_head in full for member in range(size))
-        plans.append((lambda: FullStore(members), tuple(full)))
+        heads = tuple(kv_head * size + member for kv_head in full for member in range(size))
+        plans.append((lambda: FullStore(tuple(rules[head] for head in heads), heads), tuple(full)))
     return plans
 
 

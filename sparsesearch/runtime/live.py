@@ -15,7 +15,7 @@ from sparsesearch.runtime.backends import checked_backend
 from sparsesearch.runtime.binding import LayerBinding, bind, binding_of, bindings_of
 from sparsesearch.runtime.configuration import implementation_of, json_implementation, sparse_implementation
 from sparsesearch.runtime.fingerprint import AttentionSite, attention_sites, weights_sha256
-from sparsesearch.runtime.prepare import prepare_call
+from sparsesearch.runtime.prepare import forget_selections, prepare_call, release_selections
 
 
 class AppliedPlan:
@@ -35,7 +35,7 @@ class AppliedPlan:
         self._bindings = [(module, binding, binding_of(module)) for module, binding in bindings]
         self._implementation = implementation_of(model.config)
         self._config = {key: model.config.__dict__.get(key, _MISSING) for key in (NAME, "attn_implementation")}
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._active = True
         try:
             self._install(ragged)
@@ -54,7 +54,10 @@ class AppliedPlan:
         if not all(binding.all_dense for _, binding, _ in self._bindings):
             hook = functools.partial(prepare_call, ragged=ragged)
             decoder = decoder_of(self.model, [module for module, _, _ in self._bindings])
-            self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+            self._hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
+            if any(binding.leaves is not None for _, binding, _ in self._bindings):
+                self._hooks.append(decoder.register_forward_pre_hook(forget_selections))
+                self._hooks.append(decoder.register_forward_hook(release_selections))
 
     def remove(self) -> None:
         """Restore the model exactly as it was before.
@@ -69,8 +72,8 @@ class AppliedPlan:
                 "plans must be removed in reverse order, but a later one is still applied. Remove it first."
             )
         self._active = False
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module, _, previous in self._bindings:
             bind(module, previous)
         self.model.set_attn_implementation(self._implementation)

@@ -12,6 +12,7 @@ from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.reference import masked_attention
 from sparsesearch.rules.base import Rule
+from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.attention import PROBE_KEYWORD, AttentionCall
 from sparsesearch.runtime.binding import LayerBinding, binding_of
 
@@ -27,6 +28,8 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
     Raises:
         SpecError: no plan is bound to the model.
     """
+    paths = [binding.path for module in model.modules() if (binding := binding_of(module)) is not None]
+    left: dict[tuple[int, int], Tensor] = {}
 
     def answer(call: AttentionCall) -> Tensor:
         binding = binding_of(call.module)
@@ -38,7 +41,10 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
         heads = []
         for head, rule in enumerate(binding.rules):
             q, k, v = call.query[0, head], call.key[0, head // size], call.value[0, head // size]
-            mask = _mask(rule, binding, q * scale, k, prompt_tokens)
+            source = rule.source_head(head)
+            mask, chosen = _mask(rule, binding, q * scale, k, prompt_tokens, None if source is None else left[source])
+            if chosen is not None:
+                left[paths.index(binding.path), head] = chosen
             if window is not None:
                 positions = torch.arange(len(k), device=k.device)
                 mask = mask & (positions[:, None] - positions < window)
@@ -52,19 +58,27 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
     return logits[0]
 
 
-def _mask(rule: Rule, binding: LayerBinding, q: Tensor, k: Tensor, prompt_tokens: int) -> Tensor:
-    """Element mask [S, S] of one head."""
+def _mask(
+    rule: Rule, binding: LayerBinding, q: Tensor, k: Tensor, prompt_tokens: int, left: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Element mask [S, S] of one head, and what it leaves for later layers; `left` is what its source left."""
     length, device = len(k), k.device
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     grid = BlockGrid(length, length, binding.block_tokens, prompt_tokens)
     if rule.rest == "zero":
-        return torch.zeros_like(causal)
+        return torch.zeros_like(causal), None
     if rule.rest == "mean_value":
-        return causal
+        return causal, None
     if rule.dynamic:
         prompt = BlockGrid(prompt_tokens, prompt_tokens, binding.block_tokens)
+        chosen = None
         if prompt_tokens > 1:  # a single query is decoding, which is dense
-            tiles = rule.select(prompt, q[:prompt_tokens], k[:prompt_tokens])
+            own_q, own_k = q[:prompt_tokens], k[:prompt_tokens]
+            if isinstance(rule, Reuse):
+                tiles = rule.select(prompt, own_q, own_k, left=left)
+            else:
+                tiles = rule.select(prompt, own_q, own_k)
+            chosen = rule.left_behind(tiles, prompt, own_q, own_k)
             causal[:prompt_tokens, :prompt_tokens] = expand(tiles.to(device), prompt)
-        return causal
-    return expand(rule.select(grid).to(device), grid)
+        return causal, chosen
+    return expand(rule.select(grid).to(device), grid), None

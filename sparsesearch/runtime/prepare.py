@@ -107,6 +107,20 @@ def _real_tokens(mask: Any, batch_size: int, seen: int) -> Int[Tensor, " B"]:
     return torch.full((batch_size,), seen)
 
 
+def forget_selections(decoder: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a forward pass: no selection of an earlier one may be reused. A forward-pre-hook of plans with reuse."""
+    for module in decoder.modules():
+        binding = binding_of(module)
+        if binding is not None and binding.leaves is not None:
+            binding.leaves.clear()
+
+
+def release_selections(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """After a forward pass: free them, unless gradient checkpointing may run layers again. A forward-hook of plans with reuse."""
+    if not torch.is_grad_enabled():
+        forget_selections(decoder, args)
+
+
 def sparse_cache(model: PreTrainedModel, *, prompt_tokens: int | None = None) -> DynamicCache:
     """A cache for `past_key_values=`; needed only when a prompt comes in chunks and the plan has rules that grow with it.
 

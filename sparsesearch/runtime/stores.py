@@ -72,15 +72,18 @@ class Store(ABC):
 class FullStore(Store):
     """All keys and values; the rules choose among them. Kept: keys and values [B, g, T, D]."""
 
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
+    def __init__(self, rules: tuple[Rule, ...], layer_heads: tuple[int, ...]) -> None:
         self.groups = group_heads(rules, range(len(rules)))
+        self.layer_heads = layer_heads
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Store."""
         if self.kept:
             k, v = (torch.cat([old, new], 2) for old, new in zip(self.kept, (k, v), strict=True))
         self.kept = (k, v)
-        return attend_heads(self.groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None)
+        return attend_heads(
+            self.groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None, self.layer_heads
+        )
 
     def keep_slots(self, count: int) -> None:
         """Drop what lies behind the first `count` slots seen; stores that know positions leave that to the next call."""

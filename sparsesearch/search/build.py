@@ -11,7 +11,7 @@ from sparsesearch.plan import BaseModelInfo, BudgetRecord, Certificate, Plan
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.scores import ScoreTable
-from sparsesearch.search.budget import Budget
+from sparsesearch.search.budget import PRICED_BY_DEVICE, Budget
 from sparsesearch.search.solve import Solution, relative_gap
 from sparsesearch.shapes import Granularity, Unit
 
@@ -86,12 +86,13 @@ def _assignments(
 
 
 def _record(table: ScoreTable, choice: Int[ndarray, " U"], budget: Budget, cost_model: str | None) -> BudgetRecord:
-    shares = dict(zip(table.lengths, table.cost_of(budget.metric, choice).tolist(), strict=True))
+    used = table.used(budget.metric, choice, absolute=budget.absolute)
     return BudgetRecord(
         metric=budget.metric,
         bound=budget.bound,
-        predicted={str(length): shares[length] for length in budget.lengths or table.lengths},
-        cost_model=cost_model if budget.metric == "latency" else None,
+        absolute=budget.absolute,
+        predicted={str(length or "workload"): value for length, value in used.items() if budget.holds_at(length)},
+        cost_model=cost_model if budget.metric in PRICED_BY_DEVICE else None,
     )
 
 

@@ -80,17 +80,26 @@ def solve_exact(
 
 
 def least_scale_exact(
-    use: Float[ndarray, "K U C"], kept: Bool[ndarray, "U C"], *, time_limit_s: float
+    scaled: Float[ndarray, "K U C"],
+    held: Float[ndarray, "J U C"],
+    kept: Bool[ndarray, "U C"],
+    *,
+    time_limit_s: float,
 ) -> Int[ndarray, " U"] | None:
-    """The plan whose largest summed use is least; None when time ran out before there was one."""
+    """The plan whose largest summed `scaled` use is least while every `held` one is at most 1; None if none was found."""
     units, candidates = np.nonzero(kept)
     one_each = sparse.csr_array(
         (np.ones(len(units)), (units, np.arange(len(units)))), shape=(len(kept), len(units) + 1)
     )
-    rows = np.c_[use[:, units, candidates], -np.ones(len(use))] * ROW_SCALE
+    minimised = np.c_[scaled[:, units, candidates], -np.ones(len(scaled))] * ROW_SCALE
+    limited = np.c_[held[:, units, candidates], np.zeros(len(held))] * ROW_SCALE
     result = _milp(
         np.r_[np.zeros(len(units)), OBJECTIVE_SCALE],
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(rows, -np.inf, 0)],
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(minimised, -np.inf, 0),
+            *([LinearConstraint(limited, -np.inf, ROW_SCALE)] if len(held) else []),
+        ],
         integrality=np.r_[np.ones(len(units)), 0],
         bounds=Bounds(0, np.r_[np.ones(len(units)), np.inf]),
         options={"time_limit": time_limit_s, "mip_rel_gap": 0.0},

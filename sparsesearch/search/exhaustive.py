@@ -46,8 +46,10 @@ def _within(table: ScoreTable, budgets: Sequence[Budget], plans: Int[ndarray, "p
     """Which plans keep every budget."""
     within = np.ones(len(plans), dtype=bool)
     for budget in budgets:
-        at = [table.lengths.index(length) for length in budget.lengths or table.lengths]
-        cost = table.costs[budget.metric][:, :, at]
-        share = cost[np.arange(plans.shape[1]), plans].sum(1) / table.dense_cost(budget.metric)[at]
-        within &= (share <= budget.bound + TOLERANCE).all(1)
+        known = table.points_of(budget.metric)
+        at = [position for position, length in enumerate(known) if budget.holds_at(length)]
+        dense = table.dense_cost(budget.metric)[at]
+        cost = table.costs[budget.metric][:, :, at][np.arange(plans.shape[1]), plans].sum(1)
+        share = (cost + table.fixed_cost(budget.metric)[at]) / dense
+        within &= (share <= (budget.bound / dense if budget.absolute else budget.bound) + TOLERANCE).all(1)
     return within

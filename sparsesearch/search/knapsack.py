@@ -2,9 +2,8 @@
 
     minimise Σ_u loss[u, x_u]   subject to   Σ_u use[k, u, x_u] <= limit[k]   for every constraint k
 
-A constraint is one metric at one length; `use` is a unit's share of the dense plan's cost. Whatever couples units
-(heads of a KV group, menus of a layer) is expressed by making the coupled things one unit whose candidates are the
-joint choices.
+A constraint is one metric at one point; `use` is a unit's share of the dense plan's cost, what no choice changes being
+spread evenly over the units. Heads of a KV group are coupled by making the group the unit.
 """
 
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ class Knapsack:
         names: constraint k as (metric, length in tokens).
         candidate: the table's candidate index of each entry; -1 in padding.
         unit: the table's unit index of each row.
+        owner: which of the budgets sets each limit.
     """
 
     loss: Float[ndarray, "U C"]
@@ -45,6 +45,7 @@ class Knapsack:
     names: tuple[tuple[str, int], ...]
     candidate: Int[ndarray, "U C"]
     unit: Int[ndarray, " U"]
+    owner: tuple[int, ...] = ()
 
     @property
     def allowed(self) -> Bool[ndarray, "U C"]:
@@ -90,41 +91,64 @@ def knapsack_of(table: ScoreTable, budgets: Sequence[Budget], *, loss: Float[nda
     Raises:
         SpecError: there is no budget, the table lacks its metric or length, or a cost is negative or not finite.
     """
-    limits: dict[tuple[str, int], float] = {}
-    for budget in budgets:
-        for length in _lengths(table, budget):
-            name = (budget.metric, length)
-            limits[name] = min(budget.bound, limits.get(name, 1.0))
-    if not limits:
+    places = _places(table, budgets)
+    if not places:
         raise SpecError("at least one budget must be given, such as density=0.25.")
     losses = table.loss if loss is None else loss
     if losses.shape != table.valid.shape or not np.isfinite(losses[table.valid]).all():
         raise SpecError(f"loss must be finite and of shape {table.valid.shape}, but has shape {losses.shape}.")
-    use = np.stack([_share(table, metric, length) for metric, length in limits])
+    use = np.stack([_share(table, metric, position) for metric, position in places])
     dense_first = np.argsort(np.arange(len(table.candidates)) != table.dense_index, kind="stable")
     problem = _reduced(np.where(table.valid, losses, np.inf)[:, dense_first], use[:, :, dense_first])
     candidate = np.where(problem.candidate >= 0, dense_first[problem.candidate], -1)
-    return replace(problem, limit=np.array(list(limits.values())), names=tuple(limits), candidate=candidate)
+    names = tuple((metric, table.points_of(metric)[position]) for metric, position in places)
+    limit, owner = _tightest(table, budgets)
+    return replace(problem, limit=limit, names=names, candidate=candidate, owner=owner)
 
 
-def _lengths(table: ScoreTable, budget: Budget) -> tuple[int, ...]:
-    if budget.metric not in table.costs:
-        raise SpecError(f"{budget}: the score table must price {budget.metric!r}.{nearest(budget.metric, table.costs)}")
-    if missing := set(budget.lengths or ()) - set(table.lengths):
-        raise SpecError(f"{budget}: length {min(missing)} must be one of the profiled lengths {list(table.lengths)}.")
-    return table.lengths if budget.lengths is None else budget.lengths
+def limits_of(table: ScoreTable, budgets: Sequence[Budget]) -> Float[ndarray, " K"]:
+    """The limit of each constraint of `knapsack_of`, as a share of dense."""
+    return _tightest(table, budgets)[0]
 
 
-def _share(table: ScoreTable, metric: str, length: int) -> Float[ndarray, "U C"]:
-    position = table.lengths.index(length)
-    dense = table.dense_cost(metric)[position]
-    cost = np.where(table.valid, table.costs[metric][:, :, position], 0.0)
+def _tightest(table: ScoreTable, budgets: Sequence[Budget]) -> tuple[Float[ndarray, " K"], tuple[int, ...]]:
+    """Of the budgets on each constraint the smallest share of dense, and which budget that is."""
+    limits = []
+    for metric, position in _places(table, budgets):
+        length, dense = table.points_of(metric)[position], float(table.dense_cost(metric)[position])
+        limits.append(
+            min(
+                (budget.bound / dense if budget.absolute else budget.bound, index)
+                for index, budget in enumerate(budgets)
+                if budget.metric == metric and budget.holds_at(length)
+            )
+        )
+    return np.array([limit for limit, _ in limits]), tuple(owner for _, owner in limits)
+
+
+def _places(table: ScoreTable, budgets: Sequence[Budget]) -> list[tuple[str, int]]:
+    """The constraints: every metric and position on its last axis that some budget limits."""
+    places: dict[tuple[str, int], None] = {}
+    for budget in budgets:
+        metric = budget.metric
+        if metric not in table.costs:
+            raise SpecError(f"{budget}: the score table must price {metric!r}.{nearest(metric, table.costs)}")
+        known = table.points_of(metric)
+        if missing := set(budget.lengths or ()) - set(known):
+            raise SpecError(f"{budget}: length {min(missing)} must be one of the priced lengths {list(known)}.")
+        places |= {(metric, position): None for position, length in enumerate(known) if budget.holds_at(length)}
+    return list(places)
+
+
+def _share(table: ScoreTable, metric: str, position: int) -> Float[ndarray, "U C"]:
+    dense, fixed = table.dense_cost(metric)[position], table.fixed_cost(metric)[position] / len(table.units)
+    length, cost = table.points_of(metric)[position], np.where(table.valid, table.costs[metric][:, :, position], 0.0)
     if not np.isfinite(cost).all() or cost.min() < 0 or not dense > 0:
         raise SpecError(
             f"{metric} at length {length} must be finite, non-negative, and positive for dense; "
             f"got minimum {cost.min():g} and dense {dense:g}. Score the profile again."
         )
-    return np.asarray(cost / dense)
+    return np.asarray((cost + fixed) / dense)
 
 
 def _reduced(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"]) -> Knapsack:

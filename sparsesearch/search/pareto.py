@@ -7,9 +7,9 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsesearch.scores import ScoreTable
-from sparsesearch.search.budget import Budget, Metric
+from sparsesearch.search.budget import Budget
 from sparsesearch.search.feasible import feasible_plan, least_scale, round_up
-from sparsesearch.search.knapsack import knapsack_of
+from sparsesearch.search.knapsack import knapsack_of, limits_of
 from sparsesearch.search.lagrangian import Cuts
 from sparsesearch.search.solve import Solution, bounded_plan, certify, solution_of
 
@@ -20,7 +20,7 @@ SMALLEST = 1e-3
 
 def pareto(
     table: ScoreTable,
-    metric: Metric,
+    metric: str,
     bounds: Sequence[float],
     *,
     others: Sequence[Budget] = (),
@@ -56,7 +56,7 @@ def pareto(
     problem = knapsack_of(table, budgets, loss=loss)
     floor = feasible_plan(problem, budgets)
     for bound in sorted(set(bounds)):
-        problem = problem.with_limit(_limits(problem.names, [Budget(metric, bound, lengths), *others]))
+        problem = problem.with_limit(limits_of(table, [Budget(metric, bound, lengths), *others]))
         found = bounded_plan(problem, floor, cuts, tolerance=TOLERANCE, start=dual)
         cuts.trim(problem.limit, found.dual, KEPT_CUTS)
         choice, lower_bound, solver = certify(problem, found, gap_target, time_limit_s)
@@ -69,7 +69,7 @@ def pareto(
 
 def feasible_bounds(
     table: ScoreTable,
-    metric: Metric,
+    metric: str,
     count: int,
     *,
     others: Sequence[Budget] = (),
@@ -86,19 +86,9 @@ def feasible_bounds(
     low, high = SMALLEST, 1.0
     while high / low > 1.001:
         middle = (low * high) ** 0.5
-        limit = _limits(problem.names, [Budget(metric, middle, lengths), *others])
+        limit = limits_of(table, [Budget(metric, middle, lengths), *others])
         if least_scale(problem, limit, enough=1.0).scale <= 1.0:
             high = middle
         else:
             low = middle
     return [float(bound) for bound in np.linspace(min(1.0, round_up(high)), 1.0, count)]
-
-
-def _limits(names: Sequence[tuple[str, int]], budgets: Sequence[Budget]) -> Float[ndarray, " K"]:
-    """The limit of each constraint: the tightest budget on it."""
-    return np.array(
-        [
-            min(b.bound for b in budgets if b.metric == metric and (b.lengths is None or length in b.lengths))
-            for metric, length in names
-        ]
-    )

@@ -14,7 +14,7 @@ from sparsesearch.search.exact import solve_exact
 from sparsesearch.search.feasible import feasible_plan
 from sparsesearch.search.knapsack import Knapsack, knapsack_of
 from sparsesearch.search.lagrangian import Cuts, Dual, maximise
-from sparsesearch.search.primal import NUM_MOVES, improve, repair
+from sparsesearch.search.primal import NUM_MOVES, fill, improve, repair
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Solution:
         loss: its summed loss.
         lower_bound: no plan within the budgets loses less.
         gap: (loss − lower_bound) / max(|loss|, 1e-12); 0 when they differ by rounding alone.
-        used: metric -> length in tokens -> share of dense, for every metric of the table.
+        used: metric -> length in tokens (WHOLE without one) -> share of dense, for every metric of the table.
         solver: what found it.
     """
 
@@ -89,7 +89,7 @@ def bounded_plan(
 ) -> Bounded:
     """The Lagrangian path alone: bound, repair, exchange."""
     dual = maximise(problem, floor, cuts, tolerance=tolerance, start=start)
-    repaired = repair(problem, dual, dual.choice, floor)
+    repaired = fill(problem, dual, repair(problem, dual, dual.choice, floor))
     improved = [improve(problem, dual, repaired, count=count) for count in NUM_MOVES]
     losses = [problem.loss_of(plan) for plan in improved]
     best = int(np.argmin(losses))
@@ -147,8 +147,5 @@ def solution_of(
     """What a choice in the table's own terms loses and uses."""
     losses = table.loss if loss is None else loss
     total = float(losses[np.arange(len(choice)), choice].sum())
-    used = {
-        metric: dict(zip(table.lengths, table.cost_of(metric, choice).tolist(), strict=True))
-        for metric in sorted(table.costs)
-    }
+    used = {metric: table.used(metric, choice) for metric in sorted(table.costs)}
     return Solution(choice, total, min(lower_bound, total), relative_gap(total, lower_bound), used, solver)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sparsesearch.cost import CostModel, UnitWork, cost_model_names, load_cost_model
+from sparsesearch.cost import CostModel, DecodeWork, UnitWork, cost_model_names, load_cost_model
 from sparsesearch.errors import SpecError
 from sparsesearch.scores import ScoreTable
 from sparsesearch.shapes import Unit
@@ -115,3 +115,45 @@ def test_impossible_work_is_refused() -> None:
 def test_unknown_names_get_a_hint(name: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         load_cost_model(name)
+
+
+def decode_seconds(model: CostModel, **changes: object) -> float:
+    fields: dict[str, object] = {"kv_tokens": 4096, "head_dim": 64, "dtype_bytes": 4 if model.name == "cpu" else 2}
+    return float(model.decode_latency_s([DecodeWork(**(fields | changes))])[0])  # type: ignore[arg-type]
+
+
+def test_decoding_never_falls_with_keys_batch_heads_or_size(model: CostModel) -> None:
+    for name, values in (
+        ("kv_tokens", (0, 1, 63, 64, 4096, 4097, 1_000_000)),
+        ("batch", (1, 2, 8, 33)),
+        ("query_heads", (1, 2, 4, 8, 64, 512)),
+        ("head_dim", (16, 32, 64, 80, 96, 128, 256)),
+    ):
+        seconds = [decode_seconds(model, **{name: value}) for value in values]
+        assert seconds == sorted(seconds), name
+        assert seconds[-1] > seconds[0], name
+    assert model.decode_call_s >= 0
+
+
+def test_decoding_is_linear_in_the_batch_and_answers_per_head(model: CostModel) -> None:
+    assert decode_seconds(model, batch=8) == pytest.approx(8 * decode_seconds(model))
+    dtype_bytes = 4 if model.name == "cpu" else 2
+    works = [DecodeWork(tokens, 128, 4, 2, dtype_bytes) for tokens in (10, 4096, 10)]
+    seconds = model.decode_latency_s(works)
+    assert seconds.shape == (3,)
+    assert seconds[0] == seconds[2] < seconds[1]
+    assert model.decode_latency_s([]).shape == (0,)
+
+
+def test_a_longer_decoding_context_takes_what_its_keys_take(model: CostModel) -> None:
+    """Beyond the fixed part, twice the keys take twice the time."""
+    short, middle, long = (decode_seconds(model, kv_tokens=n) for n in (100_000, 200_000, 400_000))
+    assert (long - middle) == pytest.approx(2 * (middle - short), rel=1e-6)
+    assert 1e-9 < (middle - short) / 100_000 * 1e3 < 1e-2
+
+
+def test_impossible_decode_work_is_refused() -> None:
+    with pytest.raises(SpecError, match="kv_tokens not negative"):
+        DecodeWork(-1, 64)
+    with pytest.raises(SpecError, match="sizes must be positive"):
+        DecodeWork(1, 64, batch=0)

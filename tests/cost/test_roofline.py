@@ -1,6 +1,6 @@
 import pytest
 
-from sparsesearch.cost.base import UnitWork
+from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.roofline import roofline
 from sparsesearch.errors import SpecError
 
@@ -16,6 +16,16 @@ def test_decoding_is_bound_by_bandwidth() -> None:
     group = UnitWork("dense", 1, 32768, head_dim=128, query_heads=4)
     assert 8 * roofline("h100").unit_latency_s(group) == pytest.approx(40.1e-6, rel=2e-3)
     assert 8 * roofline("h200").unit_latency_s(group) == pytest.approx(28.0e-6, rel=2e-3)
+
+
+def test_a_decoding_step_reads_every_kept_key_once() -> None:
+    """8 KV heads x 32k x 128 x K and V in bf16 = 134 MB, 28.0 us at 4.8 TB/s; in fp8 half of that."""
+    head = DecodeWork(32768, head_dim=128, query_heads=4)
+    assert roofline("h200").decode_latency_s([head] * 8).sum() == pytest.approx(28.0e-6, rel=2e-3)
+    small = DecodeWork(32768, head_dim=128, query_heads=4, dtype_bytes=1)
+    assert roofline("h200").decode_latency_s([small] * 8).sum() == pytest.approx(14.0e-6, rel=2e-3)
+    many = DecodeWork(32768, head_dim=128, query_heads=1024)  # as many queries as in prefill: bound by arithmetic
+    assert roofline("h200").decode_latency_s([many])[0] == pytest.approx(4 * 128 * 1024 * 32768 / 989.4e12)
 
 
 def test_half_the_tiles_take_half_the_time_until_bytes_bind() -> None:

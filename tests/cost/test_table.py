@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from sparsesearch.cost import load_cost_model
-from sparsesearch.cost.base import UnitWork
+from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.calibrate import calibrate
-from sparsesearch.cost.table import CostTable, Curve, TableCostModel, TileCost
+from sparsesearch.cost.table import CostTable, Curve, DecodeCost, TableCostModel, TileCost
 from sparsesearch.errors import ArtifactError, SpecError
 
 
@@ -24,6 +24,10 @@ def table() -> CostTable:
         tiles=(
             TileCost(head_dim=32, block_tokens=64, call_s=1.0, row_s=0.1, tile_s=0.01),
             TileCost(head_dim=32, block_tokens=16, call_s=5.0, row_s=0.1, tile_s=0.01),
+        ),
+        decode=(
+            DecodeCost(head_dim=32, head_s=1.0, key_s=0.001),
+            DecodeCost(head_dim=128, head_s=1.0, key_s=0.016),
         ),
         fit={"held_out_tiles_mape": 0.0},
         provenance={},
@@ -51,6 +55,14 @@ def test_tiles_follow_the_line_and_scale_with_the_block() -> None:
     doubled = replace(TILES, block_tokens=128)
     assert model.unit_latency_s(doubled) == pytest.approx(2 * 1.0 + 20 * 0.2 + 40 * 0.04)
     assert model.unit_latency_s(replace(TILES, block_tokens=16)) == pytest.approx(2 * 5.0 + 20 * 0.1 + 40 * 0.01)
+
+
+def test_decoding_is_per_query_head_and_sequence() -> None:
+    work = DecodeWork(kv_tokens=1000, head_dim=32, query_heads=2, batch=3, dtype_bytes=4)
+    between = replace(work, head_dim=64)
+    assert TableCostModel(table()).decode_latency_s([work, between]) == pytest.approx([12.0, 6 * (2 * 17) ** 0.5])
+    with pytest.raises(SpecError, match="4 bytes per element"):
+        TableCostModel(table()).decode_latency_s([replace(work, dtype_bytes=2)])
 
 
 def test_what_was_not_measured_is_refused() -> None:
@@ -93,11 +105,7 @@ def test_quick_calibration(tmp_path: Path) -> None:
     assert {"pooled_topk", "vertical_slash"} <= set(model.table.estimators)
     assert {"processor", "cores", "threads", "torch", "rounds", "dtype"} <= set(model.table.provenance)
     assert {"held_out_tiles_mape", "held_out_dense_mape", "tiles_mape"} <= set(model.table.fit)
+    assert [cost.head_dim for cost in model.table.decode] == [32, 64]
     sparse = UnitWork("tiles", 4096, 4096, head_dim=64, tiles=200, query_blocks=64, dtype_bytes=4)
     dense = UnitWork("dense", 4096, 4096, head_dim=64, dtype_bytes=4)
     assert 0 < model.unit_latency_s(sparse) < model.unit_latency_s(dense)
-
-
-def test_only_the_cpu_is_calibrated() -> None:
-    with pytest.raises(SpecError, match="must be given device 'cpu'"):
-        calibrate("cuda")

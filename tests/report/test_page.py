@@ -24,6 +24,7 @@ from sparsesearch.rules.sink_window import SinkWindow
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVERY_RULE = [rule for kind in rule_kinds().values() for rule in kind.examples()]
+ALONE = [rule for rule in EVERY_RULE if not rule.reuses]
 
 
 def _cell(needle: float, kl: float, density: float) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _metrics() -> Metrics:
 
 
 def _plan() -> Plan:
-    rules = {(index // 8, index % 8): rule for index, rule in enumerate(EVERY_RULE)}
+    rules = {(index // 8, index % 8): rule for index, rule in enumerate(ALONE)}
     budget = {"metric": "density", "bound": 0.25, "predicted": {"512": 0.2345}}
     return plan_of(rules, budgets=(budget,), provenance={"seed": 7, "config": "<script>alert(1)</script>"})
 

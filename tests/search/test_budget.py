@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from sparsesearch.errors import SpecError
@@ -12,11 +14,18 @@ from sparsesearch.search.budget import Budget, parse_budget, parse_budgets
         ("latency=0.5x", Budget("latency", 0.5)),
         ("kv_fraction=1", Budget("kv_fraction", 1.0)),
         ("density=0.25@8192+4096", Budget("density", 0.25, (4096, 8192))),
+        ("ttft=120ms", Budget("ttft", 0.12, absolute=True)),
+        ("ttft=0.5x@32768", Budget("ttft", 0.5, (32768,))),
+        ("tpot=1.5e-2s", Budget("tpot", 0.015, absolute=True)),
+        ("tpot=750us", Budget("tpot", 0.00075, absolute=True)),
+        ("memory=24GB", Budget("memory", 24e9, absolute=True)),
+        ("memory=0.5GiB", Budget("memory", 2.0**29, absolute=True)),
     ],
 )
 def test_reads_and_prints(text: str, expected: Budget) -> None:
-    assert parse_budget(text) == expected
-    assert parse_budget(str(expected)) == expected
+    for budget in (parse_budget(text), parse_budget(str(expected))):
+        assert budget.bound == pytest.approx(expected.bound, rel=1e-12)
+        assert replace(budget, bound=expected.bound) == expected
 
 
 @pytest.mark.parametrize(
@@ -27,11 +36,15 @@ def test_reads_and_prints(text: str, expected: Budget) -> None:
         ("density=-0.5", r"0 < density <= 1"),
         ("density=nan", r"0 < density <= 1"),
         ("density=150%", r"got 1\.5"),
-        ("dencity=0.5", r"Did you mean 'density'\? Known: density, kv_fraction, latency\."),
+        ("dencity=0.5", r"Did you mean 'density'\? Known: density, flops, kv_fraction, latency, memory"),
         ("density", r"must look like density=0\.25"),
         ("density=", r"must look like"),
         ("density=half", r"must be a number such as"),
-        ("latency=3ms", r"must be a number such as"),
+        ("latency=3GB", r"must be a number such as .*10ms.* got 'latency=3GB'"),
+        ("density=3ms", r"must be a number such as"),
+        ("ttft=0ms", r"ttft must be limited to a positive amount"),
+        ("memory=infGB", r"memory must be limited to a positive amount"),
+        ("memory=1.2.3GB", r"must be a number such as"),
         ("density=0.5@", r"must look like"),
         ("density=0.5@0", r"positive token counts"),
     ],

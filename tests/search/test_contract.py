@@ -10,7 +10,7 @@ import pytest
 
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.scores import ScoreTable
-from sparsesearch.search.budget import Budget
+from sparsesearch.search.budget import Budget, parse_budgets
 from sparsesearch.search.exhaustive import solve_exhaustive
 from sparsesearch.search.knapsack import TOLERANCE
 from sparsesearch.search.pareto import pareto
@@ -130,6 +130,41 @@ def test_front_agrees_with_single_searches_and_proves_its_gap() -> None:
         assert point.loss >= optimum.loss * (1 - 1e-9)
 
 
+def _values(sentence: str) -> str:
+    """The budgets at the end of a sentence about feasible values."""
+    return sentence.split("fit at ")[1].split(". ")[0]
+
+
+def test_smallest_values_while_the_others_hold_are_the_smallest(make_small_table: MakeTable) -> None:
+    """Each printed value is feasible together with the other budgets, and nothing a thousandth smaller is."""
+    checked = impossible = 0
+    for seed in range(150):
+        table, budgets = make_small_table(seed)
+        if len({budget.metric for budget in budgets}) < 2:
+            continue
+        asked = [replace(budget, bound=0.6 * budget.bound) for budget in budgets[:2]]
+        try:
+            solve(table, asked)
+        except BudgetInfeasibleError as caught:
+            found = str(caught).split("smallest feasible value is ")[1].split("; all")[0].split(" or ")
+        else:
+            continue
+        for index, text in enumerate(found):
+            other = asked[1 - index]
+            if text.startswith("none"):
+                impossible += 1
+                with pytest.raises(BudgetInfeasibleError):
+                    solve_exhaustive(table, [Budget(asked[index].metric, 1.0), other])
+                continue
+            value = parse_budgets(text)[0].bound
+            solve_exhaustive(table, [Budget(asked[index].metric, value), other])
+            with pytest.raises(BudgetInfeasibleError):
+                solve_exhaustive(table, [Budget(asked[index].metric, 0.998 * value), other])
+            checked += 1
+    assert checked >= 20
+    assert impossible >= 3
+
+
 def test_infeasible_names_a_value_that_is_feasible_and_nearly_smallest() -> None:
     table = medium_table()
     costs = {metric: 0.2 * cost[:, [table.dense_index]] + 0.8 * cost for metric, cost in table.costs.items()}
@@ -139,8 +174,11 @@ def test_infeasible_names_a_value_that_is_feasible_and_nearly_smallest() -> None
     solve(table, [Budget("density", 0.2)])
     with pytest.raises(BudgetInfeasibleError) as caught:
         solve(table, [Budget("density", 0.1), Budget("kv_fraction", 0.5)])
-    assert "alone" in str(caught.value)
     assert caught.value.exit_code == 3
+    held, joint = str(caught.value).split("while the others hold, ")[1].split("; all budgets raised")
+    assert "density=0.2" in held
+    for budgets in [f"{held.split('value is ')[1].split(' or ')[0]},kv_fraction=0.5", _values(joint)]:
+        assert solve(table, parse_budgets(budgets)).gap <= 1e-4
 
 
 def test_printed_smallest_value_is_the_smallest_on_small_tables(make_small_table: MakeTable) -> None:
@@ -189,8 +227,10 @@ def test_jointly_infeasible_budgets_are_told_apart() -> None:
     budgets = [Budget("density", 0.4), Budget("latency", 0.4)]
     with pytest.raises(BudgetInfeasibleError) as caught:
         solve(table, budgets)
-    assert "each alone is feasible down to density=0.1, latency=0.1" in str(caught.value)
+    assert "while the others hold, the smallest feasible value is density=0.9 or latency=0.9" in str(caught.value)
     assert "fit at density=0.5, latency=0.5" in str(caught.value)
+    with pytest.raises(BudgetInfeasibleError, match=r"smallest feasible value is density=0\.9 or none of latency"):
+        solve(table, [Budget("density", 0.09), Budget("latency", 0.3)])
     assert solve(table, [Budget("density", 0.5), Budget("latency", 0.5)]).loss == 2.0
 
 

@@ -1,0 +1,118 @@
+"""Command that predicts what a plan will take."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+from .errors import guarded, usage
+from .render import emit_json, lines, table
+
+if TYPE_CHECKING:
+    from sparsesearch.cost.predict import Prediction
+    from sparsesearch.model_shapes import ModelShape
+    from sparsesearch.plan import Plan
+
+
+def predict(
+    plan: o.PlanFile,
+    workload: Annotated[
+        list[str],
+        typer.Option(help="What is served; several may be given.", metavar="prompt=32768,generate=512,batch=8"),
+    ],
+    device: Annotated[str, typer.Option(help="Cost model: h200, roofline:h100 or a file.")],
+    shape: Annotated[
+        str | None,
+        typer.Option("--model-shape", help="Sizes of the model, such as llama3-8b; the plan's own by default."),
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Predict a plan's time to first token, time per output token and memory on a device, beside dense."""
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.cost.predict import LayerCosts
+    from sparsesearch.cost.predict import predict as run
+    from sparsesearch.errors import SpecError
+    from sparsesearch.plan import Plan
+    from sparsesearch.workload import parse_workloads
+
+    opened = Plan.load(plan)
+    with usage("--workload"):
+        workloads = parse_workloads(workload)
+    costs = load_cost_model(device)
+    if not isinstance(costs, LayerCosts):
+        raise SpecError(
+            f"--device must name an accelerator or a roofline, but {device!r} prices attention alone. Pass h200 or roofline:h100."
+        )
+    sizes = _shape(opened, shape)
+    found = [{"dense": run(None, sizes, each, costs), "plan": run(opened, sizes, each, costs)} for each in workloads]
+    if json:
+        emit_json(
+            {
+                "plan": str(plan),
+                "model_shape": sizes.name,
+                "device": costs.device,
+                "measured": costs.measured,
+                "workloads": [
+                    {"workload": str(each), **{name: _fields(one) for name, one in pair.items()}}
+                    for each, pair in zip(workloads, found, strict=True)
+                ],
+            }
+        )
+        return
+    for each, pair in zip(workloads, found, strict=True):
+        table(
+            f"{each} on {costs.device}, {sizes.name}",
+            [
+                "",
+                "density",
+                "first token (ms)",
+                "of it attention",
+                "per token (ms)",
+                "of it attention",
+                "KV (GB)",
+                "peak (GB)",
+            ],
+            [[name, *_row(one)] for name, one in pair.items()],
+        )
+    if not costs.measured:
+        lines("Nobody has measured this device: times are lower bounds from its datasheet.")
+
+
+def _shape(plan: "Plan", name: str | None) -> "ModelShape":
+    import json
+
+    from sparsesearch.artifacts import read_text
+    from sparsesearch.errors import SpecError
+    from sparsesearch.model_shapes import MODEL_SHAPES, model_shape, shape_of_config
+    from sparsesearch.presets import preset_names, preset_path
+
+    base = plan.base_model.name_or_path
+    if name is not None or base in MODEL_SHAPES:
+        return model_shape(name or base)
+    folder = preset_path("models", base) if base in preset_names("models") else Path(base)
+    if not (folder / "config.json").is_file():
+        raise SpecError(
+            f"the sizes of {base} must be known, but it is no local folder with a config.json. Pass --model-shape, such as llama3-8b."
+        )
+    return shape_of_config(json.loads(read_text(folder / "config.json")), base)
+
+
+def _row(found: "Prediction") -> list[object]:
+    per_token = (None, None) if found.tpot_s is None else (found.tpot_s * 1e3, found.decode_attention_s * 1e3)
+    sizes = (found.kv_bytes / 1e9, found.peak_bytes / 1e9)
+    return [found.density, found.ttft_s * 1e3, found.attention_s * 1e3, *per_token, *sizes]
+
+
+def _fields(found: "Prediction") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    content = asdict(found)
+    return {name: content[name] for name in content if name not in ("workload", "device", "measured")} | {
+        "density": found.density
+    }
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command."""
+    app.command("predict")(guarded(predict))

@@ -1,0 +1,88 @@
+"""How well a cost model predicts this device: held-out heterogeneous layers, and whole models with random weights.
+
+    python -m sparsesearch.bench.cost --json out.json [--cost-model h200]
+
+Without --cost-model the device is calibrated first and the model is written beside the record.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sparsesearch.bench.cost_errors import model_summary, plan_summary
+from sparsesearch.bench.cost_plans import held_out_plans
+from sparsesearch.bench.cost_runs import DENSE_SEED, model_runs, plan_runs
+from sparsesearch.bench.timing import provenance
+from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.calibrate import calibrate
+from sparsesearch.cost.device.model import DeviceCostModel
+from sparsesearch.cost.device.runs import Bench, Row
+from sparsesearch.errors import SpecError
+from sparsesearch.model_shapes import model_shape
+
+FORMAT = "sparsesearch.bench.cost"
+PREFILLS = ((8192, DENSE_SEED), (8192, 0), (32768, DENSE_SEED), (32768, 0), (65536, 0), (131072, 0))
+DECODES = ((1, 8192), (1, 131072), (4, 16384), (8, 8192), (16, 4096), (32, 8192), (32, 1024))
+REPEATED = 6  # every so many plans one is measured twice, for the noise
+
+
+def measured(bench: Bench, *, model: str | None, per_shape: int = 5) -> list[Row]:
+    """All rows: plans, some of them again, and the model's prefills and decoding steps."""
+    begin, rows = perf_counter(), []
+    plans = list(held_out_plans(per_shape=per_shape))
+
+    def take(row: Row) -> None:
+        rows.append(row | {"at_s": round(perf_counter() - begin, 2)})
+        sys.stderr.write(json.dumps(rows[-1]) + "\n")
+
+    for row in plan_runs(bench, plans):
+        take(row)
+    for row in plan_runs(bench, plans[::REPEATED]):
+        take(row | {"group": "repeat"})
+    if model is not None:
+        for row in model_runs(bench, model_shape(model), PREFILLS, DECODES):
+            take(row)
+    return rows
+
+
+def record(rows: Sequence[Row], model: DeviceCostModel, command: list[str] | None = None) -> dict[str, Any]:
+    """The rows, and what each way of predicting makes of them."""
+    return {
+        "format": FORMAT,
+        "cost_model": model.name,
+        "provenance": provenance(command),
+        "rows": list(rows),
+        "plans": plan_summary(rows, model),
+        "models": model_summary(rows, model),
+    }
+
+
+def main() -> None:
+    """Command line: a line of JSON per row on stderr, the whole record in a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where to write the record")
+    parser.add_argument("--cost-model", help="shipped name or file; calibrates first by default")
+    parser.add_argument("--per-shape", type=int, default=5, help="held-out plans per length and head size")
+    parser.add_argument("--model-shape", default="llama3-8b", help="model to run end to end; 'none' leaves it out")
+    given = parser.parse_args()
+    if given.cost_model is None:
+        beside = given.json.with_suffix(".model.json")
+        model: Any = calibrate("cuda", out=beside, progress=lambda *state: None)
+    else:
+        model = load_cost_model(given.cost_model)
+    if not isinstance(model, DeviceCostModel):
+        raise SpecError(f"--cost-model must be that of an accelerator, but {given.cost_model} is not.")
+    bench = Bench("cuda", model.kernel, torch.bfloat16, seed=1)
+    rows = measured(bench, model=None if given.model_shape == "none" else given.model_shape, per_shape=given.per_shape)
+    content = json.dumps(record(rows, model), indent=1, sort_keys=True)
+    given.json.write_text(content + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

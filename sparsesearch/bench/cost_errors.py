@@ -1,0 +1,141 @@
+"""Predictions beside measurements: ours, and three simpler ways that are in use.
+
+flop_share   dense attention's time times the density             (MoA, Sparse-vDiT)
+roofline     datasheet peaks                                       (LLM-Viewer)
+additive     a table of costs per head, summed over the heads      (HAQ, once-for-all)
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.stats import kendalltau
+
+from sparsesearch.bench.cost_plans import HeldOutPlan
+from sparsesearch.bench.cost_runs import model_plans
+from sparsesearch.cost.base import DecodeWork, UnitWork
+from sparsesearch.cost.device.model import DeviceCostModel
+from sparsesearch.cost.device.runs import Row
+from sparsesearch.cost.predict import rest_of_model_s
+from sparsesearch.cost.roofline import DATASHEETS, Roofline, roofline
+from sparsesearch.model_shapes import model_shape
+
+Predict = Callable[[HeldOutPlan], float]
+NEAR = 1.15  # plans whose times are this close are hard to rank
+
+
+def held_out_plan(row: Row) -> HeldOutPlan:
+    """The plan of a row, made again."""
+    return HeldOutPlan(**{field: row[field] for field in HeldOutPlan.__dataclass_fields__})
+
+
+def predictors(model: DeviceCostModel) -> dict[str, Predict]:
+    """Ours and the three baselines, all from the same calibration; the roofline from the datasheet."""
+    sheet = roofline(model.name) if model.name in DATASHEETS else None
+    found: dict[str, Predict] = {
+        "ours": lambda plan: _attention_s(plan, model),
+        "flop_share": lambda plan: _flop_share_s(plan, model),
+        "additive": lambda plan: _additive_s(plan, model),
+    }
+    if sheet is not None:
+        found["roofline"] = lambda plan: _attention_s(plan, sheet)
+    return found
+
+
+def _attention_s(plan: HeldOutPlan, costs: DeviceCostModel | Roofline) -> float:
+    schedule = plan.schedule(costs.workers, costs.kernel)
+    return costs.attention_s(schedule, num_kv_heads=plan.num_kv_heads, head_dim=plan.head_dim)
+
+
+def _flop_share_s(plan: HeldOutPlan, model: DeviceCostModel) -> float:
+    dense = HeldOutPlan(plan.length, plan.head_dim, -1, plan.num_heads, plan.num_kv_heads)
+    return plan.schedule(model.workers, model.kernel).density * _attention_s(dense, model)
+
+
+def _additive_s(plan: HeldOutPlan, model: DeviceCostModel) -> float:
+    tiles, grid = plan.head_tiles(), plan.grid
+    counts = tiles.choices.sum((1, 2)).tolist()
+    works = [
+        UnitWork(
+            "tiles",
+            grid.q_len,
+            grid.kv_len,
+            plan.head_dim,
+            1,
+            float(counts[index]),
+            grid.num_q_blocks,
+            grid.block_tokens,
+        )
+        for index in tiles.of_head
+    ]
+    return float(model.latency_s(works).sum())
+
+
+def plan_summary(rows: Sequence[Row], model: DeviceCostModel) -> dict[str, Any]:
+    """Errors, ranks and regrets of every way of predicting, and the noise of the measurement."""
+    own = [row for row in rows if row["group"] == "plan"]
+    plans, seconds = [held_out_plan(row) for row in own], np.array([row["seconds"] for row in own])
+    again = {held_out_plan(row): row["seconds"] for row in rows if row["group"] == "repeat"}
+    noise = [abs(again[plan] / first - 1) for plan, first in zip(plans, seconds, strict=True) if plan in again]
+    ways = {
+        name: _figures(np.array([predict(plan) for plan in plans]), seconds, plans)
+        for name, predict in predictors(model).items()
+    }
+    return {"num_plans": len(plans), "repeat_mape": float(np.mean(noise)) if noise else None, **ways}
+
+
+def _figures(
+    predicted: Float[ndarray, " plans"], seconds: Float[ndarray, " plans"], plans: Sequence[HeldOutPlan]
+) -> dict[str, Any]:
+    errors = np.abs(predicted / seconds - 1)
+    shapes = [(plan.length, plan.head_dim) for plan in plans]
+    regrets, near = [], []
+    for shape in sorted(set(shapes)):
+        here = np.array([index for index, other in enumerate(shapes) if other == shape])
+        best = here[np.argmin(predicted[here])]
+        regrets.append(seconds[best] / seconds[here].min() - 1)
+        for a, b in combinations(here, 2):
+            if 1 / NEAR < seconds[a] / seconds[b] < NEAR:
+                chosen = a if predicted[a] <= predicted[b] else b
+                near.append(seconds[chosen] / min(seconds[a], seconds[b]) - 1)
+    return {
+        "mape": float(errors.mean()),
+        "p95": float(np.quantile(errors, 0.95)),
+        "max": float(errors.max()),
+        "kendall_tau": float(kendalltau(predicted, seconds).statistic),
+        "regret_mean": float(np.mean(regrets)),
+        "regret_max": float(np.max(regrets)),
+        "near_pairs": len(near),
+        "near_pairs_regret_mean": float(np.mean(near)) if near else None,
+        "predicted_s": predicted.tolist(),
+    }
+
+
+def model_summary(rows: Sequence[Row], model: DeviceCostModel) -> dict[str, Any]:
+    """Predicted and measured seconds end to end."""
+    results = []
+    for row in rows:
+        if row["group"] not in ("prefill", "decode_step"):
+            continue
+        predicted = _prefill_s(row, model) if row["group"] == "prefill" else _decode_s(row, model)
+        kept = {name: value for name, value in row.items() if name not in ("spread", "at_s")}
+        results.append(kept | {"predicted_s": predicted, "error": predicted / row["seconds"] - 1})
+    errors = [abs(result["error"]) for result in results]
+    return {"rows": results, "mape": float(np.mean(errors)), "max": float(np.max(errors))} if results else {"rows": []}
+
+
+def _prefill_s(row: Row, model: DeviceCostModel) -> float:
+    shape = model_shape(row["model"])
+    layers = [_attention_s(plan, model) for plan in model_plans(shape, row["length"], row["seed"])]
+    attention_s = sum(layers[layer % len(layers)] for layer in range(shape.num_layers))
+    return attention_s + rest_of_model_s(shape, model, rows=row["length"], last_rows=1)
+
+
+def _decode_s(row: Row, model: DeviceCostModel) -> float:
+    shape = model_shape(row["model"])
+    head = DecodeWork(row["kv_tokens"], shape.head_dim, shape.num_heads // shape.num_kv_heads, row["batch"])
+    attention_s = shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
+    return attention_s + rest_of_model_s(shape, model, rows=row["batch"], last_rows=row["batch"])

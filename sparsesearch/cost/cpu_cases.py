@@ -1,0 +1,196 @@
+"""What is timed on a CPU: dense SDPA, tile attention, estimators, mean values and decoding, over lengths and head sizes.
+
+Every case is run once per round, in turn, and its fastest round counts: on a machine that others use too, interference
+comes and goes within the minute and only ever adds time. Inputs rotate over several buffers, so that a case does not
+find its own data in the cache.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.cost.base import UnitWork
+from sparsesearch.kernels.reference import running_mean
+from sparsesearch.kernels.torch_gather import tile_attention_torch
+from sparsesearch.rules import Rule, rule_kinds
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 24
+NUM_BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which shapes are measured."""
+
+    dense_tokens: tuple[int, ...]
+    estimator_tokens: tuple[int, ...]
+    tile_tokens: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    block_tokens: tuple[int, ...]
+    held_out_tokens: tuple[int, ...]
+    decode_tokens: tuple[int, ...]
+
+
+FULL = Grid(
+    (128, 256, 512, 1024, 2048, 4096, 8192),
+    (256, 1024, 4096),
+    (512, 2048, 4096),
+    (32, 64, 128),
+    (32, 64, 128),
+    (768, 3072),
+    (256, 1024, 4096, 16384),
+)
+QUICK = Grid((128, 512, 1024), (128, 512), (512, 1024), (32, 64), (64,), (768,), (128, 1024))
+
+
+@dataclass
+class Case:
+    """One thing to time: `run` on the next buffer; the fastest of its rounds is its cost."""
+
+    group: str
+    head_dim: int
+    tokens: int
+    heads: int
+    run: Callable[[Tensor, Tensor, Tensor], object]
+    work: UnitWork | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def best_s(self) -> float:
+        """Of all rounds."""
+        return min(self.seconds)
+
+
+def all_cases(shapes: Grid, generator: torch.Generator) -> list[Case]:
+    """What is fitted, and what checks the fit."""
+    return [*_curve_cases(shapes), *_tile_cases(shapes, generator), *_held_out_cases(shapes, generator)]
+
+
+def _curve_cases(shapes: Grid) -> list[Case]:
+    cases = []
+    for head_dim in shapes.head_dims:
+        for tokens in shapes.dense_tokens:
+            heads = 8 if tokens <= 2048 else 2
+            cases.append(Case("dense", head_dim, tokens, heads, _dense(head_dim)))
+        for tokens in shapes.decode_tokens:
+            cases.append(Case("decode", head_dim, tokens, 4, _one_query))
+        for tokens in shapes.estimator_tokens:
+            grid = BlockGrid(tokens, tokens, 64)
+            cases.append(Case("mean_value", head_dim, tokens, 4, partial(_mean_value, grid)))
+            cases += [
+                Case(kind, head_dim, tokens, 4, partial(_select, rule, grid)) for kind, rule in estimators().items()
+            ]
+    return cases
+
+
+def estimators() -> dict[str, Rule]:
+    """A generous example of every dynamic rule."""
+    return {kind: rule.examples()[-1] for kind, rule in rule_kinds().items() if rule.dynamic and not rule.reuses}
+
+
+def _select(rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return rule.left_behind(rule.select(grid, q, k), grid, q, k)
+
+
+def _mean_value(grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return running_mean(v, grid).to(v.dtype)
+
+
+def _dense(head_dim: int) -> Callable[[Tensor, Tensor, Tensor], object]:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, :, :1], k, v)
+
+
+def _tile_cases(shapes: Grid, generator: torch.Generator) -> list[Case]:
+    """Windows (few distinct row lengths) and random tiles (many), sparse and dense."""
+    cases = []
+    for head_dim in shapes.head_dims:
+        for block in shapes.block_tokens:
+            for tokens in shapes.tile_tokens:
+                grid = BlockGrid(tokens, tokens, block)
+                for share in (0.02, 0.1, 0.3, 0.7):
+                    for choose in (_window, _random):
+                        cases.append(_tile_case("tiles", head_dim, grid, choose(grid, share, 4, generator)))
+    return cases
+
+
+def _held_out_cases(shapes: Grid, generator: torch.Generator) -> list[Case]:
+    """Lengths, shares and numbers of heads that no fit has seen; dense beside them."""
+    cases = []
+    for head_dim in shapes.head_dims:
+        for tokens in shapes.held_out_tokens:
+            cases.append(
+                Case("held_out", head_dim, tokens, 4, _dense(head_dim), UnitWork("dense", tokens, tokens, head_dim, 4))
+            )
+            grid = BlockGrid(tokens, tokens, 64)
+            for share, choose in ((0.06, _window), (0.2, _random), (0.4, _window), (0.5, _random)):
+                cases.append(_tile_case("held_out", head_dim, grid, choose(grid, share, 3, generator)))
+    return cases
+
+
+def _window(grid: BlockGrid, share: float, heads: int, generator: torch.Generator) -> Bool[Tensor, "H M N"]:
+    width = max(1, round(share * grid.num_k_blocks))
+    near = grid.q_blocks() - grid.k_blocks() < width
+    return (grid.reachable() & (near | (grid.k_blocks() == 0))).expand(heads, -1, -1)
+
+
+def _random(grid: BlockGrid, share: float, heads: int, generator: torch.Generator) -> Bool[Tensor, "H M N"]:
+    chosen = torch.rand(heads, grid.num_q_blocks, grid.num_k_blocks, generator=generator) < share
+    return grid.reachable() & (chosen | grid.diagonal())
+
+
+def _tile_case(group: str, head_dim: int, grid: BlockGrid, tiles: Bool[Tensor, "H M N"]) -> Case:
+    heads = tiles.shape[0]
+    work = UnitWork(
+        kind="tiles",
+        q_len=grid.q_len,
+        kv_len=grid.kv_len,
+        head_dim=head_dim,
+        query_heads=heads,
+        tiles=float(tiles.sum()),
+        query_blocks=grid.num_q_blocks,
+        block_tokens=grid.block_tokens,
+    )
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> object:
+        return tile_attention_torch(q, k, v, tiles, grid, scale=head_dim**-0.5)
+
+    return Case(group, head_dim, grid.kv_len, heads, run, work)
+
+
+def measure(
+    cases: Sequence[Case],
+    time_limit_s: float,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    progress: Callable[[str, int, int], None],
+) -> int:
+    """Run rounds over all cases until the time is spent; the number of rounds after the warm-up."""
+    start = perf_counter()
+    size = max(case.heads * case.tokens * case.head_dim for case in cases)
+    pools = [[torch.randn(size, generator=generator).to(dtype) for _ in range(3)] for _ in range(NUM_BUFFERS)]
+    rounds = -1
+    with torch.inference_mode():
+        while rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or perf_counter() - start < time_limit_s):
+            for case in cases:
+                shape = (1, case.heads, case.tokens, case.head_dim)
+                q, k, v = (flat[: int(np.prod(shape))].view(shape) for flat in pools[rounds % NUM_BUFFERS])
+                before = perf_counter()
+                case.run(q, k, v)
+                if rounds >= 0:
+                    case.seconds.append(perf_counter() - before)
+            rounds += 1
+            progress("calibrate", min(round(perf_counter() - start), round(time_limit_s)), round(time_limit_s))
+    progress("calibrate", round(time_limit_s), round(time_limit_s))
+    return rounds

@@ -1,0 +1,202 @@
+"""From the rows of the micro-runs to a cost model, with its errors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.optimize import least_squares, nnls
+
+from sparsesearch.cost.device.load import TileLoad, tile_load
+from sparsesearch.cost.device.model import schedule_seconds
+from sparsesearch.cost.device.runs import Row
+from sparsesearch.cost.device.table import (
+    DecodeCost,
+    DeviceTable,
+    EstimatorCost,
+    LinearCost,
+    Peaks,
+    TileKernelCost,
+    rising,
+)
+from sparsesearch.cost.device.tile_cases import TileCase
+from sparsesearch.kernels.dispatch import Backend, tile_shape
+from sparsesearch.kernels.schedule import Workers
+
+CACHE_SHARE = 0.5  # of L2: both halves of a Hopper's cache keep their own copy of what all multiprocessors read
+PARAMETERS = (
+    "launch_s",
+    "tile_s",
+    "block_s",
+    "partial_s",
+    "tile_power_s",
+    "block_power_s",
+    "byte_power_s",
+    "merge_s",
+    "piece_s",
+)
+START = (3e-6, 1e-6, 1.5e-6, 1e-7, 5e-7, 1.5e-6, 1e-11, 3e-6, 2e-8)  # at head_dim 128; scaled to the device first
+FOLDS = 4
+
+
+def fitted(
+    rows: Sequence[Row],
+    *,
+    name: str,
+    device: str,
+    kernel: Backend,
+    workers: Workers,
+    memory_bytes: float,
+    dtype_bytes: int,
+    provenance: dict[str, Any],
+) -> DeviceTable:
+    """Everything that the rows tell.
+
+    Args:
+        rows: from `runs.all_runs`.
+        name: what the model is loaded by.
+        device: product name.
+        kernel: tile kernel that ran.
+        workers: multiprocessors and cache.
+        memory_bytes: of the device.
+        dtype_bytes: bytes per element.
+        provenance: settings and versions.
+    """
+    tiles, errors = fit_tiles([row for row in rows if row["group"] == "tiles"], kernel, workers, dtype_bytes)
+    return DeviceTable(
+        name=name,
+        device=device,
+        backend=kernel,
+        dtype_bytes=dtype_bytes,
+        num_workers=workers.count,
+        l2_bytes=workers.l2_bytes,
+        cache_bytes=CACHE_SHARE * workers.l2_bytes,
+        memory_bytes=memory_bytes,
+        peaks=_peaks(rows),
+        tiles=tiles,
+        decode=_decode(rows, dtype_bytes),
+        linear=_linear(rows),
+        pointwise={
+            kind: rising(
+                [(row["elements"], row["seconds"]) for row in _group(rows, "pointwise") if row["name"] == kind]
+            )
+            for kind in sorted({row["name"] for row in _group(rows, "pointwise")})
+        },
+        estimators=_estimators(rows),
+        permutation=rising([(row["nbytes"], row["seconds"]) for row in _group(rows, "permutation")]),
+        fit={**errors, "repeat_spread_median": float(np.median([row["spread"] for row in rows]))},
+        provenance=provenance,
+    )
+
+
+def fit_tiles(
+    rows: Sequence[Row], kernel: Backend, workers: Workers, dtype_bytes: int
+) -> tuple[tuple[TileKernelCost, ...], dict[str, float]]:
+    """Least squares on relative errors, per configuration; the errors of the fit, and of cases left out in turn."""
+    costs, residuals, left_out = [], [], []
+    for head_dim, block_tokens in sorted({(row["head_dim"], row["block_tokens"]) for row in rows}):
+        own = [row for row in rows if (row["head_dim"], row["block_tokens"]) == (head_dim, block_tokens)]
+        shape = tile_shape(kernel, head_dim, block_tokens)
+        fixed = {"head_dim": head_dim, "tile_rows": shape.rows, "tile_keys": shape.keys}
+        loads = [case_load(row, kernel, workers, dtype_bytes) for row in own]
+        seconds = np.array([row["seconds"] for row in own])
+        cost = _solve(loads, seconds, fixed)
+        costs.append(cost)
+        residuals += _errors(cost, loads, seconds).tolist()
+        fold = np.arange(len(own)) % FOLDS
+        for part in range(FOLDS if len(own) >= 3 * FOLDS else 0):
+            kept, out = np.flatnonzero(fold != part), np.flatnonzero(fold == part)
+            partial = _solve([loads[i] for i in kept], seconds[kept], fixed)
+            left_out += _errors(partial, [loads[i] for i in out], seconds[out]).tolist()
+    errors = {"tiles_mape": float(np.mean(np.abs(residuals))), "tiles_max": float(np.max(np.abs(residuals)))}
+    if left_out:
+        errors |= {
+            "held_out_tiles_mape": float(np.mean(np.abs(left_out))),
+            "held_out_tiles_max": float(np.max(np.abs(left_out))),
+        }
+    return tuple(costs), errors
+
+
+def case_load(row: Row, kernel: Backend, workers: Workers, dtype_bytes: int) -> TileLoad:
+    """The load of a tile row, made again from its parameters."""
+    case = TileCase(**{field: row[field] for field in TileCase.__dataclass_fields__})
+    return tile_load(
+        case.schedule(workers, kernel, dtype_bytes),
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        dtype_bytes=dtype_bytes,
+        cache_bytes=CACHE_SHARE * workers.l2_bytes,
+    )
+
+
+def _solve(loads: Sequence[TileLoad], seconds: Float[ndarray, " cases"], fixed: dict[str, int]) -> TileKernelCost:
+    usual = TileKernelCost(**fixed, **dict(zip(PARAMETERS, START, strict=True)))
+    start = np.log(START) + np.median(np.log(seconds / [schedule_seconds(usual, load) for load in loads]))
+
+    def cost(logs: ndarray) -> TileKernelCost:
+        return TileKernelCost(**fixed, **dict(zip(PARAMETERS, np.exp(logs).tolist(), strict=True)))
+
+    def residual(logs: ndarray) -> ndarray:
+        pull = 0.003 * (logs - start)  # what the cases cannot tell stays where it was
+        return np.concatenate([_errors(cost(logs), loads, seconds), pull])
+
+    found = least_squares(residual, start, loss="soft_l1", f_scale=0.03, x_scale=1.0, max_nfev=200)
+    return cost(found.x)
+
+
+def _errors(
+    cost: TileKernelCost, loads: Sequence[TileLoad], seconds: Float[ndarray, " cases"]
+) -> Float[ndarray, " cases"]:
+    return np.asarray([schedule_seconds(cost, load) for load in loads] / seconds - 1)
+
+
+def _group(rows: Sequence[Row], name: str) -> list[Row]:
+    return [row for row in rows if row["group"] == name]
+
+
+def _peaks(rows: Sequence[Row]) -> Peaks:
+    rates = {row["name"]: row["amount"] / row["seconds"] for row in _group(rows, "peak")}
+    return Peaks(
+        matmul_flop_per_s=rates["matmul_flop_per_s"],
+        copy_bytes_per_s=rates["copy_bytes_per_s"],
+        read_bytes_per_s=rates["read_bytes_per_s"],
+        launch_s=1 / rates["launch_per_s"],
+    )
+
+
+def _decode(rows: Sequence[Row], dtype_bytes: int) -> tuple[DecodeCost, ...]:
+    costs = []
+    for head_dim in sorted({row["head_dim"] for row in _group(rows, "decode")}):
+        own = [row for row in _group(rows, "decode") if row["head_dim"] == head_dim]
+        nbytes = np.array([2.0 * r["batch"] * r["num_kv_heads"] * r["tokens"] * head_dim * dtype_bytes for r in own])
+        seconds = np.array([row["seconds"] for row in own])
+        features = np.stack([np.ones_like(nbytes), nbytes / nbytes.mean()], 1)
+        (call_s, scaled), _ = nnls(features / seconds[:, None], np.ones(len(own)))
+        points = rising(list(zip(nbytes.tolist(), seconds.tolist(), strict=True)))
+        costs.append(
+            DecodeCost(head_dim=head_dim, points=points, call_s=call_s, byte_s=max(scaled / nbytes.mean(), 1e-15))
+        )
+    return tuple(costs)
+
+
+def _linear(rows: Sequence[Row]) -> tuple[LinearCost, ...]:
+    own = _group(rows, "gemm")
+    return tuple(
+        LinearCost(
+            outputs=n,
+            inputs=k,
+            points=rising([(row["m"], row["seconds"]) for row in own if (row["n"], row["k"]) == (n, k)]),
+        )
+        for n, k in sorted({(row["n"], row["k"]) for row in own})
+    )
+
+
+def _estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
+    own = _group(rows, "estimator")
+    return tuple(
+        EstimatorCost(
+            kind=kind, points=rising([(r["tokens"], r["seconds"] / r["heads"]) for r in own if r["name"] == kind])
+        )
+        for kind in sorted({row["name"] for row in own})
+    )

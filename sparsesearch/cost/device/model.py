@@ -1,0 +1,224 @@
+"""The cost model of a measured accelerator: per unit for the search, and per schedule, layer and byte for predictions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from sparsesearch.cost.base import DecodeWork, UnitWork
+from sparsesearch.cost.device.load import TileLoad, tile_load
+from sparsesearch.cost.device.table import DecodeCost, DeviceTable, TileKernelCost
+from sparsesearch.errors import SpecError, nearest
+from sparsesearch.kernels.dispatch import Backend, tile_shape
+from sparsesearch.kernels.schedule import TileSchedule, Workers
+
+SMOOTHNESS = 8.0
+
+
+def schedule_seconds(kernel: TileKernelCost, load: TileLoad) -> float:
+    """Seconds of one launch over a schedule; the formula is that of `TileKernelCost`."""
+    workers = len(load.tiles)
+    busy = float((load.tiles * kernel.tile_s + load.blocks * kernel.block_s + load.partial * kernel.partial_s).max())
+    power = float(load.tiles.sum() * kernel.tile_power_s + load.blocks.sum() * kernel.block_power_s)
+    power = (power + load.traffic_bytes * kernel.byte_power_s) / workers
+    merging = kernel.merge_s + load.pieces * kernel.piece_s if load.merges else 0.0
+    longest = max(busy, power, 1e-12)
+    shared: float = longest * ((busy / longest) ** SMOOTHNESS + (power / longest) ** SMOOTHNESS) ** (1 / SMOOTHNESS)
+    return kernel.launch_s + shared + merging
+
+
+@dataclass(frozen=True)
+class DeviceCostModel:
+    """Answers from a `DeviceTable`.
+
+    Per unit (`unit_latency_s`), a unit adds its tiles' share of an evenly dealt schedule, whichever of clock and power is the longer; a whole
+    layer's schedule (`attention_s`) is replayed on the workers. Head sizes between measured ones are interpolated in log-log, beyond them
+    taken as proportional.
+    """
+
+    table: DeviceTable
+    measured: bool = True
+
+    @property
+    def name(self) -> str:
+        """What it is loaded by."""
+        return self.table.name
+
+    @property
+    def device(self) -> str:
+        """The product that was measured."""
+        return self.table.device
+
+    @property
+    def workers(self) -> Workers:
+        """What schedules are built for."""
+        return Workers(self.table.num_workers, self.table.l2_bytes)
+
+    @property
+    def kernel(self) -> Backend:
+        """The tile kernel that was measured."""
+        return self.table.backend  # type: ignore[return-value]
+
+    def unit_latency_s(self, work: UnitWork) -> float:
+        """Seconds that one unit adds.
+
+        Raises:
+            SpecError: the element size or the estimator was not measured.
+        """
+        self._check_dtype(work.dtype_bytes)
+        index_s = 0.0 if work.estimator is None else self.estimator_s(work.estimator, work.kv_len, work.query_heads)
+        match work.kind:
+            case "zero":
+                return 0.0
+            case "mean_value":
+                moved = (work.query_heads * work.q_len + work.kv_len) * work.head_dim * self.table.dtype_bytes
+                return index_s + moved / self.table.peaks.copy_bytes_per_s
+            case "dense" | "tiles":
+                return index_s + self._tiles_s(work)
+
+    def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
+        """The same for many units."""
+        seconds = {work: self.unit_latency_s(work) for work in set(works)}  # units repeat each other
+        return np.array([seconds[work] for work in works])
+
+    @property
+    def decode_call_s(self) -> float:
+        """Of the largest head size that was measured."""
+        return max(self.table.decode, key=lambda cost: cost.head_dim).call_s
+
+    def decode_latency_s(self, works: Sequence[DecodeWork]) -> Float[ndarray, " works"]:
+        """Keys and values at the bandwidth that large caches reach, measured for the nearest head size.
+
+        Raises:
+            SpecError: the element size was not measured.
+        """
+        for work in works:
+            self._check_dtype(work.dtype_bytes)
+        return np.array([work.kv_bytes * self._decode_cost(work.head_dim).byte_s for work in works])
+
+    def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
+        """One layer's decoding attention in one step; `works` are all of its KV heads."""
+        if not works:
+            return 0.0
+        return self._decode_cost(works[0].head_dim).points.at(sum(work.kv_bytes for work in works))
+
+    def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
+        """One layer's prefill attention; `schedule` was built on the CPU for `workers` and `kernel`."""
+        kernel = self.tile_kernel(head_dim, schedule.shape.keys)
+        load = tile_load(
+            schedule,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype_bytes=self.table.dtype_bytes,
+            cache_bytes=self.table.cache_bytes,
+        )
+        return schedule_seconds(kernel, load)
+
+    def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
+        """A linear layer of `rows` inputs.
+
+        Between measured sizes the share of the roofline is interpolated, by inverse square distance in the logarithms of both widths.
+        """
+        total = weights = 0.0
+        for cost in self.table.linear:
+            distance = math.log(outputs / cost.outputs) ** 2 + math.log(inputs / cost.inputs) ** 2
+            excess = math.log(cost.points.at(rows) / self._linear_roof_s(rows, cost.outputs, cost.inputs))
+            if distance < 1e-12:
+                total, weights = excess, 1.0
+                break
+            total, weights = total + excess / distance, weights + 1 / distance
+        return self._linear_roof_s(rows, outputs, inputs) * math.exp(total / weights)
+
+    def pointwise_s(self, name: str, elements: float) -> float:
+        """Norm, rotation, gate, residual or transpose over so many elements."""
+        if name not in self.table.pointwise:
+            raise SpecError(
+                f"cost model {self.name} must know the pointwise layer {name!r}.{nearest(name, self.table.pointwise)}"
+            )
+        return self.table.pointwise[name].at(elements)
+
+    def permutation_s(self, nbytes: float) -> float:
+        """Gathering the tokens of a tensor of so many bytes in another order."""
+        return self.table.permutation.at(nbytes)
+
+    def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
+        """Choosing the tiles of a dynamic rule for a prompt of so many tokens.
+
+        Raises:
+            SpecError: it was not measured.
+        """
+        for cost in self.table.estimators:
+            if cost.kind == kind:
+                return query_heads * cost.points.at(tokens)
+        known = [cost.kind for cost in self.table.estimators]
+        raise SpecError(f"cost model {self.name} must know what {kind!r} costs. Calibrate again.{nearest(kind, known)}")
+
+    def summary(self) -> dict[str, str | float]:
+        """What to show of it: where it comes from and how well it fits."""
+        facts = {key: value for key, value in self.table.provenance.items() if isinstance(value, str | int | float)}
+        return {"name": self.name, "device": self.device, "backend": self.table.backend, **facts, **self.table.fit}
+
+    def tile_kernel(self, head_dim: int, tile_keys: int) -> TileKernelCost:
+        """The measured configuration, or one between two measured head sizes."""
+        return _tile_kernel(self.table.tiles, head_dim, tile_keys, self.name)
+
+    def _check_dtype(self, dtype_bytes: int | None) -> None:
+        if dtype_bytes not in (None, self.table.dtype_bytes):
+            raise SpecError(
+                f"cost model {self.name} must be asked for {self.table.dtype_bytes} bytes per element, as it was "
+                f"measured, but got {dtype_bytes}."
+            )
+
+    def _decode_cost(self, head_dim: int) -> DecodeCost:
+        return min(self.table.decode, key=lambda cost: abs(math.log(cost.head_dim / head_dim)))
+
+    def _linear_roof_s(self, rows: int, outputs: int, inputs: int) -> float:
+        moved = (rows * inputs + outputs * inputs + rows * outputs) * self.table.dtype_bytes
+        return (
+            2.0 * rows * outputs * inputs / self.table.peaks.matmul_flop_per_s
+            + moved / self.table.peaks.read_bytes_per_s
+        )
+
+    def _tiles_s(self, work: UnitWork) -> float:
+        side = 128 if work.kind == "dense" else work.block_tokens
+        shape = tile_shape(self.kernel, work.head_dim, side)
+        kernel = self.tile_kernel(work.head_dim, shape.keys)
+        rows = work.query_heads * -(-work.q_len // shape.rows)
+        if work.kind == "dense":
+            reach = work.kv_len - work.q_len + (work.q_len + shape.rows) / 2  # mean over the rows of tiles
+            blocks = rows * reach / shape.keys
+        else:
+            halves = max(shape.rows // work.block_tokens - 1, 0) / 2  # where a causal tile's upper part is absent
+            blocks = work.tiles * work.block_tokens**2 / (shape.rows * shape.keys) + halves * rows
+        busy = rows * (kernel.tile_s + kernel.partial_s) + blocks * kernel.block_s
+        power = rows * kernel.tile_power_s + blocks * kernel.block_power_s
+        return max(busy, power) / self.table.num_workers
+
+
+@lru_cache(maxsize=64)
+def _tile_kernel(known: tuple[TileKernelCost, ...], head_dim: int, tile_keys: int, name: str) -> TileKernelCost:
+    closest = min(abs(math.log(kernel.tile_keys / tile_keys)) for kernel in known)
+    same = {k.head_dim: k for k in known if abs(math.log(k.tile_keys / tile_keys)) <= closest + 1e-9}
+    if head_dim in same:
+        return same[head_dim]
+    sizes = sorted(same)
+    low = max((size for size in sizes if size < head_dim), default=sizes[0])
+    high = min((size for size in sizes if size > head_dim), default=sizes[-1])
+    if low == high:
+        share = head_dim / low
+        scaled = {
+            field: getattr(same[low], field) * share
+            for field in ("tile_s", "block_s", "partial_s", "tile_power_s", "block_power_s")
+        }
+    else:
+        part = math.log(head_dim / low) / math.log(high / low)
+        scaled = {
+            field: (max(getattr(same[low], field), 1e-15) ** (1 - part))
+            * max(getattr(same[high], field), 1e-15) ** part
+            for field in ("tile_s", "block_s", "partial_s", "tile_power_s", "block_power_s")
+        }
+    return same[low].model_copy(update={"head_dim": head_dim, **scaled})

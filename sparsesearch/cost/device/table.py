@@ -1,0 +1,173 @@
+"""What was measured on an accelerator: `cost_models/<device>.json`, as `sparsesearch calibrate --device cuda` writes it."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparsesearch.artifacts import read_json, write_json
+from sparsesearch.errors import ArtifactError, SpecError, first_problem
+
+FORMAT = "sparsesearch.device_cost_model"
+SCHEMA_VERSION = "1.0"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Peaks(_Frozen):
+    """Rates that the device sustains, and the time of an empty kernel in a CUDA graph."""
+
+    matmul_flop_per_s: float = Field(gt=0)
+    copy_bytes_per_s: float = Field(gt=0, description="read and written bytes together")
+    read_bytes_per_s: float = Field(gt=0)
+    launch_s: float = Field(ge=0)
+
+
+class TileKernelCost(_Frozen):
+    """The tile kernel in one configuration.
+
+    seconds = launch_s + softmax_8(busy, power) + (merge_s + pieces·piece_s if tiles were cut)
+    busy    = max over workers of  tiles·tile_s + blocks·block_s + partial·partial_s
+    power   = (Σ tiles·tile_power_s + Σ blocks·block_power_s + traffic·byte_power_s) / workers
+    softmax_8(a, b) = (a⁸ + b⁸)^(1/8)
+
+    busy is the schedule replayed at the clock of a cool device; power is the time in which the whole device may spend that energy.
+    """
+
+    head_dim: int = Field(ge=1)
+    tile_rows: int = Field(ge=1)
+    tile_keys: int = Field(ge=1)
+    launch_s: float = Field(ge=0)
+    tile_s: float = Field(ge=0, description="prologue and epilogue of one tile")
+    block_s: float = Field(gt=0, description="one key block")
+    partial_s: float = Field(ge=0, description="what masking adds to a block")
+    tile_power_s: float = Field(ge=0)
+    block_power_s: float = Field(ge=0)
+    byte_power_s: float = Field(ge=0, description="per byte of keys and values that misses the cache, over all workers")
+    merge_s: float = Field(ge=0, description="once, if any tile was cut")
+    piece_s: float = Field(ge=0, description="per piece")
+
+
+class Points(_Frozen):
+    """Seconds at rising amounts (bytes, elements, tokens); a straight line between two in log-log."""
+
+    amounts: tuple[float, ...] = Field(min_length=1)
+    seconds: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _monotone(self) -> Self:
+        rising = all(a < b for a, b in zip(self.amounts, self.amounts[1:], strict=False))
+        steady = all(0 < a <= b for a, b in zip(self.seconds, self.seconds[1:], strict=False))
+        if len(self.amounts) != len(self.seconds) or not rising or not steady:
+            raise ValueError("amounts must rise and seconds must be positive and never fall, one per amount")
+        return self
+
+    def at(self, amount: float) -> float:
+        """Constant below the first amount, proportional beyond the last."""
+        if amount <= self.amounts[0]:
+            return self.seconds[0]
+        if amount >= self.amounts[-1]:
+            return self.seconds[-1] * amount / self.amounts[-1]
+        right = bisect_right(self.amounts, amount)
+        (a, b), (s, t) = self.amounts[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
+        return float(s * (t / s) ** (math.log(amount / a) / math.log(b / a)))
+
+
+class DecodeCost(_Frozen):
+    """Ragged decoding of one layer: by its bytes of keys and values, and a line through the same points."""
+
+    head_dim: int = Field(ge=1)
+    points: Points = Field(description="bytes of keys and values -> seconds")
+    call_s: float = Field(ge=0)
+    byte_s: float = Field(gt=0)
+
+
+class LinearCost(_Frozen):
+    """A linear layer of one size: rows of the input -> seconds."""
+
+    outputs: int = Field(ge=1)
+    inputs: int = Field(ge=1)
+    points: Points
+
+
+class EstimatorCost(_Frozen):
+    """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds per query head."""
+
+    kind: str
+    points: Points
+
+
+class DeviceTable(_Frozen):
+    """Everything that was measured."""
+
+    name: str
+    device: str
+    backend: str = Field(description="which kernel runs the tiles, dense heads included")
+    dtype_bytes: int
+    num_workers: int = Field(ge=1, description="blocks of the persistent grid")
+    l2_bytes: float = Field(gt=0)
+    cache_bytes: float = Field(gt=0, description="of these, what a schedule can count on")
+    memory_bytes: float = Field(gt=0, description="of the device")
+    peaks: Peaks
+    tiles: tuple[TileKernelCost, ...] = Field(min_length=1)
+    decode: tuple[DecodeCost, ...] = Field(min_length=1)
+    linear: tuple[LinearCost, ...] = Field(min_length=1)
+    pointwise: dict[str, Points] = Field(description="norm, rotation, gate, residual, transpose: elements -> seconds")
+    estimators: tuple[EstimatorCost, ...]
+    permutation: Points = Field(description="bytes of a tensor whose tokens are gathered in another order -> seconds")
+    fit: dict[str, float] = Field(
+        description="errors on the micro-runs and, left out in turn, on ones the fit had not seen"
+    )
+    provenance: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the JSON atomically, with its checksum."""
+        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a cost model file.
+
+        Raises:
+            ArtifactError: it is missing, truncated, foreign, edited, of a newer major version, or inconsistent.
+        """
+        content = read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{path}: {first_problem(error)} Make it again with `sparsesearch calibrate`."
+            ) from error
+
+    def tile_kernel(self, head_dim: int, tile_keys: int) -> TileKernelCost:
+        """The configuration that was measured.
+
+        Raises:
+            SpecError: there is none.
+        """
+        for kernel in self.tiles:
+            if (kernel.head_dim, kernel.tile_keys) == (head_dim, tile_keys):
+                return kernel
+        known = ", ".join(f"{k.head_dim} x {k.tile_keys}" for k in self.tiles)
+        raise SpecError(
+            f"cost model {self.name} must have measured head_dim {head_dim} with tiles of {tile_keys} keys, but has only {known}. "
+            "Calibrate again."
+        )
+
+
+def rising(points: Sequence[tuple[float, float]]) -> Points:
+    """Points from measurements: sorted, equal amounts averaged, and a fall that noise made is levelled."""
+    grouped: dict[float, list[float]] = {}
+    for amount, measured in points:
+        grouped.setdefault(amount, []).append(measured)
+    amounts = sorted(grouped)
+    seconds: list[float] = []
+    for amount in amounts:
+        mean = sum(grouped[amount]) / len(grouped[amount])
+        seconds.append(max(mean, seconds[-1] if seconds else 0.0))
+    return Points(amounts=tuple(amounts), seconds=tuple(seconds))

@@ -1,0 +1,323 @@
+"""What a plan will take on a device: time to first token, time per output token, cache and peak memory, for a stated workload.
+
+Prefill attention is priced from the exact tile list of every layer, dealt to the device's workers as the kernel will have it. The rest of a
+layer is priced by shape: linear layers, norms, rotation, gate, residuals. Tokenisation, sampling and the host are left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.cost.base import DecodeWork
+from sparsesearch.errors import PlanMismatchError
+from sparsesearch.kernels.dispatch import Backend, tile_shape
+from sparsesearch.kernels.schedule import HeadTiles, Span, TileSchedule, Workers, build_schedule
+from sparsesearch.model_shapes import ModelShape
+from sparsesearch.plan import Plan
+from sparsesearch.rules import Rule
+from sparsesearch.rules.dense import Dense
+from sparsesearch.workload import Workload
+
+DENSE_BLOCK_TOKENS = 128
+PROBE_HEAD_DIM = 16
+MOST_SCHEDULED_TOKENS = (
+    1 << 18
+)  # beyond this, the sequences of a batch are priced one after another: each fills the device
+
+
+@runtime_checkable
+class LayerCosts(Protocol):
+    """A cost model that knows whole layers: a calibrated accelerator, or a datasheet's roofline."""
+
+    @property
+    def name(self) -> str:
+        """What it is loaded by."""
+
+    @property
+    def device(self) -> str:
+        """The device it speaks of."""
+
+    @property
+    def measured(self) -> bool:
+        """False for a datasheet."""
+
+    @property
+    def workers(self) -> Workers:
+        """What schedules are built for."""
+
+    @property
+    def kernel(self) -> Backend:
+        """Whose tiles they have."""
+
+    def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
+        """One layer's prefill attention."""
+
+    def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
+        """A linear layer."""
+
+    def pointwise_s(self, name: str, elements: float) -> float:
+        """Norm, rotation, gate, residual or transpose."""
+
+    def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
+        """A dynamic rule's choice."""
+
+    def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
+        """One layer's decoding attention; one work per KV head."""
+
+
+@dataclass(frozen=True)
+class LayerPrediction:
+    """One layer.
+
+    Attributes:
+        module: its attention module.
+        density: computed tiles over dense attention's, in prefill.
+        attention_s: prefill attention.
+        index_s: choosing tiles, for dynamic rules.
+        decode_attention_s: decoding attention per step, halfway through the generated tokens.
+        kv_bytes: cache after the last token.
+    """
+
+    module: str
+    density: float
+    attention_s: float
+    index_s: float
+    decode_attention_s: float
+    kv_bytes: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A workload on a device, under a plan or dense.
+
+    Attributes:
+        workload: what is served.
+        device: product.
+        measured: False if the device is known from its datasheet alone.
+        ttft_s: time to first token, the whole batch prefilled at once.
+        tpot_s: time per output token, halfway through the generated ones; None if none is generated.
+        attention_s: the share of `ttft_s` that is attention, choosing included.
+        decode_attention_s: the share of `tpot_s` that is attention.
+        kv_bytes: cache after the last token.
+        weight_bytes: parameters.
+        peak_bytes: weights, cache and the largest activations of prefill.
+        layers: layer by layer.
+    """
+
+    workload: Workload
+    device: str
+    measured: bool
+    ttft_s: float
+    tpot_s: float | None
+    attention_s: float
+    decode_attention_s: float
+    kv_bytes: float
+    weight_bytes: float
+    peak_bytes: float
+    layers: tuple[LayerPrediction, ...]
+
+    @property
+    def density(self) -> float:
+        """Mean over layers."""
+        return sum(layer.density for layer in self.layers) / len(self.layers)
+
+
+def predict(
+    plan: Plan | None, shape: ModelShape, workload: Workload, costs: LayerCosts, *, dtype_bytes: int = 2
+) -> Prediction:
+    """Price a workload.
+
+    Args:
+        plan: None is dense.
+        shape: the model's sizes.
+        workload: prompt, generated tokens, batch.
+        costs: the device.
+        dtype_bytes: of weights, activations and cache.
+
+    Raises:
+        PlanMismatchError: plan and shape have different heads.
+        SpecError: the device's model lacks something the plan needs.
+    """
+    rules = _rules_of(plan, shape)
+    block_tokens = DENSE_BLOCK_TOKENS if plan is None else plan.block_tokens
+    layers = tuple(
+        _layer(module, own, block_tokens, shape, workload, costs, dtype_bytes)
+        for module, own in zip(shape.geometry.modules, rules, strict=True)
+    )
+    tokens = workload.batch * workload.prompt_tokens
+    attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
+    decode_s = sum(layer.decode_attention_s for layer in layers)
+    other_s = rest_of_model_s(shape, costs, rows=tokens, last_rows=workload.batch)
+    step_s = rest_of_model_s(shape, costs, rows=workload.batch, last_rows=workload.batch)
+    kv_bytes = sum(layer.kv_bytes for layer in layers)
+    weight_bytes = float(shape.num_parameters * dtype_bytes)
+    return Prediction(
+        workload=workload,
+        device=costs.device,
+        measured=costs.measured,
+        ttft_s=attention_s + other_s,
+        tpot_s=decode_s + step_s if workload.generate_tokens else None,
+        attention_s=attention_s,
+        decode_attention_s=decode_s,
+        kv_bytes=kv_bytes,
+        weight_bytes=weight_bytes,
+        peak_bytes=weight_bytes + kv_bytes + activation_bytes(shape, tokens, dtype_bytes),
+        layers=layers,
+    )
+
+
+def rest_of_model_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_rows: int) -> float:
+    """All but attention: layers over `rows` tokens, the output layer over `last_rows`."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden, ffn = shape.hidden_size, shape.intermediate_size
+    linear = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn))
+    pointwise = [
+        ("norm", 2 * [hidden]),
+        ("residual", 2 * [hidden]),
+        ("rotation", [q, kv]),
+        ("transpose", [q]),
+        ("gate", [ffn]),
+    ]
+    if shape.qk_norm:
+        pointwise.append(("norm", [q, kv]))
+    layer_s = sum(costs.linear_s(rows, outputs, inputs) for outputs, inputs in linear)
+    layer_s += sum(costs.pointwise_s(name, rows * width) for name, widths in pointwise for width in widths)
+    ends_s = costs.pointwise_s("norm", rows * hidden) + costs.linear_s(last_rows, shape.vocab_size, hidden)
+    return shape.num_layers * layer_s + ends_s
+
+
+def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:
+    """Largest intermediate results of prefill: two residual streams, and gate, activated gate and up side by side.
+
+    Or the residual stream, queries, keys, values before and after rotation, and the output, if that is more.
+    """
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    feed_forward = 2 * shape.hidden_size + 3 * shape.intermediate_size
+    attention = 2 * shape.hidden_size + 3 * q + 4 * kv
+    return float(rows * max(feed_forward, attention) * dtype_bytes)
+
+
+def _layer(
+    module: str,
+    rules: tuple[Rule, ...],
+    block_tokens: int,
+    shape: ModelShape,
+    workload: Workload,
+    costs: LayerCosts,
+    dtype_bytes: int,
+) -> LayerPrediction:
+    schedule, repeats = layer_schedule(rules, block_tokens, shape, workload, costs)
+    attention_s = repeats * costs.attention_s(schedule, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
+    mean_heads = sum(rule.rest == "mean_value" for rule in rules)
+    if mean_heads:
+        elements = 2 * workload.batch * workload.prompt_tokens * mean_heads * shape.head_dim
+        attention_s += costs.pointwise_s("transpose", elements)
+    index_s = sum(
+        workload.batch * costs.estimator_s(kind, workload.prompt_tokens, sum(rule.kind == kind for rule in rules))
+        for kind in sorted({rule.kind for rule in rules if rule.dynamic})
+    )
+    halfway = workload.prompt_tokens + -(-workload.generate_tokens // 2)
+    step = decode_works(rules, block_tokens, shape, workload, halfway, dtype_bytes)
+    kept = decode_works(rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
+    return LayerPrediction(
+        module=module,
+        density=schedule.density,
+        attention_s=attention_s,
+        index_s=index_s,
+        decode_attention_s=costs.decode_attention_s(step) if workload.generate_tokens else 0.0,
+        kv_bytes=sum(work.kv_bytes for work in kept),
+    )
+
+
+def decode_works(
+    rules: tuple[Rule, ...], block_tokens: int, shape: ModelShape, workload: Workload, context: int, dtype_bytes: int
+) -> tuple[DecodeWork, ...]:
+    """What each KV head reads in the step whose last token is number `context`: as many keys as its neediest query head."""
+    grid = BlockGrid(1, context, block_tokens, law_len=workload.prompt_tokens)
+    group = shape.num_heads // shape.num_kv_heads
+    works = []
+    for first in range(0, shape.num_heads, group):
+        kept = max(rule.kept_tokens(grid) for rule in rules[first : first + group])
+        works.append(DecodeWork(kept, shape.head_dim, group, workload.batch, dtype_bytes))
+    return tuple(works)
+
+
+def layer_schedule(
+    rules: tuple[Rule, ...], block_tokens: int, shape: ModelShape, workload: Workload, costs: LayerCosts
+) -> tuple[TileSchedule, int]:
+    """The schedule of one layer's prefill, and how often it runs."""
+    batch, repeats = workload.batch, 1
+    if batch * workload.prompt_tokens > MOST_SCHEDULED_TOKENS:
+        batch, repeats = 1, batch
+    key = (
+        rules,
+        block_tokens,
+        workload.prompt_tokens,
+        batch,
+        shape.num_kv_heads,
+        shape.head_dim,
+        costs.workers,
+        costs.kernel,
+    )
+    return _schedule(*key), repeats
+
+
+@lru_cache(maxsize=256)
+def _schedule(
+    rules: tuple[Rule, ...],
+    block_tokens: int,
+    length: int,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    workers: Workers,
+    kernel: Backend,
+) -> TileSchedule:
+    distinct = tuple(dict.fromkeys(rules))
+    grid = BlockGrid(length, length, block_tokens)
+    tiles = HeadTiles(
+        torch.stack([choice_of(rule, grid) for rule in distinct]), tuple(distinct.index(r) for r in rules)
+    )
+    return build_schedule(
+        tuple(Span(grid, row) for row in range(batch)),
+        [tiles] * batch,
+        num_kv_heads=num_kv_heads,
+        shape=tile_shape(kernel, head_dim, block_tokens),
+        workers=workers,
+        head_bytes=2 * head_dim,
+    )
+
+
+@lru_cache(maxsize=512)
+def choice_of(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
+    """The tiles of one head. A dynamic rule chooses on random queries and keys: its budget is exact, its overlaps are typical."""
+    if rule.rest != "drop":
+        return torch.zeros_like(grid.reachable())
+    if not rule.dynamic:
+        return rule.select(grid)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, tokens, PROBE_HEAD_DIM, generator=generator) for tokens in (grid.q_len, grid.kv_len))
+    return rule.select(grid, q * PROBE_HEAD_DIM**-0.5, k)[0]
+
+
+def _rules_of(plan: Plan | None, shape: ModelShape) -> list[tuple[Rule, ...]]:
+    geometry = shape.geometry
+    if plan is None:
+        return [(Dense(),) * shape.num_heads] * shape.num_layers
+    planned = (
+        replace(plan.base_model.geometry, modules=geometry.modules)
+        if len(plan.base_model.modules) == shape.num_layers
+        else None
+    )
+    if planned != geometry:
+        raise PlanMismatchError(
+            f"the plan's model must have {shape.num_layers} layers of {shape.num_heads} heads, {shape.num_kv_heads} of them KV heads, of "
+            f"{shape.head_dim}, as {shape.name} has, but is {plan.base_model.name_or_path}. Name the shape of the plan's own model."
+        )
+    return [plan.module_rules(module) for module in plan.base_model.modules]

@@ -1,0 +1,84 @@
+"""The judge of cost models: a perfect one is perfect, a wrong one is not, and the held-out plans are what they claim."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparsesearch.bench.cost_errors import model_summary, plan_summary, predictors
+from sparsesearch.bench.cost_plans import FAMILIES, HeldOutPlan, held_out_plans
+from sparsesearch.cost.device.model import DeviceCostModel
+from sparsesearch.cost.device.runs import Row
+from sparsesearch.kernels.schedule import Workers
+from tests.cost.device_tables import device_table
+
+MODEL = DeviceCostModel(device_table(name="h200"))
+PLANS = list(held_out_plans((4096, 8192), per_shape=4))
+
+
+def rows_of(seconds: list[float]) -> list[Row]:
+    return [{"group": "plan", **plan.to_dict(), "seconds": s} for plan, s in zip(PLANS, seconds, strict=True)]
+
+
+def test_a_perfect_model_is_perfect_and_the_baselines_are_not() -> None:
+    truth = [predictors(MODEL)["ours"](plan) for plan in PLANS]
+    found = plan_summary(
+        [*rows_of(truth), {"group": "repeat", **PLANS[0].to_dict(), "seconds": 1.02 * truth[0]}], MODEL
+    )
+    ours = found["ours"]
+    assert (ours["mape"], ours["p95"], ours["regret_max"]) == pytest.approx((0, 0, 0))
+    assert ours["kendall_tau"] == pytest.approx(1.0)
+    assert found["repeat_mape"] == pytest.approx(0.02)
+    for name in ("flop_share", "roofline", "additive"):
+        assert found[name]["mape"] > 0.01
+        assert len(found[name]["predicted_s"]) == len(PLANS)
+
+
+def test_wrong_times_are_errors_and_wrong_ranks_are_regret() -> None:
+    truth = np.array([predictors(MODEL)["ours"](plan) for plan in PLANS])
+    slower = plan_summary(rows_of((1.25 * truth).tolist()), MODEL)["ours"]
+    assert slower["mape"] == pytest.approx(0.2)
+    assert slower["kendall_tau"] == pytest.approx(1.0)
+    upside_down = plan_summary(rows_of((1 / truth).tolist()), MODEL)["ours"]
+    assert upside_down["kendall_tau"] == pytest.approx(-1.0)
+    assert upside_down["regret_max"] > 0.1
+
+
+def test_end_to_end_rows_are_judged_by_their_own_error() -> None:
+    rows: list[Row] = [
+        {"group": "prefill", "model": "llama3-8b", "length": 8192, "seed": -1, "seconds": 1.0},
+        {"group": "decode_step", "model": "llama3-8b", "batch": 8, "kv_tokens": 8192, "seconds": 1.0},
+    ]
+    first = model_summary(rows, MODEL)
+    exact = [row | {"seconds": result["predicted_s"]} for row, result in zip(rows, first["rows"], strict=True)]
+    assert model_summary(exact, MODEL)["max"] == pytest.approx(0.0, abs=1e-12)
+    assert model_summary([], MODEL) == {"rows": []}
+
+
+def test_there_are_sixty_held_out_plans_over_the_stated_range() -> None:
+    plans = list(held_out_plans())
+    assert len(plans) == len(set(plans)) >= 60
+    assert {plan.length for plan in plans} >= {4096, 131072}
+    assert {plan.head_dim for plan in plans} == {64, 128}
+
+
+def test_plans_are_heterogeneous_and_made_again_from_their_parameters() -> None:
+    densities = []
+    for plan in held_out_plans((4096,), (128,), 8):
+        first, second = plan.schedule(Workers(), "gluon"), HeldOutPlan(**plan.to_dict()).schedule(Workers(), "gluon")
+        assert torch.equal(first.tiles, second.tiles)
+        assert torch.equal(first.entries, second.entries)
+        assert len(set(plan.head_tiles().of_head)) > 1
+        assert plan.head_tiles().choices.any(-1).all()  # no query without keys
+        densities.append(first.density)
+    assert max(densities) > 1.5 * min(densities)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_a_family_is_neither_nothing_nor_everything(family) -> None:  # type: ignore[no-untyped-def]
+    grid = HeldOutPlan(8192, 128, 0).grid
+    shares = [
+        float((family(grid, np.random.default_rng(seed)) & grid.reachable()).sum() / grid.reachable().sum())
+        for seed in range(5)
+    ]
+    assert 0.01 < np.mean(shares) < 0.7
+    assert len(set(shares)) > 1
