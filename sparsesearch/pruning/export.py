@@ -234,7 +234,8 @@ def _fill(made: PreTrainedModel, state: Mapping[str, Tensor], base: PreTrainedMo
         parent, _, child = name.rpartition(".")
         if name not in names:
             made.get_submodule(parent).register_buffer(child, buffer.clone(), persistent=False)
-    made.generation_config = copy.deepcopy(base.generation_config)
+    if base.can_generate():
+        made.generation_config = copy.deepcopy(base.generation_config)
     made.train(False)
 
 

@@ -33,14 +33,14 @@ class Elimination:
     Attributes:
         weight: refitted so far; columns of removed inputs are zero.
         inverse: inverse of the remaining inputs' covariance, in the rows and columns of what is left.
-        sensitivity: F.
+        sensed: F times the weight.
         left: True for inputs still there.
         loss: ½ tr(F E) of everything removed so far.
     """
 
     weight: Float[Tensor, "O I"]
     inverse: Float[Tensor, "I I"]
-    sensitivity: Float[Tensor, "O O"]
+    sensed: Float[Tensor, "O I"]
     left: Tensor
     loss: float = 0.0
 
@@ -51,27 +51,28 @@ class Elimination:
         """Nothing removed."""
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance.double())))
         left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        return cls(weight.double().clone(), inverse, sensitivity.double(), left)
+        return cls(weight.double().clone(), inverse, sensitivity.double() @ weight.double(), left)
 
     def single_losses(self) -> Float[Tensor, " I"]:
         """What each remaining input would add to the loss if it went alone; inf for those that are gone."""
-        behind = (self.sensitivity @ self.weight * self.weight).sum(0)
+        behind = (self.sensed * self.weight).sum(0)
         return torch.where(self.left, 0.5 * behind / self.inverse.diagonal().clamp(min=1e-30), torch.inf)
 
     def set_loss(self, columns: Tensor) -> float:
         """What a set of remaining inputs would add to the loss."""
         block = self.inverse[columns][:, columns]
-        gone = self.weight[:, columns]
-        return float(0.5 * (self.sensitivity @ gone * torch.linalg.solve(block, gone.t()).t()).sum())
+        refitted = torch.linalg.solve(block, self.weight[:, columns].t()).t()
+        return float(0.5 * (self.sensed[:, columns] * refitted).sum())
 
     def remove(self, columns: Tensor) -> None:
         """Take inputs away and refit the rest."""
         self.loss += self.set_loss(columns)
         rows = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
         self.weight -= self.weight[:, columns] @ rows
+        self.sensed -= self.sensed[:, columns] @ rows
         self.inverse -= self.inverse[:, columns] @ rows
         self.left[columns] = False
-        self.weight[:, columns] = 0.0
+        self.weight[:, columns] = self.sensed[:, columns] = 0.0
         self.inverse[columns] = 0.0
         self.inverse[:, columns] = 0.0
 

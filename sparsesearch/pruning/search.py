@@ -177,9 +177,15 @@ def plan_from_cut(
 ) -> Plan:
     """A choice of the table as a plan; attention stays dense unless `more` gives rules and assignments."""
     manifest = profile.manifest
+    attention = {
+        "base_model": manifest.base_model,
+        "block_tokens": 64,
+        "unit": "query_head",
+        "rules": {},
+        "assignments": {},
+    }
     return Plan(
-        base_model=manifest.base_model,
-        **{"block_tokens": 64, "unit": "query_head", "rules": {}, "assignments": {}, **more},
+        **{**attention, **more},
         lengths_tokens=question.lengths,
         budgets=tuple(
             BudgetRecord(

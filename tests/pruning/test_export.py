@@ -96,7 +96,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert "sparsesearch" not in sys.modules
-torch.save(model(torch.arange(1, 20)[None]).logits, sys.argv[2])
+torch.save(model(torch.arange(1, 20)[None]).logits.detach(), sys.argv[2])
 """
 
 

@@ -16,7 +16,7 @@ from sparsesearch.runtime.loading import load_model
 from sparsesearch.runtime.shrink import layer_cut
 from sparsesearch.runtime.sublayers import layers_of
 
-REQUEST = HealRequest(steps=6, length_tokens=48, batch=2, num_sequences=2, save_every=2, learning_rate=1e-3)
+REQUEST = HealRequest(steps=6, length_tokens=128, batch=2, num_sequences=4, save_every=2, learning_rate=2e-4)
 
 
 @pytest.fixture(scope="module")

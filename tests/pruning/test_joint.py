@@ -1,12 +1,14 @@
 """One search over attention rules and removals: never worse than either alone, within its budget, and runnable."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from pruning_models import batches_for, tiny_model
 
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
-from sparsesearch.errors import SpecError
+from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.pruning.apply import PrunedApply
 from sparsesearch.pruning.joint import find_joint
@@ -48,15 +50,14 @@ def test_joint_is_within_budget_and_never_worse_than_either_alone(profiles, budg
     joint = find_joint(cuts, attention, question)
     for record in joint.budgets:
         assert max(record.predicted.values()) <= record.bound + 1e-9
+    compared = 0
     for only in ({"allow_cuts": False}, {"allow_rules": False}):
-        try:
+        with suppress(BudgetInfeasibleError):  # rules alone remove no parameter
             alone = find_joint(cuts, attention, question, **only)
-        except Exception as error:
-            assert "smallest feasible" in str(error) or "no plan" in str(error), error
-            continue
-        assert joint.certificate.loss <= alone.certificate.loss * (1 + 1e-4) + 1e-12
-        kinds = set(alone.kind_counts())
-        assert (kinds <= {"dense"}) if "allow_rules" in only else not alone.pruning.layers
+            assert joint.certificate.loss <= alone.certificate.loss * (1 + 1e-4) + 1e-12
+            assert (set(alone.kind_counts()) <= {"dense"}) if "allow_rules" in only else not alone.pruning.layers
+            compared += 1
+    assert compared >= 1
 
 
 def test_a_joint_plan_runs(profiles):
