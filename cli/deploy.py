@@ -1,7 +1,7 @@
 """Commands that put a plan on a checkpoint and verify it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from . import options as o
 from . import prune
 from .errors import guarded
 from .render import emit_json, lines, pairs
+
+if TYPE_CHECKING:
+    from sparsesearch.plan import Plan
 
 
 def apply(
@@ -27,16 +30,25 @@ def apply(
     logical: Annotated[
         bool, typer.Option("--logical", help="Removals: keep the shapes and write zeros; stock transformers loads it.")
     ] = False,
+    component: Annotated[
+        str, typer.Option(help="Which transformer of a diffusers pipeline; Wan 2.2 also has transformer_2.")
+    ] = "transformer",
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.diffusion.export import export_diffusers, is_diffusers_directory
     from sparsesearch.runtime.export import export
 
-    opened = Plan.load(plan)
+    opened, folder = Plan.load(plan), Path(model)
     if opened.pruning is not None:
         taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
         prune.apply_cuts(opened, model, out, logical=logical, **taken)
+        return
+    if folder.is_dir() and is_diffusers_directory(folder):
+        part = component if (folder / "model_index.json").is_file() else ""
+        export_diffusers({part: opened}, folder, out, overwrite=overwrite, allow_other_weights=allow_other_weights)
+        _show(opened, out, "DiffusionPipeline" if part else opened.base_model.model_type, json)
         return
     export(
         opened,
@@ -47,15 +59,19 @@ def apply(
         overwrite=overwrite,
         allow_other_weights=allow_other_weights,
     )
-    counts = opened.kind_counts()
-    content = {"checkpoint": str(out), "plan_sha256": opened.sha256, "rules": counts}
+    _show(opened, out, "AutoModelForCausalLM", json)
+
+
+def _show(plan: "Plan", out: Path, loader: str, json: bool) -> None:
+    """Say what was written; under a step schedule, heads are counted at its first step."""
+    counts = plan.at_step(0).kind_counts()
     if json:
-        emit_json(content)
+        emit_json({"checkpoint": str(out), "plan_sha256": plan.sha256, "rules": counts})
         return
     sparse = sum(counts.values()) - counts.get("dense", 0)
     lines(
         f"written: {out} ({sparse} of {sum(counts.values())} query heads changed)",
-        f"load it with: import sparsesearch; AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        f"load it with: import sparsesearch; {loader}.from_pretrained({str(out)!r})",
     )
 
 

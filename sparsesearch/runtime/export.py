@@ -91,7 +91,7 @@ def export(
     base = _look_at(source, allow_other_weights, trust_remote_code)
     implementation = _fitting_implementation(plan, base, allow_other_weights)
     with complete_or_nothing(out, overwrite) as staging:
-        linked = [file.name for file in weights if _link_or_copy(file, staging / file.name)]
+        linked = [file.name for file in weights if link_or_copy(file, staging / file.name)]
         for pattern in COMPANIONS:
             for file in sorted(source.glob(pattern)):
                 if file.is_file():
@@ -103,7 +103,11 @@ def export(
 
 
 def check_target(out: Path, base: Path | str, overwrite: bool) -> None:
-    """Refuse an output directory that is taken, or inside or around the base model."""
+    """Refuse a place where a checkpoint cannot be written.
+
+    Raises:
+        ArtifactError: it is a file, holds files and `overwrite` is off, or lies inside the base model.
+    """
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} must be a directory, but is a file. Choose another place with -o.")
     if isinstance(base, Path) and base.resolve() in (out.resolve(), *out.resolve().parents):
@@ -215,7 +219,7 @@ def _heads_patched(plan: Plan) -> int:
     return sum(rule.kind != "dense" for _, _, rule in plan.heads())
 
 
-def _link_or_copy(file: Path, target: Path) -> bool:
+def link_or_copy(file: Path, target: Path) -> bool:
     """Hard-link a file (through symbolic links), or copy it where that is impossible; says whether it was linked."""
     try:
         target.hardlink_to(file.resolve())
