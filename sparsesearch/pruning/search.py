@@ -177,7 +177,7 @@ def plan_from_cut(
 ) -> Plan:
     """A choice of the table as a plan; attention stays dense unless `more` gives rules and assignments."""
     manifest = profile.manifest
-    attention = {
+    attention: dict[str, Any] = {
         "base_model": manifest.base_model,
         "block_tokens": 64,
         "unit": "query_head",
