@@ -16,7 +16,7 @@ def rules(json: o.Json = False) -> None:
     rows = [
         {
             "kind": kind,
-            "acts": "prefill" if rule.dynamic else "prefill and decode",
+            "acts": "prefill" if rule.dynamic and not rule.decodes else "prefill and decode",
             "parameters": ", ".join(name for name in rule.model_fields if name != "kind"),
             "what": (rule.__doc__ or "").split("\n")[0],
             "source": rule.source,

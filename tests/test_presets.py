@@ -76,12 +76,62 @@ def test_a_space_is_named_by_its_file_and_starts_with_dense(name: str) -> None:
     assert "arXiv:" in space.source or name in ("mixture", "video_mixture")
 
 
-def test_mixture_holds_every_other_space() -> None:
-    mixture = set(SearchSpace.load("mixture").labels)
-    for name in SPACES:
-        space = SearchSpace.load(name)
-        if not any(rule.needs_layout for rule in space.candidates):  # video has a mixture of its own
-            assert set(space.labels) <= mixture
+def test_mixture_holds_the_spaces_it_includes() -> None:
+    mixture = SearchSpace.load("mixture")
+    included = yaml.safe_load(preset_text("search_spaces", "mixture"))["include"]
+    assert included
+    for name in included:
+        assert set(SearchSpace.load(name).labels) <= set(mixture.labels)
+
+
+PAPERS = {
+    "strided_shards": [f"strided_shards(local=1024,stride=16,offset={offset})" for offset in range(16)],
+    "power_attention": ["power_lags(segment=256,window=5,sink=1)"],
+    "flex_prefill": [
+        f"flex_prefill(gamma={gamma},tau=0.1,min_budget={floor},probe=128)"
+        for gamma in (0.9, 0.95)
+        for floor in (512, 1024)
+    ],
+    "xattention": ["antidiagonal(mass=0.9,stride=8)", "antidiagonal(mass=0.9,stride=16)"],
+    "hip": ["tree_topk(keep=2048,root=1024,sink=256,window=1024,queries=4)"],
+    "dhsa": [
+        f"chunk_topk(keep=0.125N,chunk={chunk},cell=16,variable={variable},sink=64)"
+        for chunk in (32, 64, 128)
+        for variable in (False, True)
+    ],
+    "quest": [f"bounds_topk(keep={budget},sink=64,prefill=False)" for budget in (256, 512, 1024, 2048, 4096)],
+    "token_sparse": ["token_rows(tail=0.005,min_tokens=1024,window=64,probe=64)"],
+    "duo_attention": ["sink_window(sink=128,window=256)", "sink_window(sink=64,window=256)"],
+    "minference": [
+        "sink_window(sink=1024,window=4096)",
+        *(
+            f"vertical_slash(vertical={v},slash={s},probe=64)"
+            for v, s in ((64, 2048), (128, 1792), (512, 1536), (3008, 256))
+        ),
+        "pooled_topk(keep=6400,sink=64)",
+    ],
+    "minference_released": [
+        "sink_window(sink=100,window=800)",
+        *(
+            f"vertical_slash(vertical={v},slash={s},probe=64)"
+            for v, s in ((30, 800), (100, 750), (100, 800), (500, 700), (3500, 100), (1000, 4096), (1000, 6096))
+        ),
+        "pooled_topk(keep=6400,sink=0)",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_space_holds_its_papers_own_configuration(name: str) -> None:
+    assert set(PAPERS[name]) <= set(SearchSpace.load(name).labels)
+
+
+def test_moa_grid_is_that_of_the_paper() -> None:
+    """Six offsets between -2048 and 8192, nine slopes between 0 and 1, beside a sink of 64."""
+    rules = [rule for rule in SearchSpace.load("moa_grid").candidates if isinstance(rule, SinkWindow)]
+    laws = {(rule.window.a, rule.window.b) for rule in rules}
+    assert laws == {(-2048 + 2048 * i, j / 8) for i in range(6) for j in range(9)}
+    assert {rule.sink for rule in rules} == {64}
 
 
 def test_duo_attention_is_dense_or_streaming_per_kv_group() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 import triton
 
+FULL_GRAPH_S = 1e-3
+
 
 def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool = True) -> float:
     """Median time of one call.
 
-    A graph of one call is replayed between events, so launch gaps do not count; the number of replays fills `budget_s`, at least 5.
+    A graph is replayed between events, so launch gaps do not count; it holds as many calls as fill a millisecond, so the replay's own cost
+    does not either. The number of replays fills `budget_s`, at least 5.
 
     Args:
         run: launches the work; must be safe to capture if `graph`.
@@ -23,14 +26,17 @@ def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool =
         run()
     torch.cuda.synchronize()
     replay: Callable[[], object] = run
+    calls = 1
     if graph:
+        calls = min(20, max(1, round(FULL_GRAPH_S / max(min(_timed(run, 3)), 1e-6))))
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            run()
+            for _ in range(calls):
+                run()
         replay = captured.replay
     first = _timed(replay, 2)
     repeats = min(200, max(5, int(budget_s / max(statistics.median(first), 1e-7))))
-    return statistics.median(_timed(replay, repeats))
+    return statistics.median(_timed(replay, repeats)) / calls
 
 
 def _timed(replay: Callable[[], object], repeats: int) -> list[float]:

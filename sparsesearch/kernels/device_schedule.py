@@ -18,10 +18,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparsesearch.errors import SpecError
+from sparsesearch.kernels.deal import TILE_OVERHEAD
 from sparsesearch.kernels.schedule import (
     ENTRY_SHIFT,
     TILE_FIELDS,
-    TILE_OVERHEAD,
     HeadTiles,
     Span,
     TileSchedule,

@@ -87,7 +87,8 @@ def prefill(
     if softcap is not None or sinks is not None:
         name = "softcap" if softcap is not None else "attention sinks"
         raise UnsupportedKernelError(f"no kernel has {name}; leave this layer to the model's own attention.")
-    taken = choose_backend(q, k, v, spans, backend=backend, bias=bias is not None)
+    masks = isinstance(choice, list) and any(one.elements is not None for one in choice)
+    taken = choose_backend(q, k, v, spans, backend=backend, bias=bias is not None, masks=masks)
     lse: Tensor | None
     match taken:
         case "gluon" | "triton":
@@ -101,7 +102,14 @@ def prefill(
 
 
 def choose_backend(
-    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], *, backend: Backend, bias: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Sequence[Span],
+    *,
+    backend: Backend,
+    bias: bool = False,
+    masks: bool = False,
 ) -> Backend:
     """The backend that will serve: the given one, or for `auto` the fastest that can.
 
@@ -114,14 +122,16 @@ def choose_backend(
     wanted: tuple[Backend, ...] = ("gluon", "triton", "torch") if backend == "auto" else (backend,)
     reasons = []
     for name in wanted:
-        reason = why_not(name, q, k, v, spans[0].grid.block_tokens, bias=bias)
+        reason = why_not(name, q, k, v, spans[0].grid.block_tokens, bias=bias, masks=masks)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
     raise UnsupportedKernelError("; ".join(reasons) + ".")
 
 
-def why_not(backend: Backend, q: Tensor, k: Tensor, v: Tensor, block_tokens: int, *, bias: bool) -> str | None:
+def why_not(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, block_tokens: int, *, bias: bool, masks: bool
+) -> str | None:
     """Why `backend` cannot serve such a call, or None if it can."""
     strides_ok = all(x.stride(-1) == 1 for x in (q, k, v))
     match backend:
@@ -149,6 +159,8 @@ def why_not(backend: Backend, q: Tensor, k: Tensor, v: Tensor, block_tokens: int
         case "torch" | "reference":
             if bias:
                 return "has no per-key bias"
+            if masks and backend == "torch":
+                return "has no bitmaps inside tiles"
         case _:
             raise AssertionError(backend)
     return None
@@ -173,6 +185,8 @@ def schedule_for(
     if isinstance(choice, list) and choice[0].choices.is_cuda:  # a dynamic rule's: the host must not wait for it
         from sparsesearch.kernels.device_schedule import build_on_device
 
+        if any(one.elements is not None for one in choice):
+            raise UnsupportedKernelError("tiles with bitmaps must be chosen on the CPU; move `choices` there.")
         return build_on_device(spans, [_per_head(one) for one in choice], shape=shape, workers=common["workers"])
     if isinstance(choice, list):
         return build_schedule(spans, choice, **common)
@@ -212,6 +226,8 @@ def run_schedule(
         k,
         v,
         bias,
+        schedule.masks,
+        schedule.words,
         schedule.tiles,
         schedule.entries,
         schedule.bin_ptr,
@@ -274,7 +290,11 @@ def _per_sequence(
             from sparsesearch.block_mask import expand
             from sparsesearch.kernels.reference import masked_attention
 
-            one_out, one_lse = masked_attention(one_q, one_k, one_v, expand(mask, span.grid), scale=scale)
+            allowed = expand(mask, span.grid)
+            if choice.elements is not None:
+                inside = choice.elements.expand(len(choice.choices), span.grid)
+                allowed = allowed & inside[list(choice.of_head)].to(q.device)
+            one_out, one_lse = masked_attention(one_q, one_k, one_v, allowed, scale=scale)
             out[span.batch, :, rows], lse[span.batch, :, rows] = one_out, one_lse.float()
     return out, None if backend == "torch" else lse
 

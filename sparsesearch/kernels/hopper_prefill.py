@@ -115,10 +115,10 @@ def _softmax_step(s, m, total, scale):
 
 @gluon.jit
 def _adjust(
-    s, entry, q_pos, kv_len, bias, scale, G: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    s, entry, at, q_pos, kv_len, bias, scale, masks, words, word_stride, G: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr,
+    CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Add the per-key bias; cut a partial block by the sequence's end, by causality, and by the half tile that does not attend to it."""
+    """Add the per-key bias; cut a partial block by the sequence's end, causality, the half tile that does not attend to it, its bitmap."""
     if BIAS:  # the running maximum is of s · scale, so the bias is brought to s's unit
         offs = (entry >> ENTRY_SHIFT) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
         s = s + (gl.load(bias + offs) * (LOG2E / scale))[None, :]
@@ -130,6 +130,14 @@ def _adjust(
             s = gl.where(k_pos[None, :] < limits[:, None], s, MASKED)
         else:
             s = gl.where((k_pos < limit)[None, :], s, MASKED)
+        if MASKS:
+            # one word of every row at a time: a [ROWS, BN] gather would hold 64 addresses per thread
+            start = gl.load(masks + 2 * at + G)
+            row = words + gl.maximum(start, 0) + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) * word_stride
+            bit = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+            for w in gl.static_range(BN // 32):
+                word = gl.where(start >= 0, gl.load(row + w), -1)[:, None]
+                s = gl.where((bit // 32 == w)[None, :] & (((word >> (bit % 32)[None, :]) & 1) == 0), MASKED, s)
     return s
 
 
@@ -194,9 +202,9 @@ def _read(tiles, bias, t, bias_stride_b, bias_stride_g, GROUP: gl.constexpr, BIA
 @gluon.jit
 def _consumer(
     G: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
+    tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-    Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -227,7 +235,8 @@ def _consumer(
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(0), count=1, pred=first < end)
         kc += 1
-        s = _adjust(s, entry, q_pos0 + rows, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
+        s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+                    G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
         p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
         weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     for t in range(first, end):
@@ -245,7 +254,8 @@ def _consumer(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             kc += 1
-            s = _adjust(s, entry, q_pos0 + rows, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
+            s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+                    G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2)
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
@@ -261,7 +271,8 @@ def _consumer(
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
-            s = _adjust(s, entry, q_pos, kv_len, tile_bias, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
+            s = _adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
+                        G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             p, decay, m, total = _softmax_step(s, m, total, scale2)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
@@ -270,6 +281,7 @@ def _consumer(
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         if OVERLAP:
             more = t + 1 < end
+            # asked for here, not before the loop over keys: values that live through it cost up to a tenth (measured, H200)
             len_next, pos_next, lo_next, _, bias_next = _read(
                 tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
             )
@@ -287,7 +299,8 @@ def _consumer(
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
-            s = _adjust(s, entry, pos_next + rows, len_next, bias_next, scale2, G, BN, CAUSAL, BIAS, S_LAYOUT)
+            s = _adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
+                        G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             p, decay, m_next, total_next = _softmax_step(s, no_max, no_sum, scale2)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
@@ -313,10 +326,10 @@ def _consumer(
 
 @gluon.jit
 def hopper_attention(
-    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, tiles, entries, bin_ptr,
-    o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, scale,
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, tiles, entries, bin_ptr,
+    o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, word_stride, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
 ):  # fmt: skip
     """One persistent worker: see the module. Grid: one program per bin of the schedule."""
     ROWS: gl.constexpr = 64
@@ -342,17 +355,17 @@ def hopper_attention(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    strides = (o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g)
+    strides = (o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, word_stride)
     gl.warp_specialize(
         [
             (_consumer, (
                 gl.constexpr(0), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS)),
+                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
             (_consumer, (
                 gl.constexpr(1), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS)),
+                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
             (_producer, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles, entries, bin_ptr, GROUP, BN, STAGES, ROWS, Q_BUFFERS)),
@@ -375,7 +388,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def constants(
-    config: HopperConfig, *, num_heads: int, group: int, head_dim: int, causal: bool, bias: bool
+    config: HopperConfig, *, num_heads: int, group: int, head_dim: int, causal: bool, bias: bool, masks: bool
 ) -> dict[str, int | bool]:
     """Compile-time arguments of `hopper_attention`."""
     return {
@@ -388,6 +401,7 @@ def constants(
         "Q_BUFFERS": 1 + config.overlap_tiles,
         "CAUSAL": causal,
         "BIAS": bias,
+        "MASKS": masks,
     }
 
 
@@ -397,7 +411,7 @@ OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, parts: Tensor, lse_parts: Tensor, bias: Tensor | None,
-    tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, config: HopperConfig,
+    masks: Tensor | None, words: Tensor | None, tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, config: HopperConfig,
 ) -> None:  # fmt: skip
     """Run the kernel; every tensor is on the same Hopper device. Shapes as in `dispatch.prefill`, parts [slots, 128, padded head_dim] like q, lse_parts [slots, 128]."""
     head_dim = q.shape[-1]
@@ -409,10 +423,13 @@ def launch(
         head_dim=head_dim,
         causal=causal,
         bias=bias is not None,
+        masks=masks is not None,
     )
     hopper_attention[(bin_ptr.numel() - 1,)](
         describe(q, TILE_ROWS // 2), describe(k, config.tile_keys), describe(v, config.tile_keys), describe(out, TILE_ROWS // 2),
-        out, lse, parts, lse_parts, own_bias, tiles, entries, bin_ptr,
-        out.stride(0), out.stride(1), out.stride(2), lse.stride(1), own_bias.stride(0), own_bias.stride(1), scale,
+        out, lse, parts, lse_parts, own_bias, entries if masks is None else masks, entries if words is None else words,
+        tiles, entries, bin_ptr,
+        out.stride(0), out.stride(1), out.stride(2), lse.stride(1), own_bias.stride(0), own_bias.stride(1),
+        0 if words is None else words.shape[2], scale,
         **fixed, **OPTIONS,
     )  # fmt: skip

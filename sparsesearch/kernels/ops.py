@@ -10,6 +10,8 @@ def tile_prefill(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    masks: Tensor | None,
+    words: Tensor | None,
     tiles: Tensor,
     entries: Tensor,
     bin_ptr: Tensor,
@@ -45,11 +47,11 @@ def tile_prefill(
 
                 config = hopper_prefill.CONFIGS[q.shape[-1], keys]
                 hopper_prefill.launch(
-                    q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, config=config
+                    q, k, v, out, lse, parts, lse_parts, bias, masks, words, tiles, entries, bin_ptr, scale=scale, causal=causal, config=config
                 )  # fmt: skip
             case "triton":
                 triton_prefill.launch(
-                    q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr, scale=scale, causal=causal, rows=rows, keys=keys
+                    q, k, v, out, lse, parts, lse_parts, bias, masks, words, tiles, entries, bin_ptr, scale=scale, causal=causal, rows=rows, keys=keys
                 )  # fmt: skip
             case _:
                 raise AssertionError(kernel)
@@ -63,6 +65,8 @@ def _tile_prefill_shapes(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    masks: Tensor | None,
+    words: Tensor | None,
     tiles: Tensor,
     entries: Tensor,
     bin_ptr: Tensor,

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
+from sparsesearch.kernels.deal import deal
+from sparsesearch.kernels.element_mask import WORD_BITS, ElementMask
 
 if TYPE_CHECKING:
     from sparsesearch.rules.base import Rule
@@ -48,10 +50,6 @@ ENTRY_SHIFT = 3
 """An entry is key block << 3 | upper half absent << 1 | lower half absent << 2 | partial; an absent half is masked, hence also partial."""
 
 SPLIT_GAIN = 1.1  # cut a tile only if it is this much longer than an even share: merging costs a second launch
-MOST_RUNS = 8192  # a run of equal tiles takes about 20 us to deal
-TILE_OVERHEAD = (
-    0.6  # fixed cost of a tile in blocks; H100, head_dim 64 and 128: fitted to 6-block tiles against 256-block tiles
-)
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,12 @@ class HeadTiles:
     Attributes:
         choices: R distinct choices; a row may be empty, then its queries get 0.
         of_head: for each query head, which of them.
+        elements: bitmaps inside chosen tiles, where a choice is finer than blocks.
     """
 
     choices: Bool[Tensor, "R M N"]
     of_head: tuple[int, ...]
+    elements: ElementMask | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ class TileSchedule:
         dense_blocks: the same for dense attention.
         covered_rows: (head, query) pairs that some tile writes.
         makespan: blocks of the most loaded worker, overhead included, over an even share.
+        masks: per entry and half tile, where its bitmap starts in `words`, or -1; None if no tile has one.
+        words: bitmaps of all sequences.
     """
 
     tiles: Int[Tensor, "T 12"]
@@ -148,6 +150,8 @@ class TileSchedule:
     dense_blocks: int
     covered_rows: int
     makespan: float
+    masks: Int[Tensor, "E 2"] | None = None
+    words: Int[Tensor, "U B W"] | None = None
 
     @property
     def density(self) -> float:
@@ -220,7 +224,7 @@ def build_schedule(
     num_heads = len(head_tiles[0].of_head)
     if num_heads % num_kv_heads:
         raise SpecError(f"query heads must be a multiple of KV heads, but got {num_heads} and {num_kv_heads}.")
-    lists = _Lists(shape)
+    lists = _Lists(shape, [choice.elements for choice in head_tiles])
     records = np.concatenate([lists.tiles_of(span, choice) for span, choice in zip(spans, head_tiles, strict=True)])
     group = num_heads // num_kv_heads
     pair = np.repeat(np.arange(len(spans)), [_num_tiles(span.grid, shape) * num_heads for span in spans])
@@ -259,6 +263,8 @@ def build_schedule(
         dense_blocks=dense,
         covered_rows=covered,
         makespan=makespan,
+        masks=None if lists.words is None else on_device(lists.masks()),
+        words=None if lists.words is None else lists.words.to(device),
     )
 
 
@@ -308,21 +314,32 @@ def _dense_blocks(grid: BlockGrid, shape: TileShape) -> int:
 class _Lists:
     """Compact lists of key blocks; heads and sequences with the same choice share them."""
 
-    def __init__(self, shape: TileShape) -> None:
+    def __init__(self, shape: TileShape, elements: Sequence[ElementMask | None]) -> None:
         self.shape = shape
+        given = {id(one): one for one in elements if one is not None}
+        if len({one.words.shape[1:] for one in given.values()}) > 1:
+            raise SpecError("the bitmaps of all sequences must be of one block size.")
+        self.words = torch.cat([one.words for one in given.values()]) if given else None
+        sizes = [one.words.numel() for one in given.values()]
+        self._first_word = dict(zip(given, np.cumsum([0, *sizes]).tolist(), strict=False))
         self._parts: list[Ints] = []
+        self._masks: list[Ints] = []
         self._length = 0
-        self._known: dict[tuple[BlockGrid, int, int], Ints] = {}
+        self._known: dict[tuple[BlockGrid, int, int, int], Ints] = {}
 
     def entries(self) -> Ints:
         """All lists end to end; one dummy entry if there is none, so that kernels may read ahead."""
         return np.concatenate([*self._parts, np.zeros(1, np.int64)])
 
+    def masks(self) -> Ints:
+        """Where each entry's bitmaps start, beside `entries`."""
+        return np.concatenate([*self._masks, np.full((1, 2), -1, np.int64)])
+
     def tiles_of(self, span: Span, choice: HeadTiles) -> Ints:
         """Records of one sequence, head-major."""
         grid, shape = span.grid, self.shape
         count = _num_tiles(grid, shape)
-        bounds = np.stack([self._bounds(grid, choice.choices, r) for r in range(len(choice.choices))])
+        bounds = np.stack([self._bounds(grid, choice, r) for r in range(len(choice.choices))])
         num_heads = len(choice.of_head)
         q_pos = (grid.q_start // shape.rows + np.arange(count)) * shape.rows
         first = np.maximum(grid.q_start - q_pos, 0)
@@ -340,15 +357,39 @@ class _Lists:
         records[..., 10] = -1
         return records.reshape(-1, len(TILE_FIELDS))
 
-    def _bounds(self, grid: BlockGrid, choices: Bool[Tensor, "R M N"], index: int) -> Ints:
-        key = (grid, id(choices), index)
+    def _bounds(self, grid: BlockGrid, choice: HeadTiles, index: int) -> Ints:
+        key = (grid, id(choice.choices), id(choice.elements), index)
         if key not in self._known:
-            entries, per_tile = tile_entries(choices[index], grid, self.shape)
+            entries, per_tile = tile_entries(choice.choices[index], grid, self.shape)
+            if self.words is not None:
+                masks = np.full((len(entries), 2), -1, np.int64)
+                if choice.elements is not None:
+                    masks = entry_masks(entries, per_tile, choice.elements, index, grid, self.shape)
+                    masks = np.where(masks < 0, -1, masks + self._first_word[id(choice.elements)])
+                entries = entries | (masks >= 0).any(1)  # a tile with a bitmap is partial
+                self._masks.append(masks)
             ends = np.cumsum(per_tile) + self._length
             self._parts.append(entries)
             self._length += len(entries)
             self._known[key] = np.stack([ends - per_tile, ends], 1)
         return self._known[key]
+
+
+def entry_masks(
+    entries: Ints, per_tile: Ints, elements: ElementMask, choice: int, grid: BlockGrid, shape: TileShape
+) -> Ints:
+    """Where the bitmap of each entry's upper and lower half starts in the choice's words, or -1."""
+    block, keys = grid.block_tokens, shape.keys
+    if elements.words.shape[1] != block or keys % WORD_BITS:
+        raise SpecError(
+            f"bitmaps must have the plan's block size and tiles a multiple of {WORD_BITS} keys, but got bitmaps of "
+            f"{elements.words.shape[1]}, blocks of {block} and tiles of {keys} keys."
+        )
+    tile = grid.q_start // shape.rows + np.repeat(np.arange(len(per_tile)), per_tile)
+    first = tile[:, None] * shape.rows + np.array([0, shape.rows // 2])  # first query of each half
+    key = (entries >> ENTRY_SHIFT) * keys
+    inner = (first % block) * (block // WORD_BITS) + (key % block // WORD_BITS)[:, None]
+    return elements.offsets(choice, grid, first // block - grid.first_q_block, (key // block)[:, None], inner)
 
 
 def tile_entries(mask: Bool[Tensor, "M N"], grid: BlockGrid, shape: TileShape) -> tuple[Ints, Ints]:
@@ -418,65 +459,3 @@ def _sections(kv_bytes: np.ndarray[Any, np.dtype[np.float64]], capacity: float) 
     """Consecutive (sequence, KV head) pairs whose keys and values fit the cache share a section."""
     before = np.cumsum(kv_bytes) - kv_bytes
     return np.asarray(before // max(capacity, float(kv_bytes.max()), 1.0), np.int64)
-
-
-def deal(cost: Ints, section: Ints, workers: int) -> tuple[Ints, Ints, float]:
-    """Give tiles to workers: longest first within a section, the lightest tiles of all sections at the very end.
-
-    Args:
-        cost: blocks per tile.
-        section: section per tile; lower ones run earlier.
-        workers: number of workers.
-
-    Returns:
-        Order of the tiles, grouped by worker; where each worker's tiles start in it; the greatest load over an even share.
-    """
-    if len(cost) == 0:
-        return np.zeros(0, np.int64), np.zeros(workers + 1, np.int64), 1.0
-    if section.max() > 0:
-        light = np.lexsort((-section, cost))  # lightest first; among equals those whose keys were read last
-        share = min(0.5, float(cost.max()) * workers / max(float(cost.sum()), 1.0))
-        held = light[np.cumsum(cost[light]) <= share * cost.sum()]
-        section = section.copy()
-        section[held] = section.max() + 1
-    top = int(cost.max()) + 1
-    keys = section * top + (top - 1 - cost)
-    order = np.argsort(keys, kind="stable")
-    starts = _runs(keys[order])
-    if len(starts) > MOST_RUNS:  # near-equal tiles count as equal, except in the section that evens out the loads
-        level = np.where(section < section.max(), np.round(np.log(cost) / np.log(1.12)).astype(np.int64), cost)
-        starts = _runs((section * top + level)[order])
-    load = np.zeros(workers)
-    owner, begin = np.empty(len(order), np.int64), np.empty(len(order))
-    ordered = cost[order] + TILE_OVERHEAD
-    for lo, hi in zip(starts, [*starts[1:], len(order)], strict=True):
-        owner[lo:hi], begin[lo:hi] = _deal_equal(load, ordered[lo:hi])
-    by_worker = np.argsort(owner * (float(begin.max()) + 1.0) + begin, kind="stable")
-    bin_ptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=workers))])
-    return order[by_worker], bin_ptr, float(load.max() / load.mean())
-
-
-def _runs(keys: Ints) -> Ints:
-    """Where each run of equal keys starts."""
-    return np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
-
-
-def _deal_equal(load: Any, costs: Any) -> tuple[Ints, Any]:
-    """Give near-equal tiles one by one to the least loaded worker; updates `load`, returns owner and start of each in that order."""
-    workers, count = len(load), len(costs)
-    if count <= workers:
-        owner = np.argsort(load, kind="stable")[:count]
-        if count == 1 or load[owner[-1]] <= load[owner[0]] + costs[-1]:  # nobody gets a second one
-            begin = load[owner]
-            load[owner] += costs
-            return owner, begin
-    cost = float(costs.mean())
-    level = (load.sum() + count * cost) / workers  # nobody starts one later than here, unless it is that busy already
-    slots = np.maximum(np.ceil((max(level, float(load.min())) - load) / cost), 0).astype(np.int64) + 1
-    owner = np.repeat(np.arange(workers), slots)
-    step = np.arange(len(owner)) - np.repeat(np.cumsum(slots) - slots, slots)
-    begin = load[owner] + step * cost
-    first = np.argsort(begin, kind="stable")[:count]
-    owner, begin = owner[first], begin[first]
-    load += np.bincount(owner, weights=costs, minlength=workers)
-    return owner, begin

@@ -20,11 +20,11 @@ ENTRY_SHIFT = tl.constexpr(3)
 
 @triton.jit
 def tile_list_attention(
-    q, k, v, out, lse, parts, lse_parts, bias, tiles, entries, bin_ptr,
+    q, k, v, out, lse, parts, lse_parts, bias, masks, words, tiles, entries, bin_ptr,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_g, k_stride_t, v_stride_b, v_stride_g, v_stride_t,
-    o_stride_b, o_stride_h, o_stride_s, lse_stride_b, lse_stride_h, bias_stride_b, bias_stride_g, num_keys, scale,
+    o_stride_b, o_stride_h, o_stride_s, lse_stride_b, lse_stride_h, bias_stride_b, bias_stride_g, word_stride, num_keys, scale,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, MASKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One persistent worker over its tiles. Grid: one program per bin of the schedule."""
     worker = tl.program_id(0)
@@ -74,6 +74,14 @@ def tile_list_attention(
                 if CAUSAL:
                     limit = tl.minimum(limit, q_pos + 1)
                 s = tl.where(k_pos[None, :] < limit[:, None], s, MASKED)
+                if MASKS:
+                    start = tl.load(masks + 2 * i + half)
+                    row = words + start + rows % (BM // 2) * word_stride
+                    bit = tl.arange(0, BN)
+                    for w in tl.static_range(BN // 32):
+                        word = tl.load(row + w, mask=start >= 0, other=-1)[:, None]
+                        hidden = (bit // 32 == w)[None, :] & (((word >> (bit % 32)[None, :]) & 1) == 0)
+                        s = tl.where(hidden, MASKED, s)
             m_new = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2(s - m_new[:, None])
             decay = tl.exp2(m - m_new)
@@ -139,23 +147,23 @@ def padded_head_dim(head_dim: int) -> int:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, parts: Tensor, lse_parts: Tensor, bias: Tensor | None,
-    tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, rows: int, keys: int,
+    masks: Tensor | None, words: Tensor | None, tiles: Tensor, entries: Tensor, bin_ptr: Tensor, *, scale: float, causal: bool, rows: int, keys: int,
 ) -> None:  # fmt: skip
     """Run the kernel. Shapes as in `dispatch.prefill`, parts [slots, rows, padded head_dim] like q, lse_parts [slots, rows]."""
     own_bias = lse if bias is None else bias
     fixed = constants(
         rows=rows, keys=keys, group=q.shape[1] // k.shape[1], head_dim=q.shape[-1], causal=causal, bias=bias is not None,
-        fp32=q.dtype == torch.float32,
+        masks=masks is not None, fp32=q.dtype == torch.float32,
     )  # fmt: skip
     tile_list_attention[(bin_ptr.numel() - 1,)](
-        q, k, v, out, lse, parts, lse_parts, own_bias, tiles, entries, bin_ptr, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3], lse.stride(0), lse.stride(1), own_bias.stride(0), own_bias.stride(1), k.shape[2], scale,
+        q, k, v, out, lse, parts, lse_parts, own_bias, entries if masks is None else masks, entries if words is None else words, tiles, entries, bin_ptr, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *out.stride()[:3], lse.stride(0), lse.stride(1), own_bias.stride(0), own_bias.stride(1), 0 if words is None else words.shape[2], k.shape[2], scale,
         **fixed, **options(rows, keys, q.shape[-1]),
     )  # fmt: skip
 
 
 def constants(
-    *, rows: int, keys: int, group: int, head_dim: int, causal: bool, bias: bool, fp32: bool
+    *, rows: int, keys: int, group: int, head_dim: int, causal: bool, bias: bool, masks: bool, fp32: bool
 ) -> dict[str, int | bool | str]:
     """Compile-time arguments of `tile_list_attention`."""
     return {
@@ -166,6 +174,7 @@ def constants(
         "DV": head_dim,
         "CAUSAL": causal,
         "BIAS": bias,
+        "MASKS": masks,
         "PRECISION": "ieee" if fp32 else "tf32",
     }
 

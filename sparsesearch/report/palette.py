@@ -34,6 +34,15 @@ _KNOWN = {
     "block_mass": Swatch("A", "#b0432f", "#f49a86"),
     "draft_attention": Swatch("Q", "#92304f", "#ee8fae"),
     "pooled_tail": Swatch("O", "#7a4a12", "#deb078"),
+    "antidiagonal": Swatch("X", "#3a7a24", "#8fcf74"),
+    "bounds_topk": Swatch("K", "#a83232", "#f08f8f"),
+    "chunk_topk": Swatch("H", "#1f7396", "#6fc3e8"),
+    "flex_prefill": Swatch("E", "#7c6a13", "#d9c252"),
+    "power_lags": Swatch("G", "#35567a", "#93b8e0"),
+    "segment_topk": Swatch("J", "#6d2f63", "#cf8fc4"),
+    "strided_shards": Swatch("Y", "#2f6f5e", "#84c9b6"),
+    "token_rows": Swatch("I", "#8a4632", "#dba18e"),
+    "tree_topk": Swatch("Z", "#4d6b20", "#abcf78"),
     "zero": Swatch("0", "#dfe4ea", "#2f3843", "#4a5461", "#aeb8c3"),
 }
 _OTHERS = (

@@ -8,7 +8,8 @@ import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
@@ -38,6 +39,16 @@ class LengthLaw(BaseModel):
         """The law in whole blocks, rounded up, at the grid's law length."""
         return blocks_of(self.tokens(grid.law_len), grid.block_tokens)
 
+    def row_blocks(self, grid: BlockGrid, device: torch.device | str = "cpu") -> Int[Tensor, "M 1"]:
+        """The law in whole blocks for each query block, at the number of keys that row can see; at least 1.
+
+        Computed on the device, so that nothing waits for the host.
+        """
+        seen = ((grid.q_blocks(device) + 1) * grid.block_tokens).clamp(max=grid.kv_len)
+        seen = seen if grid.causal else torch.full_like(seen, grid.kv_len)
+        tokens = ((self.a + self.b * seen.double()).clamp(min=0) + 1e-9).floor().long()
+        return ((tokens + grid.block_tokens - 1) // grid.block_tokens).clamp(min=1)
+
     def __str__(self) -> str:
         if self.b == 0:
             return f"{self.a:g}"
@@ -57,7 +68,9 @@ class Rule(BaseModel):
     Class attributes (the rest of the contract):
         kind: equals the file name.
         source: the paper, with arXiv number.
-        dynamic: the choice needs this call's queries and keys; such a rule acts in prefill, and decoding is dense.
+        dynamic: the choice needs this call's queries and keys; such a rule acts in prefill, and decoding is dense unless `decodes`.
+        decodes: a dynamic rule that also chooses for a call of one query.
+        skips_rows: some query blocks may compute no tile; their output is 0, and the residual stream carries those tokens on.
         rest: what stands for the tiles that are not computed. `drop` renormalises over the chosen ones; `zero` and `mean_value` replace
             the unit's whole output (no tile is computed): by nothing, or by the running mean of the values.
         reuses: the choice is another head's; `select` takes it as `left`, so the rule runs inside a plan only.
@@ -69,6 +82,8 @@ class Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     source: ClassVar[str]
     dynamic: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
+    skips_rows: ClassVar[bool] = False
     rest: ClassVar[Rest] = "drop"
     reuses: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
@@ -103,7 +118,9 @@ class Rule(BaseModel):
     def select(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
     ) -> Bool[Tensor, "*#unit M N"]:
-        """The tiles to compute; a subset of `grid.reachable()`, with no empty row unless `rest` replaces the output.
+        """The tiles to compute; a subset of `grid.reachable()` that holds the diagonal of every row.
+
+        Rows are empty only where `rest` replaces the whole output, or where the rule `skips_rows`.
 
         A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, blocks_of
 from sparsesearch.errors import SpecError
+from sparsesearch.estimators import block_means
 from sparsesearch.rules.base import Law, LengthLaw, Rule
+from sparsesearch.selection import top_k
 
 
 class PooledTopk(Rule):
@@ -38,24 +40,9 @@ class PooledTopk(Rule):
         scores = block_means(q, grid, grid.q_start) @ block_means(k, grid, 0).transpose(-1, -2)
         always = grid.diagonal(q.device) | (grid.k_blocks(q.device) < blocks_of(self.sink, grid.block_tokens))
         scores = scores.masked_fill(always, torch.inf).masked_fill(~reachable, -torch.inf)
-        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        budgets = [self._row_blocks(int(row), grid) for row in grid.q_blocks()[:, 0]]
-        budget = torch.tensor(budgets, device=q.device)[:, None]
-        return reachable & ((rank < budget) | always)
-
-    def _row_blocks(self, row: int, grid: BlockGrid) -> int:
-        seen = min(grid.kv_len, (row + 1) * grid.block_tokens) if grid.causal else grid.kv_len
-        return max(1, blocks_of(self.keep.tokens(seen), grid.block_tokens))
+        return reachable & (top_k(scores, self.keep.row_blocks(grid, q.device)) | always)
 
     @classmethod
     def examples(cls) -> list[Self]:
         """One block, a share of the row, no sink."""
         return [cls(keep=LengthLaw(a=1)), cls(keep=LengthLaw(b=0.25)), cls(keep=LengthLaw(a=128, b=0.1), sink=0)]
-
-
-def block_means(x: Float[Tensor, "*unit S D"], grid: BlockGrid, start: int) -> Float[Tensor, "*unit M D"]:
-    """Mean of the rows of `x` in each block of the grid; row 0 of `x` is position `start`. Ragged blocks average what they have."""
-    blocks = torch.arange(start, start + x.shape[-2], device=x.device) // grid.block_tokens
-    blocks = blocks - blocks[0]
-    sums = x.new_zeros(*x.shape[:-2], int(blocks[-1]) + 1, x.shape[-1]).index_add_(-2, blocks, x)
-    return sums / torch.bincount(blocks)[:, None]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
+from sparsesearch.estimators import diagonal_sums, probe_mass, tail_grid
 from sparsesearch.rules.base import Law, LengthLaw, Rule
+from sparsesearch.selection import top_k
 
 
 class VerticalSlash(Rule):
@@ -36,8 +38,8 @@ class VerticalSlash(Rule):
         if q is None or k is None:
             raise SpecError("vertical_slash must be given this call's queries and keys; use it in prefill only.")
         columns, diagonals = self._votes(grid, q, k)
-        column = _top(columns, max(1, self.vertical.blocks(grid)), always=0)
-        diagonal = _top(diagonals, max(1, self.slash.blocks(grid)), always=0)
+        column = best_with_first(columns, max(1, self.vertical.blocks(grid)))
+        diagonal = best_with_first(diagonals, max(1, self.slash.blocks(grid)))
         distance = (grid.q_blocks(q.device) - grid.k_blocks(q.device)).clamp(min=0)
         return grid.reachable(q.device) & (column[..., None, :] | diagonal[..., distance])
 
@@ -45,17 +47,8 @@ class VerticalSlash(Rule):
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"], k: Float[Tensor, "*unit T D"]
     ) -> tuple[Float[Tensor, "*unit N"], Float[Tensor, "*unit N"]]:
         """Attention of the last queries per key block, and per distance in blocks."""
-        last = q[..., -min(self.probe, grid.q_len) :, :]
-        q_pos = torch.arange(grid.kv_len - last.shape[-2], grid.kv_len, device=q.device)[:, None]
-        k_pos = torch.arange(grid.kv_len, device=q.device)[None, :]
-        scores = (last @ k.transpose(-1, -2)).float()
-        mass = scores.masked_fill(k_pos > q_pos, -torch.inf).softmax(-1)
-        blocks = torch.arange(grid.kv_len, device=q.device) // grid.block_tokens
-        empty = mass.new_zeros(*mass.shape[:-2], grid.num_k_blocks)
-        columns = empty.index_add(-1, blocks, mass.sum(-2))
-        distance = (q_pos // grid.block_tokens - k_pos // grid.block_tokens).clamp(min=0)
-        diagonals = empty.index_add(-1, distance.flatten(), mass.flatten(-2))
-        return columns, diagonals
+        mass = probe_mass(q, k, grid, self.probe)
+        return mass.sum(-2), diagonal_sums(mass, tail_grid(grid, self.probe))
 
     @classmethod
     def examples(cls) -> list[Self]:
@@ -67,8 +60,7 @@ class VerticalSlash(Rule):
         ]
 
 
-def _top(scores: Float[Tensor, "*unit N"], count: int, *, always: int) -> Bool[Tensor, "*unit N"]:
-    """The `count` best entries, entry `always` among them; ties go to the earlier entry."""
-    scores = scores.clone()
-    scores[..., always] = torch.inf
-    return scores.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
+def best_with_first(scores: Float[Tensor, "*unit N"], count: int) -> Bool[Tensor, "*unit N"]:
+    """The `count` best entries, entry 0 among them; ties go to the earlier entry."""
+    first = torch.arange(scores.shape[-1], device=scores.device) == 0
+    return top_k(scores.masked_fill(first, torch.inf), count)

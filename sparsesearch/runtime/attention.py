@@ -4,7 +4,8 @@ It keeps no state of its own (a counter here would recompile every compiled mode
 with the call, and what must be remembered between calls lives in the cache.
 
 Dynamic rules act on every call with more than one query, on that call's own queries: a later chunk of a prompt chooses for itself (its
-estimate sees all keys but only its own queries), and so does a chunk of candidates in assisted decoding. A call of one query is dense for them.
+estimate sees all keys but only its own queries), and so does a chunk of candidates in assisted decoding. A call of one query is dense for
+them, except for rules that say they decode: these choose anew for every token.
 """
 
 from collections.abc import Sequence
@@ -201,8 +202,9 @@ def _attend_rule(
     cut = sliding_window if sliding_window is not None and grid.kv_len > sliding_window else None
     if rule.rest == "zero":
         return torch.zeros_like(q)
-    dense = isinstance(rule, Dense) or (rule.dynamic and grid.q_len == 1)
-    if grid.q_len == 1 and rule.rest == "drop" and not dense and cut is None and binding.backend != "reference":
+    dense = isinstance(rule, Dense) or (rule.dynamic and not rule.decodes and grid.q_len == 1)
+    by_position = grid.q_len == 1 and not rule.dynamic and not dense
+    if by_position and rule.rest == "drop" and cut is None and binding.backend != "reference":
         keys = _decoding_keys(rule, grid).to(q.device)  # only these are read
         heads = torch.tensor(kv_heads, device=q.device)[:, None]
         return F.scaled_dot_product_attention(q, all_k[:, heads, keys], all_v[:, heads, keys], scale=scale)

@@ -119,9 +119,13 @@ def _depends_on_law(rule: Rule, block_tokens: int) -> bool:
         return False  # its source's own rule is asked
     length = 16 * block_tokens
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(length, 4, generator=generator) for _ in range(2)) if rule.dynamic else (None, None)
-    near, far = (rule.select(BlockGrid(length, length, block_tokens, law), q, k) for law in (length, 1024 * length))
-    return not torch.equal(near, far)
+    q, k = (torch.randn(length, 4, generator=generator) for _ in range(2))
+    for q_len in (length, 1) if rule.decodes else (length,):
+        grids = (BlockGrid(q_len, length, block_tokens, law) for law in (length, 1024 * length))
+        near, far = (rule.select(grid, q[-q_len:], k) for grid in grids)
+        if not torch.equal(near, far):
+            return True
+    return False
 
 
 def binding_of(module: nn.Module) -> LayerBinding | None:

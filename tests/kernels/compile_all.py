@@ -12,7 +12,9 @@ from sparsesearch.kernels import device_schedule, hopper_prefill, triton_decode,
 from sparsesearch.kernels.compile_report import CompileReport, compile_report
 
 
-def hopper(head_dim: int, keys: int, *, causal: bool = True, dtype: str = "bf16", bias: bool = False) -> CompileReport:
+def hopper(
+    head_dim: int, keys: int, *, causal: bool = True, dtype: str = "bf16", bias: bool = False, masks: bool = False
+) -> CompileReport:
     config = hopper_prefill.CONFIGS[head_dim, keys]
     padded = hopper_prefill.padded_head_dim(head_dim)
 
@@ -26,23 +28,25 @@ def hopper(head_dim: int, keys: int, *, causal: bool = True, dtype: str = "bf16"
         **dict.fromkeys(("k_desc", "v_desc"), descriptor(config.tile_keys)),
         **dict.fromkeys(("o_ptr", "parts"), f"*{dtype}"),
         **dict.fromkeys(("lse_ptr", "lse_parts", "bias"), "*fp32"),
-        **dict.fromkeys(("tiles", "entries", "bin_ptr"), "*i32"),
+        **dict.fromkeys(("masks", "words", "tiles", "entries", "bin_ptr"), "*i32"),
         "scale": "fp32",
     }
-    constants = hopper_prefill.constants(config, num_heads=32, group=4, head_dim=head_dim, causal=causal, bias=bias)
+    constants = hopper_prefill.constants(
+        config, num_heads=32, group=4, head_dim=head_dim, causal=causal, bias=bias, masks=masks
+    )
     return compile_report(kernel, types, constants, options=hopper_prefill.OPTIONS)
 
 
-def portable(head_dim: int, block: int) -> CompileReport:
+def portable(head_dim: int, block: int, *, masks: bool = False) -> CompileReport:
     kernel = triton_prefill.tile_list_attention
     types = dict.fromkeys(kernel.arg_names, "i32") | {
         **dict.fromkeys(("q", "k", "v", "out", "parts"), "*bf16"),
         **dict.fromkeys(("lse", "lse_parts", "bias"), "*fp32"),
-        **dict.fromkeys(("tiles", "entries", "bin_ptr"), "*i32"),
+        **dict.fromkeys(("masks", "words", "tiles", "entries", "bin_ptr"), "*i32"),
         "scale": "fp32",
     }
     constants = triton_prefill.constants(
-        rows=block, keys=block, group=4, head_dim=head_dim, causal=True, bias=False, fp32=False
+        rows=block, keys=block, group=4, head_dim=head_dim, causal=True, bias=False, masks=masks, fp32=False
     )
     return compile_report(kernel, types, constants, options=triton_prefill.options(block, block, head_dim))
 
@@ -85,6 +89,9 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     yield "gluon 128 128 fp16", hopper(128, 128, dtype="fp16")
     yield "gluon 64 128 bias", hopper(64, 128, bias=True)
     yield "gluon 128 128 bias", hopper(128, 128, bias=True)
+    yield "gluon 64 128 bitmaps", hopper(64, 128, masks=True)
+    yield "gluon 128 128 bitmaps", hopper(128, 128, masks=True)
+    yield "triton 128 128 bitmaps", portable(128, 128, masks=True)
     for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
         yield f"triton {head_dim} {block}", portable(head_dim, block)
     for page_tokens in (0, 64):

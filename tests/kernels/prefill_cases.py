@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, expand
+from sparsesearch.kernels.element_mask import tiles_of_mask, window_tiles
 from sparsesearch.kernels.reference import masked_attention
 from sparsesearch.kernels.schedule import HeadTiles, Span, spans_of_cu_seqlens, spans_of_lengths
 from sparsesearch.rules.base import LengthLaw
@@ -22,7 +23,7 @@ class Case:
     kv_lens: tuple[float, ...]
     layout: str = "right"  # right | left | packed
     causal: bool = True
-    choice: str = "random"  # random | rules
+    choice: str = "random"  # random | rules | window | bitmap
     num_heads: int = 4
     num_kv_heads: int = 2
     token_major: bool = False
@@ -38,7 +39,7 @@ class Case:
         return spans_of_lengths(q_lens, kv_lens, block_tokens=block, causal=self.causal, left_padding=pads)
 
 
-CASES = (
+TILE_CASES = (
     Case("one_token", (0.01,), (0.01,)),
     Case("ragged", (2.49,), (2.49,)),
     Case("exact", (3,), (3,), choice="rules"),
@@ -56,6 +57,13 @@ CASES = (
     Case("token_major", (2.3, 1.2), (2.3, 1.2), token_major=True, choice="rules"),
     Case("bias", (2.3, 1.2), (2.3, 1.2), bias=True),
 )
+ELEMENT_CASES = (  # finer than tiles: blocks of a multiple of 32
+    Case("window", (3.3,), (3.3,), choice="window"),
+    Case("window_chunk", (0.7, 1.1), (3.2, 2.6), choice="window"),
+    Case("bitmap", (2.2, 0.49), (2.2, 0.49), choice="bitmap", layout="left"),
+    Case("bitmap_full", (0.6, 1.2), (1.9, 1.5), choice="bitmap", causal=False, layout="packed"),
+)
+CASES = TILE_CASES + ELEMENT_CASES
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,16 @@ def make_call(
     bias = torch.randn(batch, case.num_kv_heads, k_rows, generator=generator).to(device) if case.bias else None
     tiles = []
     for span in spans:
-        if case.choice == "rules":
+        elements = None
+        if case.choice == "window":
+            choices, elements = window_tiles(span.grid, sink=unit // 3, window=unit + unit // 5)
+        elif case.choice == "bitmap":
+            shape = (3, span.grid.q_len, span.grid.kv_len)
+            allowed = torch.rand(shape, generator=generator) < 0.5
+            allowed[0, :, ::2] = True  # whole columns
+            allowed[2, 0] = False  # a query without a key
+            choices, elements = tiles_of_mask(allowed, span.grid)
+        elif case.choice == "rules":
             rules = (
                 Dense(),
                 SinkWindow(sink=block, window=LengthLaw(a=1.5 * block)),
@@ -107,7 +124,7 @@ def make_call(
             choices = torch.stack([rule.select(span.grid) for rule in rules])
         else:
             choices = random_tiles(span.grid, 3, generator)
-        tiles.append(HeadTiles(choices, tuple(h % len(choices) for h in range(case.num_heads))))
+        tiles.append(HeadTiles(choices, tuple(h % len(choices) for h in range(case.num_heads)), elements))
     return Call(q, k, v, bias, spans, tiles, head_dim**-0.5)
 
 
@@ -123,6 +140,8 @@ def oracle(call: Call, *, rounded: bool = False) -> tuple[Tensor, Tensor]:
         k = call.k[span.batch, :, keys].double().repeat_interleave(group, 0)
         v = call.v[span.batch, :, keys].double().repeat_interleave(group, 0)
         mask = expand(choice.choices[list(choice.of_head)].to(q.device), span.grid)
+        if choice.elements is not None:
+            mask &= choice.elements.expand(len(choice.choices), span.grid)[list(choice.of_head)].to(q.device)
         if call.bias is not None:  # a bias is one more dimension of q and k
             one = torch.ones_like(q[..., :1]) / call.scale
             bias = call.bias[span.batch, :, keys].double().repeat_interleave(group, 0)

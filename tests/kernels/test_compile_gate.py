@@ -24,7 +24,13 @@ def reports(*arguments: str) -> list[dict[str, Any]]:
 
 
 def tolerated(row: dict[str, Any]) -> bool:
-    """head_dim 256: a few scalars of a tile live in memory, outside the loop over keys (Triton 3.9 makes ptxas allocate less well)."""
+    """What may live in memory, outside the usual path.
+
+    head_dim 256: a few scalars of a tile, outside the loop over keys (Triton 3.9 makes ptxas allocate less well). Portable kernel with
+    bitmaps: a few values under the branch that partial tiles take.
+    """
+    if row["name"] == "triton 128 128 bitmaps":
+        return row["spill_bytes"] == 0 and row["local_accesses"] <= 32 and not row["warnings"]
     return row["name"].startswith("gluon 256") and row["spill_bytes"] <= 32 and not row["warnings"]
 
 

@@ -87,7 +87,7 @@ def test_operator_contract() -> None:
     from sparsesearch.kernels.ops import tile_prefill
 
     args = (
-        call.q, call.k, call.v, None, schedule.tiles, schedule.entries, schedule.bin_ptr, schedule.merges,
+        call.q, call.k, call.v, None, None, None, schedule.tiles, schedule.entries, schedule.bin_ptr, schedule.merges,
         call.scale, True, 16, 16, schedule.num_slots, False, "triton",
     )  # fmt: skip
     torch.library.opcheck(tile_prefill, args, test_utils=("test_schema", "test_faketensor"))

@@ -7,20 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prefill_cases import CASES, Case, make_call
+from prefill_cases import TILE_CASES as CASES
+from prefill_cases import Case, make_call
 
 from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import SpecError
+from sparsesearch.kernels.deal import TILE_OVERHEAD, deal
 from sparsesearch.kernels.schedule import (
     ENTRY_SHIFT,
-    TILE_OVERHEAD,
     HeadTiles,
     Span,
     TileSchedule,
     TileShape,
     Workers,
     build_schedule,
-    deal,
     schedule_of_rules,
     spans_of_lengths,
 )

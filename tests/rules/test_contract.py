@@ -11,6 +11,7 @@ from sparsesearch.rules.reuse import Reuse
 
 EXAMPLES = [rule for kind in rule_kinds().values() if not kind.needs_layout for rule in kind.examples()]
 STATIC = [rule for rule in EXAMPLES if not rule.dynamic]
+DYNAMIC = [rule for rule in EXAMPLES if rule.dynamic and not rule.reuses]  # those that choose by themselves
 SHAPES = [(1, 1), (63, 63), (64, 64), (65, 65), (200, 200), (1, 130), (37, 200), (130, 513)]
 
 
@@ -32,11 +33,12 @@ def test_choice_is_legal(rule: Rule, q_len: int, kv_len: int, block_tokens: int)
     tiles = select(rule, grid)
     assert tiles.dtype == torch.bool
     assert tiles.shape[-2:] == (grid.num_q_blocks, grid.num_k_blocks)
+    assert tiles.shape[:-2] in ((3,), (1,), ())
     assert not (tiles & ~grid.reachable()).any(), "a rule may not look into the future"
     if rule.rest == "drop":
-        assert (tiles & grid.diagonal()).sum() == tiles.shape[:-2].numel() * grid.num_q_blocks, (
-            "every query sees itself"
-        )
+        computed = tiles.any(-1)
+        assert torch.equal(tiles.diagonal(grid.first_q_block, -2, -1), computed), "a computed row sees itself"
+        assert rule.skips_rows or computed.all(), "every row is computed"
         assert 0 < density(tiles, grid) <= 1
     else:
         assert not tiles.any()
@@ -49,6 +51,35 @@ def test_static_choice_does_not_depend_on_chunks(rule: Rule) -> None:
     for start in (1, 64, 100, 332):
         chunk = BlockGrid(333 - start, 333, 64)
         assert torch.equal(expand(select(rule, chunk), chunk), whole[start:])
+
+
+@pytest.mark.parametrize("rule", DYNAMIC, ids=lambda rule: rule.label)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(200, 200), (130, 513), (1, 130)])
+def test_batched_heads_choose_as_each_would_alone(rule: Rule, q_len: int, kv_len: int) -> None:
+    grid = BlockGrid(q_len, kv_len, 64)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, q_len, 16, generator=generator)
+    k = torch.randn(2, 3, kv_len, 16, generator=generator)
+    together = rule.select(grid, q, k).expand(2, 3, grid.num_q_blocks, grid.num_k_blocks)
+    for row in range(2):
+        for head in range(3):
+            assert torch.equal(rule.select(grid, q[row, head], k[row, head]), together[row, head])
+
+
+@pytest.mark.parametrize("rule", DYNAMIC, ids=lambda rule: rule.label)
+def test_equal_scores_are_settled_by_position(rule: Rule) -> None:
+    """Nothing to tell tiles apart: the same choice every time, in every head."""
+    grid = BlockGrid(300, 300, 64)
+    q = k = torch.zeros(2, 300, 16)
+    tiles = rule.select(grid, q, k).expand(2, grid.num_q_blocks, grid.num_k_blocks)
+    assert torch.equal(tiles[0], tiles[1])
+    assert torch.equal(rule.select(grid, q, k).expand_as(tiles), tiles)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in DYNAMIC if not rule.decodes], ids=lambda rule: rule.label)
+def test_dynamic_rules_need_queries_and_keys(rule: Rule) -> None:
+    with pytest.raises(SpecError, match=f"{rule.kind} must be given this call's queries and keys"):
+        rule.select(BlockGrid(64, 64, 64))
 
 
 @pytest.mark.parametrize("rule", [rule for rule in STATIC if rule.rest == "drop"], ids=lambda rule: rule.label)

@@ -24,6 +24,9 @@ RULES = {
     "mean": {"kind": "mean_value"},
     "slash": {"kind": "vertical_slash", "vertical": 32, "slash": 32, "probe": 16},
     "pooled": {"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16},
+    "bounds": {"kind": "bounds_topk", "keep": 32, "sink": 16},
+    "bounds everywhere": {"kind": "bounds_topk", "keep": 32, "sink": 16, "prefill": True},
+    "rows": {"kind": "token_rows", "tail": 0.4, "min_tokens": 16, "window": 16, "probe": 16},
 }
 SOURCES = {"dense_source": {"kind": "dense_source", "keep": {"b": 0.3}, "sink": 16}}
 
@@ -70,8 +73,8 @@ def dense_plan(model: PreTrainedModel) -> Plan:
 def oracle_logits(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt_tokens: int | None = None) -> Tensor:
     """Logits of one unpadded row, recomputed from scratch: per head, the oracle under the expanded mask. Shares nothing with the runtime.
 
-    Queries of the prompt attend as its prefill did, later ones as decoding does: dynamic rules are dense there, laws stay at the prompt's
-    length.
+    Queries of the prompt attend as its prefill did, later ones as decoding does: dynamic rules are dense there unless they decode, laws stay at
+    the prompt's length.
     """
     prompt = prompt_tokens or len(ids)
     paths = {id(module): path for path, module in model.named_modules()}
@@ -133,6 +136,10 @@ def _oracle_head(
         mask = distance >= 0
         if prompt > 1:
             mask[:prompt, :prompt] = expand(_chosen(one, q[:prompt] * scale, k[:prompt], first, source), first)
+        for row in range(prompt if prompt > 1 else 0, length if one.decodes else 0):
+            step = BlockGrid(1, row + 1, BLOCK_TOKENS, prompt)
+            choice = one.select(step, q[row : row + 1] * scale, k[: row + 1])
+            mask[row, : row + 1] = expand(choice, step)[0]
     else:
         mask = expand(one.select(full), full)
     return masked_attention(q, k, v, mask & near, scale=scale)[0]
