@@ -33,7 +33,6 @@ _KNOWN = {
     "union": Swatch("U", "#5c5346", "#c2b8a8"),
     "block_mass": Swatch("A", "#b0432f", "#f49a86"),
     "draft_attention": Swatch("Q", "#92304f", "#ee8fae"),
-    "pooled_tail": Swatch("O", "#7a4a12", "#deb078"),
     "antidiagonal": Swatch("X", "#3a7a24", "#8fcf74"),
     "bounds_topk": Swatch("K", "#a83232", "#f08f8f"),
     "chunk_topk": Swatch("H", "#1f7396", "#6fc3e8"),
