@@ -176,8 +176,8 @@ def _kv_saving(plan: Plan, name: str) -> Iterator[Finding]:
         min(grid.kv_len, _MOST_BLOCKS * grid.block_tokens),
         grid.block_tokens,
     )
-    for rule, tokens in kept.items():
-        if tokens < grid.kv_len and rule.rest == "drop" and not rule.dynamic and _comes_back(rule, short):
+    for rule, own in kept.items():
+        if own < grid.kv_len and rule.rest == "drop" and not rule.dynamic and _comes_back(rule, short):
             yield Finding(
                 "kv_saving", rule.label, "a key block that a row leaves out must stay out, but later rows read it"
             )

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
+from sparsesearch.estimators import block_means
 from sparsesearch.order import AnyOrder, Tile
 from sparsesearch.rules.base import Rule
-from sparsesearch.rules.pooled_topk import block_means
 from sparsesearch.tile_cover import complete, dense_pairs, layout_of
 
 

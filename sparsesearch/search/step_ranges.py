@@ -237,7 +237,7 @@ class _Relaxed:
         assert self.subsets is not None
         chosen = self.layer_subset(costs)[1]
         sizes = np.diff([*self.layer_starts, len(costs)])
-        return np.stack(self.subsets)[np.repeat(chosen, sizes)]
+        return np.asarray(np.stack(self.subsets)[np.repeat(chosen, sizes)])
 
     def search(self, budget: float, gap_target: float) -> tuple[float, list[tuple[float, Cuts]]]:
         """Bisect the price. The best bound, and distinct segmentations with their prices, the last met first."""
