@@ -38,7 +38,7 @@ def put_rows(out: Tensor, y: Tensor, heads: Tensor, permutation: Tensor) -> None
 
 
 def _launch(whole: Tensor, part: Tensor, heads: Tensor, permutation: Tensor, *, put: bool) -> None:
-    from sparsesearch.kernels import triton_row_copies
+    from sparsesearch.kernels import triton_rows
 
     with torch.cuda.device(whole.get_device()):
-        triton_row_copies.launch(whole, part, heads, permutation, rows=_ROWS, put=put)
+        triton_rows.launch(whole, part, heads, permutation, rows=_ROWS, put=put)

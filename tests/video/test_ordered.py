@@ -126,7 +126,7 @@ def test_counts_must_agree() -> None:
 @pytest.mark.parametrize("length", [1, 63, 130])
 @pytest.mark.parametrize("head_dim", [16, 24])
 def test_row_copies(length: int, head_dim: int) -> None:
-    from sparsesearch.kernels import triton_row_copies
+    from sparsesearch.kernels import triton_rows
 
     generator = torch.Generator().manual_seed(length)
     x = (
@@ -136,11 +136,11 @@ def test_row_copies(length: int, head_dim: int) -> None:
     taken = take_rows(x, heads, permutation)
     assert torch.equal(taken, x[:, heads][:, :, permutation])
     by_kernel = torch.empty_like(taken)
-    triton_row_copies.launch(x, by_kernel, heads, permutation, rows=64, put=False)
+    triton_rows.launch(x, by_kernel, heads, permutation, rows=64, put=False)
     assert torch.equal(by_kernel, taken)
     back, back_by_kernel = torch.zeros_like(x), torch.zeros_like(x)
     put_rows(back, taken, heads, permutation)
-    triton_row_copies.launch(back_by_kernel, taken, heads, permutation, rows=64, put=True)
+    triton_rows.launch(back_by_kernel, taken, heads, permutation, rows=64, put=True)
     assert torch.equal(back[:, heads], x[:, heads])
     assert torch.equal(back_by_kernel, back)
     assert not back[:, [1, 2]].any()
