@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import deploy, judge, lint, listing, measure, plan, predict, reuse, tune
+from . import bench, deploy, exchange, judge, lint, listing, measure, plan, predict, reuse, tune
 
 app = typer.Typer(
     name="sparsesearch",
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 110},
 )
-for room in (measure, plan, reuse, tune, predict, deploy, judge, lint, listing):
+for room in (measure, plan, reuse, tune, predict, deploy, exchange, judge, lint, bench, listing):
     room.register(app)
 
 

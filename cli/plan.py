@@ -26,8 +26,19 @@ def search(
     space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
     unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
     objective: Annotated[
-        Literal["combined", "text", "answer", "output_error", "dropped_mass", "moa"],
-        typer.Option(help="Which predicted loss to minimise."),
+        Literal[
+            "combined",
+            "text",
+            "answer",
+            "output_error",
+            "dropped_mass",
+            "moa",
+            "minference",
+            "duo",
+            "flexprefill",
+            "xattention",
+        ],
+        typer.Option(help="Which predicted loss to minimise; the last five are those of published methods."),
     ] = "combined",
     answer_weight: Annotated[float, typer.Option(help="Weight of the answer proxy in `combined`.", min=0)] = 1.0,
     device: Annotated[

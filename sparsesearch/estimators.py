@@ -113,6 +113,21 @@ def antidiagonal_mass(
     return torch.cat(strips, -2)
 
 
+def tile_row_maxima(
+    q: Float[Tensor, "*unit S D"], k: Float[Tensor, "*unit T D"], grid: BlockGrid
+) -> Iterator[Float[Tensor, "*unit rows N"]]:
+    """Per query block, the largest score of each of its queries in each key block; -inf where it sees none."""
+    block, k_pos = grid.block_tokens, torch.arange(grid.kv_len, device=k.device)
+    keys = k.transpose(-1, -2)
+    for p in range(grid.first_q_block, grid.num_k_blocks):
+        first, end = max(p * block, grid.q_start), min((p + 1) * block, grid.kv_len)
+        scores = (q[..., first - grid.q_start : end - grid.q_start, :] @ keys).float()
+        if grid.causal:
+            scores = scores.masked_fill(k_pos > torch.arange(first, end, device=k.device)[:, None], -torch.inf)
+        whole = F.pad(scores, (0, -grid.kv_len % block), value=-torch.inf)
+        yield whole.unflatten(-1, (grid.num_k_blocks, block)).amax(-1)
+
+
 def _unit_strips(
     q: Float[Tensor, "*unit S D"], k: Float[Tensor, "*unit T D"], elements: int
 ) -> Iterator[tuple[Float[Tensor, "u S D"], Float[Tensor, "u T D"]]]:

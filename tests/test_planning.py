@@ -253,3 +253,56 @@ def test_only_a_clear_improvement_is_accepted() -> None:
     assert not _clearly_less(best + torch.tensor([-3.0, 1.0, 1.0, 0.9]), best), "one lucky sequence is no improvement"
     assert _clearly_less(best[:1] - 0.1, best[:1])
     assert not _clearly_less(best, best)
+
+
+PUBLISHED_SPACE = """
+name: published
+source: tests
+description: rules of four methods
+block_tokens: 16
+unit: query_head
+candidates:
+  - {kind: sink_window, sink: 16, window: [16, {b: 0.5}]}
+  - {kind: vertical_slash, vertical: 16, slash: 16}
+  - {kind: pooled_topk, keep: {b: 0.3}}
+  - {kind: flex_prefill, gamma: [0.5, 0.9], min_budget: 0, probe: 16}
+  - {kind: antidiagonal, mass: [0.5, 0.9], stride: 8}
+  - {kind: zero}
+"""
+
+
+@pytest.fixture(scope="module")
+def published(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    calibrations = {96: Calibration(tuple(samples(96, 2)), "tests")}
+    request = Request(
+        describe(model, "tiny"), SearchSpace.parse(PUBLISHED_SPACE, where="tests"), calibrations, num_probes=1
+    )
+    return profile_model(model, request, tmp_path_factory.mktemp("published") / "profile")
+
+
+@pytest.mark.parametrize(
+    ("objective", "unit", "kinds", "proxy"),
+    [
+        ("minference", "query_head", {"sink_window", "vertical_slash", "pooled_topk"}, "dropped_mass"),
+        ("duo", "kv_group", {"sink_window"}, "answer"),
+        ("flexprefill", "query_head", {"flex_prefill"}, "dropped_mass"),
+        ("xattention", "query_head", {"antidiagonal"}, "dropped_mass"),
+    ],
+)
+def test_published_objectives_choose_among_their_own_rules(
+    published: Profile, objective: str, unit: str, kinds: set[str], proxy: str
+) -> None:
+    question = Question(parse_budgets(["density=0.8"]), granularity=unit, objective=objective)
+    table, solution = find_choice(published, question)
+    plan = write_plan(published, question, table, solution.choice, solution)
+    assert set(plan.kind_counts()) <= kinds | {"dense"}
+    assert plan.kind_counts().keys() & kinds, "the budget cannot be met by dense attention"
+    ours = score_table(published, Question((), granularity=unit, objective=proxy)).loss
+    assert np.array_equal(table.loss[table.valid], ours[table.valid]), "its loss is that proxy"
+
+
+def test_published_objectives_say_what_they_lack(published: Profile, profile: Profile) -> None:
+    with pytest.raises(SpecError, match=r"objective 'duo' decides per kv_group. Pass --unit kv_group"):
+        score_table(published, Question((), objective="duo"))
+    with pytest.raises(SpecError, match=r"objective 'xattention' must have rules of its method.*Profile its space"):
+        score_table(profile, Question((), objective="xattention"))

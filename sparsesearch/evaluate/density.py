@@ -4,8 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+from jaxtyping import Bool
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, density
@@ -48,8 +51,8 @@ def achieved_density(plan: Plan, length_tokens: int, dynamic: TileCount) -> floa
 def counting(plan: Plan | None, count: TileCount) -> Iterator[None]:
     """Add to `count` what the plan's dynamic rules choose while the block runs.
 
-    Only the rule knows, and only with the queries and keys of the run, so `select` of its class is watched, the one place where every backend
-    must ask. Not for several threads at once.
+    Only the rule knows, and only with the queries and keys of the run, so `select` of its class is watched, and the kernels that choose in its
+    stead. Not for several threads at once.
     """
     kinds = {type(rule) for _, _, rule in plan.heads() if rule.dynamic} if plan is not None else set()
     with ExitStack() as undo:
@@ -57,17 +60,27 @@ def counting(plan: Plan | None, count: TileCount) -> Iterator[None]:
             original = kind.select
             kind.select = _watched(original, count)  # type: ignore[method-assign]
             undo.callback(setattr, kind, "select", original)
+        if kinds and find_spec("triton") is not None:
+            from sparsesearch.kernels.device_select import watchers
+
+            watch = partial(_add, count)
+            watchers.append(watch)
+            undo.callback(watchers.remove, watch)
         yield
+
+
+def _add(count: TileCount, grid: BlockGrid, tiles: Bool[Tensor, "*unit M N"]) -> None:
+    if grid.q_len == grid.kv_len:
+        reachable = grid.reachable(tiles.device)
+        units = tiles.numel() // reachable.numel()
+        count.chosen += density(tiles, grid) * units * int(reachable.sum())
+        count.reachable += units * int(reachable.sum())
 
 
 def _watched(select: Callable[..., Tensor], count: TileCount) -> Callable[..., Any]:
     def watched(rule: Rule, grid: BlockGrid, q: Tensor | None = None, k: Tensor | None = None, **more: Any) -> Tensor:
         tiles = select(rule, grid, q, k, **more)
-        if grid.q_len == grid.kv_len:
-            reachable = grid.reachable(tiles.device)
-            units = tiles.numel() // reachable.numel()
-            count.chosen += density(tiles, grid) * units * int(reachable.sum())
-            count.reachable += units * int(reachable.sum())
+        _add(count, grid, tiles)
         return tiles
 
     return watched

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError, nearest
+from sparsesearch.profiling.published import PUBLISHED, allowed
 from sparsesearch.profiling.record import Profile
 from sparsesearch.shapes import Granularity, Unit, units_of
 
 PROXIES = ("text", "answer", "output_error", "dropped_mass", "moa")
-OBJECTIVES = ("combined", *PROXIES)
+OBJECTIVES = ("combined", *PROXIES, *PUBLISHED)
 _REFERENCE_DENSITY = 0.25
 
 
@@ -156,24 +157,28 @@ def objective_loss(
 
     Args:
         profile: what was measured.
-        objective: a proxy by name, or `combined`: text + answer_weight x answer, both normalised.
+        objective: a proxy by name; `combined`: text + answer_weight x answer, both normalised; or a published method's own, where rules it
+            does not have are infinite.
         granularity: what a unit is.
         answer_weight: see `combined`.
         sample_weights: see `length_terms`.
 
     Raises:
-        SpecError: unknown objective.
+        SpecError: unknown objective, or one of a method that decides on other units or has none of the candidates.
     """
     if objective not in OBJECTIVES:
         raise SpecError(f"unknown objective {objective!r}.{nearest(objective, OBJECTIVES)}")
     reference = reference_candidate(profile)
-    weights = {"text": 1.0, "answer": answer_weight} if objective == "combined" else {objective: 1.0}
+    proxy = PUBLISHED[objective].proxy if objective in PUBLISHED else objective
+    weights = {"text": 1.0, "answer": answer_weight} if proxy == "combined" else {proxy: 1.0}
     loss: Float[ndarray, "U C"] = np.zeros((1, 1))
     for length in profile.manifest.lengths:
         terms = length_terms(profile, length, granularity, sample_weights=sample_weights).proxies
         for name, weight in weights.items():
             loss = loss + weight * terms[name] / max(float(terms[name][:, reference].sum()), 1e-30)
     loss[:, 0] = 0.0  # dense differs from itself by rounding only
+    if objective in PUBLISHED:
+        loss = np.where(allowed(objective, profile.manifest.candidates, granularity), loss, np.inf)
     return loss
 
 

@@ -37,11 +37,17 @@ class VerticalSlash(Rule):
         """Chosen columns and diagonals, below the diagonal."""
         if q is None or k is None:
             raise SpecError("vertical_slash must be given this call's queries and keys; use it in prefill only.")
-        columns, diagonals = self._votes(grid, q, k)
+        return self.chosen(grid, *self._votes(grid, q, k))
+
+    def chosen(
+        self, grid: BlockGrid, columns: Float[Tensor, "*unit N"], diagonals: Float[Tensor, "*unit N"]
+    ) -> Bool[Tensor, "*unit M N"]:
+        """The tiles that these votes per key block and per distance in blocks lead to."""
         column = best_with_first(columns, max(1, self.vertical.blocks(grid)))
         diagonal = best_with_first(diagonals, max(1, self.slash.blocks(grid)))
-        distance = (grid.q_blocks(q.device) - grid.k_blocks(q.device)).clamp(min=0)
-        return grid.reachable(q.device) & (column[..., None, :] | diagonal[..., distance])
+        device = columns.device
+        distance = (grid.q_blocks(device) - grid.k_blocks(device)).clamp(min=0)
+        return grid.reachable(device) & (column[..., None, :] | diagonal[..., distance])
 
     def _votes(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"], k: Float[Tensor, "*unit T D"]

@@ -26,9 +26,9 @@ from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.dense_source import DenseSource
 from sparsesearch.rules.reuse import Reuse
-from sparsesearch.runtime.backends import attend_tiles
+from sparsesearch.runtime.backends import attend_tiles, serving_kernel
 from sparsesearch.runtime.binding import LayerBinding, binding_of
-from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans
+from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans_of
 
 NAME = "sparsesearch"
 LAW_KEYWORD = "sparsesearch_law_tokens"
@@ -77,6 +77,11 @@ def sparse_attention(
         if answer is not None:
             return answer, None
         return sdpa_attention_forward(module, query, key, value, None, 0.0, scaling, is_causal)
+    step = getattr(key, "step", None)
+    if (
+        step is not None
+    ):  # one token for a static cache, whose prompt has passed the checks below; compiled and captured, so short
+        return step(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     binding = binding_of(module)
     if binding is None:
         raise UnsupportedModelError(
@@ -100,9 +105,8 @@ def sparse_attention(
         output: Tensor = attend(binding, query, attention_mask, scale, sliding_window)
     else:
         law_tokens = kwargs.get(LAW_KEYWORD)
-        output = attend_heads(
-            binding.groups, binding, query, key, value, attention_mask, law_tokens, scale, sliding_window
-        )
+        groups = binding.groups if query.shape[2] > 1 else binding.decode_groups
+        output = attend_heads(groups, binding, query, key, value, attention_mask, law_tokens, scale, sliding_window)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -138,16 +142,22 @@ def attend_heads(
     sliding_window: int | None,
     layer_heads: Sequence[int] | None = None,
 ) -> Float[Tensor, "B h S D"]:
-    """Attention of the heads in `groups`, in ascending head order, one sequence at a time so that padding changes nothing.
+    """Attention of all query heads, each in one of `groups`; padding changes nothing, and queries that are padding give 0.
 
-    `layer_heads` says which heads of the layer the given ones are; None: all of them. Queries that are padding give 0.
+    Kernels take the call whole; elsewhere, and where an element mask is needed, it goes one sequence and one rule at a time.
+    `layer_heads` says which heads of the layer the given ones are; None: all of them.
     """
+    batch_size, q_len, kv_slots = query.shape[0], query.shape[2], key.shape[2]
+    found = spans_of(code, law_tokens, batch_size, q_len, kv_slots, binding.block_tokens)
+    if sliding_window is None or kv_slots <= sliding_window:
+        answer = _attend_on_device(groups, binding, query, key, value, found, scale, layer_heads)
+        if answer is not None:
+            return answer
     heads = [head for _, members in groups for head in members]
     order = sorted(range(len(heads)), key=heads.__getitem__)
-    batch_size, q_len, kv_slots = query.shape[0], query.shape[2], key.shape[2]
     per_kv_head = query.shape[1] // key.shape[1]
     output: Tensor | None = None
-    for sequence, span in enumerate(spans(code, law_tokens, batch_size, q_len, kv_slots, binding.block_tokens)):
+    for sequence, span in enumerate(found):
         q = take(query, span.rows, span.q_slots)
         k, v = (take(x, span.rows, span.k_slots) for x in (key, value))
         parts = []
@@ -164,6 +174,34 @@ def attend_heads(
             output = query.new_zeros(batch_size, len(heads), q_len, value.shape[-1])
         _put(output, span, joined)
     return query.new_zeros(batch_size, len(heads), q_len, value.shape[-1]) if output is None else output
+
+
+def _attend_on_device(
+    groups: Sequence[tuple[Rule, tuple[int, ...]]],
+    binding: LayerBinding,
+    query: Float[Tensor, "B H S D"],
+    key: Float[Tensor, "B G T D"],
+    value: Float[Tensor, "B G T D"],
+    found: Sequence[Span],
+    scale: float,
+    layer_heads: Sequence[int] | None,
+) -> Float[Tensor, "B H S D"] | None:
+    """The whole call through a kernel, or None where the backend is not a kernel or a sequence is not in one piece."""
+    kernel = serving_kernel(binding.backend, query, key, value, binding.block_tokens)
+    if kernel is None:
+        return None
+    from sparsesearch.runtime.device_attention import Chooser, decode_heads, places_of, prefill_heads
+
+    places = places_of(found, query.shape[0])
+    if places is None:
+        return None
+    of_head = {head: rule for rule, members in groups for head in members}
+    rules = tuple(of_head[head] for head in range(query.shape[1]))
+    if query.shape[2] == 1:
+        return decode_heads(rules, query, key, value, places, scale)
+    chooser = Chooser(binding, rules, layer_heads, scale, kernel) if any(rule.dynamic for rule in rules) else None
+    choice = rules if chooser is None else chooser.tiles(query, key, found, places)
+    return prefill_heads(rules, choice, query, key, value, places, scale, kernel)
 
 
 def take(x: Float[Tensor, "B H T D"], rows: slice | list[int], slots: slice | Tensor) -> Float[Tensor, "b H t D"]:

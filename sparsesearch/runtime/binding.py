@@ -17,6 +17,9 @@ from sparsesearch.errors import SparseSearchError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.mean_value import MeanValue
+from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.backends import Backend
 
 ATTRIBUTE = "sparsesearch_binding"
@@ -68,6 +71,7 @@ class LayerBinding:
         block_tokens: side of a tile.
         backend: which kernel computes the tiles.
         leaves: where this layer's selections are put for later layers; None when nobody reuses them.
+        decode_rules: one per query head while tokens are generated; empty: the same.
         takes: per query head, whose selection it runs: where that lies, and the source's head; None for heads that choose by themselves.
     """
 
@@ -77,6 +81,12 @@ class LayerBinding:
     backend: Backend
     leaves: Selections | None = field(default=None, compare=False, repr=False)
     takes: tuple[tuple[Selections, int] | None, ...] = field(default=(), compare=False, repr=False)
+    decode_rules: tuple[Rule, ...] = ()
+
+    @property
+    def kept_by(self) -> tuple[Rule, ...]:
+        """The rules that say what is kept once the prompt has been seen: those of the tokens that are generated."""
+        return self.decode_rules or self.rules
 
     def taken(self, sequence: int, grid: BlockGrid, heads: Sequence[int]) -> Bool[Tensor, "b h M N"]:
         """What the sources of some heads of this layer left for a sequence."""
@@ -95,14 +105,19 @@ class LayerBinding:
         return tuple(group_heads(self.rules, range(len(self.rules))))
 
     @cached_property
+    def decode_groups(self) -> tuple[tuple[Rule, tuple[int, ...]], ...]:
+        """The same for the tokens that are generated."""
+        return tuple(group_heads(self.kept_by, range(len(self.rules))))
+
+    @cached_property
     def all_dense(self) -> bool:
         """Whether this module is to run as the model made it."""
-        return all(isinstance(rule, Dense) for rule in self.rules)
+        return all(isinstance(rule, Dense) for rule in (*self.rules, *self.kept_by))
 
     @cached_property
     def length_dependent(self) -> bool:
         """Whether some rule's choice depends on the prompt's length, beyond where the queries are."""
-        return any(_depends_on_law(rule, self.block_tokens) for rule in set(self.rules))
+        return any(_depends_on_law(rule, self.block_tokens) for rule in {*self.rules, *self.kept_by})
 
 
 def group_heads(rules: Iterable[Rule], heads: Iterable[int]) -> list[tuple[Rule, tuple[int, ...]]]:
@@ -111,6 +126,23 @@ def group_heads(rules: Iterable[Rule], heads: Iterable[int]) -> list[tuple[Rule,
     for rule, head in zip(rules, heads, strict=True):
         groups.setdefault(rule, []).append(head)
     return [(rule, tuple(heads)) for rule, heads in groups.items()]
+
+
+def evicting_rule(rules: Iterable[Rule]) -> Rule | None:
+    """The rule of one KV head's query heads, if they all follow one that never returns to keys it has left behind."""
+    own = set(rules)
+    first = next(iter(own))
+    return first if len(own) == 1 and isinstance(first, SinkWindow | Zero | MeanValue) else None
+
+
+def kv_partition(rules: tuple[Rule, ...], num_kv_heads: int) -> dict[Rule | None, tuple[int, ...]]:
+    """KV heads by the evicting rule that they follow; under None those that must keep everything. These come last."""
+    size = len(rules) // num_kv_heads
+    parts: dict[Rule | None, list[int]] = {}
+    for kv_head in range(num_kv_heads):
+        parts.setdefault(evicting_rule(rules[kv_head * size : (kv_head + 1) * size]), []).append(kv_head)
+    full = parts.pop(None, None)
+    return {rule: tuple(heads) for rule, heads in parts.items()} | ({None: tuple(full)} if full else {})
 
 
 def _depends_on_law(rule: Rule, block_tokens: int) -> bool:
@@ -158,5 +190,6 @@ def bindings_of(plan: Plan, backend: Backend) -> dict[str, LayerBinding]:
         rules = plan.module_rules(path)
         places = [sources.get((path, head)) for head in range(len(rules))]
         takes = tuple(None if place is None else (left[place[0]], place[1]) for place in places)
-        bindings[path] = LayerBinding(path, rules, plan.block_tokens, backend, left.get(index), takes)
+        decode = tuple(plan.decode_rule(path, head) for head in range(len(rules))) if path in plan.decode else ()
+        bindings[path] = LayerBinding(path, rules, plan.block_tokens, backend, left.get(index), takes, decode)
     return bindings

@@ -5,33 +5,38 @@ A KV head whose query heads all follow one evicting rule keeps sink and window (
 attention function in the place of keys and values; the layer attends and then writes. Keys are rotated before they come here, so their order
 in a ring does not matter.
 
-The layers are put into the empty DynamicCache that `generate` makes, so no argument is needed. Laws stay at the length of the first prefill:
-a second turn on the same cache keeps the first prompt's windows. A prompt that comes in several chunks must be announced, see `sparse_cache`.
-Static, quantised and offloaded caches are left alone: there evicting rules are masked, and no memory is saved.
+The layers are put into the empty DynamicCache that `generate` makes, so no argument is needed; a StaticCache gets the layers of
+`static_layer`. Laws stay at the length of the first prefill: a second turn on the same cache keeps the first prompt's windows. A prompt that
+comes in several chunks must be announced, see `sparse_cache`. Quantised and offloaded caches, and static ones whose memory is there already,
+are left alone: there evicting rules are masked, and no memory is saved.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from sparsesearch.errors import SparseSearchError, SpecError, UnsupportedModelError
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
-from sparsesearch.runtime.attention import pick_heads
-from sparsesearch.runtime.binding import LayerBinding, binding_of
+from sparsesearch.runtime.attention import attend_heads, pick_heads
+from sparsesearch.runtime.binding import LayerBinding, binding_of, kv_partition
 from sparsesearch.runtime.mask_code import MaskCode
+from sparsesearch.runtime.static_layer import StaticPlanLayer
 from sparsesearch.runtime.stores import SLACK_TOKENS, Call, EmptyStore, FullStore, MeanStore, RingStore, Store
 
 
 class PlanKeyValues:
     """Stands for keys and values on the way from the cache to our attention function."""
+
+    step = None
 
     def __init__(self, layer: "PlanCacheLayer", keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
@@ -88,9 +93,7 @@ class PlanCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores, once the number of KV heads is known."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.stores = [
-            (make(), kv_heads) for make, kv_heads in _store_plan(self.binding.rules, num_kv_heads=key_states.shape[1])
-        ]
+        self.stores = [(make(), kv_heads) for make, kv_heads in _store_plan(self.binding, key_states.shape[1])]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -116,6 +119,10 @@ class PlanCacheLayer(CacheLayerMixin):
         assert self.law_tokens is not None, "prepare_call sets the prompt's length before any layer runs"
         is_first = self.num_tokens == query.shape[2]
         call = Call(binding, code, self.law_tokens, scale, before, positions, is_first)
+        if is_first:  # nothing is kept yet, so all heads go together
+            for store, kv_heads in self.stores:
+                store.take_in(call, pick_heads(key, kv_heads), pick_heads(value, kv_heads))
+            return attend_heads(_groups(binding, query), binding, query, key, value, code, self.law_tokens, scale, None)
         size, order, outputs = query.shape[1] // key.shape[1], [], []
         for store, kv_heads in self.stores:
             heads = [head * size + member for head in kv_heads for member in range(size)]
@@ -190,24 +197,17 @@ class PlanCacheLayer(CacheLayerMixin):
         return sum(store.nbytes for store, _ in self.stores)
 
 
-def _store_plan(rules: tuple[Rule, ...], num_kv_heads: int) -> list[tuple[Callable[[], Store], tuple[int, ...]]]:
+def _groups(binding: LayerBinding, query: Tensor) -> Sequence[tuple[Rule, tuple[int, ...]]]:
+    return binding.groups if query.shape[2] > 1 else binding.decode_groups
+
+
+def _store_plan(binding: LayerBinding, num_kv_heads: int) -> list[tuple[Callable[[], Store], tuple[int, ...]]]:
     """How to make each group's store, and its KV heads."""
-    size = len(rules) // num_kv_heads
-    evicting: dict[Rule, list[int]] = {}
-    full: list[int] = []
-    for kv_head in range(num_kv_heads):
-        own = set(rules[kv_head * size : (kv_head + 1) * size])
-        first = next(iter(own))
-        if len(own) == 1 and isinstance(first, SinkWindow | Zero | MeanValue):
-            evicting.setdefault(first, []).append(kv_head)
-        else:
-            full.append(kv_head)
+    size = len(binding.rules) // num_kv_heads
     plans: list[tuple[Callable[[], Store], tuple[int, ...]]] = []
-    for rule, kv_heads in evicting.items():
-        plans.append((_maker(rule), tuple(kv_heads)))
-    if full:
-        heads = tuple(kv_head * size + member for kv_head in full for member in range(size))
-        plans.append((lambda: FullStore(tuple(rules[head] for head in heads), heads), tuple(full)))
+    for rule, kv_heads in kv_partition(binding.kept_by, num_kv_heads).items():
+        heads = tuple(kv_head * size + member for kv_head in kv_heads for member in range(size))
+        plans.append((functools.partial(FullStore, binding, heads) if rule is None else _maker(rule), kv_heads))
     return plans
 
 
@@ -221,8 +221,10 @@ def _maker(rule: Rule) -> Callable[[], Store]:
             return EmptyStore
 
 
-def install_layers(decoder: nn.Module, cache: DynamicCache) -> None:
-    """Replace the layers of an empty cache where some KV head's rule evicts, in place: whoever holds the cache keeps it.
+def install_layers(decoder: nn.Module, cache: DynamicCache | StaticCache) -> None:
+    """Replace the layers of an empty cache, in place: whoever holds the cache keeps it.
+
+    In a dynamic cache where some KV head's rule evicts; in a static one wherever a plan is bound.
 
     Raises:
         UnsupportedModelError: two attention modules share one layer index, so nobody can tell whose cache is whose.
@@ -233,7 +235,10 @@ def install_layers(decoder: nn.Module, cache: DynamicCache) -> None:
         cache.layer_class_to_replicate = None
     for module in decoder.modules():
         binding, index = binding_of(module), getattr(module, "layer_idx", None)
-        if binding is None or index is None or type(cache.layers[index]) not in (DynamicLayer, PlanCacheLayer):
+        if binding is None or index is None:
+            continue
+        layer = cache.layers[index]
+        if type(layer) not in (DynamicLayer, PlanCacheLayer, StaticLayer, StaticPlanLayer):
             continue
         if index in taken:
             raise UnsupportedModelError(
@@ -241,5 +246,9 @@ def install_layers(decoder: nn.Module, cache: DynamicCache) -> None:
                 "cache=False to sparsesearch.apply."
             )
         taken.add(index)
-        if any(isinstance(rule, SinkWindow | Zero | MeanValue) for rule in binding.rules):
+        if isinstance(layer, StaticLayer):
+            cache.layers[index] = StaticPlanLayer(binding, layer.max_cache_len)
+        elif isinstance(layer, StaticPlanLayer):
+            layer.rebind(binding)
+        elif any(isinstance(rule, SinkWindow | Zero | MeanValue) for rule in binding.kept_by):
             cache.layers[index] = PlanCacheLayer(binding)

@@ -7,7 +7,7 @@ slots, get one more column: 1 + slot of the first query. It has four dimensions 
 feeds them back, and transformers leaves only four-dimensional masks as they are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from sparsesearch.errors import UnsupportedModelError
 
 MaskCode = Int[Tensor, "B 1 1 T_or_T1"]
 Slots = slice | Int[Tensor, " slots"]
+_KNOWN = "sparsesearch_spans"
 
 
 def mask_code(
@@ -113,6 +114,25 @@ class Span:
     grid: BlockGrid
 
 
+def spans_of(
+    code: MaskCode | None,
+    law_tokens: Int[Tensor, " B"] | None,
+    batch_size: int,
+    q_len: int,
+    kv_slots: int,
+    block_tokens: int,
+) -> Sequence[Span]:
+    """Like `spans`, but read only once from a code that lies on a device: every layer of a forward gets the same one."""
+    if code is None or not code.is_cuda:
+        return tuple(spans(code, law_tokens, batch_size, q_len, kv_slots, block_tokens))
+    laws = None if law_tokens is None else tuple(law_tokens.tolist())
+    known = code.__dict__.setdefault(_KNOWN, {})
+    key = (laws, batch_size, q_len, kv_slots, block_tokens)
+    if key not in known:
+        known[key] = tuple(spans(code.cpu(), law_tokens, batch_size, q_len, kv_slots, block_tokens))
+    return known[key]  # type: ignore[no-any-return]
+
+
 def spans(
     code: MaskCode | None,
     law_tokens: Int[Tensor, " B"] | None,
@@ -126,7 +146,7 @@ def spans(
     Raises:
         UnsupportedModelError: a call continues a cache, but nobody says what the prompt's length was.
     """
-    if code is None and (law_tokens is None or batch_size == 1):
+    if code is None and (law_tokens is None or bool((law_tokens == law_tokens[0]).all())):
         law = None if law_tokens is None else int(law_tokens[0])
         grid = BlockGrid(q_len, kv_slots, block_tokens, _law_len(law, q_len, kv_slots))
         yield Span(slice(None), slice(None), slice(None), 0, grid)

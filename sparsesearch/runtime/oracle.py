@@ -45,11 +45,16 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
             mask, chosen = _mask(rule, binding, q * scale, k, prompt_tokens, None if source is None else left[source])
             if chosen is not None:
                 left[paths.index(binding.path), head] = chosen
+            later = binding.kept_by[head]
+            if later != rule:  # of the tokens that are generated; dynamic rules are dense there
+                own, _ = _mask(later, binding, q * scale, k, 1 if later.dynamic else prompt_tokens, None)
+                mask = torch.cat([mask[:prompt_tokens], own[prompt_tokens:]])
             if window is not None:
                 positions = torch.arange(len(k), device=k.device)
                 mask = mask & (positions[:, None] - positions < window)
-            if rule.rest == "mean_value":
-                q = q * 0  # equal scores: the mean of what the mask leaves
+            # a mean is attention whose scores are all equal: the mean of what the mask leaves
+            parts = q[:prompt_tokens] * (rule.rest != "mean_value"), q[prompt_tokens:] * (later.rest != "mean_value")
+            q = torch.cat(parts)
             heads.append(masked_attention(q, k, v, mask, scale=scale)[0])
         return torch.stack(heads, 1)[None]
 

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
+from sparsesearch.rules.mean_value import MeanValue
+from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.attention import LAW_KEYWORD, NAME
 from sparsesearch.runtime.binding import binding_of
 from sparsesearch.runtime.cache import PlanCacheLayer, install_layers
 from sparsesearch.runtime.mask_code import is_mask_code
+from sparsesearch.runtime.static_layer import StaticPlanLayer
 
 _LAW = "sparsesearch_law_tokens"
 _PROMPT = "sparsesearch_prompt_tokens"
@@ -50,9 +55,24 @@ def prepare_call(
         if not wanted or (decoder.training and getattr(decoder, "gradient_checkpointing", False)):
             return (), kwargs
         cache = kwargs["past_key_values"] = DynamicCache(config=config)
+    if _is_step(cache, kwargs):
+        return (), kwargs
     if isinstance(cache, Cache):
         kwargs = {**kwargs, LAW_KEYWORD: _law_tokens(decoder, cache, kwargs, ragged)}
     return (), kwargs
+
+
+def _may_be_ours(cache: Any) -> bool:
+    """Whether the cache is of a kind whose layers we replace, and its memory is not there yet."""
+    there = (type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers)
+    return type(cache) in (DynamicCache, StaticCache) and not cache.offloading and not any(there)
+
+
+def _is_step(cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this is one more token for a static cache that holds its prompt: all that matters is on the device, which nobody waits for."""
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    first: Any = next(iter(getattr(cache, "layers", ())), None)
+    return isinstance(first, StaticPlanLayer) and first.is_prefilled and inputs.shape[1] == 1
 
 
 def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any], ragged: bool) -> Int[Tensor, " B"]:
@@ -67,11 +87,13 @@ def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any], ragged: 
     if known is not None and torch.compiler.is_compiling():
         return known
     past, prompt = int(cache.get_seq_length()), getattr(cache, _PROMPT, None)
-    if past == 0 and ragged and type(cache) is DynamicCache and not cache.offloading:
+    if past == 0 and ragged and _may_be_ours(cache):
         install_layers(decoder, cache)
-    layers = [layer for layer in cache.layers if isinstance(layer, PlanCacheLayer)]
+    layers = [layer for layer in cache.layers if isinstance(layer, PlanCacheLayer | StaticPlanLayer)]
     if layers and past > 0:
         known = layers[0].law_tokens  # reordered with the rows
+    if layers and 0 < past < (prompt or 0):
+        _check_prompt_is_kept(decoder)
     if known is None or past == 0 or (prompt is not None and past < prompt):
         known = _real_tokens(kwargs.get("attention_mask"), batch_size, past + q_len)
         if prompt is not None:
@@ -79,12 +101,33 @@ def _law_tokens(decoder: nn.Module, cache: Any, kwargs: dict[str, Any], ragged: 
         setattr(cache, _LAW, known)
         for layer in layers:
             layer.law_tokens = known
-    elif q_len > 1 and getattr(cache, _ONLY_PREFILLED, False) and not any(layer.cropped for layer in layers):
+    elif (
+        q_len > 1
+        and getattr(cache, _ONLY_PREFILLED, False)
+        and not any(layer.cropped for layer in layers if isinstance(layer, PlanCacheLayer))
+    ):
         _check_laws_are_constant(decoder, prompt)
     setattr(cache, _ONLY_PREFILLED, q_len > 1)
     if len(known) != batch_size:
         raise SpecError(f"the cache was made for a batch of {len(known)}, but {batch_size} rows came. Use a new cache.")
     return known
+
+
+def _check_prompt_is_kept(decoder: nn.Module) -> None:
+    """A chunk of a prompt may need keys that the rules of the generated tokens have dropped already.
+
+    Raises:
+        SpecError: some KV head drops by another rule than its prompt's.
+    """
+    for binding in (binding_of(module) for module in decoder.modules()):
+        if binding is not None and any(
+            isinstance(kept, SinkWindow | Zero | MeanValue) and kept != rule
+            for rule, kept in zip(binding.rules, binding.kept_by, strict=True)
+        ):
+            raise SpecError(
+                f"{binding.path}: a prompt must come in one call where keys are dropped by another rule while tokens are generated, but it "
+                "comes in chunks. Do not pass prefill_chunk_size, or apply the plan with cache=False."
+            )
 
 
 def _check_laws_are_constant(decoder: nn.Module, prompt_tokens: int | None) -> None:
@@ -121,19 +164,28 @@ def release_selections(decoder: nn.Module, args: tuple[Any, ...], output: Any) -
         forget_selections(decoder, args)
 
 
-def sparse_cache(model: PreTrainedModel, *, prompt_tokens: int | None = None) -> DynamicCache:
-    """A cache for `past_key_values=`; needed only when a prompt comes in chunks and the plan has rules that grow with it.
+def sparse_cache(
+    model: PreTrainedModel, *, prompt_tokens: int | None = None, max_tokens: int | None = None
+) -> DynamicCache | StaticCache:
+    """A cache for `past_key_values=`; `generate` makes one itself where neither argument is needed.
 
     Args:
         model: a model that runs a plan.
-        prompt_tokens: width of the whole prompt, padding included: `input_ids.shape[1]`.
+        prompt_tokens: width of the whole prompt, padding included: `input_ids.shape[1]`. Needed when a prompt comes in chunks and the plan
+            has rules that grow with it.
+        max_tokens: slots of the longest sequence, padding and new tokens included; the cache is static then, as `DecodeStep` and
+            torch.compile need it.
 
     Raises:
-        SpecError: prompt_tokens is not positive.
+        SpecError: a number is not positive, or the prompt does not fit.
     """
-    if prompt_tokens is not None and prompt_tokens < 1:
-        raise SpecError(f"prompt_tokens >= 1 must hold, but got {prompt_tokens}.")
-    cache = DynamicCache(config=model.config)
+    for name, number in (("prompt_tokens", prompt_tokens), ("max_tokens", max_tokens)):
+        if number is not None and number < 1:
+            raise SpecError(f"{name} >= 1 must hold, but got {number}.")
+    if max_tokens is not None and (prompt_tokens or 0) > max_tokens:
+        raise SpecError(f"prompt_tokens <= max_tokens must hold, but got {prompt_tokens} and {max_tokens}.")
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config) if max_tokens is None else StaticCache(config, max_cache_len=max_tokens)
     if prompt_tokens is not None:
         setattr(cache, _PROMPT, prompt_tokens)
     return cache

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.rules.base import Rule
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.attention import attend_heads
 from sparsesearch.runtime.binding import LayerBinding, group_heads
@@ -54,10 +53,14 @@ class Store(ABC):
     kept: tuple[Tensor, ...] = ()
 
     @abstractmethod
+    def take_in(self, call: Call, k: Float[Tensor, "B g S D"], v: Float[Tensor, "B g S D"]) -> None:
+        """Keep of the new keys and values what later queries can reach."""
+
+    @abstractmethod
     def attend(
         self, call: Call, q: Float[Tensor, "B h S D"], k: Float[Tensor, "B g S D"], v: Float[Tensor, "B g S D"]
     ) -> Float[Tensor, "B h S D"]:
-        """Output for the new queries; then the new keys and values are taken in."""
+        """Output for the new queries of a call that is not the first; then the new keys and values are taken in."""
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch (beam reordering, repetition, selection)."""
@@ -70,28 +73,45 @@ class Store(ABC):
 
 
 class FullStore(Store):
-    """All keys and values; the rules choose among them. Kept: keys and values [B, g, T, D]."""
+    """All keys and values; the rules choose among them. Kept: keys and values [B, g, room, D], of which the first `count` slots are written.
 
-    def __init__(self, rules: tuple[Rule, ...], layer_heads: tuple[int, ...]) -> None:
-        self.groups = group_heads(rules, range(len(rules)))
+    Room grows by a sixteenth at a time, so that a new token does not copy the old ones.
+    """
+
+    def __init__(self, binding: LayerBinding, layer_heads: tuple[int, ...]) -> None:
+        places = range(len(layer_heads))
+        self.groups = group_heads((binding.rules[head] for head in layer_heads), places)
+        self.decode_groups = group_heads((binding.kept_by[head] for head in layer_heads), places)
         self.layer_heads = layer_heads
+        self.count = 0
+
+    def take_in(self, call: Call, k: Tensor, v: Tensor) -> None:
+        """See Store."""
+        count = self.count + k.shape[2]
+        self.kept = tuple(
+            _appended(*pair, self.count) for pair in zip(self.kept or (k[:, :, :0], v[:, :, :0]), (k, v), strict=True)
+        )
+        self.count = count
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Store."""
-        if self.kept:
-            k, v = (torch.cat([old, new], 2) for old, new in zip(self.kept, (k, v), strict=True))
-        self.kept = (k, v)
+        self.take_in(call, k, v)
+        k, v = (tensor[:, :, : self.count] for tensor in self.kept)
+        groups = self.groups if q.shape[2] > 1 else self.decode_groups
         return attend_heads(
-            self.groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None, self.layer_heads
+            groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None, self.layer_heads
         )
 
     def keep_slots(self, count: int) -> None:
         """Drop what lies behind the first `count` slots seen; stores that know positions leave that to the next call."""
-        self.kept = tuple(tensor[:, :, :count] for tensor in self.kept)
+        self.count = min(self.count, count)
 
 
 class EmptyStore(Store):
     """Nothing: the heads' output is 0."""
+
+    def take_in(self, call: Call, k: Tensor, v: Tensor) -> None:
+        """See Store."""
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Store."""
@@ -104,17 +124,21 @@ class MeanStore(Store):
     Kept: the sum [B, g, D] in fp64, recent values [B, g, slack + 1, D] and their positions [B, slack + 1]; the last place is a dump.
     """
 
-    def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def take_in(self, call: Call, k: Tensor, v: Tensor) -> None:
         """See Store."""
         total, recent, places = self._without_stale(call, v)
-        real = call.positions >= 0
-        values = torch.where(real[:, None, :, None], v, 0).double()
-        counts = (call.before[:, None] + real.cumsum(1)).clamp(min=1)
-        output = (total[:, :, None] + values.cumsum(2)) / counts[:, None, :, None]
-        output = torch.where(real[:, None, :, None], output, 0).to(q.dtype)
         address = _ring_address(call, SLACK_TOKENS, first=0, dump=SLACK_TOKENS)
         recent = _scatter(recent, 2, address[:, None, :, None].expand_as(v), v)
-        self.kept = (total + values.sum(2), recent, _with_positions(places, address, call.positions))
+        total = total + _real(call, v).sum(2)
+        self.kept = (total, recent, _with_positions(places, address, call.positions))
+
+    def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See Store."""
+        total, real = self._without_stale(call, v)[0], call.positions >= 0
+        counts = (call.before[:, None] + real.cumsum(1)).clamp(min=1)
+        output = (total[:, :, None] + _real(call, v).cumsum(2)) / counts[:, None, :, None]
+        output = torch.where(real[:, None, :, None], output, 0).to(q.dtype)
+        self.take_in(call, k, v)
         return output.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
     def _without_stale(self, call: Call, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,6 +152,11 @@ class MeanStore(Store):
         return total - taken_back, recent, torch.where(stale, -1, places)
 
 
+def _real(call: Call, v: Float[Tensor, "B g S D"]) -> Float[Tensor, "B g S D"]:
+    """The new values in fp64, 0 where there is padding."""
+    return torch.where((call.positions >= 0)[:, None, :, None], v, 0).double()
+
+
 class RingStore(Store):
     """The first blocks of each row, and a ring of the last ones: what a sink_window rule can still reach.
 
@@ -137,39 +166,54 @@ class RingStore(Store):
     def __init__(self, rule: SinkWindow) -> None:
         self.rule = rule
 
-    def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def take_in(self, call: Call, k: Tensor, v: Tensor) -> None:
         """See Store."""
-        sizes = [
-            self.rule.blocks(BlockGrid(1, 1, call.binding.block_tokens, max(law, 1)))
-            for law in call.law_tokens.tolist()
-        ]
-        sink_tokens = sizes[0][0] * call.binding.block_tokens
-        window_blocks = torch.tensor([window for _, window in sizes], device=k.device)
+        sink_tokens, windows = self._sizes(call)
         if not self.kept:
-            self.kept = _empty_ring(k, v, sink_tokens + int(window_blocks.max()) * call.binding.block_tokens)
+            self.kept = _empty_ring(k, v, sink_tokens + max(windows) * call.binding.block_tokens)
         keys, values, places = self.kept
         dump = places.shape[1] - 1
         address = _ring_address(call, dump - sink_tokens, first=sink_tokens, dump=dump)
-        if call.positions.shape[1] == 1:
-            keys, values, places = self._write(address, call, k, v)
-            return _attend_places(call, q, keys, values, places, window_blocks, sink_tokens)
-        if call.is_first:
-            groups = [(self.rule, tuple(range(q.shape[1])))]
-            output = attend_heads(groups, call.binding, q, k, v, call.code, call.law_tokens, call.scale, None)
-        else:
-            known = torch.where(places < call.before[:, None], places, -1)
-            joined = torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([known, call.positions], 1)
-            output = _attend_places(call, q, *joined, window_blocks, sink_tokens)
-        self._write(address, call, k, v)
-        return output
-
-    def _write(self, address: Tensor, call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values, places = self.kept
         index = address[:, None, :, None].expand_as(k)
         keys, values = _scatter(keys, 2, index, k), _scatter(values, 2, index, v)
-        written = (keys, values, _with_positions(places, address, call.positions))
-        self.kept = written
-        return written
+        self.kept = (keys, values, _with_positions(places, address, call.positions))
+
+    def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See Store."""
+        sink_tokens, windows = self._sizes(call)
+        window_blocks = torch.tensor(windows, device=k.device)
+        if q.shape[2] == 1:
+            self.take_in(call, k, v)
+            keys, values, places = self.kept
+            return _attend_places(call, q, keys, values, places, window_blocks, sink_tokens)
+        keys, values, places = self.kept
+        known = torch.where(places < call.before[:, None], places, -1)
+        joined = torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([known, call.positions], 1)
+        output = _attend_places(call, q, *joined, window_blocks, sink_tokens)
+        self.take_in(call, k, v)
+        return output
+
+    def _sizes(self, call: Call) -> tuple[int, list[int]]:
+        """Tokens of the sink, and blocks of each row's window."""
+        block = call.binding.block_tokens
+        sizes = [self.rule.blocks(BlockGrid(1, 1, block, max(law, 1))) for law in call.law_tokens.tolist()]
+        return sizes[0][0] * block, [window for _, window in sizes]
+
+
+def _appended(
+    kept: Float[Tensor, "B g room D"], new: Float[Tensor, "B g S D"], count: int
+) -> Float[Tensor, "B g room D"]:
+    """`kept` with `new` behind its first `count` slots: written in place where there is room and nobody needs the old content."""
+    end = count + new.shape[2]
+    frozen = kept.is_inference() and not torch.is_inference_mode_enabled()
+    if torch.is_grad_enabled() or count == 0:
+        return torch.cat([kept[:, :, :count], new], 2)
+    if end > kept.shape[2] or frozen:
+        room = kept.new_empty(*kept.shape[:2], end + max(end // 16, 32), kept.shape[3])
+        room[:, :, :count] = kept[:, :, :count]
+        kept = room
+    kept[:, :, count:end] = new
+    return kept
 
 
 def _empty_ring(k: Tensor, v: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,15 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from sparsesearch.kernels import device_schedule, hopper_prefill, triton_decode, triton_index, triton_prefill
+from sparsesearch.kernels import (
+    device_schedule,
+    hopper_prefill,
+    triton_cache,
+    triton_decode,
+    triton_index,
+    triton_prefill,
+    triton_select,
+)
 from sparsesearch.kernels.compile_report import CompileReport, compile_report
 
 
@@ -82,6 +90,19 @@ def index() -> CompileReport:
     return compile_report(kernel, types, sizes, options={"num_warps": 4})
 
 
+def select() -> CompileReport:
+    kernel = triton_select._keep_best
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"scores": "*fp32", "kept": "*i8", "budget": "*i32"}
+    return compile_report(kernel, types, {"CAUSAL": True, "N": 1024}, options={"num_warps": 4})
+
+
+def append() -> CompileReport:
+    kernel = triton_cache.append
+    types = dict.fromkeys(kernel.arg_names, "*i32") | dict.fromkeys(("k", "v", "keys", "values"), "*bf16")
+    types |= {"start": "*i64"} | dict.fromkeys(kernel.arg_names[10:], "i32")
+    return compile_report(kernel, types, triton_cache.constants(128, 128), options=triton_cache.OPTIONS)
+
+
 def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, keys in hopper_prefill.CONFIGS:
         for causal in (True, False):
@@ -98,6 +119,8 @@ def every() -> Iterator[tuple[str, CompileReport]]:
         yield f"decode {page_tokens}", decode(page_tokens)
     yield from schedule()
     yield "index mass", index()
+    yield "select best", select()
+    yield "cache append", append()
 
 
 def main() -> None:

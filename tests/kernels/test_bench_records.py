@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from sparsesearch_cli.main import app
+from typer.testing import CliRunner
 
 from sparsesearch.bench.attention import PLANS, plan_rules
+from sparsesearch.bench.kernel_report import attention_figure, attention_tables, decode_tables
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.schedule import Span, TileShape, Workers, schedule_of_rules
 
@@ -50,3 +54,38 @@ def test_decode_record_is_complete() -> None:
     copy = record["ceilings"]["copy_bytes_per_s"]
     for row in record["rows"]:
         assert row["copy_share"] == pytest.approx(row["bytes"] / row["seconds"] / copy, rel=1e-3)
+
+
+def test_record_as_tables_and_figure() -> None:
+    record = json.loads((GOLDEN / "attention_h200.json").read_text())
+    tables = attention_tables(record["runs"][0]["rows"])
+    assert [title for title, _, _ in tables] == [
+        f"head_dim {size}, {mask}" for size in (128, 64) for mask in ("causal", "full")
+    ]
+    for _, columns, body in tables:
+        assert all(len(row) == len(columns) for row in body)
+    failed = {
+        "head_dim": 64,
+        "causal": True,
+        "length": 1,
+        "plan": "dense",
+        "kernel": "flex",
+        "error": "RuntimeError: x",
+    }
+    assert "RuntimeError: x" in attention_tables([failed])[0][2][0]
+    figure = attention_figure(record["runs"][1:], device="NVIDIA H200")
+    assert figure.count("32k tokens") >= 1
+    assert "FlexAttention, head_dim 64" in figure
+    decode = json.loads((GOLDEN / "decode_h200.json").read_text())["rows"]
+    (_, columns, body) = decode_tables(decode)[0]
+    assert len(body) == len(decode)
+    assert all(len(row) == len(columns) for row in body)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
+@pytest.mark.parametrize("command", ["attention", "decode"])
+def test_a_kernel_bench_without_a_gpu_says_so(command: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", command, "-o", str(tmp_path / "out.json")])
+    assert done.exit_code == 1
+    assert "must be a GPU that torch can use" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from sparsesearch.rules.chunk_topk import ChunkTopk, chunk_starts
 from sparsesearch.rules.flex_prefill import FlexPrefill, jensen_shannon_distance
 from sparsesearch.rules.power_lags import PowerLags
 from sparsesearch.rules.segment_topk import SegmentTopk
+from sparsesearch.rules.skip_softmax import SkipSoftmax
 from sparsesearch.rules.strided_shards import StridedShards, paper_offset
 from sparsesearch.rules.token_rows import TokenRows
 from sparsesearch.rules.tree_topk import TreeTopk
@@ -410,3 +411,21 @@ def test_segment_topk_looks_only_into_the_best_segments() -> None:
         for count in (0, 1)
     }
     assert last == {0: {0, 1, 8, 15}, 1: {0, 5, 8, 15}}
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_skip_softmax_is_the_kernels_test(grid: BlockGrid) -> None:
+    """The online softmax, row by row: a block is skipped where no row's maximum comes near its running maximum."""
+    rule = SkipSoftmax(prefill_scale=20.0, decode_scale=40.0)
+    threshold = math.log((40.0 if grid.q_len == 1 else 20.0) / grid.kv_len)
+    q, k = tensors(grid, seed=7)
+    expected = {}
+    for p in range(grid.first_q_block, grid.num_k_blocks):
+        running, expected[p] = dict.fromkeys(query_rows(grid, p), -math.inf), {p}
+        for j in range(p + 1):
+            for row in running:
+                seen = [float(q[row] @ k[i]) for i in block(grid, j) if i <= row + grid.q_start]
+                running[row] = max([running[row], *seen])
+                if seen and max(seen) >= running[row] + threshold:
+                    expected[p].add(j)
+    assert as_sets(rule.select(grid, q, k), grid) == expected

@@ -1,0 +1,344 @@
+"""A whole model, end to end: prefill and decoding under a plan beside the strong dense baseline, in one run.
+
+The bounds it is measured against:
+    prefill   Amdahl: T = T_dense - A + density · A, A the measured seconds of cuDNN's attention in that same dense prefill
+    decoding  bytes: weights read per step, and keys and values kept, over the copy bandwidth measured in the same run
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from sparsesearch.bench.dense_baseline import dense, repeated
+from sparsesearch.bench.meter import Stamps, elapsed_s, emptied, free_bytes, peak_bytes, synchronize, timed
+from sparsesearch.bench.timing import ceilings, provenance
+from sparsesearch.cost import CostModel
+from sparsesearch.errors import SpecError
+from sparsesearch.plan import Plan
+from sparsesearch.runtime.attention import PROBE_KEYWORD, AttentionCall
+from sparsesearch.runtime.backends import serving_kernel
+from sparsesearch.runtime.binding import binding_of
+from sparsesearch.runtime.decode_step import DecodeStep
+from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.prepare import sparse_cache
+
+FORMAT = "sparsesearch.bench.model"
+_MARGIN_BYTES = 4 << 30  # logits, workspaces, the captured graph's own pool
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        lengths: prompt lengths of the prefill, batch 1.
+        decode_tokens: tokens per sequence in the cache when decoding is measured; 0 leaves decoding out.
+        batches: decoding batches; 0 stands for the largest that fits, of either variant.
+        steps: decoding steps timed.
+        compiled: compile decoder layers in decoding, of either variant.
+        repeats: timed prefills under the plan per length; one more comes first and is reported as cold.
+    """
+
+    lengths: Sequence[int] = (4096, 32768, 131072)
+    decode_tokens: int = 32768
+    batches: Sequence[int] = (1, 8, 0)
+    steps: int = 32
+    compiled: bool = True
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if any(length < 1 for length in self.lengths) or self.decode_tokens < 0 or min(self.batches, default=0) < 0:
+            raise SpecError(f"lengths >= 1, decode_tokens >= 0 and batches >= 0 must hold, but got {self}.")
+        if self.steps < 1 or self.repeats < 1:
+            raise SpecError(f"steps >= 1 and repeats >= 1 must hold, but got {self}.")
+
+
+def run(
+    model: PreTrainedModel,
+    plan: Plan,
+    request: Request,
+    *,
+    cost_model: CostModel | None = None,
+    command: list[str] | None = None,
+    progress: Callable[[Row], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Measure, and return rows, ceilings and provenance.
+
+    Args:
+        model: on the GPU that is measured.
+        plan: the plan beside dense.
+        request: what to measure.
+        cost_model: predicts attention and decoding beside the measurement.
+        command: recorded as the command line.
+        progress: called with each finished row.
+
+    Raises:
+        SpecError: the model is not on a GPU.
+    """
+    if model.device.type != "cuda":
+        raise SpecError(f"the model must be on a GPU to be measured, but is on {model.device}. Pass --device cuda.")
+    bench = _Bench(model, plan, request, ceilings(), cost_model, progress)
+    with torch.inference_mode():
+        for length in request.lengths:
+            bench.prefill(length)
+        if request.decode_tokens:
+            bench.decode()
+    return {
+        "format": FORMAT,
+        "model": plan.base_model.name_or_path,
+        "plan_sha256": plan.sha256,
+        "rules": plan.kind_counts(),
+        "provenance": provenance(command),
+        "ceilings": bench.top,
+        "rows": bench.rows,
+    }
+
+
+class _Bench:
+    """One model and one plan."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        request: Request,
+        top: dict[str, float],
+        cost_model: CostModel | None,
+        progress: Callable[[Row], None],
+        backend: str = "auto",
+    ) -> None:
+        self.model, self.plan, self.request, self.top, self.progress = model, plan, request, top, progress
+        self.cost_model, self.rows, self.device, self.backend = cost_model, list[Row](), model.device, backend
+
+    def _record(self, **row: Any) -> Row:
+        self.rows.append(row)
+        self.progress(row)
+        return row
+
+    def _prompt(self, length: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(length)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return torch.randint(vocabulary, (1, length), generator=generator, device=self.device)
+
+    def _prefill_s(self, ids: Tensor, cache: Any) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def prefill(self, length: int) -> None:
+        """Time to first token, peak memory, and what bounds them."""
+        ids, config = self._prompt(length), self.model.config.get_text_config()
+        with dense(self.model) as attention:
+            attention.tokens = length
+            self._prefill_s(ids[:, : min(length, 4096)], None)  # kernels are chosen and loaded
+            attention.stamps.clear()
+            emptied(self.device)
+            dense_s = self._prefill_s(ids, StaticCache(config, max_cache_len=length))
+            attention_s = elapsed_s(attention.stamps)
+        dense_peak = peak_bytes(self.device)
+        times = []
+        with apply(self.model, self.plan, backend=self.backend, allow_other_weights=True):
+            for _ in range(self.request.repeats + 1):
+                emptied(self.device)
+                cache = sparse_cache(self.model, max_tokens=length)
+                times.append(self._prefill_s(ids, cache))
+                kept = sum(layer.nbytes for layer in cache.layers)  # type: ignore[union-attr]
+                peak = peak_bytes(self.device)
+                del cache
+            inner = _inside(self.model, ids)
+        plan_s = min(times[1:])
+        density = inner["density"]
+        bound_s = dense_s - attention_s * (1 - density)
+        predicted = (
+            {} if self.cost_model is None else {"predicted_attention_s": self._predicted_prefill(length, density)}
+        )
+        self._record(
+            phase="prefill", length=length, dense_s=dense_s, dense_attention_s=attention_s, dense_peak_bytes=dense_peak,
+            plan_s=plan_s, plan_cold_s=times[0], plan_peak_bytes=peak, speedup=dense_s / plan_s, bound_s=bound_s,
+            bound_share=bound_s / plan_s, kv_bytes=kept, kv_fraction=kept / self._dense_kv_bytes(length), **inner, **predicted,
+        )  # fmt: skip
+
+    def _dense_kv_bytes(self, tokens: int) -> int:
+        info = self.plan.base_model
+        heads = sum(count * size for count, size in zip(info.num_kv_heads, info.head_dim, strict=True))
+        return 2 * heads * tokens * self.model.dtype.itemsize
+
+    def _predicted_prefill(self, length: int, density: float) -> float:
+        """Attention seconds at the measured density, every query head alike."""
+        from sparsesearch.cost import UnitWork
+
+        assert self.cost_model is not None
+        info, block = self.plan.base_model, self.plan.block_tokens
+        blocks = -(-length // block)
+        works = [
+            UnitWork("tiles", length, length, size, tiles=density * blocks * (blocks + 1) / 2, query_blocks=blocks, block_tokens=block)
+            for count, size in zip(info.num_heads, info.head_dim, strict=True)
+            for _ in range(count)
+        ]  # fmt: skip
+        return float(self.cost_model.latency_s(works).sum())
+
+    def decode(self) -> None:
+        """Seconds per step of either variant at the same batches, and at the largest that each can hold."""
+        tokens, fits = self.request.decode_tokens, {}
+        for variant in ("dense", "plan"):
+            with ExitStack() as stack:
+                attention = self._enter(stack, variant)
+                room = tokens + self.request.steps + 8
+                emptied(self.device)
+                one = self._filled(variant, attention, room)
+                bytes_each = _cache_bytes(one)
+                fits[variant] = 1 + max(0, int((free_bytes(self.device) - _MARGIN_BYTES) // bytes_each))
+                for batch in self.request.batches:
+                    size = batch or fits[variant] * 15 // 16  # prompts and copies need room for a moment
+                    if 0 < size <= fits[variant]:
+                        self._fitting(variant, attention, one if size == 1 else None, size, room, bytes_each)
+                if variant == "plan" and 0 in self.request.batches:
+                    same = max(row["batch"] for row in self.rows if row.get("variant") == "dense")
+                    self._fitting(variant, attention, None, same, room, bytes_each)
+                del one
+        self._record(phase="fit", tokens=tokens, largest_batch=fits)
+
+    def _enter(self, stack: ExitStack, variant: str) -> Any:
+        if variant == "dense":
+            return stack.enter_context(dense(self.model))
+        stack.enter_context(apply(self.model, self.plan, backend=self.backend, allow_other_weights=True))
+        return None
+
+    def _filled(self, variant: str, attention: Any, room: int) -> Any:
+        """A cache that holds one prompt."""
+        tokens = self.request.decode_tokens
+        if attention is not None:
+            attention.tokens = tokens
+        config = self.model.config.get_text_config()
+        cache = (
+            sparse_cache(self.model, max_tokens=room) if variant == "plan" else StaticCache(config, max_cache_len=room)
+        )
+        self._prefill_s(self._prompt(tokens), cache)
+        return cache
+
+    def _fitting(self, variant: str, attention: Any, cache: Any, batch: int, room: int, bytes_each: int) -> None:
+        """The steps at this batch, or at the next smaller one that fits beside what a step needs for itself."""
+        while True:
+            try:
+                return self._steps(variant, attention, cache, batch, room, bytes_each)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+            emptied(self.device)
+            cache, batch = None, max(1, batch * 15 // 16)
+
+    def _steps(self, variant: str, attention: Any, cache: Any, batch: int, room: int, bytes_each: int) -> None:
+        """Time decoding steps; all sequences of a batch are copies of one, which costs what different ones cost."""
+        emptied(self.device)
+        tokens = self.request.decode_tokens
+        if cache is None:
+            cache = self._filled(variant, attention, room)
+            repeated(cache, batch) if variant == "dense" else cache.batch_repeat_interleave(batch)
+        if attention is not None:
+            attention.tokens = self._dense_tokens
+        step = DecodeStep(self.model, cache, first_position=tokens, compiled=self.request.compiled)
+        newest = torch.zeros(batch, dtype=torch.long, device=self.device)
+        start = time.perf_counter()
+        step(newest)
+        synchronize(self.device)
+        capture_s = time.perf_counter() - start
+        stamps: Stamps = []
+        with timed(stamps, self.device):
+            for _ in range(self.request.steps):
+                newest = step(newest).argmax(-1)
+        step_s = elapsed_s(stamps) / self.request.steps
+        read = self._read_bytes(cache, batch)
+        bound_s = (self._weight_bytes() + read) / self.top["copy_bytes_per_s"]
+        self._record(
+            phase="decode", variant=variant, batch=batch, tokens=tokens, step_s=step_s, tokens_per_s=batch / step_s,
+            kv_read_bytes=read, weight_bytes=self._weight_bytes(), bound_s=bound_s, bound_share=bound_s / step_s,
+            cache_bytes_per_sequence=bytes_each, peak_bytes=peak_bytes(self.device), capture_s=capture_s,
+            compiled=self.request.compiled, **self._predicted_decode(cache, batch),
+        )  # fmt: skip
+
+    @property
+    def _dense_tokens(self) -> int:
+        """Keys that the dense variant reads in every step: those of the middle one, because a graph's shapes are fixed."""
+        return self.request.decode_tokens + 1 + self.request.steps // 2
+
+    def _weight_bytes(self) -> int:
+        """Weights that a step reads: all but an input embedding of its own."""
+        total = sum(parameter.nbytes for parameter in self.model.parameters())
+        inputs: Any = self.model.get_input_embeddings().weight
+        outputs: Any = self.model.get_output_embeddings().weight
+        return total - (0 if inputs is outputs else int(inputs.nbytes))
+
+    def _read_bytes(self, cache: Any, batch: int) -> int:
+        info, read = self.plan.base_model, 0
+        for layer, heads, size in zip(cache.layers, info.num_kv_heads, info.head_dim, strict=True):
+            lens = getattr(layer, "reads", None)
+            keys = int(lens.lens.sum()) if lens is not None else batch * heads * self._dense_tokens
+            read += 2 * keys * size * self.model.dtype.itemsize
+        return read
+
+    def _predicted_decode(self, cache: Any, batch: int) -> Row:
+        if self.cost_model is None:
+            return {}
+        from sparsesearch.cost import DecodeWork
+
+        info, works = self.plan.base_model, []
+        for layer, heads, kv_heads, size in zip(
+            cache.layers, info.num_heads, info.num_kv_heads, info.head_dim, strict=True
+        ):
+            lens = getattr(layer, "reads", None)
+            dense_lens = [self._dense_tokens] * kv_heads
+            own = lens.lens.view(batch, -1).float().mean(0).tolist() if lens is not None else dense_lens
+            works += [DecodeWork(count, size, heads // kv_heads, batch, self.model.dtype.itemsize) for count in own]
+        seconds = (
+            float(self.cost_model.decode_latency_s(works).sum()) + len(cache.layers) * self.cost_model.decode_call_s
+        )
+        return {"predicted_attention_s": seconds}
+
+
+def _cache_bytes(cache: Any) -> int:
+    return sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _inside(model: PreTrainedModel, ids: Tensor) -> Row:
+    """Density, and where the seconds of attention go: choosing tiles and building schedules, and the kernel itself."""
+    from sparsesearch.kernels.dispatch import run_schedule, schedule_for
+    from sparsesearch.runtime.device_attention import Chooser, places_of
+    from sparsesearch.runtime.mask_code import spans_of
+
+    index: Stamps = []
+    kernels: Stamps = []
+    densities: list[float | Tensor] = []
+
+    def answer(call: AttentionCall) -> Tensor:
+        binding = binding_of(call.module)
+        assert binding is not None, "the plan is applied"
+        q, k, v = call.query, call.key, call.value
+        kernel = serving_kernel(binding.backend, q, k, v, binding.block_tokens)
+        assert kernel is not None, "a GPU has a kernel"
+        scale = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        spans = spans_of(None, None, 1, q.shape[2], k.shape[2], binding.block_tokens)
+        places, rules = places_of(spans, 1), binding.rules
+        assert places is not None, "an unpadded prompt has no gaps"
+        with timed(index, q.device):
+            chooser = Chooser(binding, rules, None, scale, kernel) if any(rule.dynamic for rule in rules) else None
+            choice: Any = rules if chooser is None else chooser.tiles(q, k, spans, places)
+            schedule = schedule_for(q, k, places, choice, kernel)
+        with timed(kernels, q.device):
+            out, _ = run_schedule(q, k, v, schedule, scale=scale, kernel=kernel)
+        reachable = len(rules) * int(places[0].grid.num_k_blocks * (places[0].grid.num_k_blocks + 1) / 2)
+        densities.append(schedule.density if chooser is None else choice[0].choices.sum() / reachable)
+        return out.transpose(1, 2).contiguous()
+
+    model(ids, use_cache=False, logits_to_keep=1, **{PROBE_KEYWORD: answer})
+    index_s, kernel_s = elapsed_s(index), elapsed_s(kernels)
+    mean = sum(float(one) for one in densities) / len(densities)
+    return {"density": mean, "index_s": index_s, "kernel_s": kernel_s, "index_share": index_s / (index_s + kernel_s)}

@@ -1,0 +1,62 @@
+"""What a benchmark of a whole model found, as tables and as a figure."""
+
+from typing import Any
+
+from sparsesearch.report.plot import Curve, Panel, plot
+
+Table = tuple[str, list[str], list[list[object]]]
+
+
+def rows_of(record: dict[str, Any]) -> list[Table]:
+    """Title, column names and rows of each table that has any."""
+    prefill = [row for row in record["rows"] if row["phase"] == "prefill"]
+    decode = [row for row in record["rows"] if row["phase"] == "decode"]
+    tables: list[Table] = []
+    if prefill:
+        names = [
+            "tokens",
+            "dense (s)",
+            "plan (s)",
+            "speed-up",
+            "of Amdahl bound",
+            "density",
+            "index / attention",
+            "kv kept",
+            "peak (GB)",
+        ]
+        keys = ["length", "dense_s", "plan_s", "speedup", "bound_share", "density", "index_share", "kv_fraction"]
+        body = [[*(row[key] for key in keys), row["plan_peak_bytes"] / 1e9] for row in prefill]
+        tables.append((f"{record['model']}: time to first token", names, body))
+    if decode:
+        names = ["variant", "batch", "tokens/s", "ms/step", "of byte bound", "GB/sequence", "peak (GB)"]
+        body = [
+            [row["variant"], row["batch"], row["tokens_per_s"], row["step_s"] * 1e3, row["bound_share"],
+             row["cache_bytes_per_sequence"] / 1e9, row["peak_bytes"] / 1e9]
+            for row in decode
+        ]  # fmt: skip
+        tables.append((f"{record['model']}: decoding, {decode[0]['tokens']} tokens in the cache", names, body))
+    return tables
+
+
+def figure(record: dict[str, Any]) -> str:
+    """Time to first token over length, and tokens per second over batch, as one SVG."""
+    prefill = [row for row in record["rows"] if row["phase"] == "prefill"]
+    decode = [row for row in record["rows"] if row["phase"] == "decode"]
+    panels = []
+    if prefill:
+        curves = [
+            Curve(name, [(row["length"] / 1024, row[key]) for row in prefill])
+            for name, key in (("dense (cuDNN)", "dense_s"), ("plan", "plan_s"), ("bound", "bound_s"))
+        ]
+        panels.append(Panel("Time to first token", "prompt (k tokens)", "seconds", curves, log_y=True))
+    if decode:
+        curves = []
+        for variant, name in (("dense", "dense (cuDNN)"), ("plan", "plan")):
+            own = sorted((row["batch"], row["tokens_per_s"]) for row in decode if row["variant"] == variant)
+            curves += [Curve(name, own)] if own else []
+        own = sorted({(row["batch"], row["batch"] / row["bound_s"]) for row in decode if row["variant"] == "plan"})
+        curves += [Curve("bound", own)] if own else []
+        panels.append(
+            Panel(f"Decoding at {decode[0]['tokens']} tokens", "batch", "tokens per second", curves, zero_y=True)
+        )
+    return plot(panels, title=f"{record['model']} on {record['provenance']['device']}")

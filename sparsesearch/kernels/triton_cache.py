@@ -1,0 +1,66 @@
+"""Take one new token per sequence into ragged caches, on the device. `cache_ops.append_token` describes the arguments."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def append(
+    k, v, keys, values, start, room, sinks, windows, seen, lens, k_stride_b, k_stride_g, v_stride_b, v_stride_g, num_kv_heads,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Grid: (sequence, KV head) pairs."""
+    pair = tl.program_id(0)
+    batch = (pair // num_kv_heads).to(tl.int64)
+    head = (pair % num_kv_heads).to(tl.int64)
+    cols = tl.arange(0, D)
+    real = cols < DV
+    position = tl.load(seen + pair)
+    sink = tl.load(sinks + pair)
+    window = tl.load(windows + pair)
+    first = tl.load(start + pair)
+    block = position // BLOCK
+    offset = position % BLOCK
+    tail = sink + window - 1
+    if (
+        (offset == 0) & (block >= sink + window) & (window > 1)
+    ):  # the last block is full: it takes the oldest one's slot
+        slot = sink + (block - 1 - sink) % (window - 1)
+        for row in range(0, BLOCK, ROWS):
+            rows = row + tl.arange(0, ROWS)
+            inside = (rows < BLOCK)[:, None] & real[None, :]
+            source = (first + tail * BLOCK + rows)[:, None] * DV + cols[None, :]
+            target = (first + slot * BLOCK + rows)[:, None] * DV + cols[None, :]
+            tl.store(keys + target, tl.load(keys + source, mask=inside), mask=inside)
+            tl.store(values + target, tl.load(values + source, mask=inside), mask=inside)
+        tl.debug_barrier()  # the new token overwrites the first row that was copied
+    place = tl.minimum(block, tail) * BLOCK + offset
+    kept = place < tl.where(window > 0, tl.load(room + pair), 0)
+    at = (first + place) * DV + cols
+    stored = cols < tl.where(kept, DV, 0)  # a scalar mask and a vector do not meet in the interpreter
+    tl.store(keys + at, tl.load(k + batch * k_stride_b + head * k_stride_g + cols, mask=real), mask=stored)
+    tl.store(values + at, tl.load(v + batch * v_stride_b + head * v_stride_g + cols, mask=real), mask=stored)
+    tl.debug_barrier()  # every thread has read the position
+    tl.store(lens + pair, tl.where(kept, place + 1, tl.load(lens + pair)))
+    tl.store(seen + pair, position + 1)
+
+
+def launch(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Tensor, room: Tensor, sinks: Tensor, windows: Tensor, seen: Tensor,
+    lens: Tensor, block_tokens: int,
+) -> None:  # fmt: skip
+    """Shapes as in `cache_ops.append_token`."""
+    head_dim = k.shape[-1]
+    append[(seen.numel(),)](
+        k, v, keys, values, start, room, sinks, windows, seen, lens, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k.shape[1], **constants(block_tokens, head_dim), **OPTIONS,
+    )  # fmt: skip
+
+
+def constants(block_tokens: int, head_dim: int) -> dict[str, int]:
+    """Compile-time arguments of `append`."""
+    return {"BLOCK": block_tokens, "ROWS": 16, "D": max(16, triton.next_power_of_2(head_dim)), "DV": head_dim}
+
+
+OPTIONS = {"num_warps": 4}

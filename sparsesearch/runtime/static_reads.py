@@ -1,0 +1,205 @@
+"""What one new token per sequence reads from a static ragged cache: the arguments of the decoding kernel, kept on the device.
+
+KV heads whose query heads agree are read once for all of them. Where they do not (a plan made per query head), each query head of that KV
+head reads the blocks of its own rule; which ones those are is tabulated for every block that decoding can reach.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.kernels.cache_ops import gathered_decode
+from sparsesearch.kernels.decode import ragged_decode
+from sparsesearch.rules.base import Rule
+from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.mean_value import MeanValue
+from sparsesearch.runtime.binding import LayerBinding, evicting_rule
+from sparsesearch.runtime.device_attention import visible_blocks
+from sparsesearch.runtime.static_regions import Region
+
+_MOST_TABLE_BYTES = 1 << 28
+_PER_PAIR = ("start", "room", "sinks", "windows", "lens")
+_PER_ROW = ("sums", "tables", "whole", "open", "first_block")
+
+
+class Reads:
+    """Tensors of one layer, P = B·G pairs of sequence and KV head.
+
+    Attributes:
+        start: int64 [P], first row of each pair.
+        room: int32 [P], its rows.
+        sinks: int32 [P], blocks of its sink.
+        windows: int32 [P], blocks of its window; 0 keeps nothing.
+        lens: int32 [P], rows the newest token sees.
+        sums: fp64 [B, n, D], sum of the values of the n KV heads that follow mean_value.
+    """
+
+    def __init__(
+        self, rules: tuple[Rule, ...], batch: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        self.batch, self.num_kv_heads, self.size = batch, num_kv_heads, len(rules) // num_kv_heads
+        pairs = batch * num_kv_heads
+        self.start = torch.zeros(pairs, dtype=torch.int64, device=device)
+        self.room, self.sinks, self.windows, self.lens = (
+            torch.zeros(pairs, dtype=torch.int32, device=device) for _ in range(4)
+        )
+        groups = [rules[head : head + self.size] for head in range(0, len(rules), self.size)]
+        means = [head for head, own in enumerate(groups) if isinstance(evicting_rule(own), MeanValue)]
+        mixed = [head for head, own in enumerate(groups) if not evicting_rule(own) and not all(map(_reads_all, own))]
+        self.mean_kv, self.mean_heads = (torch.tensor(heads, device=device) for heads in (means, self._queries(means)))
+        self.mixed_heads = torch.tensor(self._queries(mixed), device=device)
+        self.alike = (
+            torch.tensor([head not in mixed for head in range(num_kv_heads)], device=device).int().repeat(batch)
+        )
+        # a mean of values is attention whose scores are all equal
+        self.scored = torch.tensor([[rules[head].rest != "mean_value"] for head in self._queries(mixed)], device=device)
+        self.has_means, self.has_mixed = bool(means), bool(mixed)
+        self.sums = torch.zeros(batch, len(means), head_dim, dtype=torch.float64, device=device)
+        self.tables = self.whole = self.open = self.first_block = torch.zeros(batch, 0, device=device)
+
+    def _queries(self, kv_heads: Sequence[int]) -> list[int]:
+        return [head * self.size + member for head in kv_heads for member in range(self.size)]
+
+    def place(self, regions: Sequence[Region]) -> None:
+        """Say where the regions lie."""
+        shape = (self.batch, self.num_kv_heads)
+        start = torch.zeros(shape, dtype=torch.int64)
+        room, sinks, windows = (torch.zeros(shape, dtype=torch.int32) for _ in range(3))
+        for region in regions:
+            heads, rows = list(region.kv_heads), region.keys.shape[2]
+            offsets = region.keys.storage_offset() // region.keys.shape[3] + rows * torch.arange(
+                self.batch * len(heads)
+            )
+            start[:, heads], room[:, heads] = offsets.view(self.batch, -1), rows
+            for row, ring in enumerate(region.rings):
+                sinks[row, heads], windows[row, heads] = ring.sink, ring.window
+        for ours, new in zip(
+            (self.start, self.room, self.sinks, self.windows), (start, room, sinks, windows), strict=True
+        ):
+            ours.copy_(new.flatten())
+
+    def tabulate(
+        self, binding: LayerBinding, law_tokens: Int[Tensor, " B"], counts: Sequence[int], max_tokens: int
+    ) -> None:
+        """List the blocks that query heads of mixed KV heads read, for every block in which a new token can lie.
+
+        Raises:
+            UnsupportedModelError: the lists would take more memory than they save.
+        """
+        if not self.has_mixed:
+            return
+        block, heads = binding.block_tokens, self.mixed_heads.tolist()
+        first = [count // block for count in counts]
+        turns = max((max_tokens - 1) // block - own + 1 for own in first)
+        lists = [
+            [
+                [
+                    visible_blocks(binding.kept_by[head], BlockGrid(1, (own + turn) * block + 1, block, law))
+                    for head in heads
+                ]
+                for turn in range(turns)
+            ]
+            for own, law in zip(first, law_tokens.clamp(min=1).tolist(), strict=True)
+        ]
+        flat = [blocks for row in lists for turn in row for blocks in turn]
+        longest = max(len(blocks) for blocks in flat)
+        if 4 * longest * len(flat) > _MOST_TABLE_BYTES:
+            raise UnsupportedModelError(
+                f"{binding.path}: query heads of one KV head must follow one rule where a static cache is to hold {max_tokens} tokens: the "
+                "blocks that each may read would fill too much memory. Make the plan with --unit kv_group, or use a dynamic cache."
+            )
+        shape, device = (self.batch, turns, len(heads)), self.start.device
+        tables = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
+        ends = torch.tensor([int(blocks[-1]) if len(blocks) else -1 for blocks in flat]).view(shape)
+        newest = torch.tensor(first)[:, None, None] + torch.arange(turns)[:, None]
+        is_open = ends == newest
+        whole = (torch.tensor([len(blocks) for blocks in flat]).view(shape) - is_open.int()) * block
+        self.tables, self.first_block = tables.view(*shape, longest).to(device), torch.tensor(first, device=device)
+        self.whole, self.open = whole.to(device), is_open.int().to(device)
+        self.block_tokens = block
+
+    def attend(
+        self,
+        q: Float[Tensor, "B H D"],
+        v: Float[Tensor, "B G D"],
+        keys: Float[Tensor, "rows D"],
+        values: Float[Tensor, "rows D"],
+        seen: Int[Tensor, " P"],
+        scale: float,
+        kernel: bool,
+    ) -> Float[Tensor, "B H D"]:
+        """Output for the newest tokens, which are in their places; `v` are their values."""
+        lens = self.lens * self.alike if self.has_mixed else self.lens
+        out = _read(q, keys, values, self.start, lens, None, scale, 1, kernel)
+        tokens = seen.view(self.batch, -1)[:, 0].long()
+        if self.has_mixed:
+            out = out.index_copy(1, self.mixed_heads, self._mixed(q, keys, values, tokens - 1, scale, kernel))
+        if self.has_means:
+            self.sums.add_(v.index_select(1, self.mean_kv))
+            mean = (self.sums / tokens[:, None, None]).to(out.dtype)
+            out = out.index_copy(1, self.mean_heads, mean.repeat_interleave(self.size, 1))
+        return out
+
+    def _mixed(
+        self, q: Tensor, keys: Tensor, values: Tensor, position: Int[Tensor, " B"], scale: float, kernel: bool
+    ) -> Float[Tensor, "B h D"]:
+        turn = (position // self.block_tokens - self.first_block).clamp(0, self.tables.shape[1] - 1)
+        row = torch.arange(self.batch, device=q.device)
+        lens = self.whole[row, turn] + self.open[row, turn] * (position % self.block_tokens + 1)[:, None]
+        start = self.start.view(self.batch, -1).index_select(1, self.mixed_heads // self.size)
+        table = self.tables[row, turn].flatten(0, 1)
+        own = q.index_select(1, self.mixed_heads) * self.scored.to(q.dtype)
+        return _read(own, keys, values, start.flatten(), lens.flatten().int(), table, scale, self.block_tokens, kernel)
+
+    def add_values(self, row: int, v: Float[Tensor, "G s D"]) -> None:
+        """Count the values of a prompt's tokens."""
+        if self.has_means:
+            self.sums[row] += v.index_select(0, self.mean_kv).double().sum(1)
+
+    def put_means(
+        self, output: Float[Tensor, "B H S D"], v: Float[Tensor, "B G S D"], news: Sequence[tuple[int, Any]]
+    ) -> None:
+        """Overwrite the heads that follow mean_value in a call that continues a prompt; `news` are (row, span)."""
+        for row, span in news if self.has_means else ():
+            new = v[row].index_select(0, self.mean_kv)[:, span.q_slots].double()
+            counts = torch.arange(span.grid.q_start + 1, span.grid.kv_len + 1, device=v.device)[:, None]
+            mean = (self.sums[row][:, None] + new.cumsum(1)) / counts
+            for place, head in enumerate(self.mean_heads.tolist()):
+                output[row, head, span.q_slots] = mean[place // self.size].to(output.dtype)
+
+    def addresses(self) -> list[int]:
+        """Where the tensors lie."""
+        return [getattr(self, name).data_ptr() for name in (*_PER_PAIR, *_PER_ROW)]
+
+    def choose_rows(self, index: Int[Tensor, " b"], regions: Sequence[Region]) -> None:
+        """Let row i be what row index[i] was; addresses stay if the batch does."""
+        same, batch = len(index) == self.batch, self.batch
+        for name in (*_PER_PAIR, *_PER_ROW):
+            ours: Tensor = getattr(self, name)
+            new = ours.view(batch, -1)[index].view(len(index) * (len(ours) // batch), *ours.shape[1:])
+            if same:
+                ours.copy_(new)
+            else:
+                setattr(self, name, new)
+        self.batch = len(index)
+        self.alike = self.alike[: self.num_kv_heads].repeat(self.batch)
+        self.place(regions)
+
+
+def _reads_all(rule: Rule) -> bool:
+    return rule.dynamic or isinstance(rule, Dense)
+
+
+def _read(
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, lens: Tensor, table: Tensor | None, scale: float, page: int, kernel: bool
+) -> Tensor:  # fmt: skip
+    q = q.contiguous()
+    if kernel:
+        return ragged_decode(q, keys, values, start, lens, scale=scale, table=table, page_tokens=page)[0]
+    out: Tensor = gathered_decode(q, keys, values, start, lens, table, scale, page)
+    return out

@@ -1,0 +1,125 @@
+"""The benchmark of whole models, on tiny ones and the CPU: that it measures what it says, never how fast."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sparsesearch
+from sparsesearch.bench.dense_baseline import dense, repeated
+from sparsesearch.bench.model import Request, _Bench, run
+from sparsesearch.bench.model_report import figure, rows_of
+from sparsesearch.bench.random_model import mixture_plan, random_model
+from sparsesearch.cost import load_cost_model
+from sparsesearch.errors import BudgetInfeasibleError, SpecError
+from sparsesearch.evaluate.density import TileCount, achieved_density, counting
+from sparsesearch.model_shapes import model_shape
+from sparsesearch.runtime.decode_step import DecodeStep
+from sparsesearch.runtime.fingerprint import describe
+
+SHAPE = replace(
+    model_shape("qwen3-4b"), name="tiny", num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2,
+    head_dim=16, vocab_size=64, max_tokens=512,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    return random_model(SHAPE, device="cpu", dtype=torch.float32)
+
+
+def test_rows_say_what_was_measured(model):
+    plan = mixture_plan(describe(model, "tiny"), density=0.5, kv_fraction=0.6, block_tokens=16)
+    request = Request(lengths=(70,), decode_tokens=200, batches=(1, 2), steps=3, compiled=False)
+    bench = _Bench(
+        model, plan, request, {"copy_bytes_per_s": 1e10}, load_cost_model("roofline:h200"), lambda row: None, "triton"
+    )
+    with torch.inference_mode():
+        bench.prefill(70)
+        bench.backend = "torch"
+        bench.decode()
+    prefill, *decode, fit = bench.rows
+    counted = TileCount()
+    ids = bench._prompt(70)
+    with sparsesearch.apply(model, plan, backend="torch"), counting(plan, counted), torch.no_grad():
+        model(ids)
+    assert prefill["density"] == pytest.approx(achieved_density(plan, 70, counted), abs=0.02)
+    assert prefill["bound_s"] == prefill["dense_s"] - prefill["dense_attention_s"] * (1 - prefill["density"])
+    assert 0 < prefill["index_share"] < 1
+    assert [(row["variant"], row["batch"]) for row in decode] == [(v, b) for v in ("dense", "plan") for b in (1, 2)]
+    weights = sum(p.nbytes for p in model.parameters())
+    assert {row["weight_bytes"] for row in decode} == {weights}
+    assert (
+        decode[0]["kv_read_bytes"] == 2 * 2 * 2 * 202 * 16 * 4
+    )  # layers, KV heads, k and v, in the middle of the steps
+    assert decode[2]["kv_read_bytes"] < decode[0]["kv_read_bytes"]
+    assert decode[3]["kv_read_bytes"] == 2 * decode[2]["kv_read_bytes"]
+    assert all(row["predicted_attention_s"] > 0 for row in (prefill, *decode))
+    assert fit["largest_batch"]["plan"] >= fit["largest_batch"]["dense"] >= 1
+    record = {"model": "tiny", "rows": bench.rows, "provenance": {"device": "CPU"}}
+    assert [len(body) for _, _, body in rows_of(json.loads(json.dumps(record)))] == [1, 4]
+    assert figure(record).count("<svg") == 1
+
+
+def test_the_dense_baseline_is_the_model_itself(model):
+    ids = torch.randint(64, (1, 30), generator=torch.Generator().manual_seed(0))
+    from transformers import StaticCache
+
+    with torch.no_grad():
+        expected = model(ids).logits
+        with dense(model) as attention:
+            cache = StaticCache(model.config, max_cache_len=40)
+            attention.tokens = 20
+            model(ids[:, :20], past_key_values=cache)
+            repeated(cache, 3)
+            step = DecodeStep(model, cache, first_position=20, compiled=True, backend="aot_eager")
+            for token in range(20, 30):
+                attention.tokens = token + 1
+                ours = step(ids[:, token].expand(3))
+                torch.testing.assert_close(ours, expected[:, token].expand(3, -1), rtol=1e-4, atol=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "smollm2-135m"])
+@pytest.mark.parametrize(("density", "kv_fraction"), [(0.15, 0.25), (0.4, 0.5)])
+def test_the_mixture_costs_what_it_says(name, density, kv_fraction):
+    from sparsesearch.block_mask import BlockGrid
+    from sparsesearch.plan import BaseModelInfo
+
+    shape, length = model_shape(name), 131072
+    geometry = shape.geometry
+    info = BaseModelInfo(name_or_path=name, model_type=shape.model_type, modules=geometry.modules, num_heads=geometry.num_heads,
+                         num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim)  # fmt: skip
+    plan = mixture_plan(info, density=density, kv_fraction=kv_fraction)
+    grid = BlockGrid(length, length, plan.block_tokens)
+    kept = [rule.kept_tokens(grid) / length for _, _, rule in plan.heads()]
+    assert sum(kept) / len(kept) == pytest.approx(kv_fraction, abs=0.02)
+    kinds = plan.kind_counts()
+    assert set(kinds) == {"sink_window", "vertical_slash", "pooled_topk"}
+    assert abs(kinds["vertical_slash"] - kinds["pooled_topk"]) <= shape.num_heads // shape.num_kv_heads
+    pooled = next(rule for rule in plan.rules.values() if rule.kind == "pooled_topk")
+    share = 1 - kinds["sink_window"] / sum(kinds.values())
+    assert share * pooled.keep.b + (1 - share) * 0.059 == pytest.approx(density, abs=0.01)
+
+
+def test_what_cannot_be_is_refused(model):
+    info = describe(model, "tiny")
+    with pytest.raises(BudgetInfeasibleError, match=r"kv_fraction > 0\.03"):
+        mixture_plan(info, density=0.5, kv_fraction=0.02)
+    plan = mixture_plan(info, density=0.5, kv_fraction=0.5)
+    with pytest.raises(SpecError, match="on a GPU"):
+        run(model, plan, Request())
+    for wrong in ({"lengths": (0,)}, {"batches": (-1,)}, {"steps": 0}):
+        with pytest.raises(SpecError, match="must hold"):
+            Request(**wrong)
+
+
+def test_batches_are_numbers_or_max():
+    from importlib import import_module
+
+    app = import_module("sparsesearch_cli.main").app
+    result = CliRunner().invoke(app, ["bench", "model", "smollm2-135m", "--batches", "two"])
+    assert result.exit_code == 2
+    assert "numbers or max" in result.output

@@ -1,0 +1,168 @@
+"""The kernels' way through the runtime: in Triton's interpreter here, on the GPU if there is one."""
+
+import logging
+
+import pytest
+import torch
+from runtime_plans import RULES, cycled_plan, group_plan, left_padded, oracle_logits, rule
+
+import sparsesearch
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.errors import UnsupportedKernelError
+from sparsesearch.runtime import backends
+from sparsesearch.runtime.backends import serving_kernel
+from sparsesearch.runtime.mask_code import mask_code, spans, spans_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXTURE = [*RULES, "bitmap"]
+ROWS = (83, 40, 3)
+
+
+def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within float32's error of two layers."""
+    assert (ours.cpu() - exact.cpu()).abs().max() <= 2**10 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "mistral"])
+def test_every_rule_equals_the_oracle(tiny, architecture):
+    """Mistral's window is shorter than the prompt: its layers must notice and go the other way."""
+    model = tiny(architecture).to(DEVICE)
+    plan = cycled_plan(model, MIXTURE)
+    ids, _ = left_padded([83], 64)
+    with torch.no_grad(), sparsesearch.apply(model, plan, backend="triton"):
+        ours = model(ids.to(DEVICE)).logits[0]
+    close(ours, oracle_logits(model.cpu(), plan, ids[0]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_is_one_call_with_the_same_result(tiny, side):
+    model = tiny("llama").to(DEVICE)
+    plan = cycled_plan(model, MIXTURE)
+    ids, mask = left_padded(ROWS, 64)
+    if side == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    with torch.no_grad(), sparsesearch.apply(model, plan, backend="triton"):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        ours = model(**{name: value.to(DEVICE) for name, value in inputs.items()}).logits
+    for row, length in enumerate(ROWS):
+        keep = mask[row].bool()
+        close(ours[row, keep.to(DEVICE)], oracle_logits(model.cpu(), plan, ids[row, keep]))
+        assert keep.sum() == length
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("plan_of", [cycled_plan, group_plan])
+def test_decoding_equals_the_oracle(tiny, plan_of, cache):
+    """A prefill, then one by one over a block border."""
+    model = tiny("llama").to(DEVICE)
+    plan = plan_of(model, ["stream", "dense", "zero", "bitmap", "mean", "slash"])
+    ids, _ = left_padded([66], 64)
+    with torch.no_grad(), sparsesearch.apply(model, plan, backend="triton", cache=cache):
+        kv = sparsesearch.sparse_cache(model, prompt_tokens=60)
+        parts = [ids[:, :60], *ids[:, 60:].split(1, 1)]
+        logits = [model(part.to(DEVICE), past_key_values=kv).logits[0] for part in parts]
+    close(torch.cat(logits), oracle_logits(model.cpu(), plan, ids[0], 60))
+
+
+def test_a_batch_generates_what_single_rows_generate(tiny):
+    model = tiny("llama").to(DEVICE)
+    plan = group_plan(model, ["stream", "elastic", "mean", "dense", "zero"])
+    ids, mask = left_padded((30, 20), 64)
+    outputs = {}
+    for backend in ("triton", "torch"):
+        with sparsesearch.apply(model, plan, backend=backend):
+            outputs[backend] = model.generate(
+                ids.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=4, do_sample=False, pad_token_id=0
+            )
+    assert torch.equal(outputs["triton"], outputs["torch"])
+
+
+@pytest.mark.parametrize("name", ["slash", "pooled"])
+@pytest.mark.parametrize("grid", [BlockGrid(1, 9, 16), BlockGrid(63, 63, 16), BlockGrid(40, 130, 16, 64)], ids=str)
+@pytest.mark.parametrize("dealt", [(0, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 0)], ids=str)
+def test_tiles_chosen_by_kernels_are_those_of_the_rule(generator, name, grid, dealt):
+    from sparsesearch.kernels.device_select import chosen_tiles
+
+    other = [rule("stream"), rule("dense")]
+    rules = [rule(name) if deal == 0 else other[head % 2] for head, deal in enumerate(dealt)]
+    q = torch.randn(4, grid.q_len, 16, generator=generator)
+    k = torch.randn(2, grid.kv_len, 16, generator=generator)
+    tiles = chosen_tiles(rules, grid, q.to(DEVICE), k.to(DEVICE), scale=0.25, kernel="triton").cpu()
+    for head, own in enumerate(rules):
+        if own.dynamic and grid.q_len == 1:
+            expected = grid.reachable()
+        else:
+            expected = own.select(grid, q[head] * 0.25, k[head // 2])
+        assert torch.equal(tiles[head], expected), head
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_best_blocks_are_those_of_a_stable_sort(generator, causal):
+    from sparsesearch.kernels.triton_select import keep_best
+
+    grid = BlockGrid(70, 200, 10, causal=causal)
+    scores = torch.randint(-3, 4, (3, grid.num_q_blocks, grid.num_k_blocks), generator=generator).float()  # many ties
+    scores[0] = scores[0] * 1e30
+    budget = torch.randint(1, grid.num_k_blocks + 3, (grid.num_q_blocks,), generator=generator).int()
+    kept = keep_best(scores.to(DEVICE), budget.to(DEVICE), grid, sink_blocks=2).cpu()
+    always = grid.reachable() & (grid.diagonal() | (grid.k_blocks() < 2))
+    ranked = scores.masked_fill(always, torch.inf).masked_fill(~grid.reachable(), -torch.inf)
+    rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    assert torch.equal(kept, grid.reachable() & ((rank < budget[:, None]) | always))
+
+
+def test_runs_of_heads_share_whole_groups():
+    from sparsesearch.kernels.device_select import runs
+
+    assert runs([0, 1, 2, 3], 2) == [([0, 1, 2, 3], slice(0, 2))]
+    assert runs([0, 1, 4, 5, 7], 2) == [([0, 1], slice(0, 1)), ([4, 5], slice(2, 3)), ([7], slice(3, 4))]
+    assert runs([1, 2, 3], 2) == [([1], slice(0, 1)), ([2, 3], slice(1, 2))]
+
+
+def test_what_was_taken_is_said_once(tiny, caplog):
+    backends._say.cache_clear()
+    model = tiny("llama").to(DEVICE)
+    ids, _ = left_padded([20], 64)
+    plan = cycled_plan(model, ["stream"])
+    caplog.set_level(logging.INFO, logger=backends.__name__)
+    with torch.no_grad(), sparsesearch.apply(model, plan, backend="triton"):
+        model(ids.to(DEVICE))
+        model(ids.to(DEVICE))
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention of torch.float32, head_dim 8, blocks of 16 runs on triton"
+    ]
+
+
+def test_a_kernel_that_cannot_serve_is_refused_by_name(tiny):
+    model = tiny("llama").to(DEVICE)
+    ids = left_padded([20], 64)[0].to(DEVICE)
+    plan = cycled_plan(model, ["stream"])
+    odd = plan.model_copy(update={"block_tokens": 10})
+    cases = [
+        (plan, "gluon", False, "gluon: needs"),  # fp32 even on Hopper
+        (plan, "triton", True, "no backward"),
+        (odd, "triton", False, "of 16 tokens"),
+    ]
+    for one, backend, trained, words in cases:
+        with (
+            torch.set_grad_enabled(trained),
+            sparsesearch.apply(model, one, backend=backend),
+            pytest.raises(UnsupportedKernelError, match=words),
+        ):
+            model(ids)
+
+
+def test_auto_on_a_cpu_is_torch():
+    x = torch.zeros(1, 2, 20, 16)
+    assert serving_kernel("auto", x, x, x, 16) is None
+
+
+def test_spans_of_a_device_code_are_read_once():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    code = mask_code(2, 5, 5, attention_mask=mask).to(DEVICE)
+    laws = torch.tensor([3, 5])
+    first = spans_of(code, laws, 2, 5, 5, 2)
+    assert list(first) == list(spans(code.cpu(), laws, 2, 5, 5, 2))
+    if code.is_cuda:
+        assert spans_of(code, laws, 2, 5, 5, 2) is first
