@@ -59,7 +59,7 @@ class BaseModelInfo(_Frozen):
 class BudgetRecord(_Frozen):
     """One constraint of the search and what the plan uses of it, per length."""
 
-    metric: Literal["density", "kv_fraction", "latency", "ttft", "tpot", "memory", "parameters", "params", "flops"]
+    metric: Literal["density", "kv_fraction", "latency", "ttft", "tpot", "memory", "params", "flops"]
     bound: float = Field(description="share of dense, in (0, 1]; seconds or bytes if absolute")
     predicted: dict[str, float] = Field(
         default_factory=dict, description="sequence length, or `workload` for a total -> what the bound limits"
