@@ -107,4 +107,4 @@ def _json(record: object) -> bytes:
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     bench.command("model")(guarded(model))
-    app.add_typer(bench)
+    app.add_typer(bench, name="bench")

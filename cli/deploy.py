@@ -1,13 +1,16 @@
 """Commands that put a plan on a checkpoint and verify it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as o
 from .errors import guarded
 from .render import emit_json, lines, pairs
+
+if TYPE_CHECKING:
+    from sparsesearch.plan import Plan
 
 
 def apply(
@@ -23,13 +26,22 @@ def apply(
             "--allow-other-weights", help="Accept weights the plan was not made for, such as a fine-tuned copy."
         ),
     ] = False,
+    component: Annotated[
+        str, typer.Option(help="Which transformer of a diffusers pipeline; Wan 2.2 also has transformer_2.")
+    ] = "transformer",
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.diffusion.export import export_diffusers, is_diffusers_directory
     from sparsesearch.runtime.export import export
 
-    opened = Plan.load(plan)
+    opened, folder = Plan.load(plan), Path(model)
+    if folder.is_dir() and is_diffusers_directory(folder):
+        part = component if (folder / "model_index.json").is_file() else ""
+        export_diffusers({part: opened}, folder, out, overwrite=overwrite, allow_other_weights=allow_other_weights)
+        _show(opened, out, "DiffusionPipeline" if part else opened.base_model.model_type, json)
+        return
     export(
         opened,
         model,
@@ -39,15 +51,19 @@ def apply(
         overwrite=overwrite,
         allow_other_weights=allow_other_weights,
     )
-    counts = opened.kind_counts()
-    content = {"checkpoint": str(out), "plan_sha256": opened.sha256, "rules": counts}
+    _show(opened, out, "AutoModelForCausalLM", json)
+
+
+def _show(plan: "Plan", out: Path, loader: str, json: bool) -> None:
+    """Say what was written; under a step schedule, heads are counted at its first step."""
+    counts = plan.at_step(0).kind_counts()
     if json:
-        emit_json(content)
+        emit_json({"checkpoint": str(out), "plan_sha256": plan.sha256, "rules": counts})
         return
     sparse = sum(counts.values()) - counts.get("dense", 0)
     lines(
         f"written: {out} ({sparse} of {sum(counts.values())} query heads changed)",
-        f"load it with: import sparsesearch; AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        f"load it with: import sparsesearch; {loader}.from_pretrained({str(out)!r})",
     )
 
 

@@ -1,15 +1,18 @@
 """sparsesearch: calibration -> Profile, search space -> candidates, device -> CostModel; ScoreTable -> search -> Plan -> apply -> report.
 
 Importing it registers the attention implementation `sparsesearch` with transformers, so that `from_pretrained` runs the plan which a patched
-checkpoint carries. It touches nothing else.
+checkpoint carries; likewise for diffusers, as soon as that is imported. It touches nothing else.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from sparsesearch.runtime.diffusion.loading import register as register_diffusers
 from sparsesearch.runtime.registration import register
 
 if TYPE_CHECKING:
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.decode_step import DecodeStep
+    from sparsesearch.runtime.diffusion.live import apply_diffusers
     from sparsesearch.runtime.export import export
     from sparsesearch.runtime.fingerprint import describe
     from sparsesearch.runtime.live import AppliedPlan, apply
@@ -17,12 +20,25 @@ if TYPE_CHECKING:
     from sparsesearch.runtime.prepare import sparse_cache
     from sparsesearch.runtime.verify import verify
 
-__all__ = ["AppliedPlan", "Plan", "apply", "describe", "export", "load_model", "sparse_cache", "verify"]
+__all__ = [
+    "AppliedPlan",
+    "DecodeStep",
+    "Plan",
+    "apply",
+    "apply_diffusers",
+    "describe",
+    "export",
+    "load_model",
+    "sparse_cache",
+    "verify",
+]
 
 _HOMES = {
     "AppliedPlan": "runtime.live",
+    "DecodeStep": "runtime.decode_step",
     "Plan": "plan",
     "apply": "runtime.live",
+    "apply_diffusers": "runtime.diffusion.live",
     "describe": "runtime.fingerprint",
     "export": "runtime.export",
     "load_model": "runtime.loading",
@@ -31,6 +47,7 @@ _HOMES = {
 }
 
 register()
+register_diffusers()
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,7 @@ class Question:
         objective: a name of `proxies.OBJECTIVES`.
         answer_weight: weight of the answer proxy in `combined`.
         cost_model: prices `latency`; needed only by such budgets.
+        sample_weights: of the calibration sequences, in the profile's order; None weighs them equally.
     """
 
     budgets: tuple[Budget, ...]
@@ -45,6 +46,7 @@ class Question:
     objective: str = "combined"
     answer_weight: float = DEFAULT_ANSWER_WEIGHT
     cost_model: CostModel | None = None
+    sample_weights: tuple[float, ...] | None = None
 
 
 def score_table(profile: Profile, question: Question) -> ScoreTable:
@@ -62,9 +64,13 @@ def score_table(profile: Profile, question: Question) -> ScoreTable:
         )
     if "latency" in metrics and question.cost_model is None:
         raise SpecError("a latency budget must have a cost model. Pass --device cpu or --device roofline:h100.")
-    loss = objective_loss(profile, question.objective, question.granularity, answer_weight=question.answer_weight)[
-        :, columns
-    ]
+    loss = objective_loss(
+        profile,
+        question.objective,
+        question.granularity,
+        answer_weight=question.answer_weight,
+        sample_weights=question.sample_weights,
+    )[:, columns]
     units = profile_units(profile, question.granularity)
     tiles = [length_terms(profile, length, question.granularity).tiles for length in profile.manifest.lengths]
     costs = {"density": np.stack(tiles, -1)[:, columns]}

@@ -73,7 +73,7 @@ def test_a_space_is_named_by_its_file_and_starts_with_dense(name: str) -> None:
     assert space.name == name
     assert space.candidates[0].kind == "dense"
     assert len(set(space.labels)) == len(space.candidates)
-    assert "arXiv:" in space.source or name == "mixture"
+    assert "arXiv:" in space.source or name in ("mixture", "video_mixture")
 
 
 def test_mixture_holds_the_spaces_it_includes() -> None:

@@ -93,7 +93,11 @@ def _curve_cases(shapes: Grid) -> list[Case]:
 
 def estimators() -> dict[str, Rule]:
     """A generous example of every dynamic rule."""
-    return {kind: rule.examples()[-1] for kind, rule in rule_kinds().items() if rule.dynamic and not rule.reuses}
+    return {
+        kind: rule.examples()[-1]
+        for kind, rule in rule_kinds().items()
+        if rule.dynamic and not (rule.reuses or rule.needs_layout)
+    }
 
 
 def _select(rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

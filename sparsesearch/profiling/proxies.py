@@ -39,11 +39,24 @@ class LengthTerms:
     tiles: Float[ndarray, "U C"]
 
 
-def length_terms(profile: Profile, length: int, granularity: Granularity) -> LengthTerms:
-    """Read one length's proxies. Where no sample has an answer, the answer proxy is of the model's own predictions."""
+def length_terms(
+    profile: Profile, length: int, granularity: Granularity, *, sample_weights: tuple[float, ...] | None = None
+) -> LengthTerms:
+    """Read one length's proxies. Where no sample has an answer, the answer proxy is of the model's own predictions.
+
+    `sample_weights` mixes the calibration sequences otherwise than equally; only their ratios count.
+    """
     scores = profile.scores(length)
     answers = np.array(profile.manifest.num_answers[str(length)])
-    weight = (answers > 0) / answers.sum() if answers.any() else np.full(len(answers), 1 / (length * len(answers)))
+    share = (
+        np.ones(len(answers))
+        if sample_weights is None
+        else np.array(sample_weights) * (len(answers) / sum(sample_weights))
+    )
+    counted = (answers * share).sum()
+    weight = share * (answers > 0) / counted if counted else share / (length * len(answers))
+    if sample_weights is not None:
+        scores = _weighed(scores, torch.from_numpy(share).float())
     layers = range(len(profile.manifest.base_model.modules))
     parts = [
         _layer_terms(profile, scores, f"{layer:03d}.", length, torch.from_numpy(weight).float(), granularity)
@@ -52,6 +65,23 @@ def length_terms(profile: Profile, length: int, granularity: Granularity) -> Len
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     tiles = joined.pop("tiles")
     return LengthTerms(joined, tiles)
+
+
+def _weighed(scores: dict[str, Tensor], share: Float[Tensor, " n"]) -> dict[str, Tensor]:
+    """Scores whose plain mean over samples is the weighted one; Fisher products enter squared."""
+
+    def of(name: str, x: Tensor) -> Tensor:
+        weight = share.view(-1, *[1] * (x.dim() - 1))
+        match name.rpartition(".")[2]:
+            case "fisher":
+                return x * weight.sqrt()
+            case "kept_mass":  # read as 1 - mass
+                return 1 - (1 - x) * weight
+            case "tiles" | "output_error":
+                return x * weight
+        return x
+
+    return {name: of(name, x) for name, x in scores.items()}
 
 
 def _layer_terms(
@@ -115,7 +145,12 @@ def reference_candidate(profile: Profile) -> int:
 
 
 def objective_loss(
-    profile: Profile, objective: str, granularity: Granularity, *, answer_weight: float
+    profile: Profile,
+    objective: str,
+    granularity: Granularity,
+    *,
+    answer_weight: float,
+    sample_weights: tuple[float, ...] | None = None,
 ) -> Float[ndarray, "U C"]:
     """Loss of every candidate in every unit, summed over the profiled lengths.
 
@@ -124,6 +159,7 @@ def objective_loss(
         objective: a proxy by name, or `combined`: text + answer_weight x answer, both normalised.
         granularity: what a unit is.
         answer_weight: see `combined`.
+        sample_weights: see `length_terms`.
 
     Raises:
         SpecError: unknown objective.
@@ -134,7 +170,7 @@ def objective_loss(
     weights = {"text": 1.0, "answer": answer_weight} if objective == "combined" else {objective: 1.0}
     loss: Float[ndarray, "U C"] = np.zeros((1, 1))
     for length in profile.manifest.lengths:
-        terms = length_terms(profile, length, granularity).proxies
+        terms = length_terms(profile, length, granularity, sample_weights=sample_weights).proxies
         for name, weight in weights.items():
             loss = loss + weight * terms[name] / max(float(terms[name][:, reference].sum()), 1e-30)
     loss[:, 0] = 0.0  # dense differs from itself by rounding only

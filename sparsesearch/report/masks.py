@@ -8,6 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, density
+from sparsesearch.layout import video_layout
 from sparsesearch.plan import Plan
 from sparsesearch.report.svg import figure
 from sparsesearch.rules.base import LengthLaw, Rule
@@ -17,6 +18,8 @@ from sparsesearch.rules.reuse import Reuse
 
 _SIDE = 132.0
 _MOST_BLOCKS = 32
+
+EXAMPLE_VIDEO = video_layout(8, 16, 16)
 
 
 def mask_cards(plan: Plan, length_tokens: int, *, most: int = 18) -> str:
@@ -33,10 +36,11 @@ def mask_cards(plan: Plan, length_tokens: int, *, most: int = 18) -> str:
 
 
 def _card(rule: Rule, heads: int, block_tokens: int, length_tokens: int) -> str:
-    blocks = min(_MOST_BLOCKS, -(-length_tokens // block_tokens))
-    grid = BlockGrid(blocks * block_tokens, blocks * block_tokens, block_tokens)
+    grid = example_grid(rule, length_tokens, block_tokens)
     tiles = example_tiles(rule, grid)
     said = f"{100 * density(tiles, grid):.0f} % of the tiles"
+    if rule.needs_layout:
+        said += f" of a video of {EXAMPLE_VIDEO.num_tokens} tokens, in its order {rule.token_order}"
     if rule.dynamic:
         said = "chosen from the data; shown on synthetic queries and keys"
     if isinstance(rule, Reuse):
@@ -54,6 +58,15 @@ def _card(rule: Rule, heads: int, block_tokens: int, length_tokens: int) -> str:
         f"head{'s' if heads != 1 else ''}</span><br><code>{escape(parameters.rstrip(')') or 'no parameters')}</code><br>"
         f'<span class="soft">{escape(said)} · {escape(rule.source)}</span></figcaption></figure>'
     )
+
+
+def example_grid(rule: Rule, length_tokens: int, block_tokens: int) -> BlockGrid:
+    """The grid of a rule's picture: a short causal sequence, or a small video for rules over frames."""
+    if rule.needs_layout:
+        tokens = EXAMPLE_VIDEO.num_tokens
+        return BlockGrid(tokens, tokens, 64, causal=False, layout=EXAMPLE_VIDEO)
+    tokens = min(_MOST_BLOCKS, -(-length_tokens // block_tokens)) * block_tokens
+    return BlockGrid(tokens, tokens, block_tokens)
 
 
 def thumbnail(tiles: Bool[Tensor, "M N"], grid: BlockGrid, kind: str, *, faint: bool = False) -> str:

@@ -24,6 +24,16 @@ _KNOWN = {
     "mean_value": Swatch("M", "#6b7683", "#98a4b1"),
     "dense_source": Swatch("S", "#3d5fa8", "#a9c1ff"),
     "reuse": Swatch("R", "#8a5a2b", "#d6a878"),
+    "diagonal_band": Swatch("B", "#2c6e49", "#7fce9f"),
+    "neighbourhood": Swatch("N", "#5a7d1e", "#b5d86a"),
+    "stripes": Swatch("T", "#946c00", "#e3bd4f"),
+    "radial_decay": Swatch("L", "#8f3f9e", "#d795e6"),
+    "first_frames": Swatch("1", "#0f7c8f", "#5fd0e3"),
+    "calibrated_tiles": Swatch("C", "#4b3fa0", "#a59cf0"),
+    "union": Swatch("U", "#5c5346", "#c2b8a8"),
+    "block_mass": Swatch("A", "#b0432f", "#f49a86"),
+    "draft_attention": Swatch("Q", "#92304f", "#ee8fae"),
+    "pooled_tail": Swatch("O", "#7a4a12", "#deb078"),
     "zero": Swatch("0", "#dfe4ea", "#2f3843", "#4a5461", "#aeb8c3"),
 }
 _OTHERS = (

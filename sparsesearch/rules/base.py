@@ -140,8 +140,11 @@ class Rule(BaseModel):
         """Layer (index of the attention module) and query head whose selection query head `head` runs; None: it chooses by itself."""
         return None
 
-    def calibrated(self, mass: Float[Tensor, "N N"]) -> Self:
-        """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default."""
+    def calibrated(self, mass: Float[Tensor, "N N"], grid: BlockGrid | None = None) -> Self:
+        """The rule for one unit whose mean attention mass per tile (rows sum to the queries in them) is `mass`; itself by default.
+
+        `mass` is in the rule's order; `grid`, if given, is the one it was measured on.
+        """
         return self
 
     def kept_tokens(self, grid: BlockGrid) -> int:

@@ -35,14 +35,9 @@ class FixedBlocks(Rule):
     @field_validator("bitmap")
     @classmethod
     def _decodes(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                decode_bitmap(value)
-            except (ValueError, zlib.error, binascii.Error) as error:
-                raise ValueError("must be the zlib + base64 text of a square bitmap, as profiling writes it") from error
-        return value
+        return check_bitmap(value)
 
-    def calibrated(self, mass: Float[Tensor, "N N"]) -> Self:
+    def calibrated(self, mass: Float[Tensor, "N N"], grid: BlockGrid | None = None) -> Self:
         """Keep each row's heaviest tiles."""
         size = mass.shape[0]
         rows = torch.arange(size)[:, None]
@@ -85,6 +80,20 @@ def encode_bitmap(bits: Bool[Tensor, "R R"]) -> str:
     """Pack a square bitmap into text."""
     packed = np.packbits(bits.numpy())
     return f"{bits.shape[0]}:{base64.b64encode(zlib.compress(packed.tobytes(), 9)).decode()}"
+
+
+def check_bitmap(text: str | None) -> str | None:
+    """The text itself, if it is None or a bitmap.
+
+    Raises:
+        ValueError: it is no bitmap.
+    """
+    if text is not None:
+        try:
+            decode_bitmap(text)
+        except (ValueError, zlib.error, binascii.Error) as error:
+            raise ValueError("must be the zlib + base64 text of a square bitmap, as profiling writes it") from error
+    return text
 
 
 def decode_bitmap(text: str) -> Bool[Tensor, "R R"]:

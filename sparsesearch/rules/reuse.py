@@ -50,7 +50,7 @@ class Reuse(Rule):
         if left is None:
             raise SpecError(
                 "reuse must be given the selection of its source layer; it runs inside a plan only. Search such a plan with "
-                "`sparsesearch search --objective reuse`."
+                "`sparsesearch search-reuse`."
             )
         if left.shape[-2:] != (grid.num_q_blocks, grid.num_k_blocks):
             raise SpecError(

@@ -90,7 +90,7 @@ class DecodeStep:
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.int32, device=device) if ours else None
         for layer in layers:  # rows differ from layer to layer, and one graph is to serve all
             for rows in (layer.keys, layer.values) if ours else ():
-                torch._dynamo.maybe_mark_dynamic(rows, 0)  # type: ignore[attr-defined]
+                torch._dynamo.maybe_mark_dynamic(rows, 0)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: tuple[int, ...] = ()
         self._logits: Tensor | None = None
@@ -191,7 +191,7 @@ def _addresses(cache: Cache) -> tuple[int, ...]:
 @contextmanager
 def _layers_compiled(model: PreTrainedModel, cache: Cache, backend: str) -> Iterator[None]:
     """Send each decoder layer through one compiled function, with its own cache in the place of the whole."""
-    layers, config = decoder_layers(model), torch._dynamo.config  # type: ignore[attr-defined]
+    layers, config = decoder_layers(model), torch._dynamo.config
     run = _compiled(backend)
     try:
         for layer in layers:

@@ -82,7 +82,7 @@ def export(
         ArtifactError: the base has no safetensors weights, `out` is not empty, or the disk is full. `out` is as it was.
         SpecError: a GGUF base without `dequantize`.
     """
-    _check_target(out, locate(model), overwrite)
+    check_target(out, locate(model), overwrite)
     place = locate(model)
     if isinstance(place, Path) and place.suffix == ".gguf":
         return _export_gguf(plan, place, out, dequantize, overwrite, allow_other_weights, command)
@@ -90,8 +90,8 @@ def export(
     weights = _weight_files(source)
     base = _look_at(source, allow_other_weights, trust_remote_code)
     implementation = _fitting_implementation(plan, base, allow_other_weights)
-    with _complete_or_nothing(out, overwrite) as staging:
-        linked = [file.name for file in weights if _link_or_copy(file, staging / file.name)]
+    with complete_or_nothing(out, overwrite) as staging:
+        linked = [file.name for file in weights if link_or_copy(file, staging / file.name)]
         for pattern in _COMPANIONS:
             for file in sorted(source.glob(pattern)):
                 if file.is_file():
@@ -102,7 +102,12 @@ def export(
     return ExportedCheckpoint(out, tuple(linked), copied, _heads_patched(plan))
 
 
-def _check_target(out: Path, base: Path | str, overwrite: bool) -> None:
+def check_target(out: Path, base: Path | str, overwrite: bool) -> None:
+    """Refuse a place where a checkpoint cannot be written.
+
+    Raises:
+        ArtifactError: it is a file, holds files and `overwrite` is off, or lies inside the base model.
+    """
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} must be a directory, but is a file. Choose another place with -o.")
     if isinstance(base, Path) and base.resolve() in (out.resolve(), *out.resolve().parents):
@@ -165,7 +170,7 @@ def _export_gguf(
         )
     base, tokenizer = load_model(file)
     implementation = _fitting_implementation(plan, base, allow_other_weights)
-    with _complete_or_nothing(out, overwrite) as staging:
+    with complete_or_nothing(out, overwrite) as staging:
         _plain(base).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
@@ -214,7 +219,7 @@ def _heads_patched(plan: Plan) -> int:
     return sum(rule.kind != "dense" for _, _, rule in plan.heads())
 
 
-def _link_or_copy(file: Path, target: Path) -> bool:
+def link_or_copy(file: Path, target: Path) -> bool:
     """Hard-link a file (through symbolic links), or copy it where that is impossible; says whether it was linked."""
     try:
         target.hardlink_to(file.resolve())
@@ -225,7 +230,7 @@ def _link_or_copy(file: Path, target: Path) -> bool:
 
 
 @contextmanager
-def _complete_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
+def complete_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
     """A directory beside `out` that takes its place when the body ends well, and vanishes when it does not."""
     staging: Path | None = None
     try:

@@ -114,12 +114,16 @@ def _routed_to_us(model: PreTrainedModel) -> Iterator[None]:
 
 
 def weights_sha256(model: PreTrainedModel) -> str | None:
+    """`parameters_sha256` of the base model, without the language-model head: so loads with and without one agree."""
+    return parameters_sha256(model.base_model)
+
+
+def parameters_sha256(module: nn.Module) -> str | None:
     """Digest of sorted parameter names, shapes, and up to 64 evenly spaced values per tensor, rounded to bfloat16.
 
-    So a bfloat16 and a float32 load of the same bfloat16 weights agree. The language-model head is left out where it is a tensor of its
-    own, so loads with and without it agree too. None when weights are not at hand (meta tensors, offloading).
+    So a bfloat16 and a float32 load of the same bfloat16 weights agree. None when weights are not at hand (meta tensors, offloading).
     """
-    parameters = sorted(model.base_model.named_parameters())
+    parameters = sorted(module.named_parameters())
     if any(parameter.is_meta for _, parameter in parameters):
         return None
     digest = hashlib.sha256()

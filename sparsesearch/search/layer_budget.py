@@ -67,12 +67,10 @@ def solve_lanes(
     prices, bound, plans = _maximise(lanes, limit, cheapest)
     fitting = [plan for plan in plans if _fits(plan.cost, limit)]
     best = min(fitting, key=lambda plan: plan.loss, default=None)
-    found, complete = _search(lanes, limit, prices, best, gap_target, max_labels)
+    found, dropped, complete = _search(lanes, limit, prices, best, gap_target, max_labels)
     if found is None:
         raise BudgetInfeasibleError(_infeasible(floor, limit))
-    # labels were dropped when they promised less than half the target over the best plan at that time
-    proven = found.loss - 0.5 * gap_target * abs(found.loss) if complete else bound
-    lower_bound = min(max(bound, proven), found.loss)
+    lower_bound = min(max(bound, dropped if complete else bound), found.loss)
     if found.loss - lower_bound <= 1e-12 * abs(found.loss):
         lower_bound = found.loss
     solver = "layer dp" if complete else f"layer dp (labels capped at {max_labels})"
@@ -148,8 +146,12 @@ def _search(
     best: _Plan | None,
     gap_target: float,
     max_labels: int,
-) -> tuple[_Plan | None, bool]:
-    """The optimum (or `best`, when nothing beats it by more than half the target), and whether no label was lost to the cap."""
+) -> tuple[_Plan | None, float, bool]:
+    """The optimum, or `best` when nothing promises to beat it by more than half the target.
+
+    Returns:
+        The plan, the least that any label dropped for its promise could have lost, and whether no label was lost to the cap.
+    """
     priced = [cost_to_go(lane, prices) for lane in lanes]
     least = [np.stack([cost_to_go(lane, unit, losses=False) for unit in np.eye(len(limit))], -1) for lane in lanes]
     later = np.cumsum([0.0, *(value[0, -1] for value in priced[:0:-1])])[::-1]
@@ -158,7 +160,7 @@ def _search(
     none = np.array([lanes[0].num_states - 1])
     zero = np.zeros(1, dtype=np.int64)
     labels = _Labels(none, np.zeros(1), np.zeros((1, len(limit))), zero, zero, zero)
-    steps, complete = [], True
+    steps, dropped, complete = [], np.inf, True
     for index, lane in enumerate(lanes):
         labels = labels.take(np.arange(len(labels.loss)))
         labels.state[:] = lane.num_states - 1  # a lane begins with nothing held
@@ -167,15 +169,17 @@ def _search(
             ahead = priced[index][layer + 1][labels.state] + later[index]
             promise = labels.loss + labels.cost @ prices + ahead - float(prices @ limit)
             rest = labels.cost + least[index][layer + 1][labels.state] + later_cost[index]
-            labels, promise = _kept(labels, promise, (promise < bar) & _fits(rest, limit), lane, layer)
+            feasible = _fits(rest, limit)
+            dropped = min(dropped, float(promise[feasible & (promise >= bar)].min(initial=np.inf)))
+            labels, promise = _kept(labels, promise, feasible & (promise < bar), lane, layer)
             if len(labels.loss) > max_labels:
                 complete = False
                 labels = labels.take(np.sort(np.argpartition(promise, max_labels)[:max_labels]))
             if not len(labels.loss):
-                return best, complete
+                return best, dropped, complete
             steps.append(labels)
     winner = int(labels.loss.argmin())
-    return _trace(lanes, steps, winner), complete
+    return _trace(lanes, steps, winner), dropped, complete
 
 
 def _extend(lane: Lane, layer: int, labels: _Labels) -> _Labels:

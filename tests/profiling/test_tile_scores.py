@@ -8,7 +8,9 @@ from sparsesearch.kernels.reference import tile_attention
 from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, score_layer, tile_mass
 from sparsesearch.rules import Rule, rule_kinds
 
-RULES: list[Rule] = [rule for kind in rule_kinds().values() if not kind.reuses for rule in kind.examples()]
+RULES: list[Rule] = [
+    rule for kind in rule_kinds().values() if not (kind.reuses or kind.needs_layout) for rule in kind.examples()
+]
 
 
 def layer(length: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, window: int | None = None) -> LayerInput:

@@ -7,13 +7,12 @@ from xml.etree import ElementTree
 import pytest
 from embedded_model import INFO, plan_of, silencing
 
-from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate import Metrics
 from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
 from sparsesearch.report import Curve, Panel, corridor, plot, render
 from sparsesearch.report.head_map import head_map
-from sparsesearch.report.masks import example_tiles
+from sparsesearch.report.masks import example_grid, example_tiles
 from sparsesearch.report.palette import swatches
 from sparsesearch.report.svg import Axis
 from sparsesearch.rules import rule_kinds
@@ -24,7 +23,7 @@ from sparsesearch.rules.sink_window import SinkWindow
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVERY_RULE = [rule for kind in rule_kinds().values() for rule in kind.examples()]
-ALONE = [rule for rule in EVERY_RULE if not rule.reuses]
+ALONE = [rule for rule in EVERY_RULE if not (rule.reuses or rule.needs_layout)]
 
 
 def _cell(needle: float, kl: float, density: float) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def test_maps_of_any_size_stay_on_the_page(layers: int, heads: int, kv: int) -> 
 
 @pytest.mark.parametrize("rule", EVERY_RULE, ids=lambda rule: rule.label)
 def test_every_rule_has_a_picture(rule: Rule) -> None:
-    grid = BlockGrid(2048, 2048, 64)
+    grid = example_grid(rule, 2048, 64)
     tiles = example_tiles(rule, grid)
     assert tiles.shape == (32, 32)
     assert not (tiles & ~grid.reachable()).any()

@@ -9,7 +9,7 @@ from sparsesearch.kernels.reference import tile_attention
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
 from sparsesearch.rules.reuse import Reuse
 
-EXAMPLES = [rule for kind in rule_kinds().values() for rule in kind.examples()]
+EXAMPLES = [rule for kind in rule_kinds().values() if not kind.needs_layout for rule in kind.examples()]
 STATIC = [rule for rule in EXAMPLES if not rule.dynamic]
 DYNAMIC = [rule for rule in EXAMPLES if rule.dynamic and not rule.reuses]  # those that choose by themselves
 SHAPES = [(1, 1), (63, 63), (64, 64), (65, 65), (200, 200), (1, 130), (37, 200), (130, 513)]

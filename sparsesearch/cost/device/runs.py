@@ -225,7 +225,11 @@ def pointwise_runs(bench: Bench, tokens: Sequence[int], width: int = 4096) -> It
 
 def estimator_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_dim: int = 128) -> Iterator[Row]:
     """What a dynamic rule takes before attention can start: its choice and, on a GPU, the schedule built from it."""
-    rules: dict[str, Rule] = {kind: rule.examples()[-1] for kind, rule in rule_kinds().items() if rule.dynamic}
+    rules = {
+        kind: rule.examples()[-1]
+        for kind, rule in rule_kinds().items()
+        if rule.dynamic and not (rule.reuses or rule.needs_layout)
+    }
     for length in tokens:
         q, k = bench.normal(heads, length, head_dim), bench.normal(heads, length, head_dim)
         grid = BlockGrid(length, length, 128)

@@ -1,0 +1,100 @@
+"""The command that searches plans whose layers reuse each other's selections."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from . import options as o
+from .errors import guarded, usage
+from .render import emit_json, lines, progress_bar, table
+
+
+def search_reuse(
+    profile: o.ProfileDir,
+    objective: Annotated[
+        Literal["reuse", "hylra", "rals"],
+        typer.Option(help="reuse: least loss in a budget. hylra, rals: the published ones, on overlap alone."),
+    ] = "reuse",
+    budget: Annotated[
+        list[str] | None, typer.Option(help="density=0.25; for --objective reuse.", metavar="METRIC=SHARE")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
+    space: Annotated[str | None, typer.Option(help="Choose among this space's rules only (name or YAML file).")] = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Shares of each row that a dense layer leaves for reuse, by commas; hylra and rals use the first."
+        ),
+    ] = "0.1,0.25",
+    unit: Annotated[
+        Literal["layer", "kv_group"] | None,
+        typer.Option(help="What decides; kv_group for reuse, layer for hylra and rals by default."),
+    ] = None,
+    span: Annotated[int, typer.Option(help="Layers that a selection may be carried on.", min=1)] = 7,
+    threshold: Annotated[float, typer.Option(help="hylra: least overlap of a reuse.", min=0, max=1)] = 0.85,
+    max_refreshes: Annotated[int, typer.Option(help="rals: refreshing layers after the first.", min=0)] = 2,
+    passes: Annotated[int, typer.Option(help="Most rounds of profiling; the later ones under the plan.", min=1)] = 3,
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences per length.", min=1)] = 6,
+    model: o.OptionalModel = None,
+    device: o.Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Find a plan whose layers may run an earlier layer's selection. It profiles pairs of layers and searches until the plan repeats."""
+    from dataclasses import asdict
+
+    from sparsesearch import calibration
+    from sparsesearch.errors import ArtifactError
+    from sparsesearch.index_reuse import ReuseQuestion
+    from sparsesearch.index_reuse import search_reuse as run
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.profiling.reuse import reuse_menu
+    from sparsesearch.runtime.loading import load_model
+    from sparsesearch.search.budget import parse_budgets
+    from sparsesearch.search_space import SearchSpace
+
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
+    with usage("--budget"):
+        budgets = parse_budgets(budget) if budget else ()
+    opened = Profile.load(profile)
+    menu = reuse_menu(
+        opened,
+        o.parsed_shares(keep, "--keep"),
+        span=span,
+        unit=unit or ("kv_group" if objective == "reuse" else "layer"),
+        space=None if space is None else SearchSpace.load(space),
+    )
+    question = ReuseQuestion(menu, objective, budgets, threshold=threshold, max_refreshes=max_refreshes)
+    name = model or opened.manifest.base_model.name_or_path
+    live, tokenizer = load_model(name, device=o.present_device(device))
+    samples = {
+        length: calibration.load("needle", tokenizer, length_tokens=length, num_samples=num_samples, seed=seed).samples
+        for length in opened.manifest.lengths
+    }
+    with progress_bar() as progress:
+        plan, rounds = run(live, question, samples, passes=passes, seed=seed, progress=progress)
+    plan.save(out)
+    gap = None if plan.certificate is None else plan.certificate.gap
+    predicted = {f"{record.metric}@{n}": used for record in plan.budgets for n, used in record.predicted.items()}
+    if json:
+        content = {"plan": str(out), "sha256": plan.sha256, "rules": plan.kind_counts(), "predicted": predicted}
+        emit_json({**content, "gap": gap, "passes": [asdict(one) for one in rounds]})
+        return
+    table(
+        "passes",
+        ["profiled under", "loss", "text KL", "answer KL", "joint"],
+        [list(asdict(r).values()) for r in rounds],
+    )
+    table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
+    said = [f"{key} = {value:.4f}" for key, value in predicted.items()] + (
+        [] if gap is None else [f"proven gap {gap:.2g}"]
+    )
+    lines(*([", ".join(said)] if said else []), f"kept: pass {plan.provenance['pass_kept']}; written: {out}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command("search-reuse")(guarded(search_reuse))

@@ -1,0 +1,93 @@
+"""The command that runs a study: true evaluations of plans on one or many machines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+from .errors import guarded
+from .render import emit_json, lines, progress_bar, table
+
+
+def tune(
+    profiles: Annotated[
+        list[Path] | None, typer.Argument(help="Profile directories of one model; more than one varies the block size.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the front and its plans.")] = Path("study"),
+    name: Annotated[str, typer.Option(help="Name of the new study.")] = "study",
+    join: Annotated[str | None, typer.Option(help="Join this study instead of making one.", metavar="NAME")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="A journal file, postgresql+psycopg://… or redis://…; <out>/study.journal by default."),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Finished trials of the whole study.", min=1)] = 50,
+    workers: Annotated[int, typer.Option(help="Processes on this machine.", min=1)] = 1,
+    densities: Annotated[str, typer.Option(help="Smallest and largest density to look at.")] = "0.1,0.4",
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences per trial.", min=4)] = 12,
+    warm: Annotated[int, typer.Option(help="First trials: points of the exact front.", min=0)] = 5,
+    unit: Annotated[o.Unit, typer.Option(help="What decides inside a trial.")] = "query_head",
+    refresh_periods: Annotated[
+        bool, typer.Option("--refresh-periods", help="Also vary how often dynamic rules choose anew.")
+    ] = False,
+    model: o.OptionalModel = None,
+    device: o.Device = "cpu",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Improve the exact front by true evaluations. Many workers, here and elsewhere, may join one study."""
+    import pandas as pd
+
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.errors import SpecError
+    from sparsesearch.studies.processes import run_workers
+    from sparsesearch.studies.storage import create_study, open_study
+    from sparsesearch.studies.tune import StudyDescription, front_rows, plan_of, warm_start
+
+    place, study_name = storage or str(out / "study.journal"), join or name
+    if join is None:
+        bounds = o.parsed_shares(densities, "--densities")
+        if len(bounds) != 2 or bounds[0] > bounds[1]:
+            raise typer.BadParameter(
+                f"must be two rising shares, such as 0.1,0.4, but got {densities!r}.", param_hint="--densities"
+            )
+        description = StudyDescription.of(
+            profiles or [],
+            model=model,
+            num_sequences=num_sequences,
+            batch_sequences=max(2, num_sequences // 3),
+            lowest_density=bounds[0],
+            highest_density=bounds[1],
+            unit=unit,
+            refresh_periods=refresh_periods,
+            seed=seed,
+        )
+        study = create_study(place, study_name, seed=seed)
+        description.save(study)
+        warm_start(study, description, warm)
+    elif profiles:
+        raise SpecError("--join takes the study's own profiles, but some were named too. Leave them out.")
+    where = o.present_device(device)
+    with progress_bar() as progress:
+        run_workers(place, study_name, num_trials=trials, num_workers=workers, device=where, progress=progress)
+    study = open_study(place, study_name, seed=seed)
+    description = StudyDescription.load(study)
+    rows, opened = front_rows(study), description.open_profiles()
+    for trial in study.best_trials:
+        plan_of(trial, description, opened).save(out / f"plan-{trial.number}.json")
+    write_bytes(out / "front.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+    states = pd.Series([trial.state.name.lower() for trial in study.trials]).value_counts().to_dict()
+    if json:
+        emit_json({"study": study_name, "storage": place, "trials": states, "front": rows})
+        return
+    shown = [[row["trial"], row["density"], row["joint_loss"], row["origin"]] for row in rows]
+    table(f"front of {study_name!r}", ["trial", "density", "joint loss (nats)", "origin"], shown)
+    lines(
+        f"trials: {', '.join(f'{count} {state}' for state, count in states.items())}",
+        f"written: {out}/front.csv and plans",
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command("tune")(guarded(tune))

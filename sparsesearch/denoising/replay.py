@@ -1,0 +1,130 @@
+"""Replay: true sampling under a plan. The judge of every plan, and the measure of how much each head matters in the end."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsesearch.denoising.planning import write_step_plan
+from sparsesearch.plan import Plan
+from sparsesearch.profiling.denoising.record import DenoisingProfile
+from sparsesearch.profiling.denoising.run import Progress, Sampler, silent
+from sparsesearch.runtime.diffusion.live import apply_to_transformer
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What plans do to the samples.
+
+    Attributes:
+        model: the transformer.
+        sampler: samples fixed inputs through it.
+        dense: what it gives without a plan.
+    """
+
+    model: Any
+    sampler: Sampler
+    dense: Float[Tensor, "B ..."]
+
+    @classmethod
+    def of(cls, model: Any, sampler: Sampler) -> "Replay":
+        """Sample once without a plan."""
+        return cls(model, sampler, sampler())
+
+    def samples(self, plan: Plan) -> Float[Tensor, "B ..."]:
+        """What it gives under a plan."""
+        with apply_to_transformer(self.model, plan, allow_other_weights=True):
+            return self.sampler()
+
+    def error(self, plan: Plan) -> Float[Tensor, " B"]:
+        """Mean square difference from dense of each sample."""
+        return (self.samples(plan) - self.dense).square().flatten(1).mean(1)
+
+
+def accept(
+    replay: Replay, plans: dict[str, Plan], *, progress: Progress = silent
+) -> tuple[str, dict[str, Float[Tensor, " B"]]]:
+    """Replay plans of one budget and name the best: least mean logarithm of the error, which is the greatest mean PSNR.
+
+    No plan is taken by its predicted error: the prediction only says which ones are worth a replay.
+    """
+    errors: dict[str, Float[Tensor, " B"]] = {}
+    for done, (name, plan) in enumerate(plans.items()):
+        progress("replay", done, len(plans))
+        errors[name] = replay.error(plan)
+    progress("replay", len(plans), len(plans))
+    return min(errors, key=lambda name: float(errors[name].clamp_min(1e-12).log().mean())), errors
+
+
+def measure_sensitivity(
+    profile: DenoisingProfile,
+    replay: Replay,
+    *,
+    density: float,
+    per_head: bool = True,
+    progress: Progress = silent,
+) -> DenoisingProfile:
+    """Fill in how much the final samples change per unit of error in each range and head (or layer).
+
+    One replay per range and head: that head alone takes the candidate of least error among those near `density`, and the mean square change
+    of the samples is divided by its error. So an error counts by what becomes of it, through later layers and steps.
+
+    Args:
+        profile: the profile; saved again where it lies.
+        replay: on the calibration inputs.
+        density: the budget that is asked for; a perturbation of that size is what the plan will make.
+        per_head: False perturbs whole layers, which takes a replay per range and layer.
+        progress: called with (stage, done, total).
+    """
+    ranges, layers, heads, _ = profile.error.shape
+    probe = _near(profile, density)
+    sensitivity = torch.zeros(ranges, layers, heads)
+    groups = [[head] for head in range(heads)] if per_head else [list(range(heads))]
+    todo = [(place, layer, group) for place in range(ranges) for layer in range(layers) for group in groups]
+    for done, (place, layer, group) in enumerate(todo):
+        progress("sensitivity", done, len(todo))
+        choice = np.zeros((ranges, layers, heads), int)
+        choice[place, layer, group] = probe[place, layer, group]
+        plan = write_step_plan(profile, choice.ravel(), density=1.0)
+        changed = float(replay.error(plan).mean())
+        first, end = profile.manifest.ranges[place]
+        columns = torch.as_tensor(probe[place, layer, group])
+        error = float(profile.error[place, layer, group, columns].sum()) * (end - first) / profile.manifest.num_steps
+        sensitivity[place, layer, group] = changed / max(error, 1e-12)
+    progress("sensitivity", len(todo), len(todo))
+    return profile.with_sensitivity(sensitivity)
+
+
+def _near(profile: DenoisingProfile, density: float) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The candidate of least error among those that compute about so many tiles, per range, layer and head."""
+    share = profile.tiles / profile.tiles[..., :1]
+    away = (share - density).abs()
+    away[..., 0] = torch.inf
+    near = away <= away.amin(-1, keepdim=True) + 0.05
+    return profile.error.masked_fill(~near, torch.inf).argmin(-1).numpy()
+
+
+def weightings(profile: DenoisingProfile) -> dict[str, Float[Tensor, "R L H"]]:
+    """Ways to weigh the errors, from none to the measured sensitivities, for plans that a replay then judges."""
+    measured = profile.sensitivity.clamp_min(1e-12)
+    by_layer = measured.log().mean(2, keepdim=True).exp().expand_as(measured)
+    return {
+        "equal": torch.ones_like(measured),
+        "layer": by_layer,
+        "head": measured,
+        "head, halved": (measured * by_layer).sqrt(),
+        "damped": measured.sqrt(),
+    }
+
+
+Plans = dict[str, Plan]
+Make = Callable[[Float[Tensor, "R L H"]], Plan]
+
+
+def plans_of(profile: DenoisingProfile, make: Make, names: Sequence[str] | None = None) -> Plans:
+    """One plan per weighting."""
+    return {name: make(weight) for name, weight in weightings(profile).items() if names is None or name in names}

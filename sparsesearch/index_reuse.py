@@ -1,0 +1,304 @@
+"""Search with index reuse: profile pairs of layers, solve over layers, profile again under the plan until it repeats.
+
+Three objectives. `reuse`: least predicted loss within a budget, on measured loss and tiles, every candidate of the profile beside every reuse.
+`hylra` and `rals`: the published ones, on overlap alone, per layer; refreshing layers run dense and leave their heaviest tiles.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+from transformers import PreTrainedModel
+
+from sparsesearch.calibration import Sample
+from sparsesearch.errors import SpecError
+from sparsesearch.evaluate.reference import DenseReference
+from sparsesearch.plan import BudgetRecord, Certificate, Plan
+from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT
+from sparsesearch.profiling.proxies import reference_candidate
+from sparsesearch.profiling.reuse import HeadMap, ReuseMenu, ReuseScores, map_heads, score_reuse
+from sparsesearch.profiling.run import silent
+from sparsesearch.rules import Rule
+from sparsesearch.rules.reuse import Reuse
+from sparsesearch.search.budget import Budget
+from sparsesearch.search.layer_budget import LaneSolution, solve_lanes
+from sparsesearch.search.layer_dp import NONE, Lane, LanePath
+from sparsesearch.search.overlap_paths import ReusePath, hylra_path, rals_path
+
+ReuseObjective = Literal["reuse", "hylra", "rals"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ReuseQuestion:
+    """What is asked.
+
+    Attributes:
+        menu: candidates, emitters, span and unit. The published objectives use the first emitter alone.
+        objective: see the module.
+        budgets: on density; for `reuse`.
+        answer_weight: of the answer proxy, as in `proxies.objective_loss`.
+        threshold: least overlap of a reuse, for `hylra`.
+        max_refreshes: refreshing layers after layer 0, for `rals`.
+    """
+
+    menu: ReuseMenu
+    objective: ReuseObjective = "reuse"
+    budgets: tuple[Budget, ...] = ()
+    answer_weight: float = 1.0
+    threshold: float = 0.85
+    max_refreshes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.objective == "reuse" and not self.budgets:
+            raise SpecError("the objective reuse must have a budget. Pass --budget density=0.25.")
+        if self.objective != "reuse" and self.menu.unit != "layer":
+            raise SpecError(f"{self.objective} decides per layer. Pass --unit layer.")
+        for budget in self.budgets:
+            if budget.metric != "density":
+                raise SpecError(f"index reuse must be searched under density budgets, but got {budget}.")
+
+
+@dataclass(frozen=True)
+class ReusePass:
+    """One round of profiling and solving.
+
+    Attributes:
+        under: what ran while it was profiled.
+        loss: predicted, in the objective's unit; for the published objectives the summed overlap.
+        kl_text: measured on the calibration sequences, nats per token.
+        kl_answer: likewise, over answer positions.
+        joint: kl_text + 0.1 kl_answer, by which the best plan is kept.
+    """
+
+    under: str
+    loss: float
+    kl_text: float
+    kl_answer: float
+    joint: float
+
+
+def search_reuse(
+    model: PreTrainedModel,
+    question: ReuseQuestion,
+    samples: Mapping[int, Sequence[Sample]],
+    *,
+    passes: int = 3,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[Plan, list[ReusePass]]:
+    """Search, re-profile under the plan, and search again until the plan repeats or the passes are spent; the best replayed plan is kept.
+
+    Later passes enter with the mean of all passes so far: undamped re-profiling diverges.
+
+    Args:
+        model: dense, in evaluation mode.
+        question: what is asked.
+        samples: length in tokens -> calibration sequences.
+        passes: most rounds of profiling.
+        seed: of the Fisher probes.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BudgetInfeasibleError: no plan fits.
+    """
+    longest = samples[max(samples)]
+    heads = map_heads(model, question.menu, longest, progress=progress)
+    reference = DenseReference(model, longest)
+    plans: list[Plan] = []
+    rounds: list[ReusePass] = []
+    scores: dict[int, ReuseScores] = {}
+    norms: dict[int, tuple[float, float]] = {}
+    for index in range(max(1, passes)):
+        under = plans[-1] if plans else None
+        for length, own in samples.items():
+            fresh = score_reuse(model, question.menu, heads, own, plan=under, seed=seed, progress=progress)
+            scores[length] = fresh if under is None else _mean(scores[length], fresh, index)
+            norms.setdefault(length, _norms(question, fresh))
+        plan, loss = _solve(question, heads, scores, norms)
+        if any(plan.assignments == earlier.assignments for earlier in plans):
+            break
+        found = reference.compare(plan)
+        joint = found.kl_text + ANSWER_KL_WEIGHT * found.kl_answer.nan_to_num()
+        plans.append(plan)
+        under_name = "dense" if under is None else f"the plan of pass {index}"
+        kl_answer = found.kl_answer.nan_to_num().mean().item()
+        rounds.append(ReusePass(under_name, loss, found.kl_text.mean().item(), kl_answer, joint.mean().item()))
+    best = min(range(len(plans)), key=lambda place: rounds[place].joint)
+    provenance = {"passes": [asdict(one) for one in rounds], "pass_kept": best + 1}
+    plan = plans[best]
+    return plan.model_copy(update={"provenance": {**plan.provenance, **provenance}}), rounds
+
+
+def _mean(sofar: ReuseScores, fresh: ReuseScores, count: int) -> ReuseScores:
+    """The mean of `count` earlier passes and a new one."""
+    names = ReuseScores.__dataclass_fields__
+    return ReuseScores(*((getattr(sofar, name) * count + getattr(fresh, name)) / (count + 1) for name in names))
+
+
+def _norms(question: ReuseQuestion, scores: ReuseScores) -> tuple[float, float]:
+    """Text and answer loss when every unit takes the reference window, under dense."""
+    place = reference_candidate(question.menu.profile)
+    return max(float(scores.text[..., place].sum()), 1e-30), max(float(scores.answer[..., place].sum()), 1e-30)
+
+
+def _solve(
+    question: ReuseQuestion,
+    heads: HeadMap,
+    scores: dict[int, ReuseScores],
+    norms: dict[int, tuple[float, float]],
+) -> tuple[Plan, float]:
+    if question.objective != "reuse":
+        path = overlap_path(question, scores[max(scores)])
+        return _published_plan(question, heads, path), path.total
+    lengths = tuple(sorted(scores))
+    lanes = lanes_of(question, heads, scores, norms)
+    rows = [
+        (budget, place) for budget in question.budgets for place, length in enumerate(lengths)
+        if budget.lengths is None or length in budget.lengths
+    ]  # fmt: skip
+    if not rows:
+        raise SpecError("some budget must name a profiled length, but none does.")
+    dense = sum(lane.cost[:, 0].sum(0) for lane in lanes)
+    limit = (
+        np.array([min((b.bound for b, p in rows if p == place), default=1.0) for place in range(len(lengths))]) * dense
+    )
+    solution = solve_lanes(lanes, limit)
+    return _plan(question, heads, lanes, solution, lengths, solution.cost / dense), solution.loss
+
+
+def lanes_of(
+    question: ReuseQuestion,
+    heads: HeadMap,
+    scores: dict[int, ReuseScores],
+    norms: dict[int, tuple[float, float]],
+) -> list[Lane]:
+    """The additive problem: one lane per KV group, or one for whole layers; costs are tiles, one resource per length."""
+    menu, layers = question.menu, question.menu.num_layers
+    groups = [heads.lanes[:, lane] for lane in range(menu.num_groups)]
+    members: list[list[Int[ndarray, " L"]]] = [[group] for group in groups] if menu.unit == "kv_group" else [groups]
+    allowed = np.array([[source in menu.pairs(target) for target in range(layers)] for source in range(layers)])
+    every, lanes = np.arange(layers), []
+    for member in members:
+        loss: Float[ndarray, "L O"] = np.zeros((layers, len(menu.rules)))
+        reuse: Float[ndarray, "L E L"] = np.zeros((layers, len(menu.emitters), layers))
+        costs, reuse_costs = [], []
+        for length, one in sorted(scores.items()):
+            for name, norm, weight in zip(
+                ("text", "answer"), norms[length], (1.0, question.answer_weight), strict=True
+            ):
+                loss = loss + sum(getattr(one, name)[every, group] for group in member) * (weight / norm)
+                own = getattr(one, f"reuse_{name}")
+                reuse = reuse + sum(own[:, :, every, group] for group in member) * (weight / norm)
+            costs.append(sum(one.tiles[every, group] for group in member))
+            reuse_costs.append(sum(one.reuse_tiles[:, :, every, group] for group in member))
+        for place, rule in enumerate(menu.rules):
+            if rule.kind in ("dense", "dense_source"):
+                loss[:, place] = 0.0  # dense differs from itself by rounding only
+        lanes.append(
+            Lane(
+                loss=loss,
+                cost=np.stack(costs, -1),
+                emitters=menu.emitters,
+                reuse_loss=np.where(allowed[:, None], reuse, np.inf),
+                reuse_cost=np.stack(reuse_costs, -1),
+            )
+        )
+    return lanes
+
+
+def overlap_path(question: ReuseQuestion, scores: ReuseScores) -> ReusePath:
+    """The published objectives on the first emitter's overlaps, merged over KV groups by their mean; pairs beyond the span count 0."""
+    overlap = scores.overlap[:, 0].mean(-1)
+    if question.objective == "hylra":
+        return hylra_path(overlap, question.threshold)
+    return rals_path(overlap, question.max_refreshes)
+
+
+def _published_plan(question: ReuseQuestion, heads: HeadMap, path: ReusePath) -> Plan:
+    emitter = question.menu.emitters[0]
+    layers = np.arange(len(path.source))
+    lane = LanePath(np.full(len(layers), emitter), np.where(path.source == layers, NONE, path.source))
+    provenance = {
+        "least_overlap": path.least,
+        "summed_overlap": path.total,
+        "refreshing_layers": path.num_refreshes,
+        "threshold": question.threshold if question.objective == "hylra" else None,
+        "max_refreshes": question.max_refreshes if question.objective == "rals" else None,
+    }
+    return _written(question, heads, [lane], provenance)
+
+
+def _plan(
+    question: ReuseQuestion,
+    heads: HeadMap,
+    lanes: Sequence[Lane],
+    solution: LaneSolution,
+    lengths: tuple[int, ...],
+    used: Float[ndarray, " P"],
+) -> Plan:
+    plan = _written(question, heads, solution.paths, {"answer_weight": question.answer_weight})
+    shares = dict(zip(map(str, lengths), used.tolist(), strict=True))
+    return plan.model_copy(
+        update={
+            "budgets": tuple(
+                BudgetRecord(
+                    metric="density",
+                    bound=budget.bound,
+                    predicted={k: v for k, v in shares.items() if budget.lengths is None or int(k) in budget.lengths},
+                )
+                for budget in question.budgets
+            ),
+            "certificate": Certificate(
+                objective="combined, with index reuse",
+                loss=solution.loss,
+                lower_bound=solution.lower_bound,
+                gap=solution.gap,
+                solver=solution.solver,
+            ),
+        }
+    )
+
+
+def _written(question: ReuseQuestion, heads: HeadMap, paths: Sequence[LanePath], provenance: dict[str, Any]) -> Plan:
+    """Paths as a plan; one path over all groups of each layer, or one per lane."""
+    menu = question.menu
+    manifest, size = menu.profile.manifest, menu.group_size
+    assignments, used = {}, {}
+    for layer, module in enumerate(manifest.base_model.modules):
+        names = [""] * (menu.num_groups * size)
+        for lane, path in enumerate(paths):
+            groups = range(menu.num_groups) if menu.unit == "layer" else [int(heads.lanes[layer, lane])]
+            for head in (group * size + member for group in groups for member in range(size)):
+                rule = _rule(menu, heads, layer, module, head, int(path.candidate[layer]), int(path.source[layer]))
+                names[head] = rule.label
+                used[rule.label] = rule
+        assignments[module] = tuple(names)
+    return Plan(
+        base_model=manifest.base_model,
+        block_tokens=manifest.block_tokens,
+        unit="kv_group",
+        lengths_tokens=manifest.lengths,
+        rules=dict(sorted(used.items())),
+        assignments=assignments,
+        provenance={
+            "objective": question.objective,
+            "reuse_unit": menu.unit,
+            "span": menu.span,
+            "emitters": [menu.rules[place].label for place in menu.emitters],
+            "space": manifest.space,
+            "calibration": manifest.calibration,
+            **{key: value for key, value in provenance.items() if value is not None},
+        },
+    )
+
+
+def _rule(menu: ReuseMenu, heads: HeadMap, layer: int, module: str, head: int, candidate: int, source: int) -> Rule:
+    if source != NONE:
+        places = heads.heads(source, layer, menu.group_size)
+        return Reuse(layer=source, heads=None if places == tuple(range(len(places))) else places)
+    rule = menu.rules[candidate]
+    return menu.profile.manifest.calibrated[rule.label][module][head] if rule.needs_calibration else rule
