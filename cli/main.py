@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 110},
 )
-for room in (measure, plan, reuse, prune, tune, predict, lint, deploy, exchange, judge, bench, listing):
+for room in (measure, plan, reuse, prune, tune, lint, predict, deploy, exchange, judge, bench, listing):
     room.register(app)
 
 
