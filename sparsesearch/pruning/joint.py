@@ -29,7 +29,7 @@ from sparsesearch.search.solve import solve
 from sparsesearch.shapes import Unit
 
 MAX_ASSIGNMENTS = 64
-"""Rule assignments kept per structure of a layer; thinned evenly in cost. On needle-7m 256 lowered the predicted loss by under 0.5 %."""
+"""Rule assignments kept per structure of a layer; thinned evenly in cost."""
 
 _METRICS = ("params", "flops", "memory", "latency", "density")
 

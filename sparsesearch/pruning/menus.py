@@ -18,6 +18,7 @@ VTrans, variational information bottleneck masks. ofb: bi-masks of importance an
 magnitude. The last three are the training-free part of their methods; learned masks are `gates.py`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,7 +46,7 @@ CRITERIA: tuple[Criterion, ...] = (
     "reconstruction", "fisher", "taylor", "activation_magnitude", "magnitude", "vtrans", "ofb", "sparse_then_prune",
 )  # fmt: skip
 _STEPS_PER_LEVEL = 8
-"""Channels of one level leave in this many steps; more changed the predicted loss on needle-7m by under 1 %."""
+"""Channels of one level leave in this many steps, each scored after the ones before."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _left(scorer: "_Scorer", group: int, size: int) -> tuple[int, ...]:
     return tuple(head for head in range(group * size, (group + 1) * size) if head not in scorer.gone_heads)
 
 
-class _Scorer:
+class _Scorer(ABC):
     """Removes inputs of one output projection under one criterion. Heads are runs of `head_dim` inputs."""
 
     def __init__(self, head_dim: int, num_inputs: int) -> None:
@@ -129,11 +130,13 @@ class _Scorer:
         self.left = torch.ones(num_inputs, dtype=torch.bool)
         self.gone_heads: set[int] = set()
 
+    @abstractmethod
     def single_losses(self) -> Float[Tensor, " I"]:
-        raise NotImplementedError
+        """Loss of removing each input alone."""
 
+    @abstractmethod
     def set_loss(self, columns: Tensor) -> float:
-        raise NotImplementedError
+        """Loss of removing these inputs together."""
 
     def remove(self, columns: Tensor) -> None:
         self.loss += self.set_loss(columns)
