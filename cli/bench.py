@@ -110,4 +110,4 @@ def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     bench_kernels.register(bench)
     bench.command("model")(guarded(model))
-    app.add_typer(bench)
+    app.add_typer(bench, name="bench")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as o
+from . import prune
 from .errors import guarded
 from .render import emit_json, lines, pairs
 
@@ -26,6 +27,9 @@ def apply(
             "--allow-other-weights", help="Accept weights the plan was not made for, such as a fine-tuned copy."
         ),
     ] = False,
+    logical: Annotated[
+        bool, typer.Option("--logical", help="Removals: keep the shapes and write zeros; stock transformers loads it.")
+    ] = False,
     component: Annotated[
         str, typer.Option(help="Which transformer of a diffusers pipeline; Wan 2.2 also has transformer_2.")
     ] = "transformer",
@@ -37,6 +41,10 @@ def apply(
     from sparsesearch.runtime.export import export
 
     opened, folder = Plan.load(plan), Path(model)
+    if opened.pruning is not None:
+        taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
+        prune.apply_cuts(opened, model, out, logical=logical, **taken)
+        return
     if folder.is_dir() and is_diffusers_directory(folder):
         part = component if (folder / "model_index.json").is_file() else ""
         export_diffusers({part: opened}, folder, out, overwrite=overwrite, allow_other_weights=allow_other_weights)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as o
+from . import prune
 from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
@@ -35,16 +36,19 @@ def evaluate(
     from sparsesearch.evaluate import evaluate as run
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
+    from sparsesearch.pruning.apply import PrunedApply
     from sparsesearch.runtime.loading import load_model
 
     opened = {path.stem if len(plans) > 1 else "plan": Plan.load(path) for path in plans}
     name = model or next(iter(opened.values())).base_model.name_or_path
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype)
+    applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))
     with progress_bar() as progress:
         metrics = run(
             live,
             tokenizer,
             opened,
+            apply=applied,
             lengths=o.parsed_lengths(lengths),
             num_sequences=num_sequences,
             num_needles=num_needles,

@@ -1,11 +1,12 @@
 """Commands that measure: the whole corridor at once, a profile, its proxies, a device."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import options as o
+from . import prune
 from .errors import guarded
 from .render import emit_json, lines, pairs, progress_bar, say, table
 
@@ -98,6 +99,12 @@ def profile(
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    learn_masks: Annotated[
+        int,
+        typer.Option(
+            help="Spaces that remove: also optimise mask gates for so many steps; criterion `learned`.", min=0
+        ),
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted profile.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     seed: o.Seed = 0,
@@ -108,6 +115,7 @@ def profile(
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
     from sparsesearch.profiling.run import Request, profile_model
+    from sparsesearch.pruning.models import load_prunable
     from sparsesearch.runtime.fingerprint import describe
     from sparsesearch.runtime.loading import load_model
     from sparsesearch.search_space import SearchSpace
@@ -125,6 +133,19 @@ def profile(
         )
         emit_json(needs) if json else pairs(f"a profile of {model} needs", needs)
         return
+    if menu.pruning is not None:
+        cuts: dict[str, Any] = {
+            "data": data,
+            "length": max(wanted),
+            "num_samples": num_samples,
+            "num_probes": num_probes,
+            "seed": seed,
+        }
+        prunable, reader = load_prunable(model, device=o.present_device(device), dtype=dtype)
+        if not (resume and prune.has_cuts(out)):
+            prune.profile_cuts(prunable, reader, model, menu.pruning, out, **cuts, learn_masks=learn_masks, json=json)
+        if len(menu.candidates) == 1:
+            return
     live, tokenizer = load_model(
         model, dtype=dtype, device=o.present_device(device), revision=revision, trust_remote_code=trust_remote_code
     )
@@ -160,6 +181,10 @@ def validate_proxy(
     from sparsesearch.proxy_validation import validate_proxies
     from sparsesearch.runtime.loading import load_model
 
+    if prune.has_cuts(profile):
+        prune.validate_cuts(profile, model, num_plans=num_plans, num_sequences=num_sequences, seed=seed, json=json)
+    if prune.only_cuts(profile):
+        return
     opened = Profile.load(profile)
     live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=o.present_device(device))
     length = max(opened.manifest.lengths)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import options as o
+from . import prune
 from .errors import guarded, usage
 from .render import emit_json, entries, lines, progress_bar, table
 
@@ -19,7 +20,8 @@ def search(
     budget: Annotated[
         list[str],
         typer.Option(
-            help="density=0.25, kv_fraction=0.4, latency=0.5x, ttft=120ms, tpot=0.8x, memory=24GB; several must all hold.",
+            help="density=0.25, kv_fraction=0.4, latency=0.5x, ttft=120ms, tpot=0.8x, memory=24GB; of removals params, flops; "
+            "several must all hold.",
             metavar="METRIC=BOUND",
         ),
     ],
@@ -72,6 +74,28 @@ def search(
         Path | None,
         typer.Option(help="Also write the front over quality, the first budget's metric and memory as CSV."),
     ] = None,
+    criterion: Annotated[
+        Literal[
+            "measured",
+            "reconstruction",
+            "fisher",
+            "taylor",
+            "activation_magnitude",
+            "magnitude",
+            "vtrans",
+            "ofb",
+            "sparse_then_prune",
+            "learned",
+        ],
+        typer.Option(help="How removals are scored."),
+    ] = "measured",
+    refit_samples: Annotated[
+        int, typer.Option(help="Sequences on which `apply` refits what is left after removals; 0 leaves it.", min=0)
+    ] = 128,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Removals: the same FFN width in every layer.")] = False,
+    lengths: Annotated[
+        str, typer.Option(help="Removals: lengths in tokens where flops, memory and latency count.")
+    ] = "1024",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -89,6 +113,12 @@ def search(
 
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
+    if prune.has_cuts(profile):
+        prune.search_cuts(
+            profile, budget, out, criterion=criterion, device=device, refit_samples=refit_samples, uniform=uniform,
+            lengths=lengths, json=json,
+        )  # fmt: skip
+        return
     with usage("--budget"):
         budgets = parse_budgets(budget)
     with usage("--workload"):

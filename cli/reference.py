@@ -20,12 +20,14 @@ def layout() -> str:
 
 def reference() -> str:
     """The block between the markers: the list of commands, then each command's help, folded."""
-    commands = [info.name for info in app.registered_commands if info.name]
+    commands: list[tuple[str, ...]] = [(info.name,) for info in app.registered_commands if info.name]
+    for group in app.registered_groups:
+        own = group.typer_instance.registered_commands if group.typer_instance else []
+        commands += [(str(group.name), str(info.name)) for info in own]
     parts = [f"<!-- {layout()} -->", _code(_help())]
     for name in commands:
-        parts.append(
-            f"<details><summary><code>sparsesearch {name}</code></summary>\n\n{_code(_help(name))}\n\n</details>"
-        )
+        summary = f"<details><summary><code>sparsesearch {' '.join(name)}</code></summary>"
+        parts.append(f"{summary}\n\n{_code(_help(*name))}\n\n</details>")
     return "\n\n".join(parts)
 
 

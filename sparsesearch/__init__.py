@@ -11,6 +11,7 @@ from sparsesearch.runtime.registration import register
 
 if TYPE_CHECKING:
     from sparsesearch.plan import Plan
+    from sparsesearch.runtime.decode_step import DecodeStep
     from sparsesearch.runtime.diffusion.live import apply_diffusers
     from sparsesearch.runtime.export import export
     from sparsesearch.runtime.fingerprint import describe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AppliedPlan",
+    "DecodeStep",
     "Plan",
     "apply",
     "apply_diffusers",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "AppliedPlan": "runtime.live",
+    "DecodeStep": "runtime.decode_step",
     "Plan": "plan",
     "apply": "runtime.live",
     "apply_diffusers": "runtime.diffusion.live",

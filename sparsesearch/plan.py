@@ -21,6 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from sparsesearch.artifacts import canonical_json, parse_json, read_text, sha256_text, write_json
+from sparsesearch.cut import Cut
 from sparsesearch.errors import ArtifactError, SpecError, first_problem
 from sparsesearch.layout import Layout
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
@@ -58,7 +59,7 @@ class BaseModelInfo(_Frozen):
 class BudgetRecord(_Frozen):
     """One constraint of the search and what the plan uses of it, per length."""
 
-    metric: Literal["density", "kv_fraction", "latency", "ttft", "tpot", "memory", "parameters"]
+    metric: Literal["density", "kv_fraction", "latency", "ttft", "tpot", "memory", "params", "flops"]
     bound: float = Field(description="share of dense, in (0, 1]; seconds or bytes if absolute")
     predicted: dict[str, float] = Field(
         default_factory=dict, description="sequence length, or `workload` for a total -> what the bound limits"
@@ -124,6 +125,7 @@ class Plan(_Frozen):
     provenance: dict[str, Any] = Field(default_factory=dict)
     schedule: StepSchedule | None = Field(None, description="assignments per range of denoising steps; diffusion only")
     layout: Layout | None = Field(None, description="the segments and grids that the search saw")
+    pruning: Cut | None = Field(None, description="heads and FFN channels removed for good; left out when nothing is")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -214,7 +216,7 @@ class Plan(_Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content, as embedded in a checkpoint's config."""
-        unset = {name for name in ("schedule", "layout", "decode") if not getattr(self, name)}
+        unset = {name for name in ("schedule", "layout", "decode", "pruning") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=unset)
 
     @classmethod

@@ -42,7 +42,7 @@ class ScoreTable:
     `dense_index`, is open to every unit and means "as in the unmodified model": it has loss 0, and budgets are shares of its summed cost.
 
     A cost is any name with an amount per unit, candidate and point. Points are sequence lengths (`lengths`) unless `points` names others:
-    `points={"parameters": (WHOLE,)}` prices a metric once, `{"ttft": (4096, 32768)}` at lengths that were never profiled. Units that do
+    `points={"params": (WHOLE,)}` prices a metric once, `{"ttft": (4096, 32768)}` at lengths that were never profiled. Units that do
     not spend a metric cost 0 in it. `fixed` is what every plan spends besides its units (weights in memory, the linear layers' seconds);
     it belongs to the dense plan too, so that shares and absolute budgets speak of the whole.
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsesearch.cost.base import CostModel
-from sparsesearch.cost.predict import LayerCosts, rest_of_model_s
+from sparsesearch.cost.predict import LayerCosts, decode_rest_s, prefill_rest_s
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.pricing import Pricer
@@ -175,8 +175,8 @@ def _enter_seconds(ledger: _Ledger, question: Question, served: Sequence[Workloa
     first = [ledger.prefill.ttft_s(workload) for workload in served]
     step = [ledger.decode.tpot_s(workload) for workload in generating]
     calls_s = ledger.decode.decode_calls_s() if generating else 0.0
-    rest = [_rest_s(question, workload.batch * workload.prompt_tokens, workload.batch) for workload in served]
-    step_rest = [calls_s + _rest_s(question, workload.batch, workload.batch) for workload in generating]
+    rest = [_rest_s(question, workload) for workload in served]
+    step_rest = [calls_s + _rest_s(question, workload, step=True) for workload in generating]
     prompts = [workload.prompt_tokens for workload in served]
     ledger.enter("ttft", prompts, prefill=first, fixed=rest)
     if generating:
@@ -196,12 +196,14 @@ def _enter_seconds(ledger: _Ledger, question: Question, served: Sequence[Workloa
     )
 
 
-def _rest_s(question: Question, rows: int, last_rows: int) -> float:
-    """Seconds of everything but attention; 0 where it is not known."""
-    costs = question.layer_costs
-    if costs is None or question.shape is None:
+def _rest_s(question: Question, workload: Workload, *, step: bool = False) -> float:
+    """Seconds of everything but attention, of the prefill or of one decoding step; 0 where it is not known."""
+    costs, shape = question.layer_costs, question.shape
+    if costs is None or shape is None:
         return 0.0
-    return rest_of_model_s(question.shape, costs, rows=rows, last_rows=last_rows)
+    if step:
+        return decode_rest_s(shape, costs, batch=workload.batch)
+    return prefill_rest_s(shape, costs, rows=workload.batch * workload.prompt_tokens, batch=workload.batch)
 
 
 def _losses(profile: Profile, question: Question) -> Float[ndarray, "U C"]:

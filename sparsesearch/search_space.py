@@ -15,6 +15,16 @@ from sparsesearch.rules import Rule, parse_rule
 from sparsesearch.shapes import Granularity
 
 
+class PruningMenu(BaseModel):
+    """What may be removed for good, beside the candidates for attention."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    channel_multiple: int = Field(64, ge=1, description="FFN widths are multiples of this; 64 or 128 suits GPUs")
+    thin_groups: bool = Field(True, description="whether every KV group may lose the same number of query heads")
+    bias: bool = Field(True, description="whether refitted projections may gain a bias the stock architecture lacks")
+    measured_options: int = Field(4, ge=1, description="cuts per sublayer that are measured one at a time")
+
+
 class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -24,6 +34,7 @@ class _Document(BaseModel):
     unit: Granularity
     include: list[str] = Field(default=[], description="shipped spaces whose candidates come first")
     candidates: list[dict[str, Any]]
+    pruning: PruningMenu | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class SearchSpace:
     Attributes:
         candidates: distinct rules in file order; dense is always the first.
         unit: what receives one decision unless the search says otherwise.
+        pruning: what may be removed; None: nothing.
     """
 
     name: str
@@ -41,6 +53,7 @@ class SearchSpace:
     block_tokens: int
     unit: Granularity
     candidates: tuple[Rule, ...]
+    pruning: PruningMenu | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -94,6 +107,7 @@ class SearchSpace:
             block_tokens=document.block_tokens,
             unit=document.unit,
             candidates=tuple(rules.values()),
+            pruning=document.pruning,
         )
 
 

@@ -32,12 +32,14 @@ class ModelGeometry:
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """What receives one decision: one query head, or the query heads that share one KV head."""
+    """What receives one decision: one query head, the query heads that share one KV head, or (no heads) a whole sublayer."""
 
     module: str
     heads: tuple[int, ...]
 
     def __str__(self) -> str:
+        if not self.heads:
+            return self.module
         if len(self.heads) == 1:
             return f"{self.module}:{self.heads[0]}"
         return f"{self.module}:{self.heads[0]}-{self.heads[-1]}"

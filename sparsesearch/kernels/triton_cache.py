@@ -36,7 +36,7 @@ def append(
             tl.store(values + target, tl.load(values + source, mask=inside), mask=inside)
         tl.debug_barrier()  # the new token overwrites the first row that was copied
     place = tl.minimum(block, tail) * BLOCK + offset
-    kept = place < tl.where(window > 0, tl.load(room + pair), 0)
+    kept = place < tl.where(window > 0, tl.load(room + pair), -0x40000000)  # without a window, place is negative
     at = (first + place) * DV + cols
     stored = cols < tl.where(kept, DV, 0)  # a scalar mask and a vector do not meet in the interpreter
     tl.store(keys + at, tl.load(k + batch * k_stride_b + head * k_stride_g + cols, mask=real), mask=stored)

@@ -27,7 +27,7 @@ from sparsesearch.runtime.model_card import model_card
 
 PLAN_FILE = "sparse_plan.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_COMPANIONS = (
+COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "*.jinja", "*processor_config.json", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
@@ -92,7 +92,7 @@ def export(
     implementation = _fitting_implementation(plan, base, allow_other_weights)
     with complete_or_nothing(out, overwrite) as staging:
         linked = [file.name for file in weights if link_or_copy(file, staging / file.name)]
-        for pattern in _COMPANIONS:
+        for pattern in COMPANIONS:
             for file in sorted(source.glob(pattern)):
                 if file.is_file():
                     shutil.copy(file, staging / file.name)
@@ -123,7 +123,7 @@ def check_target(out: Path, base: Path | str, overwrite: bool) -> None:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    patterns = ["config.json", "README.md", *_WEIGHTS, *_COMPANIONS]
+    patterns = ["config.json", "README.md", *_WEIGHTS, *COMPANIONS]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -1,4 +1,4 @@
-"""What `import sparsesearch` does to transformers: an attention function, its mask function, and binding after `from_pretrained`."""
+"""What `import sparsesearch` does to transformers: an attention function, its mask function, pruned model types, binding after loading."""
 
 import functools
 import warnings
@@ -11,6 +11,7 @@ from sparsesearch.runtime.attention import NAME, sparse_attention
 from sparsesearch.runtime.configuration import implementation_of, plan_content
 from sparsesearch.runtime.live import attach
 from sparsesearch.runtime.mask_code import mask_code
+from sparsesearch.runtime.pruned_models import register_configs
 
 _WRAPPED = "_sparsesearch_wrapped"
 
@@ -19,6 +20,7 @@ def register() -> None:
     """Register under the name `sparsesearch`; a second call changes nothing."""
     AttentionInterface.register(NAME, sparse_attention)
     AttentionMaskInterface.register(NAME, mask_code)
+    register_configs()
     original: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(original, _WRAPPED, False):
         return

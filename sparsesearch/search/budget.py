@@ -17,12 +17,14 @@ METRICS: dict[str, dict[str, float]] = {
     "ttft": _SECONDS,
     "tpot": _SECONDS,
     "memory": _BYTES,
-    "parameters": {},
+    "params": {},
+    "flops": {},
 }
 """What a budget on the command line may limit -> the units that make its bound absolute, and their size in s or bytes.
 
 density: computed tiles of the prefill; kv_fraction: cached keys and values; latency: the workloads' weighted total; ttft and tpot: seconds
-to the first token and per output token; memory: keys and values, with the weights where they are known; parameters: of the model."""
+to the first token and per output token; memory: keys and values, with the weights where they are known.
+Of removals, params and flops: of the layers (embeddings and norms, which no removal touches, not counted)."""
 
 PRICED_BY_DEVICE = ("latency", "ttft", "tpot")
 """Metrics in seconds: what they cost is a cost model's prediction."""

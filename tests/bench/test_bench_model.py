@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 import sparsesearch
 from sparsesearch.bench.dense_baseline import dense, repeated
-from sparsesearch.bench.model import Request, _Bench, run
+from sparsesearch.bench.model import FORMAT, Request, _Bench, run
 from sparsesearch.bench.model_report import figure, rows_of
 from sparsesearch.bench.random_model import mixture_plan, random_model
 from sparsesearch.cost import load_cost_model
@@ -123,3 +124,14 @@ def test_batches_are_numbers_or_max():
     result = CliRunner().invoke(app, ["bench", "model", "smollm2-135m", "--batches", "two"])
     assert result.exit_code == 2
     assert "numbers or max" in result.output
+
+
+def test_the_shipped_record_stays_readable():
+    record = json.loads(
+        (Path(__file__).parents[1] / "golden" / "model_llama3_8b_h200.json").read_text(encoding="utf-8")
+    )
+    assert record["format"] == FORMAT
+    (_, columns, body), *_ = rows_of(record)
+    assert [row[0] for row in body] == [4096, 32768, 131072]
+    assert all(len(row) == len(columns) for row in body)
+    assert figure(record).count("<svg") == 1

@@ -55,6 +55,19 @@ def test_visible_keys_are_the_first_rows(ring, kernel):
     assert torch.equal(values[2:-1], torch.where(keys[2:-1] < 0, 0, -keys[2:-1]))
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_pair_without_a_window_writes_nothing(kernel):
+    keys, values = torch.zeros(40, 2, device=DEVICE), torch.zeros(40, 2, device=DEVICE)
+    room, sinks, windows, seen, lens = torch.zeros(5, 1, dtype=torch.int32, device=DEVICE)
+    token = torch.ones(1, 1, 1, 2, device=DEVICE)
+    for _ in range(9):
+        start = torch.tensor([20], device=DEVICE)
+        append_token(token, token, keys, values, start, room, sinks, windows, seen, lens, 4, kernel)
+    assert not keys.any()
+    assert not values.any()
+    assert (int(seen), int(lens)) == (9, 0)
+
+
 @pytest.mark.parametrize("names", [EVICTING, MIXED], ids=["evicting", "mixed"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
 def test_generate_equals_the_recomputation(tiny, architecture, names):

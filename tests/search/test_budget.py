@@ -36,7 +36,7 @@ def test_reads_and_prints(text: str, expected: Budget) -> None:
         ("density=-0.5", r"0 < density <= 1"),
         ("density=nan", r"0 < density <= 1"),
         ("density=150%", r"got 1\.5"),
-        ("dencity=0.5", r"Did you mean 'density'\? Known: density, kv_fraction, latency, memory"),
+        ("dencity=0.5", r"Did you mean 'density'\? Known: density, flops, kv_fraction, latency, memory"),
         ("density", r"must look like density=0\.25"),
         ("density=", r"must look like"),
         ("density=half", r"must be a number such as"),

@@ -26,12 +26,12 @@ def pruning_table() -> ScoreTable:
         loss=np.array([[0.0, 2.0, np.nan, np.nan], [0.0, np.nan, 1.0, 5.0]]),
         costs={
             "latency": np.array([[[4.0, 40], [2, 10], [0, 0], [0, 0]], [[6.0, 20], [0, 0], [3, 10], [2, 5]]]),
-            "parameters": np.array([[[100.0], [100], [0], [0]], [[300.0], [0], [150], [75]]]),
+            "params": np.array([[[100.0], [100], [0], [0]], [[300.0], [0], [150], [75]]]),
         },
         dense_index=0,
         valid=np.array([[True, True, False, False], [True, False, True, True]]),
-        points={"parameters": (WHOLE,)},
-        fixed={"parameters": np.array([100.0])},
+        points={"params": (WHOLE,)},
+        fixed={"params": np.array([100.0])},
     )
 
 
@@ -44,18 +44,18 @@ def random_table(seed: int) -> tuple[ScoreTable, list[Budget]]:
     valid[:, 0] = True
     loss = np.where(valid, rng.lognormal(0, 2, shape), np.nan)
     loss[:, 0] = 0.0
-    costs = {"ttft": rng.random((*shape, 3)), "parameters": rng.integers(0, 9, (*shape, 1)).astype(float)}
+    costs = {"ttft": rng.random((*shape, 3)), "params": rng.integers(0, 9, (*shape, 1)).astype(float)}
     for cost in costs.values():
         cost[:, 0] += 1.0
     fixed = {"ttft": rng.random(3)} if rng.random() < 0.5 else {}
-    points = {"ttft": (512, 2048, 2048), "parameters": (WHOLE,)}
+    points = {"ttft": (512, 2048, 2048), "params": (WHOLE,)}
     labels = tuple(f"c{index}" for index in range(num_candidates))
     table = ScoreTable(tuple(range(num_units)), labels, (512,), loss, costs, 0, valid, points, fixed)
     bound = float(rng.uniform(0.3, 1))
     ttft = Budget("ttft", bound, (2048,))
     if rng.random() < 0.5:
         ttft = Budget("ttft", bound * float(table.dense_cost("ttft").max()), absolute=True)
-    return table, [ttft, Budget("parameters", float(rng.uniform(0.3, 1)))]
+    return table, [ttft, Budget("params", float(rng.uniform(0.3, 1)))]
 
 
 @pytest.mark.parametrize("seeds", [range(100), range(100, 200)])
@@ -83,19 +83,19 @@ def test_units_of_different_kinds_share_a_budget() -> None:
     table = pruning_table()
     assert solve(table, [Budget("latency", 0.7)]).choice.tolist() == [1, 2]  # 20/60 at 4096, 5/10 at 1024
     assert solve(table, [Budget("latency", 0.7, (1024,))]).choice.tolist() == [0, 2]
-    assert solve(table, [Budget("parameters", 0.7)]).choice.tolist() == [0, 2]
-    assert solve(table, [Budget("parameters", 280.0, absolute=True)]).choice.tolist() == [0, 3]
+    assert solve(table, [Budget("params", 0.7)]).choice.tolist() == [0, 2]
+    assert solve(table, [Budget("params", 280.0, absolute=True)]).choice.tolist() == [0, 3]
 
 
 def test_what_no_choice_changes_counts_in_shares_and_amounts() -> None:
     table = pruning_table()
-    solution = solve(table, [Budget("parameters", 0.7)])
-    assert solution.used["parameters"] == {WHOLE: pytest.approx((100 + 150 + 100) / 500)}
-    assert table.used("parameters", solution.choice, absolute=True) == {WHOLE: pytest.approx(350)}
+    solution = solve(table, [Budget("params", 0.7)])
+    assert solution.used["params"] == {WHOLE: pytest.approx((100 + 150 + 100) / 500)}
+    assert table.used("params", solution.choice, absolute=True) == {WHOLE: pytest.approx(350)}
     with pytest.raises(BudgetInfeasibleError, match=r"parameters=275\b"):
-        solve(table, [Budget("parameters", 150.0, absolute=True)])
+        solve(table, [Budget("params", 150.0, absolute=True)])
     with pytest.raises(BudgetInfeasibleError, match=r"parameters=0\.55\b"):
-        solve(table, [Budget("parameters", 0.5)])
+        solve(table, [Budget("params", 0.5)])
 
 
 def test_a_malformed_table_is_refused() -> None:

@@ -1,0 +1,261 @@
+"""The menu of a sublayer: which heads or channels go at each size, and what each criterion says that costs.
+
+| criterion | score of an input (head or channel), to be summed over what goes |
+|---|---|
+| reconstruction | ½ tr(F E): output error after least-squares compensation, weighted by the output's Fisher information; nats (or 1 − cosine) |
+| fisher | ½ E[(Σ_n x·Wᵀg)²]: Fisher information of taking the inputs away, without compensation; same unit |
+| taylor | (Σ_n x·Wᵀg)² of the model's own loss: first order, squared |
+| activation_magnitude | ‖W_:c‖² E[x_c²] |
+| magnitude | ‖W_:c‖² |
+| vtrans | ½ log(1 + μ²/σ²) of the input: the KL of its variational mask, with the moments taken from calibration instead of training |
+| ofb | importance ⊗ sparsity: rank of the Fisher score times rank of the norm of the input's own weights |
+| learned | logistic of the gate that `gates.py` optimised; only where it was asked for |
+| sparse_then_prune | ‖W_in‖₁ + ‖W_out‖₁ of the input: what an L1 penalty would shrink first |
+
+Sources: taylor: Molchanov et al. 2019, arXiv:1906.10771, equation 8. fisher: Liu et al. 2021, Group Fisher Pruning, arXiv:2108.00708, section
+3.2, with the model's own labels. activation_magnitude: Sun et al. 2023, Wanda, arXiv:2306.11695, summed over a column. vtrans: Dutta et al.,
+VTrans, variational information bottleneck masks. ofb: bi-masks of importance and sparsity. sparse_then_prune: L1 regularisation, then
+magnitude. The last three are the training-free part of their methods; learned masks are `gates.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsesearch.pruning.moments import SublayerStatistics
+from sparsesearch.pruning.reconstruction import Elimination
+from sparsesearch.runtime.sublayers import Layer
+
+Criterion = Literal[
+    "reconstruction",
+    "fisher",
+    "taylor",
+    "activation_magnitude",
+    "magnitude",
+    "vtrans",
+    "ofb",
+    "sparse_then_prune",
+    "learned",
+]
+CRITERIA: tuple[Criterion, ...] = (
+    "reconstruction", "fisher", "taylor", "activation_magnitude", "magnitude", "vtrans", "ofb", "sparse_then_prune",
+)  # fmt: skip
+_STEPS_PER_LEVEL = 8
+"""Channels of one level leave in this many steps, each scored after the ones before."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One size of a sublayer: what goes, and what is left.
+
+    Attributes:
+        removed: heads or channels, ascending.
+        loss: what the criterion says.
+    """
+
+    removed: tuple[int, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How inputs of a layer's output projections are scored.
+
+    Attributes:
+        layer: whose.
+        statistics: of the projection in question.
+        criterion: see the module's table.
+        bias: whether a mean that is taken away may go into a bias.
+        gates: learned log-odds per head or channel, for `learned`.
+    """
+
+    layer: Layer
+    statistics: SublayerStatistics
+    criterion: Criterion
+    bias: bool = True
+    gates: Float[Tensor, " U"] | None = None
+
+
+def channel_options(scoring: Scoring, *, multiple: int) -> list[Option]:
+    """Widths from whole to nothing, in steps that leave a multiple of `multiple` channels."""
+    count = scoring.layer.num_channels
+    widths = [*range((count - 1) // multiple * multiple, 0, -multiple), 0]
+    scorer = _scorer(scoring, "feed_forward")
+    options, now = [Option((), 0.0)], count
+    for width in widths:
+        step = max(1, (now - width) // _STEPS_PER_LEVEL)
+        while now > width:
+            size = min(step, now - width)
+            scorer.remove(torch.topk(scorer.single_losses(), size, largest=False).indices)
+            now -= size
+        options.append(Option(scorer.removed(), scorer.loss))
+    return options
+
+
+def head_options(scoring: Scoring, *, thin: bool) -> list[Option]:
+    """Every number of KV groups with, if `thin`, every number of query heads in each of them; greedy, nested in the groups."""
+    layer = scoring.layer
+    groups, size = layer.num_kv_heads, layer.num_heads // max(layer.num_kv_heads, 1)
+    options = []
+    for per_group in range(size, 0, -1) if thin else (size,):
+        scorer = _scorer(scoring, "attention")
+        for group in range(groups):
+            for _ in range(size - per_group):
+                scorer.remove_cheapest([(head,) for head in _left(scorer, group, size)])
+        options.append(Option(scorer.removed(), scorer.loss))
+        for _ in range(groups - 1):
+            sets = (_left(scorer, group, size) for group in range(groups))
+            scorer.remove_cheapest([heads for heads in sets if heads])
+            options.append(Option(scorer.removed(), scorer.loss))
+    everything = _scorer(scoring, "attention")
+    everything.remove_heads(tuple(range(layer.num_heads)))
+    return [*options, Option(everything.removed(), everything.loss)]
+
+
+def _left(scorer: "_Scorer", group: int, size: int) -> tuple[int, ...]:
+    """Query heads of a KV group that are still there."""
+    return tuple(head for head in range(group * size, (group + 1) * size) if head not in scorer.gone_heads)
+
+
+class _Scorer(ABC):
+    """Removes inputs of one output projection under one criterion. Heads are runs of `head_dim` inputs."""
+
+    def __init__(self, head_dim: int, num_inputs: int) -> None:
+        self.head_dim, self.loss = head_dim, 0.0
+        self.left = torch.ones(num_inputs, dtype=torch.bool)
+        self.gone_heads: set[int] = set()
+
+    @abstractmethod
+    def single_losses(self) -> Float[Tensor, " I"]:
+        """Loss of removing each input alone."""
+
+    @abstractmethod
+    def set_loss(self, columns: Tensor) -> float:
+        """Loss of removing these inputs together."""
+
+    def remove(self, columns: Tensor) -> None:
+        self.loss += self.set_loss(columns)
+        self.left[columns] = False
+
+    def remove_cheapest(self, sets: Sequence[tuple[int, ...]]) -> None:
+        """Take away the set of heads that adds the least."""
+        self.remove_heads(min(sets, key=lambda heads: self.set_loss(self.columns(heads))))
+
+    def remove_heads(self, heads: tuple[int, ...]) -> None:
+        self.remove(self.columns(heads))
+        self.gone_heads |= set(heads)
+
+    def columns(self, heads: Sequence[int]) -> Tensor:
+        return (torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+
+    def removed(self) -> tuple[int, ...]:
+        gone = (~self.left).nonzero()[:, 0]
+        return tuple(sorted(set((gone // self.head_dim).tolist())))
+
+
+class _Reconstruction(_Scorer):
+    def __init__(self, head_dim: int, state: Elimination) -> None:
+        super().__init__(head_dim, len(state.left))
+        self.state = state
+
+    def single_losses(self) -> Float[Tensor, " I"]:
+        return self.state.single_losses()
+
+    def set_loss(self, columns: Tensor) -> float:
+        return self.state.set_loss(columns)
+
+    def remove(self, columns: Tensor) -> None:
+        super().remove(columns)
+        self.state.remove(columns)
+
+
+class _Signed(_Scorer):
+    """½ mean (Σ_c s_rc)²: effects of what goes are added before they are squared."""
+
+    def __init__(self, head_dim: int, effects: Float[Tensor, "P I"], scale: float) -> None:
+        super().__init__(head_dim, effects.shape[1])
+        self.effects, self.scale = effects, scale
+        self.gone = torch.zeros(len(effects), dtype=effects.dtype)
+
+    def single_losses(self) -> Float[Tensor, " I"]:
+        grown = (self.gone[:, None] + self.effects).square().mean(0) - self.gone.square().mean()
+        return torch.where(self.left, self.scale * grown, torch.inf)
+
+    def set_loss(self, columns: Tensor) -> float:
+        grown = (self.gone + self.effects[:, columns].sum(1)).square().mean() - self.gone.square().mean()
+        return float(self.scale * grown)
+
+    def remove(self, columns: Tensor) -> None:
+        super().remove(columns)
+        self.gone = self.gone + self.effects[:, columns].sum(1)
+
+
+class _Additive(_Scorer):
+    def __init__(self, head_dim: int, scores: Float[Tensor, " I"]) -> None:
+        super().__init__(head_dim, len(scores))
+        self.scores = scores
+
+    def single_losses(self) -> Float[Tensor, " I"]:
+        return torch.where(self.left, self.scores, torch.inf)
+
+    def set_loss(self, columns: Tensor) -> float:
+        return float(self.scores[columns].sum())
+
+
+def _scorer(scoring: Scoring, kind: str) -> _Scorer:
+    layer, statistics = scoring.layer, scoring.statistics
+    layout = dict(layer.sublayers)[kind]
+    weight = layer.projection(layout.out).weight.detach().double().cpu()
+    size = layer.head_dim if kind == "attention" else 1
+    norm = weight.square().sum(0)
+    moment = statistics.second_moment.diagonal()
+    match scoring.criterion:
+        case "reconstruction":
+            covariance = statistics.second_moment
+            if scoring.bias:
+                covariance = covariance - torch.outer(statistics.mean, statistics.mean)
+            return _Reconstruction(size, Elimination.start(weight, covariance, statistics.sensitivity))
+        case "fisher":
+            samples = len(statistics.taylor)
+            return _Signed(size, statistics.fisher, 0.5 * samples / statistics.items)
+        case "taylor":
+            return _Signed(size, statistics.taylor, 1.0 / statistics.items**2)
+        case "activation_magnitude":
+            return _Additive(size, norm * moment)
+        case "magnitude":
+            return _Additive(size, norm)
+        case "vtrans":
+            variance = (moment - statistics.mean.square()).clamp(min=1e-12)
+            return _Additive(size, 0.5 * torch.log1p(moment / variance))
+        case "ofb":
+            importance = statistics.fisher.square().mean(0)
+            return _Additive(size, _rank(importance) * _rank(_own_norm(layer, kind, norm)))
+        case "learned":
+            assert scoring.gates is not None
+            return _Additive(size, torch.sigmoid(scoring.gates).repeat_interleave(size) / size)
+        case "sparse_then_prune":
+            return _Additive(size, _own_norm(layer, kind, weight.abs().sum(0), power=1))
+
+
+def _own_norm(layer: Layer, kind: str, outgoing: Float[Tensor, " I"], *, power: int = 2) -> Float[Tensor, " I"]:
+    """Norm of an input's outgoing column plus that of the weights that make it."""
+    layout = dict(layer.sublayers)[kind]
+    total = outgoing.clone()
+    into = layout.into if kind == "feed_forward" else layout.into[2:]  # a head's own content comes through its values
+    for name in into:
+        rows = layer.projection(name).weight.detach().double().cpu().abs().pow(power).sum(1)
+        if len(rows) != len(total):
+            repeats = len(total) // len(rows)
+            rows = rows.unflatten(0, (-1, layer.head_dim)).repeat_interleave(repeats, 0).flatten()
+        total += rows
+    return total
+
+
+def _rank(values: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
+    """Share of inputs with a smaller value, (0, 1]."""
+    return (values.argsort().argsort().double() + 1) / len(values)

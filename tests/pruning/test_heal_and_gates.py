@@ -1,0 +1,84 @@
+"""Distillation and learned masks: they lower what they minimise, resume exactly, and leave the rest alone."""
+
+import pytest
+import torch
+from pruning_models import batches_for, tiny_model
+
+from sparsesearch.cut import Cut
+from sparsesearch.errors import ArtifactError
+from sparsesearch.plan import Plan
+from sparsesearch.pruning import heal
+from sparsesearch.pruning.export import export_pruned
+from sparsesearch.pruning.gates import learn_gates
+from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
+from sparsesearch.pruning.profile_run import describe_layers
+from sparsesearch.runtime.loading import load_model
+from sparsesearch.runtime.shrink import layer_cut
+from sparsesearch.runtime.sublayers import layers_of
+
+REQUEST = HealRequest(steps=6, length_tokens=128, batch=2, num_sequences=4, save_every=2, learning_rate=2e-4)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """needle-7m without 96 channels of its first layers."""
+    model, _ = load_model("needle-7m")
+    cut = Cut(layers={i: layer_cut(layers_of(model)[i], channels=tuple(range(96))) for i in (0, 1)})
+    plan = Plan(
+        base_model=describe_layers(model, "needle-7m"), block_tokens=64, unit="query_head", lengths_tokens=(48,), rules={},
+        assignments={}, pruning=cut,
+    )  # fmt: skip
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    export_pruned(plan, "needle-7m", out)
+    return out
+
+
+def test_healing_lowers_the_distance_and_resumes_to_the_same_bytes(pruned, tmp_path, monkeypatch):
+    whole = heal_checkpoint(pruned, "needle-7m", tmp_path / "whole", REQUEST)
+    assert whole.distance_after < whole.distance_before
+    assert whole.loss_dense < whole.loss_before
+    assert whole.recovered > 0
+
+    def dies(self, *arguments):
+        save(self, *arguments)
+        if arguments[-1] == 4:
+            raise KeyboardInterrupt
+
+    save = heal._State.save
+    with monkeypatch.context() as patch:
+        patch.setattr(heal._State, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", REQUEST)
+    assert not (tmp_path / "parts").exists()
+    with pytest.raises(ArtifactError, match="--resume"):
+        heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", REQUEST)
+    with pytest.raises(ArtifactError, match="seed=0"):
+        heal_checkpoint(
+            pruned, "needle-7m", tmp_path / "parts", HealRequest(**{**vars(REQUEST), "seed": 1}), resume=True
+        )
+    again = heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", REQUEST, resume=True)
+    assert again == whole
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    assert not (tmp_path / "parts.heal").exists()
+
+
+def test_gates_move_towards_the_target_and_weights_stay(tmp_path):
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gates = learn_gates(model, batches_for(model), steps=30, target=0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert set(gates) == {(index, kind) for index in range(4) for kind in ("attention", "feed_forward")}
+    assert {len(gate) for gate in gates.values()} == {4, 48}
+    assert torch.cat(list(gates.values())).mean() < 2.0, "gates close on average"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_gate_of_what_does_nothing_closes_first():
+    model = tiny_model("llama")
+    layer = layers_of(model)[1]
+    out = layer.projection(layer.feed_forward.out)
+    out.weight.data[:, :24] = 0
+    gates = learn_gates(model, batches_for(model), steps=40, target=0.5)
+    idle, busy = gates[(1, "feed_forward")][:24], gates[(1, "feed_forward")][24:]
+    assert idle.mean() < busy.mean()

@@ -1,0 +1,76 @@
+"""Closed forms against brute force."""
+
+import itertools
+
+import torch
+
+from sparsesearch.pruning import reconstruction
+from sparsesearch.pruning.reconstruction import Elimination, damped, refit
+
+
+def problem(inputs=9, outputs=5):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, inputs, generator=generator, dtype=torch.float64) @ torch.randn(
+        inputs, inputs, generator=generator, dtype=torch.float64
+    )
+    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+    root = torch.randn(outputs, outputs, generator=generator, dtype=torch.float64)
+    return x, weight, root @ root.t()
+
+
+def best_loss(weight, covariance, sensitivity, kept):
+    """½ tr(F E) of the damped least-squares optimum, by its normal equations."""
+    gram = damped(covariance)
+    new = torch.zeros_like(weight)
+    new[:, kept] = torch.linalg.solve(gram[kept][:, kept], (weight @ gram)[:, kept].t()).t()
+    gone = weight - new
+    return float(0.5 * (sensitivity * (gone @ gram @ gone.t())).sum()), new
+
+
+def test_losses_add_up_to_the_optimum_of_what_is_left():
+    x, weight, sensitivity = problem()
+    covariance = x.t() @ x / len(x)
+    state = Elimination.start(weight, covariance, sensitivity)
+    for columns in ([3], [7, 1], [0]):
+        predicted = state.loss + state.set_loss(torch.tensor(columns))
+        state.remove(torch.tensor(columns))
+        expected, new = best_loss(weight, covariance, sensitivity, state.left.nonzero()[:, 0])
+        torch.testing.assert_close(
+            torch.tensor([state.loss, predicted]), torch.tensor([expected] * 2), rtol=1e-9, atol=0
+        )
+        torch.testing.assert_close(state.weight, new, rtol=1e-8, atol=1e-10)
+
+
+def test_single_losses_are_losses_of_sets_of_one():
+    x, weight, sensitivity = problem()
+    state = Elimination.start(weight, x.t() @ x / len(x), sensitivity)
+    state.remove(torch.tensor([4]))
+    singles = state.single_losses()
+    for column in range(9):
+        if column == 4:
+            assert singles[column] == torch.inf
+        else:
+            torch.testing.assert_close(
+                float(singles[column]), state.set_loss(torch.tensor([column])), rtol=1e-10, atol=0
+            )
+
+
+def test_the_cheapest_pair_is_found_by_set_loss():
+    x, weight, sensitivity = problem(inputs=6)
+    covariance = x.t() @ x / len(x)
+    state = Elimination.start(weight, covariance, sensitivity)
+    for pair in itertools.combinations(range(6), 2):
+        kept = torch.tensor([i for i in range(6) if i not in pair])
+        expected, _ = best_loss(weight, covariance, sensitivity, kept)
+        torch.testing.assert_close(state.set_loss(torch.tensor(pair)), expected, rtol=1e-9, atol=0)
+
+
+def test_refit_is_least_squares_up_to_its_ridge(monkeypatch):
+    monkeypatch.setattr(reconstruction, "RIDGE", 1e-12)
+    x, weight, _ = problem()
+    target = torch.randn(400, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = torch.tensor([0, 2, 5])
+    new = refit(weight, kept, x.t() @ x / len(x), target.t() @ x / len(x))
+    expected = torch.linalg.lstsq(x[:, kept], target).solution.t()
+    torch.testing.assert_close(new[:, kept], expected, rtol=1e-6, atol=1e-9)
+    assert not new[:, [1, 3, 4, 6, 7, 8]].any()
