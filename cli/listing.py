@@ -46,7 +46,14 @@ def spaces(json: o.Json = False) -> None:
 
     loaded = [SearchSpace.load(name) for name in preset_names("search_spaces")]
     rows = [
-        {"name": s.name, "candidates": len(s.candidates), "unit": s.unit, "what": s.description, "source": s.source}
+        {
+            "name": s.name,
+            "candidates": len(s.candidates),
+            "removals": s.pruning is not None,
+            "unit": s.unit,
+            "what": s.description,
+            "source": s.source,
+        }
         for s in loaded
     ]
     if json:
@@ -54,7 +61,14 @@ def spaces(json: o.Json = False) -> None:
         return
     entries(
         "search spaces",
-        {s.name: [s.description, f"{len(s.candidates)} candidates per {s.unit}", s.source] for s in loaded},
+        {
+            s.name: [
+                s.description,
+                f"{len(s.candidates)} candidates per {s.unit}" + ", and removals" * (s.pruning is not None),
+                s.source,
+            ]
+            for s in loaded
+        },
     )
 
 

@@ -12,7 +12,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork
-from sparsesearch.cost.predict import LayerCosts, rest_of_model_s
+from sparsesearch.cost.predict import LayerCosts, prefill_rest_s
 from sparsesearch.errors import BudgetInfeasibleError, PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape
 from sparsesearch.plan import BaseModelInfo, Plan
@@ -133,7 +133,7 @@ def test_the_rest_of_the_model_counts_in_seconds_and_bytes(profile: Profile) -> 
     costs = load_cost_model("roofline:h100")
     assert isinstance(costs, LayerCosts)
     for index, served in enumerate(SERVED):
-        rest = rest_of_model_s(shape, costs, rows=served.batch * served.prompt_tokens, last_rows=served.batch)
+        rest = prefill_rest_s(shape, costs, rows=served.batch * served.prompt_tokens, batch=served.batch)
         assert whole.dense_cost("ttft")[index] - bare.dense_cost("ttft")[index] == pytest.approx(rest)
     asked = ask("latency=0.9x", shape=shape)
     table, solution = find_choice(profile, asked)

@@ -13,8 +13,8 @@ from sparsesearch.pruning.live import narrowed
 from sparsesearch.pruning.quality import Batch
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
-from sparsesearch.runtime.fingerprint import describe
-from sparsesearch.runtime.live import apply, check_weights
+from sparsesearch.runtime.fingerprint import attention_sites, describe
+from sparsesearch.runtime.live import apply, check_geometry, check_weights
 from sparsesearch.runtime.shrink import Fitted
 
 
@@ -38,12 +38,13 @@ class PrunedApply:
         Raises:
             PlanMismatchError: the plan is for another model.
         """
-        if not self._allow:
-            check_weights(plan.base_model, model)
         if plan.pruning is None:
-            with apply(model, plan, allow_other_weights=True):
+            with apply(model, plan, allow_other_weights=self._allow):
                 yield
             return
+        check_geometry(plan.base_model, attention_sites(model))
+        if not self._allow:
+            check_weights(plan.base_model, model)
         fitted = self._refit(model, plan.sha256, plan.pruning)
         with ExitStack() as stack:
             stack.enter_context(narrowed(model, plan.pruning, fitted))

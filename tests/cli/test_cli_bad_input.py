@@ -156,7 +156,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "budget without a value": (SEARCH + "density", 2, r"must look like density=0.25"),
     "budget is no number": (SEARCH + "density=half", 2, r"must be a number such as 0.25"),
     "budget of an unknown metric": (SEARCH + "densty=0.5", 2, r"Did you mean 'density'"),
-    "budget at another length": (SEARCH + "density=0.5@4096", 1, r"4096 must be one of the profiled lengths"),
+    "budget at no length": (SEARCH + "density=0.5@0", 2, r"must be positive token counts"),
     "cache budget per query head": (SEARCH + "kv_fraction=0.5", 1, r"--unit kv_group"),
     "latency without a cost model": (SEARCH + "latency=0.5x", 1, r"--device cpu"),
     "infeasible": (SEARCH + "density=0.05 --space {bad}/narrow.yaml", 3, r"smallest feasible value is density=0.6.*Raise the budget"),

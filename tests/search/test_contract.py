@@ -146,6 +146,12 @@ def test_smallest_values_while_the_others_hold_are_the_smallest(make_small_table
         try:
             solve(table, asked)
         except BudgetInfeasibleError as caught:
+            if "raising one of them alone does not help" in str(caught):
+                for index in (0, 1):
+                    with pytest.raises(BudgetInfeasibleError):
+                        solve_exhaustive(table, [Budget(asked[index].metric, 1.0), asked[1 - index]])
+                impossible += 2
+                continue
             found = (
                 str(caught).split("smallest feasible value is ")[1].split("; all")[0].split(". Raise")[0].split(" or ")
             )

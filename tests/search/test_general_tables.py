@@ -92,9 +92,9 @@ def test_what_no_choice_changes_counts_in_shares_and_amounts() -> None:
     solution = solve(table, [Budget("params", 0.7)])
     assert solution.used["params"] == {WHOLE: pytest.approx((100 + 150 + 100) / 500)}
     assert table.used("params", solution.choice, absolute=True) == {WHOLE: pytest.approx(350)}
-    with pytest.raises(BudgetInfeasibleError, match=r"parameters=275\b"):
+    with pytest.raises(BudgetInfeasibleError, match=r"params=275\b"):
         solve(table, [Budget("params", 150.0, absolute=True)])
-    with pytest.raises(BudgetInfeasibleError, match=r"parameters=0\.55\b"):
+    with pytest.raises(BudgetInfeasibleError, match=r"params=0\.55\b"):
         solve(table, [Budget("params", 0.5)])
 
 
