@@ -162,7 +162,7 @@ class TableCostModel:
         if dtype_bytes not in (None, self.table.dtype_bytes):
             raise SpecError(
                 f"cost model {self.name} must be asked for {self.table.dtype_bytes} bytes per element, as it was "
-                f"measured, but got {dtype_bytes}. Calibrate with the model's dtype."
+                f"measured, but got {dtype_bytes}. Serve in that type (--dtype), or calibrate in the other one."
             )
 
     def summary(self) -> dict[str, str | float]:

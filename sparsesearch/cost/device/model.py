@@ -202,7 +202,7 @@ class DeviceCostModel:
         if dtype_bytes not in (None, self.table.dtype_bytes):
             raise SpecError(
                 f"cost model {self.name} must be asked for {self.table.dtype_bytes} bytes per element, as it was "
-                f"measured, but got {dtype_bytes}."
+                f"measured, but got {dtype_bytes}. Serve in that type (--dtype), or calibrate in the other one."
             )
 
     def _decode_cost(self, head_dim: int) -> DecodeCost:
