@@ -1,6 +1,5 @@
 """Studies of the embedded model: knobs, the objective, the front."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from optuna.trial import TrialState
 
 from sparsesearch.errors import ArtifactError, BudgetInfeasibleError, SpecError
 from sparsesearch.planning import Question, find_choice, write_plan
+from sparsesearch.presets import preset_path
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.pooled_topk import PooledTopk
@@ -28,7 +28,7 @@ from sparsesearch.studies.tune import (
     warm_start,
 )
 
-PROFILE = Path(str(files("sparsesearch") / "presets" / "profiles" / "needle-7m"))
+PROFILE = preset_path("profiles", "needle-7m")
 
 
 @pytest.fixture(scope="module")
