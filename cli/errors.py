@@ -10,6 +10,8 @@ import typer
 from .render import say
 
 INTERRUPTED = 130
+EXTRAS = {"diffusers": "diffusers", "optuna_dashboard": "dashboard", "psycopg": "postgresql", "datasets": "data"}
+"""Packages that only some commands need -> the extra that brings them."""
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -25,6 +27,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             from sparsesearch.errors import SparseSearchError
 
+            package = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
+            if package in EXTRAS:
+                say(f"[red]error[/]: this needs {package}: pip install 'sparsesearch\\[{EXTRAS[package]}]'.")
+                raise typer.Exit(1) from error
             if not isinstance(error, SparseSearchError):
                 raise
             say(f"[red]error[/]: {_escaped(str(error))}")

@@ -1,6 +1,7 @@
 """What the commands print: pure JSON on request, tables that fit the terminal, listings, options from a file."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,12 @@ def test_calibrate_writes_a_cost_model_that_search_can_use(corridor: Path, run: 
     assert max(Plan.load(plan).budgets[0].predicted.values()) <= 0.8
     refused = run("calibrate", "--device", "cuda", "-o", tmp_path / "gpu.json", code=1)
     assert "roofline" in refused.stderr
+
+
+def test_a_missing_extra_is_named(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    needs_it = ("diffusers.", "sparsesearch.quickstart_video", "sparsesearch.runtime.diffusion.")
+    for name in [name for name in sys.modules if name.startswith(needs_it)]:
+        monkeypatch.delitem(sys.modules, name)
+    result = run("quickstart", "--video", "-o", str(tmp_path / "out"), code=1)
+    assert "pip install 'sparsesearch[diffusers]'" in result.stderr
