@@ -66,7 +66,7 @@ class Size:
 FULL = Size(4, 12, STEPS, (0.2, 0.5, 1.0), True, 16, 32, "about two minutes on an H100 or H200")
 REDUCED = Size(
     1, 2, 4, (0.5, 1.0), False, 8, 16,
-    "about ten minutes on two cores: reduced to clips of 8 frames of 16 x 16 pixels and 4 steps, far from what the model was trained on, "
+    "about a minute on two cores: reduced to clips of 8 frames of 16 x 16 pixels and 4 steps, far from what the model was trained on, "
     "so that its figures only show that everything runs",
 )  # fmt: skip
 
