@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import triton
 
+from sparsesearch.cost.device.timing import event_times
+
 FULL_GRAPH_S = 1e-3
 
 
@@ -28,26 +30,15 @@ def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool =
     replay: Callable[[], object] = run
     calls = 1
     if graph:
-        calls = min(20, max(1, round(FULL_GRAPH_S / max(min(_timed(run, 3)), 1e-6))))
+        calls = min(20, max(1, round(FULL_GRAPH_S / max(min(event_times(run, 3)), 1e-6))))
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             for _ in range(calls):
                 run()
         replay = captured.replay
-    first = _timed(replay, 2)
+    first = event_times(replay, 2)
     repeats = min(200, max(5, int(budget_s / max(statistics.median(first), 1e-7))))
-    return statistics.median(_timed(replay, repeats)) / calls
-
-
-def _timed(replay: Callable[[], object], repeats: int) -> list[float]:
-    event: Any = torch.cuda.Event
-    events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
+    return statistics.median(event_times(replay, repeats)) / calls
 
 
 def ceilings() -> dict[str, float]:

@@ -55,9 +55,9 @@ def sustained(
         return _on_host(run, copies, measure_s)
     run(0)  # compiles
     torch.cuda.synchronize()
-    (once,) = _event_times(lambda: run(0), 1)
+    (once,) = event_times(lambda: run(0), 1)
     if once > LONG_S:
-        return _timed([once, *_event_times(lambda: run(0), 1)])
+        return _timed([once, *event_times(lambda: run(0), 1)])
     calls = min(MOST_CALLS, max(1, ceil(GRAPH_S / once)))
     calls = ceil(calls / copies) * copies if calls > 1 else 1
     if graph:
@@ -72,14 +72,15 @@ def sustained(
             for call in range(calls):
                 run(call % copies)
 
-    (first,) = _event_times(replay, 1)
+    (first,) = event_times(replay, 1)
     for _ in range(ceil(warm_s / first)):
         replay()
-    samples = _event_times(replay, max(3, ceil(measure_s / first)))
+    samples = event_times(replay, max(3, ceil(measure_s / first)))
     return _timed([sample / calls for sample in samples])
 
 
-def _event_times(replay: Callable[[], object], repeats: int) -> list[float]:
+def event_times(replay: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each replay between two events on the current stream."""
     event: Any = torch.cuda.Event
     events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
