@@ -75,7 +75,7 @@ class PlanCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True  # by a few tokens, see `crop`
     supports_early_init = False
 
     def __init__(self, binding: LayerBinding) -> None:

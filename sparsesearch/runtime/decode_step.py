@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.runtime.attention import NAME
+from sparsesearch.runtime.prepare import cache_keyword
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 
 _WARM_UPS = 2  # the first run compiles kernels, the second shows that nothing is left to compile
@@ -75,6 +76,7 @@ class DecodeStep:
         if self.graph_wanted and device.type != "cuda":
             raise SpecError(f"a CUDA graph needs a GPU, but the model is on {device}. Pass graph=False.")
         self.model, self.cache, self.compiled, self.backend = model, cache, compiled, backend
+        self._keyword = cache_keyword(type(model))
         positions = torch.as_tensor(first_position, device=device)
         self.batch = _batch_of(cache)
         self.positions = positions.long().expand(self.batch)[:, None].clone()
@@ -128,7 +130,7 @@ class DecodeStep:
     def _run(self) -> Float[Tensor, "B V"]:
         inputs = {"input_ids": self.tokens, "position_ids": self.positions, "attention_mask": self._mask}
         with _layers_compiled(self.model, self.cache, self.backend) if self.compiled else nullcontext():
-            logits: Tensor = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
+            logits: Tensor = self.model(**inputs, **{self._keyword: self.cache}, use_cache=True).logits[:, -1]
         self.positions.add_(1)
         return logits
 
@@ -206,7 +208,7 @@ def _layers_compiled(model: PreTrainedModel, cache: Cache, backend: str) -> Iter
 
 
 def _through(run: Any, layer: nn.Module, own: LayerCache, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return run(layer, hidden, *args, **{**kwargs, "past_key_values": own})
+    return run(layer, hidden, *args, **{**kwargs, cache_keyword(type(layer)): own})
 
 
 @functools.cache

@@ -28,7 +28,7 @@ _ONLY_PREFILLED = "sparsesearch_only_prefilled"
 
 
 def prepare_call(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ragged: bool
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, keyword: str, ragged: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The hook, for `register_forward_pre_hook(..., with_kwargs=True)` on the decoder (the model without its head).
 
@@ -36,6 +36,7 @@ def prepare_call(
         decoder: the innermost model that holds all attention modules; heads and outer models go through it.
         args: positional arguments of its forward.
         kwargs: keyword arguments of its forward.
+        keyword: what its forward calls the cache.
         ragged: whether evicting rules may drop keys (else they are only masked).
     """
     config: Any = decoder.config
@@ -48,18 +49,26 @@ def prepare_call(
         )
     if args:
         kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
-    cache = kwargs.get("past_key_values")
+    if keyword not in kwargs and "past_key_values" in kwargs:
+        kwargs[keyword] = kwargs.pop("past_key_values")  # as transformers would, after us
+    cache = kwargs.get(keyword)
     if cache is None:
         use_cache = kwargs.get("use_cache")
         wanted = getattr(config, "use_cache", False) if use_cache is None else use_cache
         if not wanted or (decoder.training and getattr(decoder, "gradient_checkpointing", False)):
             return (), kwargs
-        cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        cache = kwargs[keyword] = DynamicCache(config=config)
     if _is_step(cache, kwargs):
         return (), kwargs
     if isinstance(cache, Cache):
         kwargs = {**kwargs, LAW_KEYWORD: _law_tokens(decoder, cache, kwargs, ragged)}
     return (), kwargs
+
+
+def cache_keyword(model_class: type) -> str:
+    """What a model's forward calls its cache: `cache` since transformers 5.24, which renames the older `past_key_values` with a warning."""
+    forward: Any = model_class.forward  # type: ignore[attr-defined]
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def _may_be_ours(cache: Any) -> bool:
