@@ -34,6 +34,7 @@ class Queries:
         mean_kv: KV heads that keep nothing but a running sum of their values.
         mean_heads: their query heads.
         mixed_heads: query heads of the KV heads where not all read the same.
+        mixed_on_device: the same.
         alike: int32 [G], 1 for the other KV heads.
         scored: per mixed head, whether scores count.
     """
@@ -44,7 +45,8 @@ class Queries:
         means = [head for head, own in enumerate(groups) if isinstance(evicting_rule(own), MeanValue)]
         mixed = [head for head, own in enumerate(groups) if not evicting_rule(own) and not all(map(_reads_all, own))]
         self.mean_kv, self.mean_heads = (torch.tensor(heads, device=device) for heads in (means, self._heads(means)))
-        self.mixed_heads = torch.tensor(self._heads(mixed), device=device)
+        self.mixed_heads = self._heads(mixed)
+        self.mixed_on_device = torch.tensor(self.mixed_heads, device=device)
         self.alike = torch.tensor([head not in mixed for head in range(num_kv_heads)], device=device).int()
         # a mean of values is attention whose scores are all equal
         self.scored = torch.tensor([[rules[head].rest != "mean_value"] for head in self._heads(mixed)], device=device)
@@ -86,35 +88,14 @@ class Reads:
         """
         if not self.queries.has_mixed:
             return
-        block, heads = binding.block_tokens, self.queries.mixed_heads.tolist()
-        first = [count // block for count in counts]
-        turns = max((max_tokens - 1) // block - own + 1 for own in first)
-        lists = [
-            [
-                [
-                    visible_blocks(binding.kept_by[head], BlockGrid(1, (own + turn) * block + 1, block, law))
-                    for head in heads
-                ]
-                for turn in range(turns)
-            ]
-            for own, law in zip(first, law_tokens.clamp(min=1).tolist(), strict=True)
-        ]
-        flat = [blocks for row in lists for turn in row for blocks in turn]
-        longest = max(len(blocks) for blocks in flat)
-        if 4 * longest * len(flat) > _MOST_TABLE_BYTES:
-            raise UnsupportedModelError(
-                f"{binding.path}: query heads of one KV head must follow one rule where a static cache is to hold {max_tokens} tokens: the "
-                "blocks that each may read would fill too much memory. Make the plan with --unit kv_group, or use a dynamic cache."
-            )
-        shape, device = (self.batch, turns, len(heads)), self.layout.device
-        tables = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
-        ends = torch.tensor([int(blocks[-1]) if len(blocks) else -1 for blocks in flat]).view(shape)
-        newest = torch.tensor(first)[:, None, None] + torch.arange(turns)[:, None]
-        is_open = ends == newest
-        whole = (torch.tensor([len(blocks) for blocks in flat]).view(shape) - is_open.int()) * block
-        self.tables, self.first_block = tables.view(*shape, longest).to(device), torch.tensor(first, device=device)
-        self.whole, self.open = whole.to(device), is_open.int().to(device)
-        self.block_tokens = block
+        laws, heads = tuple(law_tokens.clamp(min=1).tolist()), tuple(self.queries.mixed_heads)
+        key = ("tables", heads, laws, tuple(counts), max_tokens, self.layout.device)
+        made: tuple[Tensor, ...] = binding.remembered(
+            key, lambda: _tables(binding, heads, laws, counts, max_tokens, self.layout.device)
+        )
+        # rows may be reordered in place
+        self.tables, self.whole, self.open, self.first_block = (tensor.clone() for tensor in made)
+        self.block_tokens = binding.block_tokens
 
     def attend(
         self,
@@ -133,7 +114,7 @@ class Reads:
         out = _read(q, keys, values, self.layout.start, lens, None, scale, 1, kernel)
         tokens = seen.view(q.shape[0], -1)[:, 0].long()
         if heads.has_mixed:
-            out = out.index_copy(1, heads.mixed_heads, self._mixed(q, keys, values, tokens - 1, scale, kernel))
+            out = out.index_copy(1, heads.mixed_on_device, self._mixed(q, keys, values, tokens - 1, scale, kernel))
         if heads.has_means:
             self.sums.add_(v.index_select(1, heads.mean_kv))
             mean = (self.sums / tokens[:, None, None]).to(out.dtype)
@@ -146,9 +127,9 @@ class Reads:
         turn = (position // self.block_tokens - self.first_block).clamp(0, self.tables.shape[1] - 1)
         heads, row = self.queries, torch.arange(q.shape[0], device=q.device)
         lens = self.whole[row, turn] + self.open[row, turn] * (position % self.block_tokens + 1)[:, None]
-        start = self.layout.start.view(q.shape[0], -1).index_select(1, heads.mixed_heads // heads.size)
+        start = self.layout.start.view(q.shape[0], -1).index_select(1, heads.mixed_on_device // heads.size)
         table = self.tables[row, turn].flatten(0, 1)
-        own = q.index_select(1, heads.mixed_heads) * heads.scored.to(q.dtype)
+        own = q.index_select(1, heads.mixed_on_device) * heads.scored.to(q.dtype)
         return _read(own, keys, values, start.flatten(), lens.flatten().int(), table, scale, self.block_tokens, kernel)
 
     def add_values(self, row: int, v: Float[Tensor, "G s D"]) -> None:
@@ -184,6 +165,37 @@ class Reads:
             else:
                 setattr(self, name, new)
         self.layout = layout
+
+
+def _tables(
+    binding: LayerBinding,
+    heads: Sequence[int],
+    laws: Sequence[int],
+    counts: Sequence[int],
+    max_tokens: int,
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """Blocks that each head reads [B, turns, h, n], the keys in those that are full, whether one is being filled, and the first turn's block."""
+    block, first = binding.block_tokens, [count // binding.block_tokens for count in counts]
+    turns = max((max_tokens - 1) // block - own + 1 for own in first)
+    flat = [
+        visible_blocks(binding.kept_by[head], BlockGrid(1, (own + turn) * block + 1, block, law))
+        for own, law in zip(first, laws, strict=True)
+        for turn in range(turns)
+        for head in heads
+    ]
+    longest = max(len(blocks) for blocks in flat)
+    if 4 * longest * len(flat) > _MOST_TABLE_BYTES:
+        raise UnsupportedModelError(
+            f"{binding.path}: query heads of one KV head must follow one rule where a static cache is to hold {max_tokens} tokens: the "
+            "blocks that each may read would fill too much memory. Make the plan with --unit kv_group, or use a dynamic cache."
+        )
+    shape = len(counts), turns, len(heads)
+    ends = torch.tensor([int(blocks[-1]) if len(blocks) else -1 for blocks in flat]).view(shape)
+    is_open = (ends == torch.tensor(first)[:, None, None] + torch.arange(turns)[:, None]).int()
+    whole = (torch.tensor([len(blocks) for blocks in flat]).view(shape) - is_open) * block
+    tables = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).view(*shape, longest)
+    return tables.to(device), whole.to(device), is_open.to(device), torch.tensor(first, device=device)
 
 
 def _reads_all(rule: Rule) -> bool:
