@@ -139,7 +139,7 @@ def _reuse(plan: Plan, name: str) -> Iterator[Finding]:
 
 def _launch_groups(plan: Plan, name: str, max_groups: int) -> Iterator[Finding]:
     for module in plan.base_model.modules:
-        orders = {rule.token_order for rule in plan.module_rules(module) if rule.rest not in ("zero", "mean_value")}
+        orders = {rule.token_order for rule in plan.module_rules(module) if not rule.replaces_output}
         moved = sorted(str(order) for order in orders if not order.is_identity)
         if len(moved) > max_groups:
             yield Finding(
@@ -205,11 +205,7 @@ def _rule_findings(rule: Rule, plan: Plan) -> Iterator[Finding]:
             negative = [n for n in plan.lengths_tokens if law.a + law.b * n < 0]
             if negative:
                 yield Finding("length_law", rule.label, f"{field} must not be negative, but is at {negative[0]} tokens")
-    if (
-        not rule.dynamic
-        and rule.rest == "drop"
-        and not (rule.needs_calibration and getattr(rule, "bitmap", None) is None)
-    ):
+    if not rule.dynamic and not rule.replaces_output and rule.ready:
         for length in plan.lengths_tokens if layout is None else plan.lengths_tokens[:1]:
             length = length if layout is not None else min(length, _MOST_BLOCKS * plan.block_tokens)
             if not rule.select(_grid(layout, length, plan.block_tokens)).any(-1).all():
