@@ -42,6 +42,7 @@ BASES: tuple[dict[str, Any], ...] = (
     {"kind": "calibrated_tiles", "order": "tile(4,4,4)"},
     {"kind": "pooled_mass", "order": "tile(4,4,4)"},
     {"kind": "block_mass", "order": "tile(4,4,4)"},
+    {"kind": "cluster_mass", "by": "block", "query_clusters": 64, "key_clusters": 64},
 )
 SIZES: dict[str, list[dict[str, Any]]] = {
     "diagonal_band": [{"reach": {"b": b}} for b in (0.03125, 0.0625, 0.125, 0.1875, 0.28125)],
@@ -73,9 +74,12 @@ def candidates() -> Iterator[tuple[str, str, Rule]]:
         for size in SIZES.get(base["kind"], [{"keep": keep} for keep in KEEPS]):
             rule = {**base, **size}
             for rest, data in RESTS.items():
-                if "cached" in rest and base["kind"] in ("pooled_mass", "block_mass"):
+                if "cached" in rest and base["kind"] in ("pooled_mass", "block_mass", "cluster_mass"):
                     continue
                 yield name, rest, parse_rule({**data, "of": rule} if data else rule, where="bench")
+    for keep in KEEPS:
+        data = {"kind": "cluster_mass", "keep": keep, "query_clusters": 32, "key_clusters": 64}
+        yield "cluster_mass cluster", "drop", parse_rule(data, where="bench")
     for order in ("identity", "tile(4,4,4)"):
         for shares in PYRAMIDS:
             yield f"pyramid {order}", "means of 2, 4, 8", parse_rule(
@@ -159,24 +163,18 @@ def _measure(
         q, k, _ = FlatCall.of(other).ordered(rule.token_order)
         mass = tile_masses(q, k, scale=other.scale, block_tokens=BLOCK_TOKENS).unflatten(0, (-1, heads)).mean(0)
         rules = tuple(rule.calibrated(head.cpu(), grid) for head in mass)
-    memory = StepMemory(step=0)
+    memory = StepMemory(step=0, chosen={})
     if isinstance(rule, CachedRest):
         attend(before.q, before.k, before.v, grid, rules, scale=seen.scale, memory=memory)
         memory.step = AGE
     found = attend(seen.q, seen.k, seen.v, grid, rules, scale=seen.scale, memory=memory)
+    levels = next(iter(memory.chosen.values())).all_levels() if memory.chosen else rules[0].levels(grid)
+    work = float(rule.work(levels, grid).mean()) / float(grid.reachable().sum())
     delta, whole = (
         F.linear(x.transpose(1, 2).flatten(2).float(), weight.float()) for x in (found.float() - dense.float(), dense)
     )
     share = 1 - 1 / rule.every if isinstance(rule, CachedRest) else 1.0
-    return _work(rules[0], seen) / float(grid.reachable().sum()), share * float(
-        delta.square().sum() / whole.square().sum()
-    )
-
-
-def _work(rule: Rule, seen: LayerCall) -> float:
-    grid = video_grid(seen.call.layout, BLOCK_TOKENS)
-    q, k, _ = FlatCall.of(seen).ordered(rule.token_order)
-    return float(rule.work(rule.levels(grid, q * seen.scale, k), grid).mean())
+    return work, share * float(delta.square().sum() / whole.square().sum())
 
 
 def table(record: dict[str, Any]) -> str:

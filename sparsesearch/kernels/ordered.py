@@ -6,14 +6,15 @@ before it is copied back: see `rest_terms`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int16
+from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.clustering import Clusters
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.dispatch import Backend, Prefill, prefill
 from sparsesearch.kernels.rest_terms import Residual, measure, with_residual, with_rest
@@ -22,6 +23,7 @@ from sparsesearch.kernels.schedule import HeadTiles, Span
 from sparsesearch.order import Order
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.cached_rest import CachedRest
+from sparsesearch.rules.cluster_mass import ClusterMass
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.zero import Zero
 
@@ -30,10 +32,19 @@ _ADDED = ("pooled", "taylor", "rectified", "cached")
 
 @dataclass(frozen=True)
 class Chosen:
-    """What dynamic rules chose: the tiles of every sequence, and the levels of heads whose rest needs them."""
+    """What dynamic rules chose: the tiles of every sequence, the levels of heads whose rest needs them, and in an order by content the places."""
 
     tiles: list[HeadTiles]
     levels: dict[int, Int16[Tensor, "B M N"]]
+    q_places: Int[Tensor, "B H S"] | None = None
+    k_places: Int[Tensor, "B H S"] | None = None
+
+    def all_levels(self) -> Int16[Tensor, "B H M N"]:
+        """The levels of every head; those whose rest needs none are at 1 where they are computed."""
+        found = torch.stack([one.choices for one in self.tiles]).short()
+        for head, levels in self.levels.items():
+            found[:, head] = levels
+        return found
 
 
 ChosenTiles = dict[tuple[int, Order], Chosen]
@@ -48,11 +59,13 @@ class StepMemory:
         step: the step of this call; None if unknown.
         chosen: tiles of dynamic rules to reuse, those missing are added; None: choose at every call.
         residuals: of `cached` heads, by first batch row, order, rule and heads.
+        clusters: of queries and keys of heads in an order by content, by first batch row, order and head.
     """
 
     step: int | None = None
     chosen: ChosenTiles | None = None
     residuals: dict[tuple[int, Order, Rule, tuple[int, ...]], Residual] = field(default_factory=dict)
+    clusters: dict[tuple[int, Order, int], tuple[Clusters, Clusters]] = field(default_factory=dict)
 
 
 def attend(
@@ -163,6 +176,21 @@ class _Launch:
     def run(self) -> Float[Tensor, "B H S D"]:
         """Choose, launch, add rest terms."""
         chosen = self._choose() if any(rule.dynamic for rule in self.rules) else None
+        if chosen is None or chosen.q_places is None or chosen.k_places is None:
+            return self._chosen_run(chosen)
+        group = self.q.shape[1] // self.k.shape[1]
+        keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (self.k, self.v))
+        moved = replace(
+            self,
+            q=_gather(self.q, chosen.q_places),
+            k=_gather(keys, chosen.k_places),
+            v=_gather(values, chosen.k_places),
+        )
+        result = moved._chosen_run(chosen)
+        places = _whole(chosen.q_places, result.shape[2])[..., None].expand_as(result)
+        return torch.empty_like(result).scatter_(2, places, result)
+
+    def _chosen_run(self, chosen: Chosen | None) -> Float[Tensor, "B H S D"]:
         # rectified weights need no log-sum-exp
         need_lse = any(rule.rest in _ADDED and rule.rest != "rectified" for rule in self.rules)
         choice = tuple(self.rules) if chosen is None else chosen.tiles
@@ -185,17 +213,32 @@ class _Launch:
             return kept[self.key]
         group = self.q.shape[1] // self.k.shape[1]
         grid, length = self.spans[0].grid, self.spans[0].grid.kv_len
-        levels = [
-            rule.levels(grid, self.q[:, head, :length] * self.scale, self.k[:, head // group, :length])
-            if rule.dynamic
-            else _static_levels(rule, grid, str(self.q.device))
-            for head, rule in enumerate(self.rules)
-        ]
+        levels, places = [], []
+        for head, rule in enumerate(self.rules):
+            if not rule.dynamic:
+                levels.append(_static_levels(rule, grid, str(self.q.device)))
+                continue
+            q, k = self.q[:, head, :length] * self.scale, self.k[:, head // group, :length]
+            inner = getattr(rule, "of", rule)
+            if isinstance(inner, ClusterMass):
+                name = (*self.key, head)
+                found = self.memory.clusters[name] = inner.clusters(grid, q, k, self.memory.clusters.get(name))
+                own = [_whole(one.order, length) for one in found]
+                q, k = _gather(q, own[0]), _gather(k, own[1])
+                levels.append(
+                    rule.levels(grid, q, k, found) if isinstance(rule, ClusterMass) else rule.levels(grid, q, k)
+                )
+                places.append(own)
+            else:
+                levels.append(rule.levels(grid, q, k))
         shape = (len(self.spans), grid.num_q_blocks, grid.num_k_blocks)
         every = torch.stack([one.expand(shape) for one in levels], 1) == 1
         tiles = [HeadTiles(every[row], tuple(range(len(self.rules)))) for row in range(len(self.spans))]
         wanted = {head: levels[head].expand(shape) for head, rule in enumerate(self.rules) if rule.rest in _ADDED}
         chosen = Chosen(tiles, wanted)
+        if places:  # all heads of an order by content have it
+            q_places, k_places = (torch.stack(own, 1) for own in zip(*places, strict=True))
+            chosen = replace(chosen, q_places=q_places, k_places=k_places)
         if kept is not None:
             kept[self.key] = chosen
         return chosen
@@ -244,6 +287,17 @@ class _Launch:
         lse[..., length:] = dense.lse[..., length:] = 0.0  # padding
         self.memory.residuals[name] = measure((computed[0], lse), (dense.out, dense.lse), step)
         return dense.out
+
+
+def _whole(places: Int[Tensor, "*unit n"], length: int) -> Int[Tensor, "*unit S"]:
+    """Places of the first tokens, and the others where they are."""
+    rest = torch.arange(places.shape[-1], length, device=places.device)
+    return torch.cat([places, rest.expand(*places.shape[:-1], -1)], -1)
+
+
+def _gather(x: Float[Tensor, "*unit S D"], places: Int[Tensor, "*unit n"]) -> Float[Tensor, "*unit S D"]:
+    whole = _whole(places, x.shape[-2])
+    return x.gather(-2, whole[..., None].expand(*whole.shape, x.shape[-1]))
 
 
 @lru_cache(maxsize=256)

@@ -210,6 +210,10 @@ class RestRule(Rule):
             raise ValueError(
                 f"of must be a rule over frames that chooses tiles by itself and drops the rest, but is {self.of.label}"
             )
+        if getattr(self.of, "by", None) == "cluster":
+            raise ValueError(
+                f"of must choose among the blocks that the rest speaks of (by: block), but is {self.of.label}"
+            )
         return self
 
     @property

@@ -1,6 +1,5 @@
 """pooled_mass: per query block, the key blocks that carry a share of a pooled attention map, but never fewer than a share of the blocks."""
 
-import math
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -47,9 +46,7 @@ class PooledMass(Rule):
         counts = rows_per_block(grid.kv_len, grid, 0, k.device)[:, 0]
         scores = block_means(q, grid, grid.q_start) @ block_means(k, grid, 0).transpose(-1, -2) + counts.log()
         scores = scores.masked_fill(~free, -torch.inf)
-        budget = torch.tensor(
-            [[math.ceil(self.keep * count - 1e-9)] for count in free.sum(-1).tolist()], device=q.device
-        )
+        budget = (self.keep * free.sum(-1, keepdim=True) - 1e-6).ceil().long()
         tiles = top_k(scores, budget)
         if self.mass:
             tiles = top_p(scores.softmax(-1).nan_to_num(0.0), self.mass, tiles)  # rows of text have no free tile

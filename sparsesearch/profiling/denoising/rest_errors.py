@@ -1,4 +1,4 @@
-"""Errors of candidates with a rest term: each is run as a plan would run it, because its output is no sum over tiles.
+"""Errors of candidates that are no sums over the tiles of a fixed order, because they have a rest term or cluster tokens: each is run.
 
 A `cached` rest is measured at the middle of its period: its residual is taken so many steps before a captured one, in the same run.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsesearch.kernels.ordered import StepMemory, attend
-from sparsesearch.profiling.denoising.menu import FlatCall, video_grid
+from sparsesearch.profiling.denoising.menu import video_grid
 from sparsesearch.rules import Rule
 from sparsesearch.rules.cached_rest import CachedRest
 from sparsesearch.runtime.diffusion.attention import LayerCall
@@ -21,7 +21,7 @@ RulesOf = Callable[[int, LayerCall], Sequence[Rule]]
 
 @dataclass
 class RestErrors:
-    """The candidates of a menu that have a rest term.
+    """The candidates of a menu that must be run.
 
     Attributes:
         candidates: the menu.
@@ -39,7 +39,7 @@ class RestErrors:
     @property
     def indices(self) -> list[int]:
         """Which candidates."""
-        return [index for index, rule in enumerate(self.candidates) if rule.rest != "drop" and not rule.replaces_output]
+        return [index for index, rule in enumerate(self.candidates) if must_run(rule)]
 
     def before(self, seen: LayerCall) -> None:
         """Shown every call: take the residuals that a captured step will need."""
@@ -48,39 +48,44 @@ class RestErrors:
         for index in self.indices:
             rule = self.candidates[index]
             if isinstance(rule, CachedRest) and any(step == max(later - rule.every // 2, 0) for later in self.captured):
-                memory = self._memories[index, seen.path, seen.call.pass_name] = StepMemory(step=step)
+                memory = StepMemory(step=step)
+                self._memories[index, seen.path, seen.call.pass_name] = memory
                 self._run(index, seen, memory)
 
     def errors(
         self, seen: LayerCall, dense: Float[Tensor, "B H T D"], gram: Float[Tensor, "H D D"], norm: Float[Tensor, " B"]
     ) -> tuple[Float[Tensor, "H c"], Float[Tensor, "H c"]]:
-        """Relative error and work of each candidate with a rest term, mean over the sequences of one call."""
-        assert seen.call.step is not None
+        """Relative error and work of each candidate that must be run, mean over the sequences of one call."""
         found = [self._error(index, seen, dense, gram, norm) for index in self.indices]
-        work = [self._work(index, seen) for index in self.indices]
-        return torch.stack(found, 1), torch.stack(work, 1)
+        return torch.stack([error for error, _ in found], 1), torch.stack([work for _, work in found], 1)
 
-    def _error(self, index: int, seen: LayerCall, dense: Tensor, gram: Tensor, norm: Tensor) -> Float[Tensor, " H"]:
+    def _error(
+        self, index: int, seen: LayerCall, dense: Tensor, gram: Tensor, norm: Tensor
+    ) -> tuple[Float[Tensor, " H"], Float[Tensor, " H"]]:
         rule, share = self.candidates[index], 1.0
-        memory = StepMemory()
+        memory = StepMemory(chosen={})
         if isinstance(rule, CachedRest):
             memory = self._memories.pop((index, seen.path, seen.call.pass_name))
             memory.step = seen.call.step[0] if seen.call.step else None
             share = 1 - 1 / rule.every  # the dense step has no error
         delta = self._run(index, seen, memory).float() - dense.float()
         wrong = torch.einsum("bhtd,hde,bhte->bh", delta, gram, delta)
-        return (wrong / norm[:, None]).mean(0) * share
+        return (wrong / norm[:, None]).mean(0) * share, self._work(index, seen, memory)
 
     def _run(self, index: int, seen: LayerCall, memory: StepMemory) -> Tensor:
         grid = video_grid(seen.call.layout, self.block_tokens)
         return attend(seen.q, seen.k, seen.v, grid, self.rules_of(index, seen), scale=seen.scale, memory=memory)
 
-    def _work(self, index: int, seen: LayerCall) -> Float[Tensor, " H"]:
-        rules = self.rules_of(index, seen)
-        grid, (batch, heads) = video_grid(seen.call.layout, self.block_tokens), seen.q.shape[:2]
+    def _work(self, index: int, seen: LayerCall, memory: StepMemory) -> Float[Tensor, " H"]:
+        rules, grid = self.rules_of(index, seen), video_grid(seen.call.layout, self.block_tokens)
         if not rules[0].dynamic:
             own = {rule: float(rule.work(rule.levels(grid), grid)) for rule in dict.fromkeys(rules)}
             return torch.tensor([own[rule] for rule in rules], device=seen.q.device)
-        q, k, _ = FlatCall.of(seen).ordered(rules[0].token_order)  # dynamic rules are not calibrated: one for all heads
-        levels = rules[0].levels(grid, q.unflatten(0, (batch, heads)) * seen.scale, k.unflatten(0, (batch, heads)))
-        return rules[0].work(levels, grid).expand(batch, heads).mean(0).to(seen.q.device)
+        assert memory.chosen is not None
+        (chosen,) = memory.chosen.values()
+        return rules[0].work(chosen.all_levels(), grid).mean(0).to(seen.q.device)
+
+
+def must_run(rule: Rule) -> bool:
+    """Whether a candidate's output is no softmax over tiles of one order."""
+    return not rule.replaces_output and (rule.rest != "drop" or rule.token_order.by_content)

@@ -25,7 +25,7 @@ from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.profiling.denoising.menu import FlatCall, OrderGroup, video_grid
 from sparsesearch.profiling.denoising.record import DenoisingProfile, StepsManifest
 from sparsesearch.profiling.denoising.request import StepsRequest
-from sparsesearch.profiling.denoising.rest_errors import RestErrors
+from sparsesearch.profiling.denoising.rest_errors import RestErrors, must_run
 from sparsesearch.profiling.denoising.tile_errors import tile_errors, tile_masses
 from sparsesearch.profiling.record import provenance_versions
 from sparsesearch.profiling.shards import ShardStore
@@ -154,7 +154,7 @@ class _Study:
         grid = video_grid(self.layout, self.request.space.block_tokens)
         by_order: dict[Order, list[int]] = {}
         for index, rule in enumerate(self.request.space.candidates):
-            if rule.rest == "drop" or rule.replaces_output:
+            if not must_run(rule):
                 by_order.setdefault(rule.token_order, []).append(index)
         groups = []
         for order, indices in by_order.items():
