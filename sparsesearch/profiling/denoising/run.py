@@ -31,8 +31,8 @@ from sparsesearch.profiling.record import provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.runtime.denoisers import apply_denoiser, projections_of
 from sparsesearch.runtime.diffusion.attention import LayerCall
-from sparsesearch.runtime.diffusion.live import apply_to_transformer, output_weights
 
 Sampler = Callable[[], Tensor]
 """Samples from the calibration inputs through the model under study and returns the final latents, one row per sequence."""
@@ -54,10 +54,10 @@ def profile_transformer(
     resume: bool = False,
     progress: Progress = silent,
 ) -> DenoisingProfile:
-    """Profile a diffusers transformer into a directory.
+    """Profile a diffusers transformer, or a masked diffusion language model, into a directory.
 
     Args:
-        model: in evaluation mode, with no plan applied.
+        model: in evaluation mode, with no plan applied; a language model as a `MaskedDenoiser`.
         sampler: samples the calibration inputs through it.
         request: model, candidates, steps.
         out: the profile directory; one shard per captured step is kept until the end, so `resume` loses at most one step.
@@ -123,7 +123,7 @@ class _Study:
 
     def score(self, calibrated: Calibrated, plan_sha256: str | None) -> DenoisingProfile:
         """Errors of all candidates at every captured step."""
-        weights = output_weights(self.model)
+        weights = projections_of(self.model)
         place_of = {step: place for place, steps in enumerate(self.request.captured) for step in steps}
         chosen: dict[tuple[int, str], list[OrderGroup]] = {}
         candidates = self.request.space.candidates
@@ -249,7 +249,7 @@ class _Study:
                     self.progress(name, len(steps) - len(missing) + len(taken), len(steps))
 
         if missing:
-            with apply_to_transformer(self.model, self.running, allow_other_weights=True) as applied:
+            with apply_denoiser(self.model, self.running) as applied:
                 applied.probe(probe)
                 self.sampler()
             if missing - taken:

@@ -18,7 +18,7 @@ from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
-from sparsesearch.runtime.diffusion.call import Call, CallHook
+from sparsesearch.runtime.denoising_call import Call, CallSource
 
 Rules = tuple[Rule, ...]
 
@@ -56,7 +56,7 @@ class SparseLayer:
     Attributes:
         path: the module's path in the plan.
         plan: the plan; its schedule says which rules hold at which step.
-        calls: the hook that knows the call in progress.
+        calls: who knows the call in progress.
         backend: as in `kernels.dispatch`.
         probe: shown every self-attention call; what it returns, if anything, replaces the output.
         taken: backend that served the last sparse call.
@@ -64,7 +64,7 @@ class SparseLayer:
 
     path: str
     plan: Plan
-    calls: CallHook
+    calls: CallSource
     backend: Backend
     probe: Probe | None = None
     taken: Backend | None = None
