@@ -67,17 +67,17 @@ RESTS: dict[str, dict[str, Any]] = {
 }
 
 
-def candidates() -> Iterator[tuple[str, str, Rule]]:
+def candidates(keeps: tuple[float, ...] = KEEPS) -> Iterator[tuple[str, str, Rule]]:
     """Base, rest and rule of every row."""
     for base in BASES:
         name = " ".join(str(value) for key, value in base.items() if key != "stride")
-        for size in SIZES.get(base["kind"], [{"keep": keep} for keep in KEEPS]):
+        for size in SIZES.get(base["kind"], [{"keep": keep} for keep in keeps]):
             rule = {**base, **size}
             for rest, data in RESTS.items():
                 if "cached" in rest and base["kind"] in ("pooled_mass", "block_mass", "cluster_mass"):
                     continue
                 yield name, rest, parse_rule({**data, "of": rule} if data else rule, where="bench")
-    for keep in KEEPS:
+    for keep in keeps:
         data = {"kind": "cluster_mass", "keep": keep, "query_clusters": 32, "key_clusters": 64}
         yield "cluster_mass cluster", "drop", parse_rule(data, where="bench")
     for order in ("identity", "tile(4,4,4)"):
@@ -91,6 +91,8 @@ def run(
     *,
     layers: tuple[int, ...] = (1, 3, 5),
     clips: int = 1,
+    steps: tuple[int, ...] = STEPS_SEEN,
+    keeps: tuple[float, ...] = KEEPS,
     mode: Mode = "t2v",
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
@@ -102,8 +104,8 @@ def run(
     """
     bed = load_bed(device)
     weights = output_weights(bed.transformer)
-    sums = {rule.label: torch.zeros(2, dtype=torch.double) for _, _, rule in candidates()}
-    for step in STEPS_SEEN:
+    sums = {rule.label: torch.zeros(2, dtype=torch.double) for _, _, rule in candidates(keeps)}
+    for step in steps:
         seen = _calls(bed, mode, step, clips, layers, held_out=True)
         before = _calls(bed, mode, step - AGE, clips, layers, held_out=True)
         mass = _calls(bed, mode, step, clips, layers, held_out=False)
@@ -111,16 +113,16 @@ def run(
             progress(f"step {step}, {path}")
             call = seen[path]
             dense = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
-            for _, _, rule in candidates():
+            for _, _, rule in candidates(keeps):
                 sums[rule.label] += torch.tensor(_measure(rule, call, before[path], mass[path], weights[path], dense))
     rows = []
-    for base, rest, rule in candidates():
-        work, error = (sums[rule.label] / (len(layers) * len(STEPS_SEEN))).tolist()
+    for base, rest, rule in candidates(keeps):
+        work, error = (sums[rule.label] / (len(layers) * len(steps))).tolist()
         rows.append({"base": base, "rest": rest, "work": work, "error": error, "rule": rule.label})
     return {
         "provenance": _provenance(device),
         "layers": layers,
-        "steps": STEPS_SEEN,
+        "steps": steps,
         "clips": clips,
         "mode": mode,
         "rows": rows,
@@ -202,13 +204,18 @@ def main() -> None:
     """Entry point of `python -m sparsesearch.bench.rest_terms`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="1,3,5")
+    parser.add_argument(
+        "--steps", default=",".join(map(str, STEPS_SEEN)), help="sampling steps whose noise levels are looked at"
+    )
+    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares of tiles of the rules that have one")
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--mode", choices=("t2v", "i2v"), default="t2v")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     record = run(
-        layers=tuple(int(layer) for layer in given.layers.split(",")), clips=given.clips, mode=given.mode, device=given.device,
+        layers=tuple(int(layer) for layer in given.layers.split(",")), steps=tuple(int(step) for step in given.steps.split(",")),
+        keeps=tuple(float(keep) for keep in given.keeps.split(",")), clips=given.clips, mode=given.mode, device=given.device,
         progress=lambda said: print(said, file=sys.stderr),
     )  # fmt: skip
     given.json.write_text(json.dumps(record, indent=1))
