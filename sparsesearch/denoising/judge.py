@@ -9,10 +9,10 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from sparsesearch.block_mask import BlockGrid
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.denoising.menu import static_work
 from sparsesearch.step_schedule import StepSchedule
 
 Measure = Callable[[Tensor, Tensor], Float[Tensor, " B"]]
@@ -91,11 +91,9 @@ def judge(
 
 def static_density(plan: Plan, layout: Layout, num_steps: int) -> float | None:
     """Computed tiles over all steps, heads and layers as a share of dense attention's; None if a rule chooses from queries and keys."""
-    tokens = layout.num_tokens
-    grid = BlockGrid(tokens, tokens, plan.block_tokens, causal=False, layout=layout)
     if any(rule.dynamic for rule in plan.rules.values()):
         return None
-    share = {name: float(rule.select(grid).float().mean()) for name, rule in plan.rules.items()}
+    share = {name: static_work(rule, layout, plan.block_tokens) for name, rule in plan.rules.items()}
     by_range: dict[int | None, float] = {}
     total = 0.0
     for step in range(num_steps):
