@@ -168,10 +168,14 @@ def check(
     device: o.Device = "cpu",
     junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.")] = None,
     annotations: Annotated[bool, typer.Option("--annotations", help="Print GitHub workflow annotations.")] = False,
+    suite: o.Suite = None,
+    task_format: o.TaskFormat = "completion",
+    shots: o.Shots = 0,
+    task_sequences: o.TaskSequences = 24,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Gate for CI: exit 4 when a plan has got worse. Its bounds are relative to dense, and to a recorded baseline."""
+    """Gate for CI: exit 4 when a plan has got worse. Its bounds are relative to dense, and to a recorded baseline, whose tasks are repeated."""
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.check import check as run
     from sparsesearch.evaluate import Metrics
@@ -193,6 +197,7 @@ def check(
             num_sequences=num_sequences,
             num_needles=num_needles,
             timing_rounds=0 if max_slowdown is None else 5,
+            suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),
             seed=seed,
             progress=progress,
         )

@@ -69,8 +69,8 @@ class LayerStack:
     @property
     def device(self) -> torch.device:
         """Where the embedding computes."""
-        weight = self.model.get_input_embeddings().weight
-        device: torch.device = weight.device  # type: ignore[assignment]
+        embedding: nn.Module = self.model.get_input_embeddings()
+        device = next(embedding.parameters()).device
         if device.type == "meta":  # offloaded by accelerate, which brings it where it computes
             return torch.device(
                 next(place for place in self.model.hf_device_map.values() if place not in ("cpu", "disk"))

@@ -202,10 +202,10 @@ def _weightless() -> Iterator[None]:
     """Modules built inside have parameters without memory; buffers are real, for nobody stores them."""
     register = nn.Module.register_parameter
 
-    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(self, name, param)
 
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
     try:

@@ -118,7 +118,8 @@ def load_weights(
         _require_accelerate(device_map)
         options["device_map"] = device_map
     model: PreTrainedModel = _load(AutoModelForCausalLM, source, place, **options)
-    model = model if device_map is not None else model.to(device)
+    if device_map is None:
+        model.to(device)  # type: ignore[arg-type]
     model.train(False)
     return model
 

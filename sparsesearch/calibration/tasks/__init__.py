@@ -3,7 +3,7 @@
 Source: the tasks of Hsieh et al. 2024, RULER, arXiv:2404.06654; each file says how it differs.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -29,6 +29,7 @@ __all__ = [
     "Segment",
     "Task",
     "TaskSample",
+    "parsed_spec",
     "task_names",
     "task_samples",
     "task_text",
@@ -60,6 +61,19 @@ def task_names(text: str) -> tuple[str, ...]:
     if not wanted:
         raise SpecError(f"at least one task must be named; suites: {', '.join(SUITES)}; tasks: {', '.join(TASKS)}.")
     return tuple(name for name in TASKS if name in wanted)
+
+
+def parsed_spec(spec: str) -> tuple[tuple[str, ...], Format]:
+    """`tasks:NAMES` or `tasks:NAMES:FORMAT` as names of tasks and a format, `completion` by default.
+
+    Raises:
+        SpecError: an unknown name or format.
+    """
+    _, names, *form = spec.split(":", 2)
+    chosen = form[0] if form else "completion"
+    if chosen not in FORMATS:
+        raise SpecError(f"unknown format {chosen!r}; there are {', '.join(FORMATS)}.{nearest(chosen, FORMATS)}")
+    return task_names(names), cast(Format, chosen)
 
 
 def task_text(tokenizer: "PreTrainedTokenizerBase", split: Split, length_tokens: int) -> Ids:

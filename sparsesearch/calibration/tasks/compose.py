@@ -134,7 +134,8 @@ def _body(
 
 
 def _joined(head: list[Ids], tail: list[_Answered], around: Glue, length: int, name: str) -> TaskSample:
-    ids, accepted, segments = list(head), {}, []
+    ids, segments = list(head), []
+    accepted: dict[int, list[int]] = {}
     answer = [np.zeros(len(part), dtype=bool) for part in head]
     for number, part in enumerate(tail):
         if number:
