@@ -72,9 +72,8 @@ class LayerStack:
         embedding: nn.Module = self.model.get_input_embeddings()
         device = next(embedding.parameters()).device
         if device.type == "meta":  # offloaded by accelerate, which brings it where it computes
-            return torch.device(
-                next(place for place in self.model.hf_device_map.values() if place not in ("cpu", "disk"))
-            )
+            places = vars(self.model)["hf_device_map"].values()
+            return torch.device(next((place for place in places if place not in ("cpu", "disk")), "cpu"))
         return device
 
     @torch.no_grad()
