@@ -13,7 +13,6 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
-from sparsesearch.step_schedule import StepSchedule
 
 Measure = Callable[[Tensor, Tensor], Float[Tensor, " B"]]
 """Similarity of each found sample to the wanted one; greater is better."""
@@ -107,29 +106,6 @@ def static_density(plan: Plan, layout: Layout, num_steps: int) -> float | None:
             by_range[place] = (named + unnamed) / plan.base_model.geometry.total_heads
         total += by_range[place]
     return total / num_steps
-
-
-def permuted_plan(plan: Plan, seed: int) -> Plan:
-    """The same rules on other heads: in every range of steps, all of them are shuffled over layers and heads.
-
-    A control: what is left of a plan's quality when only the amount of work is kept.
-    """
-    rng = np.random.default_rng(seed)
-
-    def shuffled(table: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-        names = [name for heads in table.values() for name in heads]
-        mixed = iter([names[place] for place in rng.permutation(len(names))])
-        return {module: tuple(next(mixed) for _ in heads) for module, heads in table.items()}
-
-    schedule = plan.schedule
-    if schedule is not None:
-        ranges = [
-            (item.first, item.end, shuffled(schedule.assignments(place))) for place, item in enumerate(schedule.ranges)
-        ]
-        schedule = StepSchedule.of(schedule.num_steps, ranges, schedule.refresh)
-    return plan.model_copy(
-        update={"assignments": shuffled(plan.assignments), "schedule": schedule, "certificate": None, "quality": {}}
-    )
 
 
 def difference_image(found: Float[Tensor, "3 F Y X"], wanted: Float[Tensor, "3 F Y X"]) -> Float[Tensor, "3 F Y X"]:

@@ -1,0 +1,77 @@
+"""`sparsesearch bench video-quality`: plans of the embedded video model judged by true sampling."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from . import options as o
+from .errors import guarded
+from .render import emit_json, lines, progress_bar, say, table
+
+
+def video_quality(
+    mode: Annotated[Literal["t2v", "i2v"], typer.Option(help="Text to video, or image to video.")] = "t2v",
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-video-quality.json"),
+    folder: Annotated[Path, typer.Option(help="Folder for profiles and plans; must be new or empty.")] = Path(
+        "bench-video-quality"
+    ),
+    densities: Annotated[str | None, typer.Option(help="Budgets; 0.35,0.5 for t2v and 0.25,0.5 for i2v.")] = None,
+    evaluations: Annotated[int, typer.Option(help="Replays per search beyond the fixed weightings.", min=0)] = 12,
+    calibration_clips: Annotated[int, typer.Option(help="Clips to profile, replay and choose on.", min=1)] = 4,
+    held_out_clips: Annotated[int, typer.Option(help="Other clips, to judge on.", min=2)] = 12,
+    device: o.Device = "cuda",
+    json: o.Json = False,
+) -> None:
+    """Judge plans of the embedded video model on held-out clips, beside Sparse-vDiT, SVG and controls."""
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.bench.video_quality import DENSITIES, QualityRequest, run
+    from sparsesearch.errors import ArtifactError
+
+    from .bench import as_bytes
+
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder} must be empty, but holds files. Choose another --folder.")
+    budgets = DENSITIES[mode] if densities is None else tuple(o.parsed_shares(densities, "--densities"))
+    request = QualityRequest(
+        mode,
+        budgets,
+        folder,
+        device=o.present_device(device),
+        calibration_clips=calibration_clips,
+        held_out_clips=held_out_clips,
+        evaluations=evaluations,
+    )
+    with progress_bar() as progress:
+        record = run(request, command=[o.command_line()], progress=progress)
+    write_bytes(out, as_bytes(record))
+    if json:
+        emit_json(record)
+        return
+    show(record)
+    say(f"written: {out}; plans and profiles in {folder}")
+
+
+def show(record: dict[str, Any]) -> None:
+    """Variants, pairs and bars."""
+    bars = {f"{menu} {density}": bar for density, each in record["bars_db"].items() for menu, bar in each.items()}
+    rows = []
+    for name, found in record["variants"].items():
+        values = found["values"]["psnr_db"]
+        mean, share = sum(values) / len(values), found["density"]
+        clips = " ".join(f"{value:.1f}" for value in values)
+        rows.append([name, "by the data" if share is None else share, mean, bars.get(name, ""), clips])
+    title = f"{record['model']}, {record['mode']}, {record['steps']} steps, {record['held_out']}, {record['provenance']['device']}"
+    table(title, ["variant", "density", "PSNR (dB)", "bar", "clips"], rows)
+    pairs = [
+        [name, f"{p['mean']:+.2f} ± {p['standard_error']:.2f} ({p['won']})"] for name, p in record["paired_db"].items()
+    ]
+    table("paired differences (dB)", ["pair", "mean ± SE (clips won)"], pairs)
+    for case, found in record["elsewhere"].items():
+        table(case, ["variant", "density", "PSNR (dB)", "SSIM"], [[n, *each.values()] for n, each in found.items()])
+    lines(*(f"{name}: {message}" for name, message in record["infeasible"].items()))
+
+
+def register(bench: typer.Typer) -> None:
+    """Add this file's commands to the group."""
+    bench.command("video-quality")(guarded(video_quality))
