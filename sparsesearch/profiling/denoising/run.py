@@ -111,14 +111,16 @@ class _Study:
         assert self.layout is not None
         modules, grid = self.request.base_model.modules, video_grid(self.layout, self.request.space.block_tokens)
         calibrated: dict[str, list[dict[str, tuple[Rule, ...]]]] = {rule.label: [] for rule in templates}
-        for steps in self.request.captured:
+        every = tuple(step for steps in self.request.captured for step in steps)
+        for steps in (every,) if self.request.bitmaps == "run" else self.request.captured:
             for rule in templates:
                 table = {}
                 for module in modules:
                     mass = torch.stack([shards[step][f"{module}/{rule.token_order}"] for step in steps]).mean(0)
                     table[module] = tuple(rule.calibrated(head, grid) for head in mass)
                 calibrated[rule.label].append(table)
-        return {label: tuple(tables) for label, tables in calibrated.items()}
+        repeated = len(self.request.captured) if self.request.bitmaps == "run" else 1
+        return {label: tuple(tables) * repeated for label, tables in calibrated.items()}
 
     def score(self, calibrated: Calibrated, plan_sha256: str | None) -> DenoisingProfile:
         """Errors of all candidates at every captured step."""
@@ -287,6 +289,7 @@ class _Study:
             captured=request.captured,
             candidates=request.space.candidates,
             calibrated=calibrated,
+            bitmaps=request.bitmaps,
             calibration=request.calibration,
             base_plan_sha256=plan_sha256,
             versions=provenance_versions(),
