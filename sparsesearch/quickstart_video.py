@@ -160,7 +160,7 @@ def quickstart_video(
     plan = accepted.plan.model_copy(update={"quality": quality})
     plan.save(out / "sparse_plan.json")
     export_diffusers({"": plan}, preset_path("models", MODEL), out / "patched")
-    write_bytes(out / "judgement.json", found.model_dump_json(indent=2).encode())
+    found.save(out / "judgement.json")
     shown = replay.samples(plan)[:SHOWN_CLIPS]
     facts = {"mode": mode, "clips": chosen.held_out_clips, "run": chosen.expected}
     write_bytes(out / "report.html", render_video(plan, found, replay.dense[:SHOWN_CLIPS], shown, facts=facts).encode())

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sparsesearch.denoising.planning import find_step_plan
 from sparsesearch.denoising.replay import Replay, measure_sensitivity
@@ -49,6 +51,8 @@ class Corridor:
         request: what to profile.
         folder: where profiles go.
         progress: called with (stage, done, total).
+        scheduler: of the model's pipeline, where that does not tell the step itself.
+        dense: what the sampler gives without a plan, if it is known already.
     """
 
     model: Any
@@ -56,20 +60,33 @@ class Corridor:
     request: StepsRequest
     folder: Path
     progress: Progress = silent
+    scheduler: Any = None
+    dense: Float[Tensor, "B ..."] | None = None
 
     @cached_property
     def replay(self) -> Replay:
         """The judge on the calibration inputs."""
-        return Replay.of(self.model, self.sampler)
+        return Replay(self.model, self.sampler, self.sampler() if self.dense is None else self.dense, self.scheduler)
 
     def profile(self, *, density: float, per_head: bool = True, resume: bool = False) -> DenoisingProfile:
         """Errors of all candidates, and how much each head matters in the end around a density."""
-        found = profile_transformer(
-            self.model, self.sampler, self.request, self.folder / "dense", resume=resume, progress=self.progress
-        )
+        found = self.errors("dense", resume=resume)
         if bool((found.sensitivity != 1).any()):
             return found  # resumed, and measured before
         return measure_sensitivity(found, self.replay, density=density, per_head=per_head, progress=self.progress)
+
+    def errors(self, name: str, *, plan: Plan | None = None, resume: bool = False) -> DenoisingProfile:
+        """A profile without sensitivities, in the folder of that name; under a plan, if one is given."""
+        return profile_transformer(
+            self.model,
+            self.sampler,
+            self.request,
+            self.folder / name,
+            plan=plan,
+            scheduler=self.scheduler,
+            resume=resume,
+            progress=self.progress,
+        )
 
     def search(
         self,
@@ -124,14 +141,8 @@ class Corridor:
 
         The sensitivities are those of the first profile. The accepted plan stays among the rivals: a worse one is refused.
         """
-        again = profile_transformer(
-            self.model,
-            self.sampler,
-            self.request,
-            self.folder / f"under-{accepted.plan.sha256[:12]}",
-            plan=accepted.plan,
-            progress=self.progress,
-        ).with_sensitivity(torch.as_tensor(profile.sensitivity))
+        again = self.errors(f"under-{accepted.plan.sha256[:12]}", plan=accepted.plan)
+        again = again.with_sensitivity(torch.as_tensor(profile.sensitivity))
         rivals = {f"first: {accepted.weighting}": accepted.plan}
         return self.search(again, density, space=space, evaluations=evaluations, rivals=rivals)
 

@@ -23,11 +23,13 @@ class Replay:
         model: the transformer.
         sampler: samples fixed inputs through it.
         dense: what it gives without a plan.
+        scheduler: of the model's pipeline, where that does not tell the step itself.
     """
 
     model: Any
     sampler: Sampler
     dense: Float[Tensor, "B ..."]
+    scheduler: Any = None
 
     @classmethod
     def of(cls, model: Any, sampler: Sampler) -> "Replay":
@@ -36,7 +38,7 @@ class Replay:
 
     def samples(self, plan: Plan) -> Float[Tensor, "B ..."]:
         """What it gives under a plan."""
-        with apply_to_transformer(self.model, plan, allow_other_weights=True):
+        with apply_to_transformer(self.model, plan, allow_other_weights=True, scheduler=self.scheduler):
             return self.sampler()
 
     def error(self, plan: Plan) -> Float[Tensor, " B"]:

@@ -50,6 +50,7 @@ def profile_transformer(
     out: Path,
     *,
     plan: Plan | None = None,
+    scheduler: Any = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> DenoisingProfile:
@@ -61,6 +62,7 @@ def profile_transformer(
         request: model, candidates, steps.
         out: the profile directory; one shard per captured step is kept until the end, so `resume` loses at most one step.
         plan: run this plan while profiling, so that errors are measured on the activations it really meets.
+        scheduler: of the model's pipeline, where that does not tell the step itself.
         resume: continue instead of refusing a directory that holds a profile.
         progress: called with (stage, done, total).
 
@@ -74,7 +76,7 @@ def profile_transformer(
     running = plan or uniform_plan(
         request.base_model, Dense(), block_tokens=request.space.block_tokens, lengths_tokens=(1,)
     )
-    study = _Study(model, sampler, request, running, store, progress)
+    study = _Study(model, sampler, request, running, store, progress, scheduler)
     calibrated = study.calibrate()
     return study.score(calibrated, None if plan is None else plan.sha256)
 
@@ -89,6 +91,7 @@ class _Study:
     running: Plan
     store: ShardStore
     progress: Progress
+    scheduler: Any
     layout: Layout | None = None
 
     def calibrate(self) -> Calibrated:
@@ -226,7 +229,9 @@ class _Study:
                     self.progress(name, len(steps) - len(missing) + len(taken), len(steps))
 
         if missing:
-            with apply_to_transformer(self.model, self.running, allow_other_weights=True) as applied:
+            with apply_to_transformer(
+                self.model, self.running, allow_other_weights=True, scheduler=self.scheduler
+            ) as applied:
                 applied.probe(probe)
                 self.sampler()
             if missing - taken:

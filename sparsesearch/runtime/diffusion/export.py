@@ -20,14 +20,6 @@ from sparsesearch.runtime.export import PLAN_FILE, check_target, complete_or_not
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-def is_diffusers_directory(path: Path) -> bool:
-    """Whether a directory holds a diffusers pipeline, or one of its models."""
-    if (path / "model_index.json").is_file():
-        return True
-    config = path / "config.json"
-    return config.is_file() and "_class_name" in json.loads(read_text(config))
-
-
 def export_diffusers(
     plans: Mapping[str, Plan],
     source: Path,
