@@ -17,13 +17,21 @@ def video_quality(
         "bench-video-quality"
     ),
     densities: Annotated[str | None, typer.Option(help="Budgets; 0.35,0.5 for t2v and 0.25,0.5 for i2v.")] = None,
-    evaluations: Annotated[int, typer.Option(help="Replays per search beyond the fixed weightings.", min=0)] = 12,
+    evaluations: Annotated[int, typer.Option(help="Replays per search beyond the fixed weightings.", min=0)] = 8,
+    sensitivity: Annotated[
+        Literal["layer", "head"], typer.Option(help="What is perturbed alone to learn what its errors matter.")
+    ] = "layer",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Leave out profiles under the plan, ranges by DP, other steps and lengths.")
+    ] = False,
     calibration_clips: Annotated[int, typer.Option(help="Clips to profile, replay and choose on.", min=1)] = 4,
     held_out_clips: Annotated[int, typer.Option(help="Other clips, to judge on.", min=2)] = 12,
     device: o.Device = "cuda",
     json: o.Json = False,
 ) -> None:
     """Judge plans of the embedded video model on held-out clips, beside Sparse-vDiT, SVG and controls."""
+    from dataclasses import replace
+
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.bench.video_quality import DENSITIES, QualityRequest, run
     from sparsesearch.errors import ArtifactError
@@ -41,9 +49,19 @@ def video_quality(
         calibration_clips=calibration_clips,
         held_out_clips=held_out_clips,
         evaluations=evaluations,
+        per_head=sensitivity == "head",
     )
+    if plain:
+        request = replace(request, again=False, slices=0, other_steps=(), other_frames=())
     with progress_bar() as progress:
-        record = run(request, command=[o.command_line()], progress=progress)
+        record = run(
+            request,
+            command=[o.command_line()],
+            progress=progress,
+            on_variant=lambda name, found: say(
+                f"{mode} {name}: {found.mean('psnr_db'):.2f} dB at density {found.density}"
+            ),
+        )
     write_bytes(out, as_bytes(record))
     if json:
         emit_json(record)
