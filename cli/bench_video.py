@@ -1,4 +1,4 @@
-"""`sparsesearch bench video-quality`: plans of the embedded video model judged by true sampling."""
+"""`sparsesearch bench video` and `bench video-quality`: attention at true video shapes, and plans of the embedded model judged by sampling."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,6 +90,84 @@ def show(record: dict[str, Any]) -> None:
     lines(*(f"{name}: {message}" for name, message in record["infeasible"].items()))
 
 
+def video(
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-video.json"),
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Measure nothing: put the cost model's predictions into this record (no device needed)."),
+    ] = None,
+    backend: Annotated[Literal["gluon", "triton"], typer.Option(help="Whose kernels.")] = "gluon",
+    cost_model: Annotated[
+        str | None,
+        typer.Option(help="Cost model whose prediction stands beside; the shipped one of the device by default."),
+    ] = None,
+    device: o.Device = "cuda",
+    json: o.Json = False,
+) -> None:
+    """Time one attention layer of published video models at their true shapes, copies included, beside cuDNN and the prediction."""
+    import json as text
+
+    from sparsesearch.artifacts import read_text, write_bytes
+    from sparsesearch.bench.video_predicted import with_predictions
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.cost.device.model import DeviceCostModel
+
+    from .bench import as_bytes
+
+    if measured is not None:
+        costs = load_cost_model(cost_model or "h200")
+        if not isinstance(costs, DeviceCostModel):
+            raise typer.BadParameter("must be a cost model that was measured on a GPU.", param_hint="--cost-model")
+        record = with_predictions(text.loads(read_text(measured)), costs)
+    else:
+        if not o.present_device(device).startswith("cuda"):
+            raise typer.BadParameter(f"must be a CUDA device, but got {device!r}.", param_hint="--device")
+        from sparsesearch.bench.video import run
+
+        record = run(
+            backend=backend, cost_model=cost_model, command=[o.command_line()], progress=lambda row: say(str(row))
+        )
+    write_bytes(out, as_bytes(record))
+    if json:
+        emit_json(record)
+        return
+    show_layers(record)
+    say(f"written: {out}")
+
+
+def show_layers(record: dict[str, Any]) -> None:
+    """Measured and predicted times per model and mix."""
+    rows, errors = [], []
+    for row in record["rows"]:
+        if "R" not in row:
+            continue
+        predicted = row.get("predicted_s")
+        error = None if predicted is None else predicted / row["seconds"] - 1
+        errors += [] if error is None else [abs(error)]
+        rows.append(
+            [
+                row["model"],
+                row["mix"],
+                row["density"],
+                row["dense_s"] * 1e3,
+                row["seconds"] * 1e3,
+                None if predicted is None else predicted * 1e3,
+                None if error is None else f"{error:+.1%}",
+                row["R"],
+                row["attention_speedup"],
+                row["projected_speedup"],
+                row["published_speedup"],
+            ]
+        )
+    columns = ["model", "mix", "density", "cuDNN (ms)", "plan (ms)", "predicted (ms)", "error", "R", "attention gain"]
+    table(f"one layer, {record['provenance']['device']}", [*columns, "end to end, projected", "published"], rows)
+    if errors:
+        lines(
+            f"prediction ({record['predicted_by']}): mean error {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}"
+        )
+
+
 def register(bench: typer.Typer) -> None:
     """Add this file's commands to the group."""
+    bench.command("video")(guarded(video))
     bench.command("video-quality")(guarded(video_quality))
