@@ -39,7 +39,7 @@ class PlanCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = True  # by a few tokens, see `crop`
+    is_croppable = True  # by up to SLACK_TOKENS, which assisted decoding needs
     supports_early_init = False
 
     def __init__(self, binding: LayerBinding) -> None:

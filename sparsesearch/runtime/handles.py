@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsesearch.errors import SparseSearchError, UnsupportedModelError
 from sparsesearch.runtime.binding import LayerBinding
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.mask_code import MaskCode
 
 
@@ -40,7 +41,7 @@ class KeyValues:
             )
         if sliding_window is not None:
             raise UnsupportedModelError(
-                f"{binding.path}: a sliding-window layer must have a sliding-window cache, but has another. Pass past_key_values="
+                f"{binding.path}: a sliding-window layer must have a sliding-window cache, but has another. Pass {CACHE_KEYWORD}="
                 "sparsesearch.sparse_cache(model), with max_tokens=... for a static one."
             )
         output: Tensor = self.layer.attend(query, self.keys, self.values, code, scale)

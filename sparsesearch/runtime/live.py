@@ -15,7 +15,7 @@ from sparsesearch.runtime.backends import checked_backend
 from sparsesearch.runtime.binding import LayerBinding, bind, binding_of, bindings_of
 from sparsesearch.runtime.configuration import implementation_of, json_implementation, sparse_implementation
 from sparsesearch.runtime.fingerprint import AttentionSite, attention_sites, weights_sha256
-from sparsesearch.runtime.prepare import cache_keyword, forget_selections, prepare_call, release_selections
+from sparsesearch.runtime.prepare import forget_selections, prepare_call, release_selections
 
 
 class AppliedPlan:
@@ -52,8 +52,8 @@ class AppliedPlan:
         # a plain attribute: save_pretrained writes it, so a re-saved model stays sparse instead of turning dense in silence
         self.model.config.attn_implementation = json_implementation(ours)
         if not all(binding.all_dense for _, binding, _ in self._bindings):
+            hook = functools.partial(prepare_call, ragged=ragged)
             decoder = decoder_of(self.model, [module for module, _, _ in self._bindings])
-            hook = functools.partial(prepare_call, keyword=cache_keyword(type(decoder)), ragged=ragged)
             self._hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
             if any(binding.leaves is not None for _, binding, _ in self._bindings):
                 self._hooks.append(decoder.register_forward_pre_hook(forget_selections))

@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparsesearch.errors import SpecError
 from sparsesearch.runtime.attention import NAME
-from sparsesearch.runtime.prepare import cache_keyword
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 
 _WARM_UPS = (
@@ -59,7 +59,7 @@ class PromptGraph:
         if model.config._attn_implementation == NAME:  # the code of an unpadded prompt, on the host, which needs it
             code = torch.cat([torch.arange(1, length + 1), torch.ones(1, dtype=torch.long)]).int()
             self._inputs["attention_mask"] = code.expand(batch, 1, 1, -1)
-        self._inputs |= {cache_keyword(type(model)): cache, "use_cache": True, "logits_to_keep": 1}
+        self._inputs |= {CACHE_KEYWORD: cache, "use_cache": True, "logits_to_keep": 1}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 

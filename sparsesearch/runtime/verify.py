@@ -15,11 +15,11 @@ from sparsesearch.errors import ArtifactError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.binding import binding_of
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.export import PLAN_FILE
 from sparsesearch.runtime.fingerprint import weights_sha256
 from sparsesearch.runtime.loading import locate
 from sparsesearch.runtime.oracle import oracle_logits
-from sparsesearch.runtime.prepare import cache_keyword, sparse_cache
 
 _DECODED_TOKENS = 8
 
@@ -137,10 +137,13 @@ def _errors(model: PreTrainedModel, prompt_tokens: int) -> tuple[float, float]:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (prompt_tokens + _DECODED_TOKENS,), generator=generator)
     exact = oracle_logits(model, ids, prompt_tokens)
-    cache: dict[str, Any] = {cache_keyword(type(model)): sparse_cache(model)}
     with torch.no_grad():
-        prefill = model(ids[None, :prompt_tokens], **cache).logits[0]
-        decoded = [model(token[None, None], **cache).logits[0] for token in ids[prompt_tokens:]]
+        output = model(ids[None, :prompt_tokens], use_cache=True)
+        prefill, decoded = output.logits[0], []
+        for token in range(prompt_tokens, len(ids)):
+            kept = {CACHE_KEYWORD: output[CACHE_KEYWORD]}
+            output = model(ids[None, token : token + 1], use_cache=True, **kept)
+            decoded.append(output.logits[0])
     return _relative(prefill, exact[:prompt_tokens]), _relative(torch.cat(decoded), exact[prompt_tokens:])
 
 

@@ -13,6 +13,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedKernelError
 from sparsesearch.runtime import backends
 from sparsesearch.runtime.backends import serving_kernel
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.mask_code import mask_code, spans, spans_of
 
@@ -64,7 +65,7 @@ def test_decoding_equals_the_oracle(tiny, plan_of, cache):
     with torch.no_grad(), sparsesearch.apply(model, plan, backend="triton", cache=cache):
         kv = sparsesearch.sparse_cache(model, prompt_tokens=60)
         parts = [ids[:, :60], *ids[:, 60:].split(1, 1)]
-        logits = [model(part.to(DEVICE), past_key_values=kv).logits[0] for part in parts]
+        logits = [model(part.to(DEVICE), **{CACHE_KEYWORD: kv}).logits[0] for part in parts]
     close(torch.cat(logits), oracle_logits(model.cpu(), plan, ids[0], 60))
 
 
@@ -180,9 +181,9 @@ def test_neither_a_prompt_nor_a_token_waits_for_the_host(tiny, names):
         for turn in range(2):  # the first one makes what a shape needs
             with no_host_wait() if turn else nullcontext():
                 cache = sparsesearch.sparse_cache(model, max_tokens=120)
-                outputs.append(model(ids, past_key_values=cache, logits_to_keep=1).logits)
+                outputs.append(model(ids, logits_to_keep=1, **{CACHE_KEYWORD: cache}).logits)
         cache = sparsesearch.sparse_cache(model, max_tokens=130)
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_KEYWORD: cache})
         step = DecodeStep(model, cache, first_position=120, graph=False)
         step(ids[:, 0])
         with no_host_wait():

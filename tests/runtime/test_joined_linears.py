@@ -5,6 +5,7 @@ import torch
 from runtime_plans import group_plan, left_padded
 
 import sparsesearch
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.joined_linears import JoinedLinear, join_linears
 
@@ -19,7 +20,7 @@ def test_a_joined_model_decodes_what_it_did(tiny, architecture):
         torch._dynamo.utils.counters.clear()
         with sparsesearch.apply(model, group_plan(model, ["stream", "dense"])), torch.no_grad():
             cache = sparsesearch.sparse_cache(model, max_tokens=60)
-            first = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            first = model(ids, logits_to_keep=1, **{CACHE_KEYWORD: cache}).logits[:, -1]
             products: list[int] = []
             step = DecodeStep(model, cache, first_position=40, compiled=True, backend=counting(products))
             outputs.append([first] + [step(torch.tensor([token])).clone() for token in (3, 5, 7)])

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import sparsesearch
 from sparsesearch.plan import Plan
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 
 HAS_GPU = torch.cuda.is_available()
@@ -47,7 +48,7 @@ def check(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt: int, logits: 
 
 
 def parts_through(model: PreTrainedModel, parts: list[Tensor], cache: object) -> Tensor:
-    return torch.cat([model(part[None].to(DEVICE), past_key_values=cache).logits[0] for part in parts])
+    return torch.cat([model(part[None].to(DEVICE), **{CACHE_KEYWORD: cache}).logits[0] for part in parts])
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -73,7 +74,7 @@ def test_a_padded_batch_decodes_step_by_step(setup, compiled):
     with torch.no_grad(), sparsesearch.apply(model, plan, backend=backend):
         cache = sparsesearch.sparse_cache(model, max_tokens=ids.shape[1] + NEW_TOKENS)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        first = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+        first = model(ids, attention_mask=mask, position_ids=positions, **{CACHE_KEYWORD: cache}).logits[:, -1]
         inductor = "inductor" if HAS_GPU else "aot_eager"
         step = DecodeStep(model, cache, first_position=mask.sum(1), compiled=compiled, backend=inductor)
         logits, tokens = [first], [first.argmax(-1)]
