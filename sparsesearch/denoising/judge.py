@@ -1,5 +1,6 @@
 """The verdict on plans: held-out samples under each of them beside dense ones from the same noise, clip by clip."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
@@ -90,20 +91,22 @@ def judge(
 
 
 def static_density(plan: Plan, layout: Layout, num_steps: int) -> float | None:
-    """Computed tiles over all steps, heads and layers as a share of dense attention's; None if a rule chooses from queries and keys."""
-    if any(rule.dynamic for rule in plan.rules.values()):
+    """Computed tiles over all steps, heads and layers as a share of dense attention's; None if a rule or a chunk decides."""
+    chunked = plan.schedule is not None and plan.schedule.by_chunk
+    if chunked or any(rule.dynamic for rule in plan.rules.values()):
         return None
-    share = {name: static_work(rule, layout, plan.block_tokens) for name, rule in plan.rules.items()}
-    by_range: dict[int | None, float] = {}
+    places = Counter(
+        None if plan.schedule is None else plan.schedule.range_index(step, num_steps) for step in range(num_steps)
+    )
     total = 0.0
-    for step in range(num_steps):
-        place = None if plan.schedule is None else plan.schedule.range_index(step, num_steps)
-        if place not in by_range:
-            table = plan.assignments if plan.schedule is None or place is None else plan.schedule.assignments(place)
-            named = sum(share[name] for heads in table.values() for name in heads)
-            unnamed = plan.base_model.geometry.total_heads - sum(len(heads) for heads in table.values())
-            by_range[place] = (named + unnamed) / plan.base_model.geometry.total_heads
-        total += by_range[place]
+    for place, steps in places.items():
+        table = plan.assignments if plan.schedule is None or place is None else plan.schedule.assignments(place)
+        heads = Counter(name for names in table.values() for name in names)
+        named = sum(
+            static_work(plan.rules[name], layout, plan.block_tokens, steps) * count for name, count in heads.items()
+        )
+        unnamed = plan.base_model.geometry.total_heads - heads.total()
+        total += steps * (named + unnamed) / plan.base_model.geometry.total_heads
     return total / num_steps
 
 

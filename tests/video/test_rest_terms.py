@@ -58,9 +58,9 @@ def tensors(layout: Layout, heads: int, kv_heads: int, batch: int = 2) -> list[t
 
 
 def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: BlockGrid, rule: Rule) -> torch.Tensor:
-    """One head in its rule's order, block by block and query by query."""
-    levels = rule.levels(grid, q * SCALE, k).reshape(grid.num_q_blocks, grid.num_k_blocks)
-    q, k, v = q.double(), k.double(), v.double()
+    """One head in its rule's order, block by block and query by query, on the CPU; the rule chooses where the runtime chose."""
+    levels = rule.levels(grid, q * SCALE, k).reshape(grid.num_q_blocks, grid.num_k_blocks).cpu()
+    q, k, v = (x.double().cpu() for x in (q, k, v))
     match rule:
         case TaylorRest():
             return taylor(q, k, v, levels, grid, rule.terms)
@@ -136,8 +136,8 @@ def test_equals_the_formula(layout: Layout, kv_heads: int, backend: Backend) -> 
         for head, rule in enumerate(RULES):
             there, back = (x(layout, DEVICE) for x in (rule.token_order.permutation, rule.token_order.inverse))
             one = [x[batch, h][there] for x, h in ((q, head), (k, head * kv_heads // 8), (v, head * kv_heads // 8))]
-            expected = oracle(one[0], one[1], one[2], grid, rule)[back]
-            assert torch.allclose(result[batch, head].double(), expected, atol=atol), rule.label
+            expected = oracle(one[0], one[1], one[2], grid, rule)[back.cpu()]
+            assert torch.allclose(result[batch, head].double().cpu(), expected, atol=atol), rule.label
 
 
 @pytest.mark.parametrize("shape", [(63, 63), (64, 130), (17, 200)])
@@ -334,6 +334,11 @@ def test_work_counts_means_and_refreshes(rule: Rule, tiles: float) -> None:
     """8 frames of one block each: 8 tiles on the diagonal, 56 off it."""
     grid = grid_of(video_layout(8, 8, 8), 64)
     assert float(rule.work(rule.levels(grid), grid)) == pytest.approx(tiles)
+
+
+def test_a_short_range_refreshes_more_often() -> None:
+    rule = CachedRest(of=Neighbourhood(window=(1, 0, 0)), every=4)
+    assert [rule.dense_share(steps) for steps in (None, 1, 3, 4, 5, 8)] == [0.25, 1, 1 / 3, 0.25, 0.4, 0.25]
 
 
 @pytest.mark.parametrize(
