@@ -27,13 +27,19 @@ def apply_masked(denoiser: MaskedDenoiser, plan: Plan, *, backend: str = "auto")
     raise SpecError(f"unknown backend {backend!r}.{nearest(backend, BACKENDS)}")
 
 
-def apply_denoiser(model: Any, plan: Plan) -> Any:
-    """Run a plan on a model of either kind, whatever its weights: a context manager with `probe`."""
+def apply_denoiser(model: Any, plan: Plan, *, scheduler: Any = None) -> Any:
+    """Run a plan on a model of either kind, whatever its weights: a context manager with `probe`.
+
+    Args:
+        model: a diffusers transformer or a masked language model.
+        plan: for that model.
+        scheduler: of the pipeline that samples, where steps are counted by its timesteps.
+    """
     if isinstance(model, MaskedDenoiser):
         return apply_masked(model, plan)
     from sparsesearch.runtime.diffusion.live import apply_to_transformer
 
-    return apply_to_transformer(model, plan, allow_other_weights=True)
+    return apply_to_transformer(model, plan, allow_other_weights=True, scheduler=scheduler)
 
 
 def projections_of(model: Any) -> dict[str, Float[Tensor, "O HD"]]:

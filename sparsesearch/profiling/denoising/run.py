@@ -51,6 +51,7 @@ def profile_transformer(
     out: Path,
     *,
     plan: Plan | None = None,
+    scheduler: Any = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> DenoisingProfile:
@@ -62,6 +63,7 @@ def profile_transformer(
         request: model, candidates, steps.
         out: the profile directory; one shard per captured step is kept until the end, so `resume` loses at most one step.
         plan: run this plan while profiling, so that errors are measured on the activations it really meets.
+        scheduler: of the model's pipeline, where that does not tell the step itself.
         resume: continue instead of refusing a directory that holds a profile.
         progress: called with (stage, done, total).
 
@@ -75,7 +77,7 @@ def profile_transformer(
     running = plan or uniform_plan(
         request.base_model, Dense(), block_tokens=request.space.block_tokens, lengths_tokens=(1,)
     )
-    study = _Study(model, sampler, request, running, store, progress)
+    study = _Study(model, sampler, request, running, store, progress, scheduler)
     calibrated = study.calibrate()
     return study.score(calibrated, None if plan is None else plan.sha256)
 
@@ -90,6 +92,7 @@ class _Study:
     running: Plan
     store: ShardStore
     progress: Progress
+    scheduler: Any
     layout: Layout | None = None
 
     def calibrate(self) -> Calibrated:
@@ -112,14 +115,16 @@ class _Study:
         assert self.layout is not None
         modules, grid = self.request.base_model.modules, video_grid(self.layout, self.request.space.block_tokens)
         calibrated: dict[str, list[dict[str, tuple[Rule, ...]]]] = {rule.label: [] for rule in templates}
-        for steps in self.request.captured:
+        every = tuple(step for steps in self.request.captured for step in steps)
+        for steps in (every,) if self.request.bitmaps == "run" else self.request.captured:
             for rule in templates:
                 table = {}
                 for module in modules:
                     mass = torch.stack([shards[step][f"{module}/{rule.token_order}"] for step in steps]).mean(0)
                     table[module] = tuple(rule.calibrated(head, grid) for head in mass)
                 calibrated[rule.label].append(table)
-        return {label: tuple(tables) for label, tables in calibrated.items()}
+        repeated = len(self.request.captured) if self.request.bitmaps == "run" else 1
+        return {label: tuple(tables) * repeated for label, tables in calibrated.items()}
 
     def score(self, calibrated: Calibrated, plan_sha256: str | None) -> DenoisingProfile:
         """Errors of all candidates at every captured step."""
@@ -251,7 +256,7 @@ class _Study:
                     self.progress(name, len(steps) - len(missing) + len(taken), len(steps))
 
         if missing:
-            with apply_denoiser(self.model, self.running) as applied:
+            with apply_denoiser(self.model, self.running, scheduler=self.scheduler) as applied:
                 applied.probe(probe)
                 self.sampler()
             if missing - taken:
@@ -314,6 +319,7 @@ class _Study:
             captured=request.captured,
             candidates=request.space.candidates,
             calibrated=calibrated,
+            bitmaps=request.bitmaps,
             calibration=request.calibration,
             base_plan_sha256=plan_sha256,
             versions=provenance_versions(),
