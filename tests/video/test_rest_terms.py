@@ -7,6 +7,7 @@ import torch
 
 from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import SpecError
+from sparsesearch.estimators import block_means, rows_per_block
 from sparsesearch.kernels.dispatch import Backend
 from sparsesearch.kernels.ordered import StepMemory, attend
 from sparsesearch.kernels.reference import level_attention, masked_attention
@@ -362,3 +363,37 @@ def test_ragged_counts_are_true_counts() -> None:
     q = torch.zeros(1, 70, 16)
     lse = pooled_state(q, q, q, torch.ones(1, 2, 2, dtype=torch.bool), 64, grid, scale=1.0)[1]
     assert torch.allclose(lse, torch.full_like(lse, math.log(70)))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (63, 63), (17, 130), (130, 130)])
+@pytest.mark.parametrize(("block", "size"), [(16, 16), (64, 24)])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_kernel_goes_on_from_any_state(q_len: int, kv_len: int, block: int, size: int, first: bool) -> None:
+    """Against the merge of two states, per-head choices, rows that nobody computed, and rows that see no key at all."""
+    from sparsesearch.kernels import triton_means
+
+    grid, generator = BlockGrid(q_len, kv_len, block, causal=False), torch.Generator().manual_seed(kv_len)
+    q = torch.randn(2, 3, q_len, size, generator=generator)
+    k, v = torch.randn(2, 2, 3, kv_len, size, generator=generator)
+    levels = torch.tensor([0, 1, block])[
+        torch.randint(3, (2, 3, grid.num_q_blocks, grid.num_k_blocks), generator=generator)
+    ]
+    levels[0, 0, 0] = 0
+    levels[1, 1, 0] = block
+    exact = masked_attention(q, k, v, expand(levels == 1, grid), scale=SCALE)
+    tail = pooled_state(q, k, v, levels == block, block, grid, scale=SCALE)
+    expected, expected_lse = merge([exact, tail])
+    spread = torch.randn(2, 3, size, size, generator=generator)
+    if first:
+        share = torch.where(tail[1] == -torch.inf, torch.zeros(()), (tail[1] - expected_lse).exp())
+        expected = expected + share[..., None] * 0.5 * (q @ spread)
+    means, values = (block_means(x, grid, 0) for x in (k, v))
+    counts = rows_per_block(kv_len, grid, 0, k.device)[:, 0].float().log()
+    out, lse = exact[0].clone().to(DEVICE), exact[1].float().to(DEVICE)
+    triton_means.launch(
+        q.to(DEVICE), means.to(DEVICE), values.to(DEVICE), (levels == block).to(DEVICE), counts.to(DEVICE),
+        spread.to(DEVICE) if first else None, out, lse, block_tokens=block, front=grid.q_start % block, scale=SCALE, spread_scale=0.5,
+    )  # fmt: skip
+    tolerance = 1e-5 if DEVICE == "cpu" else 1e-2  # TF32 or better on a GPU
+    assert torch.allclose(out.cpu(), expected.float(), atol=tolerance)
+    assert torch.allclose(lse.cpu(), expected_lse.float(), atol=tolerance)
