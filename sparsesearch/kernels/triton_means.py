@@ -81,6 +81,27 @@ def serves(block_tokens: int) -> bool:
     return 16 <= block_tokens <= 128 and block_tokens & (block_tokens - 1) == 0
 
 
+def constants(block_tokens: int, head_dim: int, *, first: bool, fp32: bool = False) -> dict[str, int | bool | str]:
+    """Compile-time arguments of `add_means`."""
+    return {
+        "BM": block_tokens,
+        "BN": MEANS,
+        "D": padded_head_dim(head_dim),
+        "DV": head_dim,
+        "FIRST": first,
+        "PRECISION": "ieee" if fp32 else "tf32",
+    }
+
+
+def options(block_tokens: int, head_dim: int) -> dict[str, int | bool]:
+    """Warps and pipeline depth."""
+    return {
+        "num_warps": 8 if block_tokens * padded_head_dim(head_dim) >= 128 * 64 else 4,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+
+
 def launch(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, bias: Tensor, spread: Tensor | None, out: Tensor, lse: Tensor, *,
     block_tokens: int, front: int, scale: float, spread_scale: float,
@@ -96,6 +117,5 @@ def launch(
     add_means[(tiles.shape[2], batch * heads)](
         q, k, v, codes, bias, matrix, out, lse, *q.stride()[:3], *k.stride()[:3], *codes.stride(), *matrix.stride()[:2],
         *out.stride()[:3], *lse.stride()[:2], heads, q_len, front, k.shape[2], scale, spread_scale,
-        BM=block_tokens, BN=MEANS, D=padded_head_dim(size), DV=size, FIRST=spread is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=8 if block_tokens * size >= 128 * 128 else 4, num_stages=2,
+        **constants(block_tokens, size, first=spread is not None, fp32=q.dtype == torch.float32), **options(block_tokens, size),
     )  # fmt: skip
