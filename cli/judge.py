@@ -42,7 +42,11 @@ def evaluate(
 ) -> None:
     """Measure plans beside dense on held-out data. One job gives loss, KL to dense, needle accuracy and prefill time."""
     if run is not None:
-        pipelines.evaluate(plans or [], run, out, model=model, device=device, dtype=dtype, json=json)
+        if not plans:
+            raise typer.BadParameter(
+                "must be named with --run: dense is what plans are compared with.", param_hint="PLAN"
+            )
+        pipelines.evaluate(plans, run, out, model=model, device=device, dtype=dtype, json=json)
         return
     from sparsesearch.evaluate import evaluate as run_all
     from sparsesearch.evaluate.tasks import lm_eval_tasks

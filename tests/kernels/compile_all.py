@@ -14,6 +14,7 @@ from sparsesearch.kernels import (
     triton_cache,
     triton_decode,
     triton_index,
+    triton_means,
     triton_prefill,
     triton_probe,
     triton_select,
@@ -108,6 +109,14 @@ def append() -> CompileReport:
     return compile_report(kernel, types, triton_cache.constants(128, 128), options=triton_cache.OPTIONS)
 
 
+def means(head_dim: int, block: int) -> CompileReport:
+    kernel = triton_means.add_means
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v", "spread", "out"), "*bf16")
+    types |= {"tiles": "*u8", "bias": "*fp32", "lse": "*fp32", "scale": "fp32", "spread_scale": "fp32"}
+    constants = triton_means.constants(block, head_dim, first=True)
+    return compile_report(kernel, types, constants, options=triton_means.options(block, head_dim))
+
+
 def fill() -> CompileReport:
     kernel = triton_cache.fill
     types = dict.fromkeys(kernel.arg_names, "*i32") | dict.fromkeys(("k", "v", "keys", "values"), "*bf16")
@@ -146,6 +155,8 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     yield "index mass", index()
     yield "select best", select()
     yield "cache append", append()
+    for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
+        yield f"means {head_dim} {block}", means(head_dim, block)
     yield "cache fill", fill()
     yield from probe()
 
