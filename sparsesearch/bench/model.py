@@ -70,39 +70,40 @@ def run(
     *,
     cost_model: CostModel | None = None,
     command: list[str] | None = None,
-    progress: Callable[[Row], None] = lambda row: None,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Measure, and return rows, ceilings and provenance.
 
     Args:
-        model: on the GPU that is measured.
+        model: on the GPU that is measured; its linears are joined (`join_linears`), which both variants enjoy.
         plan: the plan beside dense.
         request: what to measure.
         cost_model: predicts attention and decoding beside the measurement.
         command: recorded as the command line.
-        progress: called with each finished row.
+        progress: called with the record so far whenever a row is finished.
 
     Raises:
         SpecError: the model is not on a GPU.
     """
     if model.device.type != "cuda":
         raise SpecError(f"the model must be on a GPU to be measured, but is on {model.device}. Pass --device cuda.")
-    bench = _Bench(model, plan, request, ceilings(), cost_model, progress)
-    join_linears(model)  # of either variant
-    with torch.inference_mode():
-        for length in request.lengths:
-            bench.prefill(length)
-        if request.decode_tokens:
-            bench.decode()
-    return {
+    record = {
         "format": FORMAT,
         "model": plan.base_model.name_or_path,
         "plan_sha256": plan.sha256,
         "rules": plan.kind_counts(),
         "provenance": provenance(command),
-        "ceilings": bench.top,
-        "rows": bench.rows,
+        "ceilings": ceilings(),
+        "rows": [],
     }
+    join_linears(model)
+    bench = _Bench(model, plan, request, record, cost_model, progress)
+    with torch.inference_mode():
+        if request.decode_tokens:
+            bench.decode()
+        for length in request.lengths:
+            bench.prefill(length)
+    return record
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,18 @@ class _Bench:
         model: PreTrainedModel,
         plan: Plan,
         request: Request,
-        top: dict[str, float],
+        record: dict[str, Any],
         cost_model: CostModel | None,
-        progress: Callable[[Row], None],
+        progress: Callable[[dict[str, Any]], None],
         backend: str = "auto",
     ) -> None:
-        self.model, self.plan, self.request, self.top, self.progress = model, plan, request, top, progress
-        self.cost_model, self.rows, self.device, self.backend = cost_model, list[Row](), model.device, backend
+        self.model, self.plan, self.request, self.record, self.progress = model, plan, request, record, progress
+        self.cost_model, self.device, self.backend = cost_model, model.device, backend
+        self.rows: list[Row] = record["rows"]
 
     def _record(self, **row: Any) -> Row:
         self.rows.append(row)
-        self.progress(row)
+        self.progress(self.record)
         return row
 
     def _prompt(self, length: int) -> Tensor:
@@ -216,8 +218,6 @@ class _Bench:
                 fits[variant] = 1 + max(0, int((free_bytes(self.device) - _MARGIN_BYTES) // bytes_each))
                 del one
                 sizes = [batch or fits[variant] for batch in self.request.batches]
-                if variant == "plan" and 0 in self.request.batches:  # beside dense at its largest
-                    sizes.append(max(row["batch"] for row in self.rows if row.get("variant") == "dense"))
                 for size in dict.fromkeys(size for size in sizes if size <= fits[variant]):
                     self._fitting(variant, attention, size, room, bytes_each)
         self._record(phase="fit", tokens=tokens, largest_batch=fits)
@@ -273,7 +273,7 @@ class _Bench:
                 newest = step(newest).argmax(-1)
         step_s = elapsed_s(stamps) / self.request.steps
         read = self._read_bytes(cache, batch)
-        bound_s = (self._weight_bytes() + read) / self.top["copy_bytes_per_s"]
+        bound_s = (self._weight_bytes() + read) / self.record["ceilings"]["copy_bytes_per_s"]
         self._record(
             phase="decode", variant=variant, batch=batch, tokens=tokens, step_s=step_s, tokens_per_s=batch / step_s,
             kv_read_bytes=read, weight_bytes=self._weight_bytes(), bound_s=bound_s, bound_share=bound_s / step_s,
