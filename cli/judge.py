@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as o
-from . import prune
+from . import pipelines, prune
 from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
@@ -30,6 +30,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Metrics file to write; the baseline of `check`.")
     ] = None,
+    run: o.RunFile = None,
     tasks: Annotated[str | None, typer.Option(help="Also run these lm-eval tasks (extra lm-eval), by commas.")] = None,
     suite: o.Suite = None,
     task_format: o.TaskFormat = "completion",
@@ -40,7 +41,14 @@ def evaluate(
     json: o.Json = False,
 ) -> None:
     """Measure plans beside dense on held-out data. One job gives loss, KL to dense, needle accuracy and prefill time."""
-    from sparsesearch.evaluate import evaluate as run
+    if run is not None:
+        if not plans:
+            raise typer.BadParameter(
+                "must be named with --run: dense is what plans are compared with.", param_hint="PLAN"
+            )
+        pipelines.evaluate(plans, run, out, model=model, device=device, dtype=dtype, json=json)
+        return
+    from sparsesearch.evaluate import evaluate as run_all
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.apply import PrunedApply
@@ -54,7 +62,7 @@ def evaluate(
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype)
     applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))
     with progress_bar() as progress:
-        metrics = run(
+        metrics = run_all(
             live,
             tokenizer,
             opened,
@@ -291,6 +299,9 @@ def report(
     profile: Annotated[Path | None, typer.Option(help="Profile directory, for the Pareto front.")] = None,
 ) -> None:
     """Write one self-contained HTML page. It shows rules per head, masks, front, and predicted beside measured."""
+    if pipelines.is_metrics(metrics):
+        pipelines.report(plan, metrics, out)
+        return
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan

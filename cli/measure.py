@@ -1,12 +1,12 @@
 """Commands that measure: the whole corridor at once, a profile, its proxies, a device."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import options as o
-from . import prune
+from . import pipelines, prune
 from .errors import guarded
 from .render import emit_json, lines, pairs, progress_bar, say, table
 
@@ -116,12 +116,26 @@ def profile(
     device_map: Annotated[
         str | None, typer.Option(help="Spread the model over devices by accelerate: auto, balanced, sequential.")
     ] = None,
+    run: o.RunFile = None,
+    sensitivity: Annotated[
+        Literal["none", "layer", "head"],
+        typer.Option(help="Diffusers pipelines: replay the run per layer or head to learn what its errors matter."),
+    ] = "none",
+    under: Annotated[
+        Path | None,
+        typer.Option(help="Diffusers pipelines: profile while this plan runs, on the activations it meets."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted profile.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
     """Score every candidate rule in every head. Under torchrun, processes share the sequences between them."""
+    if pipelines.is_pipeline(model):
+        pipelines.profile(
+            model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume, json=json
+        )  # fmt: skip
+        return
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
     from sparsesearch.profiling.world import World, own_device

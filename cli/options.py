@@ -14,7 +14,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdo
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
 Model = Annotated[
     str,
-    typer.Argument(help="Hub id, local directory, a GGUF file, or needle-7m (the embedded model).", metavar="MODEL"),
+    typer.Argument(
+        help="Hub id, local directory (of diffusers too), a GGUF file, or needle-7m (the embedded model).",
+        metavar="MODEL",
+    ),
 ]
 PlanFile = Annotated[Path, typer.Argument(help="sparse_plan.json", metavar="PLAN")]
 ProfileDir = Annotated[Path, typer.Argument(help="Directory written by `sparsesearch profile`.", metavar="PROFILE")]
@@ -28,6 +31,10 @@ Dtype = Annotated[
     typer.Option(help="Of weights and activations; auto is float32 on a CPU, else the checkpoint's own."),
 ]
 Unit = Literal["query_head", "kv_group"]
+RunFile = Annotated[
+    Path | None,
+    typer.Option("--run", help="Diffusers pipelines: YAML file with prompts, steps, seed and size to sample."),
+]
 Data = Annotated[
     str, typer.Option(help="needle, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split.")
 ]
