@@ -203,8 +203,9 @@ def _row_groups(grid: BlockGrid, like: Float[Tensor, "H S D"]) -> Iterator[slice
 
 def _tiled(x: Float[Tensor, "H T K"], num_k_blocks: int, block: int) -> Float[Tensor, "H R S n B"]:
     """Rows of queries and blocks of keys; what is missing of the last block is 0."""
-    x = torch.nn.functional.pad(x, (0, num_k_blocks * block - x.shape[-1]))
-    return x.unflatten(-1, (num_k_blocks, block)).unflatten(1, (-1, block))
+    padded = torch.nn.functional.pad(x, (0, num_k_blocks * block - x.shape[-1]))
+    tiled: Tensor = padded.unflatten(-1, (num_k_blocks, block)).unflatten(1, (-1, block))
+    return tiled
 
 
 def _accumulate(
