@@ -116,11 +116,13 @@ def hook_of(model: Any) -> CallHook | None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take the hook off; a transformer without other hooks is as it was before the first one."""
+    """Take the hook off; a transformer without other hooks is as it was before the first one. A wrapper of accelerate's stays."""
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.remove_hook(HOOK_NAME, recurse=False)
     if not registry.hooks:
-        model.__dict__.pop("forward", None)
+        own = model.__dict__.get("forward")
+        if getattr(own, "__func__", None) is type(model).forward:
+            del model.forward
         del model._diffusers_hook
 
 
