@@ -1,4 +1,4 @@
-"""Errors of candidates that are no sums over the tiles of a fixed order, because they have a rest term or cluster tokens: each is run.
+"""Errors of candidates that are no sums over tiles of a fixed order, because of their rest term or because they cluster tokens: each is run.
 
 A `cached` rest is measured at the middle of its period: its residual is taken so many steps before a captured one, in the same run.
 """
@@ -91,5 +91,5 @@ class RestErrors:
 
 
 def must_run(rule: Rule) -> bool:
-    """Whether a candidate's output is no softmax over tiles of one order."""
-    return not rule.replaces_output and (rule.rest != "drop" or rule.token_order.by_content)
+    """Whether a candidate's output is no softmax over tiles, or their means, of one order."""
+    return not rule.replaces_output and (rule.rest not in ("drop", "taylor") or rule.token_order.by_content)

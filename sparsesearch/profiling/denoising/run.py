@@ -31,6 +31,7 @@ from sparsesearch.profiling.record import provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.taylor_rest import TaylorRest
 from sparsesearch.runtime.denoisers import apply_denoiser, projections_of
 from sparsesearch.runtime.diffusion.attention import LayerCall
 
@@ -197,12 +198,14 @@ class _Study:
             masks = group.tiles(q, k, batch, seen.scale)
             found = tile_errors(
                 q, k, v, masks, gram.repeat(batch, 1, 1), scale=seen.scale, block_tokens=group.grid.block_tokens,
-                query_blocks=subset,
+                query_blocks=subset, terms=[_terms(rules[index]) for index in group.indices],
             )  # fmt: skip
             scored = 1.0 if subset is None else group.grid.num_q_blocks / len(subset)
             relative = found.error.view(batch, heads, -1) * scored / norm[:, None, None]
             error[:, group.indices] = relative.mean(0)
-            tiles[:, group.indices] = masks.sum((-1, -2)).float().view(batch, heads, -1).mean(0)
+            for place, index in enumerate(group.indices):
+                levels = rules[index].levels_of(masks[:, place], group.grid)
+                tiles[:, index] = rules[index].work(levels, group.grid).view(batch, heads).mean(0)
         for index, rule in enumerate(rules):
             if rule.rest == "mean_value":
                 delta = seen.v.float().mean(2, keepdim=True) - dense.float()
@@ -329,3 +332,8 @@ class _Study:
         profile.save_manifest(self.store.folder)
         self.store.clear()
         return profile
+
+
+def _terms(rule: Rule) -> int | None:
+    """What stands for the tiles that a candidate does not compute, as `tile_errors` takes it."""
+    return rule.terms if isinstance(rule, TaylorRest) else None
