@@ -29,8 +29,8 @@ def places_of(spans: Sequence[Span], batch_size: int) -> tuple[Place, ...] | Non
     for span in spans:
         if span.k_start or isinstance(span.q_slots, Tensor) or isinstance(span.k_slots, Tensor):
             return None
-        rows = range(batch_size)[span.rows] if isinstance(span.rows, slice) else span.rows
-        places += [Place(span.grid, row, span.q_slots.start or 0, span.k_slots.start or 0) for row in rows]
+        first_q, first_k = span.q_slots.start or 0, span.k_slots.start or 0
+        places += [Place(span.grid, row, first_q, first_k) for row in span.rows_among(batch_size)]
     return tuple(places)
 
 
@@ -64,7 +64,7 @@ class LayerCall:
         self.binding, self.rules, self.places, self.kernel = binding, rules, places, kernel
         self.heads = tuple(range(len(rules))) if layer_heads is None else tuple(layer_heads)
         rows = iter(places)
-        self._spans = [(span.grid, tuple(next(rows) for _ in range(rows_of(span, len(q))))) for span in spans]
+        self._spans = [(span.grid, tuple(next(rows) for _ in span.rows_among(len(q)))) for span in spans]
         self._shape = tile_shape(kernel, q.shape[-1], binding.block_tokens)
         self._selectors: dict[BlockGrid, Selector] = {}
         self._fixed: TileSchedule | None = None
@@ -150,17 +150,12 @@ def layer_call(
 ) -> LayerCall:
     """See `LayerCall`; those of the layer's last few shapes are kept with its binding."""
     some = None if layer_heads is None else (tuple(layer_heads), rules)  # hashing rules takes longer than a launch
-    counts = tuple(rows_of(span, len(q)) for span in spans)
+    counts = tuple(len(span.rows_among(len(q))) for span in spans)
     key = (places, counts, some, q.shape, k.shape, q.dtype, q.device, kernel)
     made: LayerCall = binding.remembered(
         key, lambda: LayerCall(binding, rules, layer_heads, spans, places, q, k, kernel)
     )
     return made
-
-
-def rows_of(span: Span, batch_size: int) -> int:
-    """Batch rows of a span."""
-    return len(range(batch_size)[span.rows]) if isinstance(span.rows, slice) else len(span.rows)
 
 
 def _put_means(out: Tensor, rules: tuple[Rule, ...], v: Tensor, places: tuple[Place, ...]) -> None:
