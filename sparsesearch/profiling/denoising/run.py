@@ -134,11 +134,10 @@ class _Study:
         chosen: dict[tuple[int, str], list[OrderGroup]] = {}
         candidates = self.request.space.candidates
 
-        def rules_of(index: int, seen: LayerCall) -> Sequence[Rule]:
+        def rules_of(index: int, seen: LayerCall, step: int) -> Sequence[Rule]:
             if not candidates[index].needs_calibration:
                 return (candidates[index],) * seen.q.shape[1]
-            assert seen.call.step is not None
-            return calibrated[candidates[index].label][place_of[seen.call.step[0]]][seen.path]
+            return calibrated[candidates[index].label][place_of[step]][seen.path]
 
         lengths = [end - first for first, end in self.request.ranges]
         captured = {step: lengths[place] for step, place in place_of.items()}
