@@ -3,9 +3,12 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from sparsesearch.evaluate import SuiteSpec
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
@@ -36,6 +39,19 @@ Data = Annotated[
     str, typer.Option(help="needle, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split.")
 ]
 NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        "--suite", help="Also judge long-context tasks: ruler, retrieval, aggregation, or tasks by name, by commas."
+    ),
+]
+TaskFormat = Annotated[
+    Literal["completion", "sentence", "chat"],
+    typer.Option("--format", help="How tasks are put: plain completion, a sentence to finish, or the chat template."),
+]
+Shots = Annotated[int, typer.Option(help="Worked examples before each task.", min=0)]
+TaskSequences = Annotated[int, typer.Option(help="Sequences per task and length.", min=1)]
+Generate = Annotated[bool, typer.Option("--generate", help="Also let the model generate its answers to tasks.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository ships.")]
 
@@ -65,6 +81,31 @@ def parsed_shares(text: str, option: str) -> list[float]:
             f"must be shares in (0, 1] separated by commas, such as 0.25,0.5, but got {text!r}.", param_hint=option
         )
     return shares
+
+
+def parsed_suite(
+    text: str | None, task_format: str, shots: int, num_sequences: int, seed: int, *, generate: bool
+) -> "SuiteSpec | None":
+    """Which tasks to judge; None for none.
+
+    Raises:
+        SpecError: an unknown task or suite.
+    """
+    from sparsesearch.calibration.tasks import task_names
+    from sparsesearch.evaluate import SuiteSpec
+
+    if text is None:
+        return None
+    return SuiteSpec.model_validate(
+        {
+            "tasks": task_names(text),
+            "format": task_format,
+            "shots": shots,
+            "num_sequences": num_sequences,
+            "seed": seed,
+            "generate": generate,
+        }
+    )
 
 
 def command_line() -> str:

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from sparsesearch.artifacts import read_json, write_json
-from sparsesearch.block_mask import BlockGrid
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.errors import ArtifactError, first_problem
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.denoising.menu import static_work
 
 FORMAT, SCHEMA_VERSION = "sparsesearch.video-metrics", "1.0"
 Measure = Callable[[Tensor, Tensor], Float[Tensor, " B"]]
@@ -118,11 +118,9 @@ def static_density(plan: Plan, layout: Layout, num_steps: int, *, span: tuple[in
         num_steps: of the run.
         span: first and end step at which the plan's transformer is called; all by default.
     """
-    tokens = layout.num_tokens
-    grid = BlockGrid(tokens, tokens, plan.block_tokens, causal=False, layout=layout)
     if any(rule.dynamic for rule in plan.rules.values()):
         return None
-    share = {name: float(rule.select(grid).double().mean()) for name, rule in plan.rules.items()}
+    share = {name: static_work(rule, layout, plan.block_tokens) for name, rule in plan.rules.items()}
     by_range: dict[int | None, float] = {}
     total = 0.0
     steps = range(*(span or (0, num_steps)))

@@ -12,7 +12,7 @@ from sparsesearch.denoising.planning import write_step_plan
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.run import Progress, Sampler, silent
-from sparsesearch.runtime.diffusion.live import apply_to_transformer
+from sparsesearch.runtime.denoisers import apply_denoiser
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Replay:
 
     def samples(self, plan: Plan) -> Float[Tensor, "B ..."]:
         """What it gives under a plan."""
-        with apply_to_transformer(self.model, plan, allow_other_weights=True, scheduler=self.scheduler):
+        with apply_denoiser(self.model, plan, scheduler=self.scheduler):
             return self.sampler()
 
     def error(self, plan: Plan) -> Float[Tensor, " B"]:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsesearch.block_mask import BlockGrid
 from sparsesearch.denoising.judge import Judgement, difference_image
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.denoising.menu import static_work
 from sparsesearch.report.page import PAGE_CSS
 from sparsesearch.report.palette import INK, kind_css, swatches
 from sparsesearch.report.png import data_uri
@@ -108,9 +108,7 @@ def rule_maps(plan: Plan) -> str:
     schedule, layout = plan.schedule, plan.layout
     shares: dict[str, float] = {}
     if layout is not None:
-        tokens = layout.num_tokens
-        grid = BlockGrid(tokens, tokens, plan.block_tokens, causal=False, layout=layout)
-        shares = {n: float(r.select(grid).float().mean()) for n, r in plan.rules.items() if not r.dynamic}
+        shares = {n: static_work(r, layout, plan.block_tokens) for n, r in plan.rules.items() if not r.dynamic}
     if schedule is None:
         parts = [("all steps", plan)]
     else:
