@@ -21,6 +21,9 @@ def video_quality(
     sensitivity: Annotated[
         Literal["layer", "head"], typer.Option(help="What is perturbed alone to learn what its errors matter.")
     ] = "layer",
+    menus: Annotated[
+        str | None, typer.Option(help="Menus with commas, of sparse_vdit, svg, video_mixture; all by default.")
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Leave out profiles under the plan, ranges by DP, other steps and lengths.")
     ] = False,
@@ -33,7 +36,7 @@ def video_quality(
     from dataclasses import replace
 
     from sparsesearch.artifacts import write_bytes
-    from sparsesearch.bench.video_quality import DENSITIES, QualityRequest, run
+    from sparsesearch.bench.video_quality import DENSITIES, MENUS, QualityRequest, run
     from sparsesearch.errors import ArtifactError
 
     from .bench import as_bytes
@@ -50,6 +53,7 @@ def video_quality(
         held_out_clips=held_out_clips,
         evaluations=evaluations,
         per_head=sensitivity == "head",
+        menus=MENUS if menus is None else _menus(menus, MENUS),
     )
     if plain:
         request = replace(request, again=False, slices=0, other_steps=(), other_frames=())
@@ -68,6 +72,16 @@ def video_quality(
         return
     show(record)
     say(f"written: {out}; plans and profiles in {folder}")
+
+
+def _menus(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    from sparsesearch.errors import nearest
+
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"there is no menu {name!r}.{nearest(name, known)}", param_hint="--menus")
+    return names
 
 
 def show(record: dict[str, Any]) -> None:
