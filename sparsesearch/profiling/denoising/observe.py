@@ -106,10 +106,11 @@ class Observer:
             raise SpecError(
                 f"the sampler must take the {self.request.num_steps} steps of the request and tell them, but the call says {seen.call.step}."
             )
-        if seen.call.key_lengths is not None or self.layout not in (None, seen.call.layout):
+        if self.layout not in (None, seen.call.layout):
             raise SpecError(
-                "calibration inputs must have one size and no padding, but these differ. Use prompts of full length."
+                "calibration inputs must have one size, but these differ. Use one height, width and length."
             )
+        real_tokens(seen)
         self.layout = seen.call.layout
         return seen.call.step[0]
 
@@ -117,3 +118,17 @@ class Observer:
         assert self.layout is not None
         means = {key: (value / self.request.passes).cpu().contiguous() for key, value in sums.items()}
         write_bytes(path, save(means, metadata={"layout": self.layout.model_dump_json()}))
+
+
+def real_tokens(seen: LayerCall) -> int | None:
+    """How many tokens stand before the padding of a call; None without padding.
+
+    Raises:
+        SpecError: the rows of the batch differ.
+    """
+    lengths = set(seen.call.key_lengths or ())
+    if len(lengths) > 1:
+        raise SpecError(
+            "prompts of different lengths must be sampled one after another, but share a batch. Use batches of one."
+        )
+    return lengths.pop() if lengths else None

@@ -22,7 +22,7 @@ from sparsesearch.layout import Layout
 from sparsesearch.order import Order
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.profiling.denoising.menu import FlatCall, OrderGroup, video_grid
-from sparsesearch.profiling.denoising.observe import Observer, Progress, Sampler, silent
+from sparsesearch.profiling.denoising.observe import Observer, Progress, Sampler, real_tokens, silent
 from sparsesearch.profiling.denoising.record import DenoisingProfile, StepsManifest
 from sparsesearch.profiling.denoising.request import StepsRequest
 from sparsesearch.profiling.denoising.rest_errors import RestErrors, must_run
@@ -104,7 +104,9 @@ class _Study:
             found = {}
             for order in orders:
                 q, k, _ = flat.ordered(order)
-                mass = tile_masses(q, k, scale=seen.scale, block_tokens=self.request.space.block_tokens)
+                mass = tile_masses(
+                    q, k, scale=seen.scale, block_tokens=self.request.space.block_tokens, real_tokens=real_tokens(seen)
+                )
                 found[f"{order}"] = mass.view(*seen.q.shape[:2], *mass.shape[1:]).mean(0)
             return found
 
@@ -192,7 +194,9 @@ class _Study:
         flat, rules = FlatCall.of(seen), self.request.space.candidates
         per_head = weight.float().view(-1, heads, size)
         gram = torch.einsum("ohd,ohe->hde", per_head, per_head)
-        dense = F.scaled_dot_product_attention(seen.q, seen.k, seen.v, scale=seen.scale)
+        real = real_tokens(seen)
+        q_real, k_real, v_real = (x[:, :, :real] for x in (seen.q, seen.k, seen.v))
+        dense = F.scaled_dot_product_attention(q_real, k_real, v_real, scale=seen.scale)
         whole = F.linear(dense.transpose(1, 2).flatten(2).float(), weight.float())
         norm = whole.square().sum((1, 2))
         error = torch.zeros(heads, len(rules), device=seen.q.device)
@@ -203,7 +207,7 @@ class _Study:
             masks = group.tiles(q, k, batch, seen.scale)
             found = tile_errors(
                 q, k, v, masks, gram.repeat(batch, 1, 1), scale=seen.scale, block_tokens=group.grid.block_tokens,
-                query_blocks=subset,
+                query_blocks=subset, real_tokens=real,
             )  # fmt: skip
             scored = 1.0 if subset is None else group.grid.num_q_blocks / len(subset)
             relative = found.error.view(batch, heads, -1) * scored / norm[:, None, None]
@@ -211,7 +215,7 @@ class _Study:
             tiles[:, group.indices] = masks.sum((-1, -2)).float().view(batch, heads, -1).mean(0)
         for index, rule in enumerate(rules):
             if rule.rest == "mean_value":
-                delta = seen.v.float().mean(2, keepdim=True) - dense.float()
+                delta = v_real.float().mean(2, keepdim=True) - dense.float()
                 wrong = torch.einsum("bhtd,hde,bhte->bh", delta, gram, delta)
                 error[:, index] = (wrong / norm[:, None]).mean(0)
         if rests.indices:

@@ -38,6 +38,7 @@ def tile_errors(
     scale: float,
     block_tokens: int,
     query_blocks: Int[Tensor, " Q"] | None = None,
+    real_tokens: int | None = None,
 ) -> HeadErrors:
     """Score all candidates of U (sequence, head) pairs, all in one order of tokens.
 
@@ -50,9 +51,10 @@ def tile_errors(
         scale: factor on q·k.
         block_tokens: side of a tile.
         query_blocks: score only these; all by default.
+        real_tokens: what stands behind so many tokens is padding, neither seen nor scored; none by default.
     """
-    units, tokens, size = q.shape
-    blocks = -(-tokens // block_tokens)
+    units, length, size = q.shape
+    blocks, tokens = -(-length // block_tokens), real_tokens or length
     chosen = torch.arange(blocks, device=q.device) if query_blocks is None else query_blocks.to(q.device)
     error = torch.zeros(units, tiles.shape[1], device=q.device)
     norm = torch.zeros(units, device=q.device)
@@ -77,14 +79,19 @@ def tile_errors(
 
 
 def tile_masses(
-    q: Float[Tensor, "U T D"], k: Float[Tensor, "U T D"], *, scale: float, block_tokens: int
+    q: Float[Tensor, "U T D"],
+    k: Float[Tensor, "U T D"],
+    *,
+    scale: float,
+    block_tokens: int,
+    real_tokens: int | None = None,
 ) -> Float[Tensor, "U N N"]:
-    """Attention mass per tile: each row of tiles sums to the number of queries in it."""
-    units, tokens, _size = q.shape
-    blocks = -(-tokens // block_tokens)
+    """Attention mass per tile: each row of tiles sums to the number of (real) queries in it."""
+    units, length, _size = q.shape
+    blocks, tokens = -(-length // block_tokens), real_tokens or length
     mass = torch.zeros(units, blocks, blocks, device=q.device)
-    step = max(1, min(units, int(PIECE_BYTES / (8.0 * block_tokens * tokens))))
-    rows = max(1, int(PIECE_BYTES / (8.0 * block_tokens * tokens * step)))
+    step = max(1, min(units, int(PIECE_BYTES / (8.0 * block_tokens * length))))
+    rows = max(1, int(PIECE_BYTES / (8.0 * block_tokens * length * step)))
     for first in range(0, units, step):
         piece = slice(first, first + step)
         keys = _padded(k[piece].float(), blocks * block_tokens)
