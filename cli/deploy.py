@@ -83,9 +83,10 @@ def verify(
     from dataclasses import asdict
 
     from sparsesearch.errors import ArtifactError
+    from sparsesearch.pruning.verify import is_pruned, verify_pruned
     from sparsesearch.runtime.verify import verify as run
 
-    found = run(checkpoint)
+    found = verify_pruned(checkpoint) if is_pruned(checkpoint) else run(checkpoint)
     verdict = "is sound" if found.ok else "is NOT sound"
     emit_json(asdict(found)) if json else pairs(f"{checkpoint} {verdict}", asdict(found))
     if not found.ok:

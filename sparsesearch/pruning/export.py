@@ -203,13 +203,12 @@ def _zeroed(base: PreTrainedModel, cut: Cut, fitted: Mapping[str, Fitted]) -> Pr
             "feed_forward": list(own.removed_channels),
         }
         for kind, layout in layer.sublayers:
-            path = f"{layer.path}.{layout.out}"
-            if path in fitted:
-                state[f"{path}.weight"] = fitted[path].weight.clone()
-                bias = fitted[path].bias
-                if bias is not None:
-                    state[f"{path}.bias"] = bias.clone()
-            state[f"{path}.weight"][:, gone[kind]] = 0
+            for name in (*layout.into, layout.out):
+                if (new := fitted.get(f"{layer.path}.{name}")) is not None:
+                    state[f"{layer.path}.{name}.weight"] = new.weight.clone()
+                    if new.bias is not None:
+                        state[f"{layer.path}.{name}.bias"] = new.bias.clone()
+            state[f"{layer.path}.{layout.out}.weight"][:, gone[kind]] = 0
             # a shared KV head still feeds the query heads that stay, so only what makes the removed inputs alone is zeroed
             for name in layout.into if kind == "feed_forward" else layout.into[:1]:
                 for part in ("weight", "bias"):

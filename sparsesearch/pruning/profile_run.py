@@ -179,7 +179,7 @@ def _measured(
     if kind == "attention":
         left = (left[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
     with installed(layer) as install:
-        install(dict(layer.sublayers)[kind], one_shot_fit(layer, kind, statistics, left, bias=menu.bias))
+        install(dict(layer.sublayers)[kind].out, one_shot_fit(layer, kind, statistics, left, bias=menu.bias))
         return mean_distance(model, batches, dense)
 
 
