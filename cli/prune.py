@@ -10,12 +10,17 @@ from .errors import guarded, usage
 from .render import emit_json, lines, pairs, progress_bar, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparsesearch.cut import Compensation
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.quality import Batch
+    from sparsesearch.pruning.record import PruningProfile
     from sparsesearch.search_space import PruningMenu
 
 MEASURED_SAMPLES = 2
 WINDOW_TOKENS = 512
+REFIT_SAMPLES = 128
 
 
 def has_cuts(profile: Path) -> bool:
@@ -92,7 +97,6 @@ def search_cuts(
 ) -> None:
     """`search` on a profile that covers removals, alone or with attention rules."""
     from sparsesearch.cost import load_cost_model
-    from sparsesearch.cut import Compensation
     from sparsesearch.profiling.record import Profile
     from sparsesearch.pruning.joint import find_joint
     from sparsesearch.pruning.record import PruningProfile
@@ -102,15 +106,13 @@ def search_cuts(
     with usage("--budget"):
         budgets = parse_budgets(budget)
     opened = PruningProfile.load(profile)
-    where = opened.manifest.calibration
-    refit = {**where, "num_samples": refit_samples, "bias": opened.manifest.menu.bias}
     attention = None if only_cuts(profile) else Profile.load(profile)
     question = PruningQuestion(
         budgets=budgets,
         lengths=tuple(o.parsed_lengths(lengths)) if attention is None else attention.manifest.lengths,
         criterion=criterion,
         cost_model=None if device is None else load_cost_model(device),
-        compensation=Compensation.model_validate(refit) if refit_samples else None,
+        compensation=refit_spec(opened, refit_samples, uniform=uniform),
     )
     if uniform:
         plan = uniform_cut(opened, question)
@@ -233,6 +235,110 @@ def validate_cuts(
     )
 
 
+def cuts(
+    profile: o.ProfileDir,
+    budget: Annotated[
+        list[str], typer.Option(help="Budget such as params=0.8x; several are measured one after the other.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-cuts.json"),
+    model: o.OptionalModel = None,
+    cost_model: Annotated[str | None, typer.Option(help="Cost model for latency budgets: cpu or a file.")] = None,
+    refit_samples: Annotated[
+        int, typer.Option(help="Calibration sequences to refit on; 0 leaves every plan as it is cut.", min=0)
+    ] = REFIT_SAMPLES,
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences, sentences or images.", min=1)] = 32,
+    time_tokens: Annotated[int, typer.Option(help="Tokens of the forward that is timed.", min=1)] = 1024,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 takes no times.", min=0)] = 7,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Measure plans that remove beside baselines at the same budget. A joint profile also compares attention and removals alone."""
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.bench.cuts import CutBench, joint_plans, measure_cuts, record_of, rival_plans
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.pruning.data import load_batches
+    from sparsesearch.pruning.models import load_prunable
+    from sparsesearch.pruning.record import PruningProfile
+    from sparsesearch.pruning.search import PruningQuestion
+    from sparsesearch.search.budget import parse_budgets
+
+    from .bench import as_bytes
+
+    opened = PruningProfile.load(profile)
+    attention = None if only_cuts(profile) else Profile.load(profile)
+    lengths = (time_tokens,) if attention is None else attention.manifest.lengths
+    priced = None if cost_model is None else load_cost_model(cost_model)
+    compensation = refit_spec(opened, refit_samples)
+    plans = {}
+    for text in budget:
+        with usage("--budget"):
+            question = PruningQuestion(parse_budgets(text), lengths, cost_model=priced, compensation=compensation)
+        made = rival_plans(opened, question) if attention is None else joint_plans(opened, attention, question)
+        plans |= {(name, text): plan for name, plan in made.items()}
+    live, tokenizer = load_prunable(
+        model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype
+    )
+    where = opened.manifest.calibration
+    held_out = load_batches(
+        live, tokenizer, where["data"], length_tokens=where["length_tokens"], num_samples=num_sequences, seed=seed,
+        split="heldout",
+    )  # fmt: skip
+    bench = CutBench(
+        held_out=held_out,
+        refit=refit_batches({str(key): plan for key, plan in plans.items()}, live, tokenizer),
+        timed=_timed_batch(live, held_out, time_tokens, seed),
+        timed_tokens=time_tokens,
+        rounds=rounds,
+    )
+    with progress_bar() as progress:
+        rows = measure_cuts(live, opened, plans, bench, progress=progress)
+    record = record_of(
+        live, opened, rows, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
+        time_tokens=time_tokens,
+    )  # fmt: skip
+    write_bytes(out, as_bytes(record))
+    if json:
+        emit_json(record)
+        return
+    table(
+        f"{record['model']}: held-out {record['distance']}, {num_sequences} sequences; forward of {time_tokens} tokens",
+        ["plan", "budget", "params", "FLOPs", record["distance"], "loss over dense", "forward ms", "speed-up"],
+        [[r.plan, r.budget, r.params, r.flops, r.distance, r.loss_gap, r.forward_s and 1e3 * r.forward_s, r.speed_up]
+         for r in rows],
+    )  # fmt: skip
+    equal = record["at_equal_time"]
+    if equal:
+        table(
+            "held-out distance at the joint plan's measured time", list(equal[0]), [list(row.values()) for row in equal]
+        )
+    lines(f"written: {out}")
+
+
+def _timed_batch(model: Any, held_out: "Sequence[Batch]", tokens: int, seed: int) -> "Batch":
+    """Random tokens of the asked length for what reads tokens; the first held-out images otherwise."""
+    import torch
+
+    if model.main_input_name == "pixel_values":
+        return held_out[0]
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(model.config.vocab_size, (1, tokens), generator=generator)}
+
+
+def refit_spec(profile: "PruningProfile", samples: int, *, uniform: bool = False) -> "Compensation | None":
+    """The refit that plans of a profile ask for: its own calibration data, `samples` of them.
+
+    Uniform widths gain no biases, so that stock classes, and llama.cpp's converter, can hold them.
+    """
+    from sparsesearch.cut import Compensation
+
+    bias = profile.manifest.menu.bias and not uniform
+    where = {**profile.manifest.calibration, "num_samples": samples, "bias": bias}
+    return Compensation.model_validate(where) if samples else None
+
+
 def heal(
     checkpoint: Annotated[
         Path, typer.Argument(help="Pruned checkpoint, written by `sparsesearch apply`.", metavar="DIR")
@@ -270,3 +376,8 @@ def heal(
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     app.command("heal")(guarded(heal))
+
+
+def register_bench(bench: typer.Typer) -> None:
+    """Add this file's commands below `bench`."""
+    bench.command("cuts")(guarded(cuts))

@@ -7,15 +7,23 @@
 | taylor | (Σ_n x·Wᵀg)² of the model's own loss: first order, squared |
 | activation_magnitude | ‖W_:c‖² E[x_c²] |
 | magnitude | ‖W_:c‖² |
-| vtrans | ½ log(1 + μ²/σ²) of the input: the KL of its variational mask, with the moments taken from calibration instead of training |
+| vtrans | ½ log(1 + μ²/σ²) of the input: the KL of a variational mask with a log-uniform prior; small means mostly noise |
 | ofb | importance ⊗ sparsity: rank of the Fisher score times rank of the norm of the input's own weights |
-| learned | logistic of the gate that `gates.py` optimised; only where it was asked for |
 | sparse_then_prune | ‖W_in‖₁ + ‖W_out‖₁ of the input: what an L1 penalty would shrink first |
+| learned | logistic of the gate that `gates.py` optimised; only where it was asked for |
 
 Sources: taylor: Molchanov et al. 2019, arXiv:1906.10771, equation 8. fisher: Liu et al. 2021, Group Fisher Pruning, arXiv:2108.00708, section
-3.2, with the model's own labels. activation_magnitude: Sun et al. 2023, Wanda, arXiv:2306.11695, summed over a column. vtrans: Dutta et al.,
-VTrans, variational information bottleneck masks. ofb: bi-masks of importance and sparsity. sparse_then_prune: L1 regularisation, then
-magnitude. The last three are the training-free part of their methods; learned masks are `gates.py`.
+3.2, with the model's own labels. activation_magnitude: Sun et al. 2023, Wanda, arXiv:2306.11695, summed over a column.
+
+Three criteria stand for methods that train. What is theirs, and what is our training-free reading:
+- vtrans (Dutta et al., VTrans). Theirs: a mean μ and a variance σ² are learned per unit (embedding, head, layer) under an information
+  bottleneck, units of low μ²/σ² go, the model is tuned. Ours: μ and σ² are moments of the unit's input over calibration tokens, so nothing
+  is learned and the task does not enter; embeddings are not pruned.
+- ofb (Once for Both). Theirs: a score of importance and a differentiable score of sparsity per channel make one mask that is searched in a
+  single training stage, with a one-hot loss and masked image modelling. Ours: ranks of two fixed scores, multiplied; no stage is trained.
+- sparse_then_prune. Theirs: a vision transformer is trained with an L1 penalty, pruned by magnitude, tuned for 20 epochs. Ours: the L1 norm
+  of the weights as they are, of whole heads and channels.
+None of the three papers' results carries over. Masks that are learned, on frozen weights, are `gates.py`.
 """
 
 from abc import ABC, abstractmethod

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from sparsesearch.artifacts import read_text
 from sparsesearch.cut import Cut, LayerCut
@@ -23,6 +23,7 @@ from sparsesearch.plan import Plan
 from sparsesearch.pruning.apply import attention_after_cut
 from sparsesearch.pruning.models import load_prunable
 from sparsesearch.runtime.attention import NAME
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.export import PLAN_FILE
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.runtime.pruned_models import ATTRIBUTE, PREFIX
@@ -177,12 +178,11 @@ def _errors(model: PreTrainedModel, cut: Cut, layout: str) -> tuple[float, float
     ours, exact = _output(model, inputs), _output(wide, inputs)
     decode = math.nan
     if model.can_generate():
-        ids, found = inputs["input_ids"], []
-        state = model(ids[:, :-_DECODED_TOKENS], use_cache=True).past_key_values
-        for token in range(_TOKENS - _DECODED_TOKENS, _TOKENS):
-            step = model(ids[:, token : token + 1], past_key_values=state, use_cache=True)
-            found.append(step.logits)
-        decode = _relative(torch.cat(found, 1), exact[:, -_DECODED_TOKENS:])
+        cache: dict[str, Any] = {CACHE_KEYWORD: DynamicCache(), "use_cache": True}
+        prompt, *rest = inputs["input_ids"].split([_TOKENS - _DECODED_TOKENS, *[1] * _DECODED_TOKENS], 1)
+        model(prompt, **cache)
+        decoded = torch.cat([model(token, **cache).logits for token in rest], 1)
+        decode = _relative(decoded, exact[:, -_DECODED_TOKENS:])
     return _relative(ours, exact), decode
 
 
