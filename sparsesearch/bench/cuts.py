@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sparsesearch.errors import BudgetInfeasibleError
+from sparsesearch.cost.base import CostModel, UnitWork
+from sparsesearch.errors import BudgetInfeasibleError, SpecError, nearest
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.record import Profile, provenance_versions
 from sparsesearch.pruning.apply import PrunedApply
 from sparsesearch.pruning.heal import held_out_loss
 from sparsesearch.pruning.joint import find_joint
-from sparsesearch.pruning.prices import SublayerSize, flops, params
+from sparsesearch.pruning.prices import SublayerSize, dense_work, flops, params
 from sparsesearch.pruning.quality import Batch, dense_rows, mean_distance
 from sparsesearch.pruning.record import PruningProfile
 from sparsesearch.pruning.search import PruningQuestion, find_cut, uniform_cut
@@ -66,6 +70,7 @@ class CutBench:
         refit: data that plans with compensation are refitted on.
         timed: one batch whose forward is timed; None takes no times.
         timed_tokens: its length, at which FLOPs are counted.
+        timed_on: where; a small model's quality is found faster on a GPU, and its time on one says little.
         rounds: of timing; every round runs every plan once.
     """
 
@@ -73,11 +78,71 @@ class CutBench:
     refit: Sequence[Batch]
     timed: Batch | None
     timed_tokens: int
+    timed_on: str = "cpu"
     rounds: int = 7
 
 
-def rival_plans(profile: PruningProfile, question: PruningQuestion) -> dict[str, Plan]:
-    """The searched plan and its baselines, every one within the question's budgets."""
+class PricedHere:
+    """A CPU's cost model that has timed no matrix products, with those of this machine.
+
+    Every product a plan may need is timed once. Attention keeps the model's ratios, scaled so that a dense layer takes what it takes here,
+    because the model may have been measured with other threads.
+    """
+
+    def __init__(self, base: CostModel, *, num_heads: int, head_dim: int, tokens: int) -> None:
+        self._base = base
+        self.name = f"{base.name}, products timed here"
+        shape = (1, num_heads, tokens, head_dim)
+        q, k, v = (torch.randn(shape) for _ in range(3))
+        dense_s = _best_s(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        self._scale = dense_s / (num_heads * base.unit_latency_s(dense_work(tokens, head_dim, 1)))
+        self._products: dict[tuple[int, int, int], float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def unit_latency_s(self, work: UnitWork) -> float:
+        """Seconds of a unit's attention."""
+        return self._scale * self._base.unit_latency_s(work)
+
+    def latency_s(self, works: Sequence[UnitWork]) -> Float[np.ndarray, " works"]:
+        """The same for many units."""
+        return np.asarray(self._scale * self._base.latency_s(works))
+
+    def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
+        """Seconds of a product, timed when first asked for."""
+        key = rows, outputs, inputs
+        if key not in self._products:
+            x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+            self._products[key] = _best_s(lambda: functional.linear(x, weight))
+        return self._products[key]
+
+
+@torch.no_grad()
+def _best_s(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Least of some times after an untimed run."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def rival_plans(
+    profile: PruningProfile, question: PruningQuestion, *, names: Sequence[str] | None = None
+) -> dict[str, Plan]:
+    """The searched plan and its baselines, every one within the question's budgets.
+
+    Args:
+        profile: of removals.
+        question: budgets, criterion and refit of the searched plan; baselines share what is not their own.
+        names: which of them; None: all.
+
+    Raises:
+        SpecError: an unknown name.
+    """
     magnitude, bare = replace(question, criterion="magnitude"), replace(question, compensation=None)
     makers: dict[str, Callable[[], Plan]] = {
         "searched": lambda: find_cut(profile, question),
@@ -89,7 +154,10 @@ def rival_plans(profile: PruningProfile, question: PruningQuestion) -> dict[str,
         "uniform magnitude": lambda: uniform_cut(profile, magnitude),
         "uniform magnitude, not refitted": lambda: uniform_cut(profile, replace(magnitude, compensation=None)),
     }
-    return dict(_feasible(makers))
+    for name in names or ():
+        if name not in makers:
+            raise SpecError(f"unknown baseline {name!r}.{nearest(name, list(makers))}")
+    return dict(_feasible({name: makers[name] for name in names or makers}))
 
 
 def joint_plans(cuts: PruningProfile, attention: Profile, question: PruningQuestion) -> dict[str, Plan]:
@@ -118,7 +186,7 @@ def measure_cuts(
     *,
     progress: Progress = lambda stage, done, total: None,
 ) -> list[CutRow]:
-    """Measure plans, named by (how, budget).
+    """Measure plans, named by (how, budget); the model ends up where it was timed.
 
     Times of one round lie next to each other, so that the machine's drift hits all plans alike.
     """
@@ -171,8 +239,11 @@ def _seconds(
     """Per plan (None: dense) one time per round."""
     if bench.timed is None or not bench.rounds:
         return {}
-    variants: dict[tuple[str, str] | None, Plan | None] = {None: None, **plans}
+    variants: dict[tuple[str, str] | None, Plan | None] = {None: None}
+    variants.update(plans)
     times: dict[tuple[str, str] | None, list[float]] = {key: [] for key in variants}
+    stack: nn.Module = model
+    stack.to(bench.timed_on)
     inputs = {name: tensor.to(model.device) for name, tensor in bench.timed.items()}
     if model.can_generate():
         inputs |= {"logits_to_keep": 1}  # type: ignore[dict-item]
@@ -188,12 +259,16 @@ def _seconds(
 
 
 def _timed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> float:
-    wait = torch.accelerator.synchronize if model.device.type != "cpu" else lambda: None
-    wait()
+    _wait_for(model.device)
     start = time.perf_counter()
     model(**inputs)
-    wait()
+    _wait_for(model.device)
     return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def at_equal_time(rows: Sequence[CutRow]) -> list[dict[str, Any]]:

@@ -133,9 +133,9 @@ def _left(scorer: "_Scorer", group: int, size: int) -> tuple[int, ...]:
 class _Scorer(ABC):
     """Removes inputs of one output projection under one criterion. Heads are runs of `head_dim` inputs."""
 
-    def __init__(self, head_dim: int, num_inputs: int) -> None:
+    def __init__(self, head_dim: int, like: Float[Tensor, " I"]) -> None:
         self.head_dim, self.loss = head_dim, 0.0
-        self.left = torch.ones(num_inputs, dtype=torch.bool)
+        self.left = torch.ones_like(like, dtype=torch.bool)
         self.gone_heads: set[int] = set()
 
     @abstractmethod
@@ -159,7 +159,8 @@ class _Scorer(ABC):
         self.gone_heads |= set(heads)
 
     def columns(self, heads: Sequence[int]) -> Tensor:
-        return (torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        columns = torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)
+        return columns.flatten().to(self.left.device)
 
     def removed(self) -> tuple[int, ...]:
         gone = (~self.left).nonzero()[:, 0]
@@ -168,7 +169,7 @@ class _Scorer(ABC):
 
 class _Reconstruction(_Scorer):
     def __init__(self, head_dim: int, state: Elimination) -> None:
-        super().__init__(head_dim, len(state.left))
+        super().__init__(head_dim, state.weight[0])
         self.state = state
 
     def single_losses(self) -> Float[Tensor, " I"]:
@@ -186,9 +187,9 @@ class _Signed(_Scorer):
     """½ mean (Σ_c s_rc)²: effects of what goes are added before they are squared."""
 
     def __init__(self, head_dim: int, effects: Float[Tensor, "P I"], scale: float) -> None:
-        super().__init__(head_dim, effects.shape[1])
+        super().__init__(head_dim, effects[0])
         self.effects, self.scale = effects, scale
-        self.gone = torch.zeros(len(effects), dtype=effects.dtype)
+        self.gone = torch.zeros_like(effects[:, 0])
 
     def single_losses(self) -> Float[Tensor, " I"]:
         grown = (self.gone[:, None] + self.effects).square().mean(0) - self.gone.square().mean()
@@ -205,7 +206,7 @@ class _Signed(_Scorer):
 
 class _Additive(_Scorer):
     def __init__(self, head_dim: int, scores: Float[Tensor, " I"]) -> None:
-        super().__init__(head_dim, len(scores))
+        super().__init__(head_dim, scores)
         self.scores = scores
 
     def single_losses(self) -> Float[Tensor, " I"]:
@@ -218,7 +219,7 @@ class _Additive(_Scorer):
 def _scorer(scoring: Scoring, kind: str) -> _Scorer:
     layer, statistics = scoring.layer, scoring.statistics
     layout = dict(layer.sublayers)[kind]
-    weight = layer.projection(layout.out).weight.detach().double().cpu()
+    weight = layer.projection(layout.out).weight.detach().double()
     size = layer.head_dim if kind == "attention" else 1
     norm = weight.square().sum(0)
     moment = statistics.second_moment.diagonal()
@@ -245,7 +246,7 @@ def _scorer(scoring: Scoring, kind: str) -> _Scorer:
             return _Additive(size, _rank(importance) * _rank(_own_norm(layer, kind, norm)))
         case "learned":
             assert scoring.gates is not None
-            return _Additive(size, torch.sigmoid(scoring.gates).repeat_interleave(size) / size)
+            return _Additive(size, torch.sigmoid(scoring.gates.to(norm)).repeat_interleave(size) / size)
         case "sparse_then_prune":
             return _Additive(size, _own_norm(layer, kind, weight.abs().sum(0), power=1))
 
@@ -256,7 +257,7 @@ def _own_norm(layer: Layer, kind: str, outgoing: Float[Tensor, " I"], *, power: 
     total = outgoing.clone()
     into = layout.into if kind == "feed_forward" else layout.into[2:]  # a head's own content comes through its values
     for name in into:
-        rows = layer.projection(name).weight.detach().double().cpu().abs().pow(power).sum(1)
+        rows = layer.projection(name).weight.detach().double().abs().pow(power).sum(1)
         if len(rows) != len(total):
             repeats = len(total) // len(rows)
             rows = rows.unflatten(0, (-1, layer.head_dim)).repeat_interleave(repeats, 0).flatten()

@@ -217,17 +217,17 @@ def _widened(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
         for kind, names in layer.sublayers:
             for into in (*names.into, names.out):
                 kept, target = _kept(own, layer, kind, into), layer.projection(into)
-                source = _projection(narrow, into)
+                source, path = _projection(narrow, into), f"{layer.path}.{into}"
                 weight = torch.zeros_like(target.weight)
-                if len(kept):
-                    weight[(slice(None), kept) if into == names.out else (kept,)] = source.weight  # type: ignore[union-attr]
-                state[f"{layer.path}.{into}.weight"] = weight
+                if isinstance(source, nn.Linear):
+                    weight[(slice(None), kept) if into == names.out else (kept,)] = source.weight
+                state[f"{path}.weight"] = weight
                 if source is not None and source.bias is not None:
-                    bias = source.bias
+                    bias = source.bias.detach()
                     if into != names.out:
-                        bias = torch.zeros(target.out_features).index_copy_(0, kept, source.bias)
+                        bias = torch.zeros(target.out_features).index_copy(0, kept, bias)
                     target.register_parameter("bias", nn.Parameter(bias))
-                    state[f"{layer.path}.{into}.bias"] = bias
+                    state[f"{path}.bias"] = bias
     wide.load_state_dict(state)
     return wide
 
