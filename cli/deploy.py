@@ -33,6 +33,7 @@ def apply(
     component: Annotated[
         str, typer.Option(help="Which transformer of a diffusers pipeline; Wan 2.2 also has transformer_2.")
     ] = "transformer",
+    device: Annotated[str, typer.Option(help="Removals: where the refit runs.")] = "cpu",
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
@@ -42,8 +43,8 @@ def apply(
 
     opened, folder = Plan.load(plan), Path(model)
     if opened.pruning is not None:
-        taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
-        prune.apply_cuts(opened, model, out, logical=logical, **taken)
+        taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "device": device}
+        prune.apply_cuts(opened, model, out, logical=logical, json=json, **taken)
         return
     if folder.is_dir() and is_diffusers_directory(folder):
         part = component if (folder / "model_index.json").is_file() else ""

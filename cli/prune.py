@@ -157,7 +157,15 @@ def _show_cut(plan: "Plan", out: Path, json: bool) -> None:
 
 
 def apply_cuts(
-    plan: "Plan", model: str, out: Path, *, logical: bool, overwrite: bool, allow_other_weights: bool, json: bool
+    plan: "Plan",
+    model: str,
+    out: Path,
+    *,
+    logical: bool,
+    overwrite: bool,
+    allow_other_weights: bool,
+    device: str,
+    json: bool,
 ) -> None:
     """`apply` for a plan that removes."""
     from dataclasses import asdict
@@ -173,6 +181,7 @@ def apply_cuts(
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
             command=o.command_line(),
+            device=o.present_device(device),
             progress=progress,
         )
     if json:
@@ -371,6 +380,9 @@ def heal(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak of the cosine schedule; the optimiser's own by default.")
     ] = None,
+    generated: Annotated[
+        int, typer.Option(help="Sequences the dense model writes itself, to be trained on too.", min=0)
+    ] = 256,
     num_sequences: Annotated[int, typer.Option(help="Held-out sequences to print the gain on.", min=1)] = 16,
     save_every: Annotated[int, typer.Option(help="Steps between states that --resume continues from.", min=1)] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
@@ -385,7 +397,7 @@ def heal(
 
     request = HealRequest(
         steps=steps, data=data, length_tokens=length, batch=batch, optimiser=optimiser,
-        learning_rate=learning_rate, num_sequences=num_sequences, save_every=save_every, seed=seed,
+        learning_rate=learning_rate, generated=generated, num_sequences=num_sequences, save_every=save_every, seed=seed,
     )  # fmt: skip
     with progress_bar() as progress:
         found = heal_checkpoint(

@@ -239,9 +239,8 @@ def _seconds(
     """Per plan (None: dense) one time per round."""
     if bench.timed is None or not bench.rounds:
         return {}
-    variants: dict[tuple[str, str] | None, Plan | None] = {None: None}
-    variants.update(plans)
-    times: dict[tuple[str, str] | None, list[float]] = {key: [] for key in variants}
+    variants: list[tuple[tuple[str, str] | None, Plan | None]] = [(None, None), *plans.items()]
+    times: dict[tuple[str, str] | None, list[float]] = {key: [] for key, _ in variants}
     stack: nn.Module = model
     stack.to(bench.timed_on)
     inputs = {name: tensor.to(model.device) for name, tensor in bench.timed.items()}
@@ -249,8 +248,8 @@ def _seconds(
         inputs |= {"logits_to_keep": 1}  # type: ignore[dict-item]
     for turn in range(bench.rounds):
         progress("time plans", turn, bench.rounds)
-        for key in (*list(variants)[turn % len(variants) :], *list(variants)[: turn % len(variants)]):
-            plan = variants[key]
+        first = turn % len(variants)
+        for key, plan in (*variants[first:], *variants[:first]):
             with nullcontext() if plan is None else applied(model, plan):
                 model(**inputs)  # builds schedules and warms memory
                 times[key].append(_timed(model, inputs))

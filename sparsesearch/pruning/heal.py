@@ -19,6 +19,8 @@ from sparsesearch.pruning.quality import Batch, dense_rows, distance, mean_dista
 from sparsesearch.runtime.export import COMPANIONS, PLAN_FILE, check_target, complete_or_nothing
 
 _WARMUP_SHARE = 0.05
+OPENING_TOKENS = 32
+_GENERATED_TOGETHER = 128
 RATES = {"muon": 2e-3, "adamw": 1e-3}
 """Peak learning rates, chosen on held-out documents of the calibration text."""
 Progress = Callable[[str, int, int], None]
@@ -35,6 +37,8 @@ class HealRequest:
         batch: sequences per step.
         optimiser: `muon` (matrices orthogonalised, vectors by AdamW) or `adamw`.
         learning_rate: peak of the cosine schedule, after a warm-up over 5 % of the steps; None takes the optimiser's own of `RATES`.
+        generated: sequences that the dense model writes itself, after openings from the data, and that are trained on too. A model of
+            language shows what it knows in them, so a small corpus lasts longer. Other models take none.
         num_sequences: held-out sequences for the gain.
         save_every: steps between states.
         seed: of data and order.
@@ -46,6 +50,7 @@ class HealRequest:
     batch: int = 4
     optimiser: Literal["muon", "adamw"] = "muon"
     learning_rate: float | None = None
+    generated: int = 256
     num_sequences: int = 16
     save_every: int = 50
     seed: int = 0
@@ -128,6 +133,8 @@ def train(
         teacher, tokenizer, request.data, length_tokens=request.length_tokens,
         num_samples=_pool_size(request), seed=request.seed,
     )  # fmt: skip
+    if teacher.can_generate():
+        pool += generated_batches(teacher, tokenizer, request)
     per_step = max(1, request.batch // _items(pool[0]))
     rate = RATES[request.optimiser] if request.learning_rate is None else request.learning_rate
     optimiser = HealOptimiser(trained_parameters(student), request.optimiser, rate)
@@ -148,6 +155,34 @@ def train(
         if (step + 1) % request.save_every == 0 and step + 1 < request.steps:
             state.save(optimiser, step + 1)
     progress("heal", request.steps, request.steps)
+
+
+@torch.no_grad()
+def generated_batches(teacher: PreTrainedModel, tokenizer: Any, request: HealRequest) -> list[Batch]:
+    """What the teacher writes after openings of calibration text, sampled from its own distribution, one sequence per batch.
+
+    Source: generated calibration data as in Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.1; ours opens with text of the corpus.
+    """
+    length, seed = request.length_tokens, request.seed
+    opening = min(OPENING_TOKENS, length // 2)
+    if not request.generated or not opening:
+        return []
+    openings = load_batches(
+        teacher, tokenizer, request.data, length_tokens=opening, num_samples=request.generated, seed=seed + 7
+    )
+    written: list[Batch] = []
+    model: Any = teacher
+    devices = [teacher.device] if teacher.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for batch in stacked(openings, _GENERATED_TOGETHER):
+            ids = batch["input_ids"].to(teacher.device)
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0,
+                min_new_tokens=length - opening, max_new_tokens=length - opening,
+            )  # fmt: skip
+            written += [{"input_ids": row[None].cpu()} for row in found]
+    return written
 
 
 @torch.no_grad()

@@ -32,8 +32,11 @@ class Sums:
     def zeros(cls, like: Float[Tensor, "O I"]) -> Self:
         """Of no tokens yet."""
         outputs, inputs = like.shape
-        shapes = ((inputs, inputs), (outputs, inputs), (inputs,), (outputs,))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=like.device) for shape in shapes))
+        empty = like.new_zeros((0,), dtype=torch.float64)
+        return cls(
+            empty.new_zeros(inputs, inputs), empty.new_zeros(outputs, inputs), empty.new_zeros(inputs),
+            empty.new_zeros(outputs),
+        )  # fmt: skip
 
     def add(self, x: Float[Tensor, "N I"], target: Float[Tensor, "N O"]) -> None:
         """Add tokens."""

@@ -12,13 +12,13 @@ from sparsesearch.plan import Plan
 from sparsesearch.pruning import heal_state
 from sparsesearch.pruning.export import export_pruned
 from sparsesearch.pruning.gates import learn_gates
-from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
+from sparsesearch.pruning.heal import HealRequest, generated_batches, heal_checkpoint
 from sparsesearch.pruning.profile_run import describe_layers
 from sparsesearch.runtime.loading import load_model
 from sparsesearch.runtime.shrink import layer_cut
 from sparsesearch.runtime.sublayers import layers_of
 
-REQUEST = HealRequest(steps=6, length_tokens=128, batch=2, num_sequences=4, save_every=2)
+REQUEST = HealRequest(steps=6, length_tokens=128, batch=2, num_sequences=4, save_every=2, generated=4)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,17 @@ def test_healing_lowers_the_distance_and_resumes_to_the_same_bytes(optimiser, ra
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
     assert not (tmp_path / "parts.heal").exists()
+
+
+def test_the_teacher_writes_what_is_trained_on_and_the_same_again():
+    model, tokenizer = load_model("needle-7m")
+    request = replace(REQUEST, generated=3, length_tokens=40)
+    state = torch.get_rng_state()
+    once, again = (generated_batches(model, tokenizer, request) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are as before"
+    assert [batch["input_ids"].shape for batch in once] == [(1, 40)] * 3
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(once, again, strict=True))
+    assert not torch.equal(once[0]["input_ids"], once[1]["input_ids"])
 
 
 def test_gates_move_towards_the_target_and_weights_stay(tmp_path):
