@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import bench_kernels, prune
+from . import bench_kernels, bench_video, prune
 from . import options as o
 from .errors import guarded
 from .render import emit_json, say, table
@@ -109,6 +109,7 @@ def as_bytes(record: object) -> bytes:
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     bench_kernels.register(bench)
+    bench_video.register(bench)
     bench.command("model")(guarded(model))
     prune.register_bench(bench)
     app.add_typer(bench, name="bench")
