@@ -175,53 +175,6 @@ def _thresholds(**bounds: float | None) -> "Thresholds":
         raise typer.BadParameter(first_problem(error)) from error
 
 
-def front(
-    profile: o.ProfileDir,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Metrics file to write.")] = Path("front.json"),
-    model: o.OptionalModel = None,
-    families: Annotated[str | None, typer.Option(help="Families separated by semicolons; all by default.")] = None,
-    densities: Annotated[str, typer.Option(help="Density budgets, by commas.")] = "0.15,0.2,0.25,0.35,0.5",
-    plot: Annotated[Path | None, typer.Option(help="Also draw the front of the longest length as SVG.")] = None,
-    lengths: o.Lengths = "2048",
-    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
-    device: o.Device = "cpu",
-    seed: o.Seed = 0,
-    json: o.Json = False,
-) -> None:
-    """Measure every family over a row of densities. They are mixture, MoA, MInference, DuoAttention and uniform windows."""
-    from sparsesearch.artifacts import write_bytes
-    from sparsesearch.measured_front import ALL_FAMILIES, front_table, measure_front
-    from sparsesearch.profiling.record import Profile
-    from sparsesearch.report.front import front_plot
-    from sparsesearch.runtime.loading import load_model
-
-    opened = Profile.load(profile)
-    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=o.present_device(device))
-    with progress_bar() as progress:
-        metrics = measure_front(
-            live,
-            tokenizer,
-            opened,
-            families=ALL_FAMILIES if families is None else [name.strip() for name in families.split(";")],
-            densities=o.parsed_shares(densities, "--densities"),
-            lengths=o.parsed_lengths(lengths),
-            num_sequences=num_sequences,
-            seed=seed,
-            command=o.command_line(),
-            progress=progress,
-        )
-    metrics.save(out)
-    if plot is not None:
-        title = f"{metrics.model}, {metrics.lengths_tokens[-1]} tokens, {num_sequences} held-out sequences"
-        write_bytes(plot, front_plot(metrics, metrics.lengths_tokens[-1], title=title).encode())
-    content = {length: front_table(metrics, length) for length in metrics.lengths_tokens}
-    if json:
-        emit_json(content)
-        return
-    for length, rows in content.items():
-        table(f"{length} tokens, {num_sequences} sequences", list(rows[0]), [list(row.values()) for row in rows])
-
-
 def report(
     plan: o.PlanFile,
     metrics: Annotated[Path, typer.Argument(help="Metrics file written by eval or quickstart.", metavar="METRICS")],
@@ -244,5 +197,5 @@ def report(
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    for name, command in (("eval", evaluate), ("check", check), ("front", front), ("report", report)):
+    for name, command in (("eval", evaluate), ("check", check), ("report", report)):
         app.command(name)(guarded(command))

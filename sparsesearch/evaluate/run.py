@@ -82,30 +82,55 @@ def evaluate(
     results: dict[int, dict[str, VariantMetrics]] = {}
     used: dict[str, str] = {}
     for length in sorted(set(lengths)):
-        needles = _needles(tokenizer, length, num_sequences, num_needles, depths, data, seed)
-        text = calibration.load(
-            data,
+        parts = held_out_parts(
             tokenizer,
-            length_tokens=length,
-            num_samples=num_text_sequences or max(4, num_sequences // 6),
+            length,
+            num_sequences,
+            num_text_sequences=num_text_sequences,
+            num_needles=num_needles,
+            depths=depths,
+            data=data,
             seed=seed,
-            split="heldout",
         )
-        used |= {part.description: part.id for part in (*needles, text)}
-        samples = [sample for part in needles for sample in part.samples]
-        found, density = _compare_all(model, variants, [*samples, *text.samples], apply, progress, f"{length} tokens")
+        used |= {part.description: part.id for part in parts}
+        samples = [sample for part in parts[:-1] for sample in part.samples]
+        found, density = compare_all(
+            model, variants, [*samples, *parts[-1].samples], apply, progress, f"{length} tokens"
+        )
         times = _times(model, samples[0], variants, timing_rounds, apply)
         results[length] = {
-            name: _summary(samples, found[name], found["dense"], density[name], times.get(name, ()))
-            for name in variants
+            name: summary(samples, found[name], found["dense"], density[name], times.get(name, ())) for name in variants
         }
     return Metrics(
         model=model_name or str(model.config.name_or_path or type(model).__name__),
         results=results,
         plans={name: plan.sha256 for name, plan in plans.items()},
         data=used,
-        provenance=_provenance(model, seed, command),
+        provenance=provenance(model, seed, command),
     )
+
+
+def held_out_parts(
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    num_sequences: int,
+    *,
+    num_text_sequences: int | None = None,
+    num_needles: int = 8,
+    depths: Sequence[float] | None = None,
+    data: str = "text",
+    seed: int = 0,
+) -> list[Calibration]:
+    """Held-out sequences of one length: needles, a set per wording, and plain text last; arguments as in `evaluate`."""
+    text = calibration.load(
+        data,
+        tokenizer,
+        length_tokens=length,
+        num_samples=num_text_sequences or max(4, num_sequences // 6),
+        seed=seed,
+        split="heldout",
+    )
+    return [*_needles(tokenizer, length, num_sequences, num_needles, depths, data, seed), text]
 
 
 def _needles(
@@ -140,13 +165,13 @@ def _needles(
     ]
 
 
-def _compare_all(
+def compare_all(
     model: "PreTrainedModel",
     variants: Mapping[str, Plan | None],
     samples: Sequence[Sample],
-    apply: ApplyPlan,
-    progress: Progress | None,
-    what: str,
+    apply: ApplyPlan = apply,
+    progress: Progress | None = None,
+    what: str = "evaluate",
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
     """Every variant on every sequence, group by group, so that only one group's dense states are in memory."""
     parts: dict[str, list[Comparison]] = {name: [] for name in variants}
@@ -168,7 +193,7 @@ def _compare_all(
     )
 
 
-def _summary(
+def summary(
     needles: Sequence[Sample], found: Comparison, dense: Comparison, density: float, times: tuple[float, ...]
 ) -> VariantMetrics:
     """Means and errors of one variant; the first sequences are the needles, the rest is plain text."""
@@ -213,7 +238,7 @@ def _times(
     return prefill_seconds(Head(model), sample.input_ids[None], variants, rounds=rounds, apply=apply)
 
 
-def _provenance(model: "PreTrainedModel", seed: int, command: str | None) -> dict[str, Any]:
+def provenance(model: "PreTrainedModel", seed: int, command: str | None) -> dict[str, Any]:
     """What another person needs to get the same numbers."""
     device = model.device
     return {
