@@ -129,7 +129,15 @@ def _at_latency(
 
     if len(lengths) != 1:
         raise typer.BadParameter(f"must be one length with --at, but got {lengths}.", param_hint="--lengths")
-    setting = Setting(_targets(at), families or DEFAULT_FAMILIES, batch, part, final_rounds=rounds, seed=seed)
+    setting = Setting(
+        _targets(at),
+        families or DEFAULT_FAMILIES,
+        batch,
+        part,
+        rounds=max(1, rounds // 3),
+        final_rounds=rounds,
+        seed=seed,
+    )
     parts = held_out_parts(tokenizer, lengths[0], num_sequences, seed=seed)  # type: ignore[arg-type]
     with progress_bar() as progress:
         return compare_at_latency(
