@@ -11,7 +11,10 @@ from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sparsesearch.check import Thresholds
+    from sparsesearch.cost import CostModel
     from sparsesearch.evaluate import Metrics
 
 
@@ -23,6 +26,9 @@ def evaluate(
     num_needles: o.NumNeedles = 8,
     data: o.Data = "text",
     timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.", min=0)] = 5,
+    cost_model: Annotated[
+        str | None, typer.Option(help="Whose predictions stand beside the times; the device's own by default.")
+    ] = None,
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     out: Annotated[
@@ -55,6 +61,7 @@ def evaluate(
             data=data,
             seed=seed,
             timing_rounds=timing_rounds,
+            cost_model=_priced(cost_model, live) if timing_rounds else None,
             progress=progress,
             command=o.command_line(),
             model_name=name,
@@ -70,6 +77,36 @@ def evaluate(
     show_metrics(metrics)
     if tasks is not None:
         lines(str(content["lm_eval"]))
+
+
+def _priced(cost_model: str | None, live: "PreTrainedModel") -> "CostModel | None":
+    """The cost model asked for, or that of the device in the model's data type; None if nobody has measured it."""
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.cost.shipped import shipped_for
+
+    if cost_model is not None:
+        return load_cost_model(cost_model)
+    found = shipped_for(live.device)
+    measured_bytes = getattr(getattr(found, "table", None), "dtype_bytes", None)
+    return found if measured_bytes == live.dtype.itemsize else None
+
+
+def _show_predictions(metrics: "Metrics", length: int) -> None:
+    """Predicted beside measured, where a cost model was at hand."""
+    rows = []
+    for name in metrics.variants:
+        cell = metrics.at(length, name)
+        for part, measured in (("prefill", cell.prefill_s), ("attention", cell.attention_s)):
+            predicted = cell.predicted.get(f"{part}_s")
+            if measured is not None and predicted is not None:
+                rows.append([name, part, measured * 1e3, predicted * 1e3, f"{100 * (predicted / measured - 1):+.1f} %"])
+    if rows:
+        source = metrics.at(length, "dense").cost_model
+        table(
+            f"{length} tokens, predicted by {source}",
+            ["variant", "part", "measured (ms)", "predicted (ms)", "predicted is off by"],
+            rows,
+        )
 
 
 def show_metrics(metrics: "Metrics") -> None:
@@ -94,6 +131,7 @@ def show_metrics(metrics: "Metrics") -> None:
             ["variant", "density", "needle", "KL text", "KL answer", "text loss", "prefill (ms)"],
             rows,
         )
+        _show_predictions(metrics, length)
 
 
 def check(

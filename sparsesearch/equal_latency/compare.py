@@ -105,7 +105,7 @@ def compare_at_latency(
     times = clock(plans, setting.final_rounds, setting.part)
     walls = times if setting.part == "prefill" else clock(plans, setting.rounds, "prefill")
     found, density = compare_all(model, plans, [*needles, *text], apply, progress, "judge")
-    quality = {name: summary(needles, own, found["dense"], density[name], ()) for name, own in found.items()}
+    quality = {name: summary(needles, own, found["dense"], density[name]) for name, own in found.items()}
 
     def entry(target: float, family: str) -> Entry:
         name, first = _name(target, family), _name(target, setting.families[0])

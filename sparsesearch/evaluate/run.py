@@ -10,10 +10,12 @@ import torch
 
 from sparsesearch import calibration
 from sparsesearch.calibration import Calibration, Sample
+from sparsesearch.cost.base import CostModel
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.metrics import Estimate, Metrics, VariantMetrics
+from sparsesearch.evaluate.predicted import predicted_seconds
 from sparsesearch.evaluate.reference import ApplyPlan, Comparison, DenseReference
 from sparsesearch.evaluate.timing import prefill_seconds
 from sparsesearch.plan import Plan
@@ -41,6 +43,7 @@ def evaluate(
     data: str = "text",
     seed: int = 0,
     timing_rounds: int = 5,
+    cost_model: CostModel | None = None,
     apply: ApplyPlan = apply,
     progress: Progress | None = None,
     command: str | None = None,
@@ -63,6 +66,7 @@ def evaluate(
         data: where the text comes from: `text`, a file, or a hub dataset; its held-out split is used.
         seed: of everything that is drawn.
         timing_rounds: prefill measurements per variant and length; 0 measures no time.
+        cost_model: of this device; its predictions stand beside what is timed.
         apply: how a plan is put on the model.
         progress: called with (what, done, total).
         command: how this was started, for the record.
@@ -97,9 +101,9 @@ def evaluate(
         found, density = compare_all(
             model, variants, [*samples, *parts[-1].samples], apply, progress, f"{length} tokens"
         )
-        times = _times(model, samples[0], variants, timing_rounds, apply)
+        timed = _timed(model, samples[0], variants, timing_rounds, apply, cost_model)
         results[length] = {
-            name: summary(samples, found[name], found["dense"], density[name], times.get(name, ())) for name in variants
+            name: summary(samples, found[name], found["dense"], density[name], timed.get(name)) for name in variants
         }
     return Metrics(
         model=model_name or str(model.config.name_or_path or type(model).__name__),
@@ -194,7 +198,11 @@ def compare_all(
 
 
 def summary(
-    needles: Sequence[Sample], found: Comparison, dense: Comparison, density: float, times: tuple[float, ...]
+    needles: Sequence[Sample],
+    found: Comparison,
+    dense: Comparison,
+    density: float,
+    timed: Mapping[str, Any] | None = None,
 ) -> VariantMetrics:
     """Means and errors of one variant; the first sequences are the needles, the rest is plain text."""
     count = len(needles)
@@ -212,8 +220,7 @@ def summary(
             "needle_minus_dense": Estimate.of([a - b for a, b in zip(right, dense_right, strict=True)]),
             "needle_by_template": _shares([str(sample.template) for sample in needles], right),
             "needle_by_depth": _shares([_depth_bin(sample.depth) for sample in needles], right),
-            "prefill_s": sorted(times)[len(times) // 2] if times else None,
-            "prefill_runs_s": times,
+            **(timed or {}),
         }
     )
 
@@ -230,12 +237,32 @@ def _depth_bin(depth: float | None) -> str:
     return f"{fifth / _DEPTH_BINS:g}-{(fifth + 1) / _DEPTH_BINS:g}"
 
 
-def _times(
-    model: "PreTrainedModel", sample: Sample, variants: Mapping[str, Plan | None], rounds: int, apply: ApplyPlan
-) -> dict[str, tuple[float, ...]]:
+def _timed(
+    model: "PreTrainedModel",
+    sample: Sample,
+    variants: Mapping[str, Plan | None],
+    rounds: int,
+    apply: ApplyPlan,
+    costs: CostModel | None,
+) -> dict[str, dict[str, Any]]:
+    """The fields of `VariantMetrics` that are about time: measured and, with a cost model, predicted."""
     if rounds == 0:
         return {}
-    return prefill_seconds(Head(model), sample.input_ids[None], variants, rounds=rounds, apply=apply)
+    head, prompt = Head(model), sample.input_ids[None]
+    runs = prefill_seconds(head, prompt, variants, rounds=rounds, apply=apply)
+    found: dict[str, dict[str, Any]] = {
+        name: {"prefill_s": sorted(own)[len(own) // 2], "prefill_runs_s": own} for name, own in runs.items()
+    }
+    if costs is None:
+        return found
+    attention = prefill_seconds(head, prompt, variants, rounds=rounds, apply=apply, part="attention")
+    for name, seconds in predicted_seconds(model, variants, len(sample.input_ids), costs).items():
+        found[name] |= {
+            "attention_s": sorted(attention[name])[rounds // 2],
+            "predicted": seconds,
+            "cost_model": costs.name,
+        }
+    return found
 
 
 def provenance(model: "PreTrainedModel", seed: int, command: str | None) -> dict[str, Any]:
