@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -61,3 +62,10 @@ def video_grid(layout: Layout, block_tokens: int) -> BlockGrid:
     """The block grid of all tokens against all tokens."""
     tokens = layout.num_tokens
     return BlockGrid(tokens, tokens, block_tokens, causal=False, layout=layout)
+
+
+@lru_cache(maxsize=4096)
+def static_work(rule: Rule, layout: Layout, block_tokens: int, steps: int | None = None) -> float:
+    """What a static rule computes per head and call, over a range of so many steps, as a share of dense attention's tiles."""
+    grid = video_grid(layout, block_tokens)
+    return float(rule.work(rule.levels(grid), grid, steps)) / float(grid.reachable().sum())

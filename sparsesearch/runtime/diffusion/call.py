@@ -6,7 +6,6 @@ position of the timestep in the scheduler of the pipeline.
 """
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -15,26 +14,10 @@ from torch import Tensor, nn
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.layout import Layout
+from sparsesearch.runtime.denoising_call import Call
 from sparsesearch.runtime.diffusion.families import Family
 
 HOOK_NAME = "sparsesearch"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One forward pass.
-
-    Attributes:
-        layout: its tokens, padding included.
-        key_lengths: real tokens of each batch row where the text is padded at the end; None where nothing is.
-        step: index of the denoising step and number of steps, where known.
-        pass_name: which of the calls of one step, such as `cond` or `uncond`.
-    """
-
-    layout: Layout
-    key_lengths: tuple[int, ...] | None
-    step: tuple[int, int] | None
-    pass_name: str
 
 
 class _StepState(StateManager):
@@ -56,6 +39,7 @@ class CallHook(ModelHook):
         current: the call in progress.
         scheduler: of the pipeline, to find a timestep's place in the loop.
         by_hand: step and number of steps set by the caller, before anything else.
+        chunk: piece of the video that is generated, set by the caller; None where there are none.
     """
 
     _is_stateful = True
@@ -65,6 +49,7 @@ class CallHook(ModelHook):
         self.current: Call | None = None
         self.scheduler: Any = None
         self.by_hand: tuple[int, int] | None = None
+        self.chunk: int | None = None
         self._family, self._signature, self._config = family, signature, config
         self._steps = _StepState()
 
@@ -74,7 +59,11 @@ class CallHook(ModelHook):
         layout = self._family.layout(self._config, given)
         told = self._steps.told
         self.current = Call(
-            layout, _key_lengths(self._family, layout, given), self._step(given), "" if told is None else told.name
+            layout,
+            _key_lengths(self._family, layout, given),
+            self._step(given),
+            "" if told is None else told.name,
+            self.chunk,
         )
         return args, kwargs
 
@@ -127,11 +116,13 @@ def hook_of(model: Any) -> CallHook | None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take the hook off; a transformer without other hooks is as it was before the first one."""
+    """Take the hook off; a transformer without other hooks is as it was before the first one. A wrapper of accelerate's stays."""
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.remove_hook(HOOK_NAME, recurse=False)
     if not registry.hooks:
-        model.__dict__.pop("forward", None)
+        own = model.__dict__.get("forward")
+        if getattr(own, "__func__", None) is type(model).forward:
+            del model.forward
         del model._diffusers_hook
 
 
