@@ -159,6 +159,13 @@ class Rule(BaseModel):
         """
         return torch.where(levels > 0, 1.0 / levels.clamp(min=1), 0.0).sum((-1, -2))
 
+    def keeps_all(self, grid: BlockGrid) -> bool:
+        """Whether a dynamic rule computes every reachable tile of this grid whatever the queries and keys are.
+
+        A law a + b·N says so at short lengths: below a, choosing costs more than it saves, and the runtime then runs the head dense.
+        """
+        return False
+
     def left_behind(
         self,
         tiles: Bool[Tensor, "*#unit M N"],

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import BankedTiles, build_on_device
-from sparsesearch.kernels.device_select import Selector
+from sparsesearch.kernels.device_select import Selector, acting_rules, watchers
 from sparsesearch.kernels.dispatch import run_schedule, schedule_for, tile_shape, workers_of
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.kernels.schedule import Span as Place
@@ -68,11 +68,13 @@ class LayerCall:
         self._shape = tile_shape(kernel, q.shape[-1], binding.block_tokens)
         self._selectors: dict[BlockGrid, Selector] = {}
         self._fixed: TileSchedule | None = None
+        grids = tuple(dict.fromkeys(place.grid for place in places))
         if any(rule.dynamic for rule in rules):
-            grids = dict.fromkeys(place.grid for place in places)
             self._selectors = {grid: Selector(rules, grid, k.shape[1], q.device) for grid in grids}
-        else:
-            self._fixed = schedule_for(q, k, places, rules, kernel)
+        acting = {acting_rules(rules, grid) for grid in grids}
+        same = acting.pop()
+        if not acting and not any(rule.dynamic for rule in same) and binding.leaves is None:
+            self._fixed = schedule_for(q, k, places, same, kernel)
 
     def __call__(
         self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T D"], scale: float
@@ -84,7 +86,9 @@ class LayerCall:
 
     def schedule(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], scale: float) -> TileSchedule:
         """The tiles that this call computes."""
-        return self._fixed if self._fixed is not None else self.schedule_of(self.choose(q, k, scale))
+        if self._fixed is not None and not (watchers and self._selectors):
+            return self._fixed
+        return self.schedule_of(self.choose(q, k, scale))
 
     def schedule_of(self, tiles: Sequence[BankedTiles]) -> TileSchedule:
         """The schedule of what `choose` returned."""
