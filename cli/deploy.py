@@ -63,7 +63,7 @@ def apply(
 
 def _show(plan: "Plan", out: Path, loader: str, json: bool) -> None:
     """Say what was written; under a step schedule, heads are counted at its first step."""
-    counts = plan.at_step(0).kind_counts()
+    counts = plan.at_step(0, chunk=0).kind_counts()
     if json:
         emit_json({"checkpoint": str(out), "plan_sha256": plan.sha256, "rules": counts})
         return

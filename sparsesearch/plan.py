@@ -147,19 +147,20 @@ class Plan(_Frozen):
                 self._check_source(target, module, head)
         return self
 
-    def at_step(self, index: int, num_steps: int | None = None) -> "Plan":
+    def at_step(self, index: int, num_steps: int | None = None, chunk: int | None = None) -> "Plan":
         """The plan of one denoising step: the same content, the step's assignments, no schedule. Itself without a schedule.
 
         Args:
             index: step of the trajectory, from 0.
             num_steps: steps of the trajectory; those of the schedule by default.
+            chunk: the piece that is generated, from 0, where the schedule has budgets per chunk.
 
         Raises:
-            SpecError: there is no such step.
+            SpecError: there is no such step, or the chunk is missing.
         """
         if self.schedule is None:
             return self
-        place = self.schedule.range_index(index, num_steps)
+        place = self.schedule.range_index(index, num_steps, chunk)
         table = self.assignments if place is None else self.schedule.assignments(place)
         return self.model_copy(update={"assignments": table, "schedule": None})
 

@@ -1,4 +1,4 @@
-"""Plans as published methods make them, without a search: SparseD, AdaSpa, and the least error of a few rules (SVG's choice, taken offline)."""
+"""Plans as published methods make them, without a search: SparseD, AdaSpa, Light Forcing, and SVG's least error of a few rules, taken offline."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +18,10 @@ from sparsesearch.profiling.denoising.run import Sampler
 from sparsesearch.rules import Rule
 from sparsesearch.rules.block_mass import BlockMass, head_sparsities, tile_mass
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.frame_topk import FrameTopk
 from sparsesearch.runtime.denoisers import apply_denoiser
 from sparsesearch.runtime.diffusion.attention import LayerCall
-from sparsesearch.step_schedule import StepSchedule
+from sparsesearch.step_schedule import StepSchedule, chunk_densities
 
 
 def sparsed_plan(
@@ -95,6 +96,47 @@ def adaspa_plan(
         table[module] = tuple(rules[keep].label for keep in keeps)
     return _scheduled(
         base_model, list(rules.values()), table, refresh[0], num_steps, tuple(refresh), seen_layout[0], block_tokens
+    )
+
+
+def light_forcing_plan(
+    base_model: BaseModelInfo,
+    *,
+    num_steps: int,
+    num_chunks: int,
+    density: float,
+    least: float,
+    layout: Layout,
+    decay: float = 1.0,
+    frames: int = 4,
+    block_tokens: int = 64,
+) -> Plan:
+    """Chunk 0 dense; chunk c keeps the best blocks of the best frames, by `chunk_densities`; chunks past the last named one as that one.
+
+    Source: Lv et al. 2026, Light Forcing, arXiv:2602.04789; how it differs stands at `FrameTopk` and `chunk_densities`. The runtime is told the
+    chunk with `at_chunk`.
+
+    Raises:
+        SpecError: the density cannot be reached, or there is one chunk only.
+    """
+    if num_chunks < 2:
+        raise SpecError(f"budgets per chunk need at least 2 chunks, but there is {num_chunks}.")
+    densities = chunk_densities(num_chunks, density, least=least, decay=decay)
+    rules = [FrameTopk(keep=round(share, 6), frames=frames) for share in densities[1:]]
+    tables = [
+        {m: (rule.label,) * n for m, n in zip(base_model.modules, base_model.num_heads, strict=True)} for rule in rules
+    ]
+    chunks = [(c + 1, c + 2 if c + 2 < num_chunks else None) for c in range(len(rules))]
+    ranges = [(0, num_steps, table) for table in tables]
+    return Plan(
+        base_model=base_model,
+        block_tokens=block_tokens,
+        unit="query_head",
+        lengths_tokens=(layout.num_tokens,),
+        rules={rule.label: rule for rule in rules},
+        assignments={},
+        schedule=StepSchedule.of(num_steps, ranges, chunks=chunks),
+        layout=layout,
     )
 
 

@@ -183,7 +183,7 @@ def schedule_for(
     common: dict[str, Any] = {
         "num_kv_heads": k.shape[1],
         "shape": shape,
-        "workers": _workers(str(q.device)),
+        "workers": workers_of(str(q.device)),
         "head_bytes": q.shape[-1] * q.element_size(),
         "device": str(q.device),
     }
@@ -316,7 +316,8 @@ def _per_sequence(
 
 
 @lru_cache(maxsize=8)
-def _workers(device: str) -> Workers:
+def workers_of(device: str) -> Workers:
+    """What a device has to run tiles on."""
     return Workers.of(device)
 
 

@@ -246,8 +246,8 @@ class _Launch:
     def _add_rest(self, rule: Rule, heads: list[int], result: Prefill, chosen: Chosen | None) -> None:
         """Replace the output of some heads that follow one rule."""
         grid, group, device = self.spans[0].grid, self.q.shape[1] // self.k.shape[1], str(self.q.device)
-        own, keys = _indices(tuple(heads), device), _indices(tuple(head // group for head in heads), device)
-        q, k, v = self.q[:, own], self.k[:, keys], self.v[:, keys]
+        own, groups = _indices(tuple(heads), device), [head // group for head in heads]
+        q, k, v = _picked(self.q, heads), _picked(self.k, groups), _picked(self.v, groups)
         real = slice(grid.kv_len)
         out = result.out[:, own]
         lse = out.new_zeros(out.shape[:3]) if result.lse is None else result.lse[:, own]
@@ -259,11 +259,13 @@ class _Launch:
                 if chosen is None or not rule.dynamic
                 else torch.stack([chosen.levels[head] for head in heads], 1)
             )
-            found = out.clone()
-            found[:, :, real] = with_rest(
+            found = with_rest(
                 rule, (out[:, :, real], lse[:, :, real]), q[:, :, real], k[:, :, real], v[:, :, real], levels, grid,
-                scale=self.scale,
+                scale=self.scale, kernel=result.backend in ("gluon", "triton"),
             )  # fmt: skip
+            if grid.kv_len < out.shape[2]:  # rows behind the sequence stay 0
+                out[:, :, real] = found
+                found = out
         result.out[:, own] = found
 
     def _cached(
@@ -287,6 +289,11 @@ class _Launch:
         lse[..., length:] = dense.lse[..., length:] = 0.0  # padding
         self.memory.residuals[name] = measure((computed[0], lse), (dense.out, dense.lse), step)
         return dense.out
+
+
+def _picked(x: Float[Tensor, "B H S D"], heads: list[int]) -> Float[Tensor, "B h S D"]:
+    """Some heads; all of them in a row are the tensor itself."""
+    return x if heads == list(range(x.shape[1])) else x[:, _indices(tuple(heads), str(x.device))]
 
 
 def _whole(places: Int[Tensor, "*unit n"], length: int) -> Int[Tensor, "*unit S"]:

@@ -32,9 +32,15 @@ class CachedRest(RestRule):
             raise ValueError(f"of must be a static rule, so that the residual fits its tiles, but is {self.of.label}")
         return self
 
-    def work(self, levels: Int16[Tensor, "*unit M N"], grid: BlockGrid) -> Float[Tensor, "*unit"]:
-        """Mean over a period: the tiles at every step, and dense attention at one."""
-        return super().work(levels, grid) + float(grid.reachable().sum()) / self.every
+    def work(
+        self, levels: Int16[Tensor, "*unit M N"], grid: BlockGrid, steps: int | None = None
+    ) -> Float[Tensor, "*unit"]:
+        """The tiles at every step, and dense attention at the refresh steps."""
+        return super().work(levels, grid) + float(grid.reachable().sum()) * self.dense_share(steps)
+
+    def dense_share(self, steps: int | None = None) -> float:
+        """Share of the steps of a range that refresh; of a long one by default."""
+        return 1 / self.every if steps is None else -(-steps // self.every) / steps
 
     @staticmethod
     def bytes_per_head(tokens: int, head_dim: int, dtype_bytes: int = 2) -> int:

@@ -37,7 +37,9 @@ class TaylorRest(RestRule):
         pooled = grid.reachable(tiles.device) & ~tiles
         return tiles.short() + pooled.short() * grid.block_tokens
 
-    def work(self, levels: Int16[Tensor, "*unit M N"], grid: BlockGrid) -> Float[Tensor, "*unit"]:
+    def work(
+        self, levels: Int16[Tensor, "*unit M N"], grid: BlockGrid, steps: int | None = None
+    ) -> Float[Tensor, "*unit"]:
         """Tiles, means, and q·H (a head_dim of a block is assumed)."""
         return super().work(levels, grid) + 0.5 * self.terms * grid.num_q_blocks
 

@@ -190,18 +190,18 @@ def _attend_on_device(
     kernel = serving_kernel(binding.backend, query, key, value, binding.block_tokens)
     if kernel is None:
         return None
-    from sparsesearch.runtime.device_attention import Chooser, decode_heads, places_of, prefill_heads
+    from sparsesearch.runtime.device_attention import decode_heads, layer_call, places_of
 
     places = places_of(found, query.shape[0])
     if places is None:
         return None
+    if not places:
+        return torch.zeros_like(query)
     of_head = {head: rule for rule, members in groups for head in members}
     rules = tuple(of_head[head] for head in range(query.shape[1]))
     if query.shape[2] == 1:
         return decode_heads(rules, query, key, value, places, scale)
-    chooser = Chooser(binding, rules, layer_heads, scale, kernel) if any(rule.dynamic for rule in rules) else None
-    choice = rules if chooser is None else chooser.tiles(query, key, found, places)
-    return prefill_heads(rules, choice, query, key, value, places, scale, kernel)
+    return layer_call(binding, rules, layer_heads, found, places, query, key, kernel)(query, key, value, scale)
 
 
 def take(x: Float[Tensor, "B H T D"], rows: slice | list[int], slots: slice | Tensor) -> Float[Tensor, "b H t D"]:

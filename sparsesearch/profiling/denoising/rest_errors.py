@@ -3,7 +3,7 @@
 A `cached` rest is measured at the middle of its period: its residual is taken so many steps before a captured one, in the same run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,13 +26,13 @@ class RestErrors:
     Attributes:
         candidates: the menu.
         rules_of: the rule of each head of a layer under the candidate of an index.
-        captured: steps that are looked at.
+        captured: steps that are looked at, and how many steps the range of each has.
         block_tokens: side of a tile.
     """
 
     candidates: Sequence[Rule]
     rules_of: RulesOf
-    captured: frozenset[int]
+    captured: Mapping[int, int]
     block_tokens: int
     _memories: dict[tuple[int, str, str], StepMemory] = field(default_factory=dict)
 
@@ -67,7 +67,7 @@ class RestErrors:
         if isinstance(rule, CachedRest):
             memory = self._memories.pop((index, seen.path, seen.call.pass_name))
             memory.step = seen.call.step[0] if seen.call.step else None
-            share = 1 - 1 / rule.every  # the dense step has no error
+            share = 1 - rule.dense_share(self._steps(seen))  # dense steps have no error
         delta = self._run(index, seen, memory).float() - dense.float()
         wrong = torch.einsum("bhtd,hde,bhte->bh", delta, gram, delta)
         return (wrong / norm[:, None]).mean(0) * share, self._work(index, seen, memory)
@@ -79,11 +79,15 @@ class RestErrors:
     def _work(self, index: int, seen: LayerCall, memory: StepMemory) -> Float[Tensor, " H"]:
         rules, grid = self.rules_of(index, seen), video_grid(seen.call.layout, self.block_tokens)
         if not rules[0].dynamic:
-            own = {rule: float(rule.work(rule.levels(grid), grid)) for rule in dict.fromkeys(rules)}
+            own = {rule: float(rule.work(rule.levels(grid), grid, self._steps(seen))) for rule in dict.fromkeys(rules)}
             return torch.tensor([own[rule] for rule in rules], device=seen.q.device)
         assert memory.chosen is not None
         (chosen,) = memory.chosen.values()
-        return rules[0].work(chosen.all_levels(), grid).mean(0).to(seen.q.device)
+        return rules[0].work(chosen.all_levels(), grid, self._steps(seen)).mean(0).to(seen.q.device)
+
+    def _steps(self, seen: LayerCall) -> int:
+        assert seen.call.step is not None
+        return self.captured[seen.call.step[0]]
 
 
 def must_run(rule: Rule) -> bool:

@@ -139,7 +139,9 @@ class _Study:
             assert seen.call.step is not None
             return calibrated[candidates[index].label][place_of[seen.call.step[0]]][seen.path]
 
-        rests = RestErrors(candidates, rules_of, frozenset(place_of), self.request.space.block_tokens)
+        lengths = [end - first for first, end in self.request.ranges]
+        captured = {step: lengths[place] for step, place in place_of.items()}
+        rests = RestErrors(candidates, rules_of, captured, self.request.space.block_tokens)
 
         def errors(seen: LayerCall) -> dict[str, Tensor]:
             assert seen.call.step is not None
