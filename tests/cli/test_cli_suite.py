@@ -9,7 +9,18 @@ from safetensors.torch import load_file
 
 from sparsesearch.evaluate import Metrics
 
-SMALL = ("--lengths", "300", "--num-sequences", "3", "--num-needles", "2", "--timing-rounds", "0", "--task-sequences", "2")
+SMALL = (
+    "--lengths",
+    "300",
+    "--num-sequences",
+    "3",
+    "--num-needles",
+    "2",
+    "--timing-rounds",
+    "0",
+    "--task-sequences",
+    "2",
+)
 
 
 @pytest.mark.slow
@@ -21,7 +32,9 @@ def test_eval_and_check_task_by_task(run: Any, run_json: Any, corridor: Path, tm
     found = Metrics.load(metrics)
     assert found.suite is not None
     assert list(found.tasks[300]) == list(found.suite.tasks) == ["needle", "tracking"]
-    checked = run_json("check", plan, "--baseline", metrics, "--num-sequences", "2", "--num-needles", "2", "--recovery", "0.01")
+    checked = run_json(
+        "check", plan, "--baseline", metrics, "--num-sequences", "2", "--num-needles", "2", "--recovery", "0.01"
+    )
     assert {"task needle", "task tracking"} <= {row["figure"] for row in checked["rows"]}
 
 
