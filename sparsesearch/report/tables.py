@@ -77,7 +77,9 @@ def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
             place = f"at {where} tokens" if where.isdecimal() else f"of the {where}"
             known = where.isdecimal() and not budget.absolute
             measured = _measured_share(metrics, int(where), variant, budget.metric) if known else None
-            priced = f" ({budget.cost_model})" if budget.cost_model else ""
+            unmeasured = ", unmeasured device" if (budget.cost_model or "").startswith("roofline:") else ""
+            priced = f" ({budget.cost_model}{unmeasured})" if budget.cost_model else ""
+            predicted = budget.replayed.get(where, predicted)
             off = "" if measured is None else f"{100 * (measured - predicted) / predicted:+.1f} %"
             rows.append(
                 f'<tr><th scope="row">{escape(f"{budget.metric}{priced} {place}")}</th><td>{_bound(budget.bound, budget)}</td><td>{_bound(predicted, budget, 4)}</td>'
@@ -97,6 +99,34 @@ def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+    )
+
+
+def seconds_table(metrics: Metrics) -> str:
+    """Predicted beside measured time of every variant and length; empty where no cost model was at hand."""
+    rows, sources = [], set()
+    for length in metrics.lengths_tokens:
+        for name in metrics.variants:
+            cell = metrics.at(length, name)
+            for part, measured in (("prefill", cell.prefill_s), ("attention", cell.attention_s)):
+                predicted = cell.predicted.get(f"{part}_s")
+                if measured is None or predicted is None:
+                    continue
+                sources.add(str(cell.cost_model))
+                rows.append(
+                    f'<tr><th scope="row">{escape(name)}, {part}, {length} tokens</th><td>{_seconds(predicted)}</td>'
+                    f"<td>{_seconds(measured)}</td><td>{100 * (predicted / measured - 1):+.1f} %</td></tr>"
+                )
+    if not rows:
+        return ""
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("time", "predicted", "measured", "prediction is off by"))
+    unmeasured = any(source.startswith("roofline:") for source in sources)
+    note = f"Cost model: {', '.join(sorted(sources))}" + (
+        ", a datasheet: nobody has measured that device." if unmeasured else "."
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<p class="soft">{escape(note)}</p>'
     )
 
 
@@ -203,4 +233,4 @@ def _percent(share: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
