@@ -36,6 +36,9 @@ def front(
     ] = "prefill",
     batch: Annotated[int, typer.Option(help="With --at, prompts that are timed together.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="With --at, interleaved measurements per plan at the end.", min=1)] = 15,
+    time_limit: Annotated[
+        float, typer.Option(help="With --at, seconds per target after which budgets move no more.", min=1)
+    ] = 3600,
     cost_model: Annotated[
         str | None, typer.Option(help="With --at, what prices the searches; the device's own by default.")
     ] = None,
@@ -62,7 +65,7 @@ def front(
     )
     if at is not None:
         found = _at_latency(
-            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, cost_model=cost_model,
+            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model,
             lengths=o.parsed_lengths(lengths), num_sequences=num_sequences, seed=seed,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),
         )  # fmt: skip
@@ -126,6 +129,7 @@ def _at_latency(
     part: Literal["prefill", "attention"],
     batch: int,
     rounds: int,
+    time_limit_s: float,
     cost_model: str | None,
     lengths: list[int],
     num_sequences: int,
@@ -139,14 +143,9 @@ def _at_latency(
     if len(lengths) != 1:
         raise typer.BadParameter(f"must be one length with --at, but got {lengths}.", param_hint="--lengths")
     setting = Setting(
-        _targets(at),
-        families or DEFAULT_FAMILIES,
-        batch,
-        part,
-        rounds=max(1, rounds // 3),
-        final_rounds=rounds,
-        seed=seed,
-    )
+        _targets(at), families or DEFAULT_FAMILIES, batch, part, rounds=max(1, rounds // 3), final_rounds=rounds,
+        time_limit_s=time_limit_s, seed=seed,
+    )  # fmt: skip
     parts = held_out_parts(tokenizer, lengths[0], num_sequences, seed=seed)  # type: ignore[arg-type]
     with progress_bar() as progress:
         return compare_at_latency(

@@ -1,8 +1,10 @@
 """Moving every family's budget until its measured time is the target's."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from time import monotonic
 
 from sparsesearch.equal_latency.ladders import Ladder
 from sparsesearch.plan import Plan
@@ -100,6 +102,7 @@ def climb(
     start: Mapping[str, float] | None = None,
     tolerance: float = 0.02,
     most_tries: int = 10,
+    deadline: float = math.inf,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Rung]:
     """Every family's plan whose measured time is the target.
@@ -113,6 +116,7 @@ def climb(
         start: family -> bound to begin with; the target itself by default.
         tolerance: relative deviation from the target that is accepted.
         most_tries: plans measured per family.
+        deadline: of `time.monotonic`; past it only families without any measurement get one.
         progress: called with (stage, done, total).
     """
     begin = start or {}
@@ -124,7 +128,7 @@ def climb(
         progress(f"latency {target:g}x", turn, most_tries)
         proposed = {name: own.propose() for name, own in climbs.items() if own.open}
         plans = {name: plan for name, plan in proposed.items() if plan is not None}
-        if not plans:
+        if not plans or (turn and monotonic() > deadline):
             break
         for name, share in shares_of(clock({"dense": None, **plans})).items():
             climbs[name].meet(Rung(climbs[name].bound, plans[name], share))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,7 @@ class Setting:
         tolerance: relative deviation from a target that counts as equal.
         rounds: interleaved measurements per plan while budgets move.
         final_rounds: of the measurement that is reported.
+        time_limit_s: per target; past it budgets move no more, and families stay at the nearest plan known.
         seed: recorded.
     """
 
@@ -56,6 +58,7 @@ class Setting:
     tolerance: float = 0.02
     rounds: int = 5
     final_rounds: int = 15
+    time_limit_s: float = math.inf
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -182,7 +185,7 @@ def _climbed(
 ) -> dict[str, Rung]:
     """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
     chosen: dict[str, Rung] = {}
-    moving = dict(ladder_of)
+    moving, deadline = dict(ladder_of), monotonic() + setting.time_limit_s
     for _ in range(MOST_CORRECTIONS):
         chosen |= climb(
             moving,
@@ -191,6 +194,7 @@ def _climbed(
             favoured=setting.families[0],
             start={name: rung.bound * target / rung.share for name, rung in chosen.items() if name in moving},
             tolerance=setting.tolerance / 2,
+            deadline=deadline,
             progress=progress,
         )
         plans: dict[str, Plan | None] = {"dense": None, **{name: rung.plan for name, rung in chosen.items()}}
@@ -198,7 +202,7 @@ def _climbed(
         chosen = {name: Rung(rung.bound, rung.plan, again[name]) for name, rung in chosen.items()}
         off = {name for name, rung in chosen.items() if abs(rung.share / target - 1) > setting.tolerance}
         moving = {name: ladder for name, ladder in ladder_of.items() if name in off}
-        if not moving:
+        if not moving or monotonic() > deadline:
             break
     return chosen
 

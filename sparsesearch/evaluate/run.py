@@ -46,8 +46,8 @@ def evaluate(
     data: str = "text",
     seed: int = 0,
     timing_rounds: int = 5,
-    suite: SuiteSpec | None = None,
     cost_model: CostModel | None = None,
+    suite: SuiteSpec | None = None,
     apply: ApplyPlan = apply,
     progress: Progress | None = None,
     command: str | None = None,
@@ -70,8 +70,8 @@ def evaluate(
         data: where the text comes from: `text`, a file, or a hub dataset; its held-out split is used.
         seed: of everything that is drawn.
         timing_rounds: prefill measurements per variant and length; 0 measures no time.
-        suite: long-context tasks to judge besides, each by itself.
         cost_model: of this device; its predictions stand beside what is timed.
+        suite: long-context tasks to judge besides, each by itself.
         apply: how a plan is put on the model.
         progress: called with (what, done, total).
         command: how this was started, for the record.

@@ -46,9 +46,8 @@ def open_storage(where: str) -> BaseStorage:
         )
     try:
         if scheme == "redis":
-            with (
-                warnings.catch_warnings()
-            ):  # Optuna calls this back end experimental; the tests run it against a server
+            # Optuna calls this back end experimental; the tests run it against a server
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 return JournalStorage(JournalRedisBackend(where))
         # no pool: a worker spends minutes inside a trial and must not hold one of the server's connections meanwhile

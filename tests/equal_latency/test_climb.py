@@ -88,3 +88,10 @@ def test_a_family_that_cannot_be_as_slow_stays_at_its_slowest_plan() -> None:
 
 def test_shares_are_medians_over_medians() -> None:
     assert shares_of({"dense": [2.0, 2.0, 9.0], "a": [1.0, 1.0, 0.1]}) == {"a": 0.5}
+
+
+def test_past_the_deadline_the_nearest_known_plan_stands() -> None:
+    clock = Clock(lambda w: 0.3 + 0.7 * w)
+    found = climb({"a": Steps(1000), "b": Steps(500)}, 0.5, clock, tolerance=1e-6, deadline=0.0)
+    assert set(found) == {"a", "b"}
+    assert clock.measured == 2, "one measurement each"
