@@ -1,7 +1,7 @@
 """Commands and branches of commands that remove heads and channels, and the training that heals what is left."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,12 +10,17 @@ from .errors import guarded, usage
 from .render import emit_json, lines, pairs, progress_bar, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparsesearch.cut import Compensation
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.quality import Batch
+    from sparsesearch.pruning.record import PruningProfile
     from sparsesearch.search_space import PruningMenu
 
 MEASURED_SAMPLES = 2
 WINDOW_TOKENS = 512
+REFIT_SAMPLES = 128
 
 
 def has_cuts(profile: Path) -> bool:
@@ -92,7 +97,6 @@ def search_cuts(
 ) -> None:
     """`search` on a profile that covers removals, alone or with attention rules."""
     from sparsesearch.cost import load_cost_model
-    from sparsesearch.cut import Compensation
     from sparsesearch.profiling.record import Profile
     from sparsesearch.pruning.joint import find_joint
     from sparsesearch.pruning.record import PruningProfile
@@ -102,15 +106,13 @@ def search_cuts(
     with usage("--budget"):
         budgets = parse_budgets(budget)
     opened = PruningProfile.load(profile)
-    where = opened.manifest.calibration
-    refit = {**where, "num_samples": refit_samples, "bias": opened.manifest.menu.bias}
     attention = None if only_cuts(profile) else Profile.load(profile)
     question = PruningQuestion(
         budgets=budgets,
         lengths=tuple(o.parsed_lengths(lengths)) if attention is None else attention.manifest.lengths,
         criterion=criterion,
         cost_model=None if device is None else load_cost_model(device),
-        compensation=Compensation.model_validate(refit) if refit_samples else None,
+        compensation=refit_spec(opened, refit_samples, uniform=uniform),
     )
     if uniform:
         plan = uniform_cut(opened, question)
@@ -155,7 +157,15 @@ def _show_cut(plan: "Plan", out: Path, json: bool) -> None:
 
 
 def apply_cuts(
-    plan: "Plan", model: str, out: Path, *, logical: bool, overwrite: bool, allow_other_weights: bool, json: bool
+    plan: "Plan",
+    model: str,
+    out: Path,
+    *,
+    logical: bool,
+    overwrite: bool,
+    allow_other_weights: bool,
+    device: str,
+    json: bool,
 ) -> None:
     """`apply` for a plan that removes."""
     from dataclasses import asdict
@@ -171,6 +181,7 @@ def apply_cuts(
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
             command=o.command_line(),
+            device=o.present_device(device),
             progress=progress,
         )
     if json:
@@ -233,6 +244,126 @@ def validate_cuts(
     )
 
 
+def cuts(
+    profile: o.ProfileDir,
+    budget: Annotated[
+        list[str], typer.Option(help="Budget such as params=0.8x; several are measured one after the other.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-cuts.json"),
+    model: o.OptionalModel = None,
+    plans: Annotated[
+        str | None, typer.Option("--plans", help="Baselines to measure, separated by semicolons; all by default.")
+    ] = None,
+    cost_model: Annotated[str | None, typer.Option(help="Cost model for latency budgets: cpu or a file.")] = None,
+    refit_samples: Annotated[
+        int, typer.Option(help="Calibration sequences to refit on; 0 leaves every plan as it is cut.", min=0)
+    ] = REFIT_SAMPLES,
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences, sentences or images.", min=1)] = 32,
+    time_tokens: Annotated[int, typer.Option(help="Tokens of the forward that is timed.", min=1)] = 1024,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 takes no times.", min=0)] = 7,
+    device: o.Device = "cpu",
+    time_device: Annotated[str | None, typer.Option(help="Where the forward is timed; --device by default.")] = None,
+    dtype: o.Dtype = "float32",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Measure plans that remove beside baselines at the same budget. A joint profile also compares attention and removals alone."""
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.bench.cuts import CutBench, PricedHere, joint_plans, measure_cuts, record_of, rival_plans
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.plan import Plan
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.pruning.data import load_batches
+    from sparsesearch.pruning.models import load_prunable
+    from sparsesearch.pruning.record import PruningProfile
+    from sparsesearch.pruning.search import PruningQuestion
+    from sparsesearch.search.budget import parse_budgets
+
+    from .bench import as_bytes
+
+    opened = PruningProfile.load(profile)
+    attention = None if only_cuts(profile) else Profile.load(profile)
+    lengths = (time_tokens,) if attention is None else attention.manifest.lengths
+    priced = None if cost_model is None else load_cost_model(cost_model)
+    shape = next((layer for layer in opened.manifest.layers if layer.num_heads), None)
+    if priced is not None and shape is not None and not hasattr(priced, "linear_s"):
+        priced = PricedHere(priced, num_heads=shape.num_heads, head_dim=shape.head_dim, tokens=time_tokens)
+    compensation = refit_spec(opened, refit_samples)
+    names = None if plans is None else [name.strip() for name in plans.split(";")]
+    wanted: dict[tuple[str, str], Plan] = {}
+    for text in budget:
+        with usage("--budget"):
+            question = PruningQuestion(parse_budgets(text), lengths, cost_model=priced, compensation=compensation)
+        made = (
+            rival_plans(opened, question, names=names)
+            if attention is None
+            else joint_plans(opened, attention, question)
+        )
+        wanted |= {(name, text): plan for name, plan in made.items()}
+    live, tokenizer = load_prunable(
+        model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype
+    )
+    where = opened.manifest.calibration
+    window = (
+        where["length_tokens"] if attention is None else time_tokens
+    )  # attention rules show at their own length only
+    held_out = load_batches(
+        live, tokenizer, where["data"], length_tokens=window, num_samples=num_sequences, seed=seed, split="heldout"
+    )
+    bench = CutBench(
+        held_out=held_out,
+        refit=refit_batches({str(key): plan for key, plan in wanted.items()}, live, tokenizer),
+        timed=_timed_batch(live, held_out, time_tokens, seed),
+        timed_tokens=time_tokens,
+        rounds=rounds,
+        timed_on=o.present_device(time_device or device),
+    )
+    with progress_bar() as progress:
+        rows = measure_cuts(live, opened, wanted, bench, progress=progress)
+    record = record_of(
+        live, opened, rows, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
+        time_tokens=time_tokens,
+    )  # fmt: skip
+    write_bytes(out, as_bytes(record))
+    if json:
+        emit_json(record)
+        return
+    table(
+        f"{record['model']}: held-out {record['distance']}, {num_sequences} sequences; forward of {time_tokens} tokens",
+        ["plan", "budget", "params", "FLOPs", record["distance"], "loss over dense", "forward ms", "speed-up"],
+        [[r.plan, r.budget, r.params, r.flops, r.distance, r.loss_gap, r.forward_s and 1e3 * r.forward_s, r.speed_up]
+         for r in rows],
+    )  # fmt: skip
+    equal = record["at_equal_time"]
+    if equal:
+        table(
+            "held-out distance at the joint plan's measured time", list(equal[0]), [list(row.values()) for row in equal]
+        )
+    lines(f"written: {out}")
+
+
+def _timed_batch(model: Any, held_out: "Sequence[Batch]", tokens: int, seed: int) -> "Batch":
+    """Random tokens of the asked length for what reads tokens; the first held-out images otherwise."""
+    import torch
+
+    if model.main_input_name == "pixel_values":
+        return held_out[0]
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(model.config.vocab_size, (1, tokens), generator=generator)}
+
+
+def refit_spec(profile: "PruningProfile", samples: int, *, uniform: bool = False) -> "Compensation | None":
+    """The refit that plans of a profile ask for: its own calibration data, `samples` of them.
+
+    Uniform widths gain no biases, so that stock classes, and llama.cpp's converter, can hold them.
+    """
+    from sparsesearch.cut import Compensation
+
+    bias = profile.manifest.menu.bias and not uniform
+    where = {**profile.manifest.calibration, "num_samples": samples, "bias": bias}
+    return Compensation.model_validate(where) if samples else None
+
+
 def heal(
     checkpoint: Annotated[
         Path, typer.Argument(help="Pruned checkpoint, written by `sparsesearch apply`.", metavar="DIR")
@@ -243,7 +374,15 @@ def heal(
     data: o.Data = "text",
     length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = 512,
     batch: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 3e-4,
+    optimiser: Annotated[
+        Literal["muon", "adamw"], typer.Option(help="muon orthogonalises the updates of matrices; vectors take AdamW.")
+    ] = "muon",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the cosine schedule; the optimiser's own by default.")
+    ] = None,
+    generated: Annotated[
+        int, typer.Option(help="Sequences the dense model writes itself, to be trained on too.", min=0)
+    ] = 256,
     num_sequences: Annotated[int, typer.Option(help="Held-out sequences to print the gain on.", min=1)] = 16,
     save_every: Annotated[int, typer.Option(help="Steps between states that --resume continues from.", min=1)] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
@@ -257,16 +396,31 @@ def heal(
     from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
 
     request = HealRequest(
-        steps=steps, data=data, length_tokens=length, batch=batch, learning_rate=learning_rate,
-        num_sequences=num_sequences, save_every=save_every, seed=seed,
+        steps=steps, data=data, length_tokens=length, batch=batch, optimiser=optimiser,
+        learning_rate=learning_rate, generated=generated, num_sequences=num_sequences, save_every=save_every, seed=seed,
     )  # fmt: skip
     with progress_bar() as progress:
         found = heal_checkpoint(
             checkpoint, teacher, out, request, device=o.present_device(device), resume=resume, progress=progress
         )
-    emit_json(asdict(found)) if json else pairs(f"healed checkpoint in {out}", asdict(found))
+    if json:
+        emit_json(asdict(found))
+        return
+    columns = ["held-out", "dense", "pruned", "healed", "recovered"]
+    rows = [
+        ["distance", 0.0, found.distance_before, found.distance_after, 1 - found.distance_after / found.distance_before]
+    ]
+    if found.loss_dense is not None:
+        rows.append(["loss, nats per token", found.loss_dense, found.loss_before, found.loss_after, found.recovered])
+    table(f"{steps} steps, {num_sequences} held-out sequences", columns, rows)
+    lines(f"written: {out}")
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     app.command("heal")(guarded(heal))
+
+
+def register_bench(bench: typer.Typer) -> None:
+    """Add this file's commands below `bench`."""
+    bench.command("cuts")(guarded(cuts))

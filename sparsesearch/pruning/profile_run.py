@@ -138,14 +138,14 @@ def describe_layers(model: PreTrainedModel, name: str) -> BaseModelInfo:
 def one_shot_fit(layer: Layer, kind: str, statistics: SublayerStatistics, kept: Tensor, *, bias: bool) -> Fitted:
     """Refit one projection on dense inputs alone: what the reconstruction criterion predicts the loss of."""
     projection = layer.projection(dict(layer.sublayers)[kind].out)
-    weight = projection.weight.detach().double().cpu()
+    weight = projection.weight.detach().double()
     moment, mean = statistics.second_moment, statistics.mean
     if not (bias or projection.bias is not None):
         new = refit(weight, kept, moment, weight @ moment)
         return Fitted(new.to(projection.weight), None)
     covariance = moment - torch.outer(mean, mean)
     new = refit(weight, kept, covariance, weight @ covariance)
-    own = 0.0 if projection.bias is None else projection.bias.detach().double().cpu()
+    own = 0.0 if projection.bias is None else projection.bias.detach().double()
     return Fitted(new.to(projection.weight), (own + (weight - new) @ mean).to(projection.weight))
 
 
@@ -175,11 +175,12 @@ def _measured(
 ) -> float:
     """Distance from dense with this cut alone, refitted."""
     count = layer.num_heads if kind == "attention" else layer.num_channels
-    left = torch.tensor(sorted(set(range(count)) - set(option.removed)), dtype=torch.long)
+    device = statistics.mean.device
+    left = torch.tensor(sorted(set(range(count)) - set(option.removed)), dtype=torch.long, device=device)
     if kind == "attention":
-        left = (left[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
+        left = (left[:, None] * layer.head_dim + torch.arange(layer.head_dim, device=device)).flatten()
     with installed(layer) as install:
-        install(dict(layer.sublayers)[kind], one_shot_fit(layer, kind, statistics, left, bias=menu.bias))
+        install(dict(layer.sublayers)[kind].out, one_shot_fit(layer, kind, statistics, left, bias=menu.bias))
         return mean_distance(model, batches, dense)
 
 
