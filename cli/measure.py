@@ -152,6 +152,7 @@ def profile(
             wanted,
             num_samples=num_samples,
             num_probes=num_probes,
+            stream=stream,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
