@@ -14,8 +14,8 @@ from sparsesearch.errors import SpecError, nearest
 from sparsesearch.layout import Layout
 from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
 from sparsesearch.profiling.denoising.menu import FlatCall, video_grid
+from sparsesearch.profiling.denoising.observe import Sampler
 from sparsesearch.profiling.denoising.record import DenoisingProfile
-from sparsesearch.profiling.denoising.run import Sampler
 from sparsesearch.rules import Rule
 from sparsesearch.rules.block_mass import BlockMass, head_sparsities, tile_mass
 from sparsesearch.rules.dense import Dense

@@ -12,10 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsesearch.kernels.ordered import StepMemory, attend
-from sparsesearch.profiling.denoising.menu import video_grid
 from sparsesearch.rules import Rule
 from sparsesearch.rules.cached_rest import CachedRest
-from sparsesearch.runtime.diffusion.attention import LayerCall
+from sparsesearch.runtime.diffusion.attention import LayerCall, grids_of
 
 RulesOf = Callable[[int, LayerCall, int], Sequence[Rule]]
 
@@ -73,16 +72,16 @@ class RestErrors:
             memory = self._memories[index, seen.path, seen.call.pass_name, self._step(seen)].pop(0)
             memory.step = self._step(seen)
             share = 1 - rule.dense_share(self._steps(seen))  # dense steps have no error
-        delta = self._run(index, seen, memory, self._step(seen)).float() - dense.float()
+        delta = self._run(index, seen, memory, self._step(seen))[:, :, : dense.shape[2]].float() - dense.float()
         wrong = torch.einsum("bhtd,hde,bhte->bh", delta, gram, delta)
         return (wrong / norm[:, None]).mean(0) * share, self._work(index, seen, memory)
 
     def _run(self, index: int, seen: LayerCall, memory: StepMemory, step: int) -> Tensor:
-        grid = video_grid(seen.call.layout, self.block_tokens)
-        return attend(seen.q, seen.k, seen.v, grid, self.rules_of(index, seen, step), scale=seen.scale, memory=memory)
+        grids = grids_of(seen.call, seen.q.shape[0], self.block_tokens)
+        return attend(seen.q, seen.k, seen.v, grids, self.rules_of(index, seen, step), scale=seen.scale, memory=memory)
 
     def _work(self, index: int, seen: LayerCall, memory: StepMemory) -> Float[Tensor, " H"]:
-        rules, grid = self.rules_of(index, seen, self._step(seen)), video_grid(seen.call.layout, self.block_tokens)
+        rules, grid = self.rules_of(index, seen, self._step(seen)), grids_of(seen.call, 1, self.block_tokens)[0]
         if not rules[0].dynamic:
             own = {rule: float(rule.work(rule.levels(grid), grid, self._steps(seen))) for rule in dict.fromkeys(rules)}
             return torch.tensor([own[rule] for rule in rules], device=seen.q.device)

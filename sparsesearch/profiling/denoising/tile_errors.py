@@ -40,6 +40,7 @@ def tile_errors(
     block_tokens: int,
     query_blocks: Int[Tensor, " Q"] | None = None,
     terms: Sequence[int | None] | None = None,
+    real_tokens: int | None = None,
 ) -> HeadErrors:
     """Score all candidates of U (sequence, head) pairs, all in one order of tokens.
 
@@ -54,11 +55,12 @@ def tile_errors(
         query_blocks: score only these; all by default.
         terms: per candidate, whether means stand for its other tiles: None no, 0 means alone, 1 with the first-order term; see
             `rules.taylor_rest`. None by default.
+        real_tokens: what stands behind so many tokens is padding, neither seen nor scored; none by default.
     """
-    units, tokens, size = q.shape
+    units, length, size = q.shape
     tails = [] if terms is None else [index for index, order in enumerate(terms) if order is not None]
     firsts = torch.tensor([float(terms[index] or 0) for index in tails] if terms else [], device=q.device)
-    blocks = -(-tokens // block_tokens)
+    blocks, tokens = -(-length // block_tokens), real_tokens or length
     chosen = torch.arange(blocks, device=q.device) if query_blocks is None else query_blocks.to(q.device)
     error = torch.zeros(units, tiles.shape[1], device=q.device)
     norm = torch.zeros(units, device=q.device)
@@ -92,14 +94,19 @@ def tile_errors(
 
 
 def tile_masses(
-    q: Float[Tensor, "U T D"], k: Float[Tensor, "U T D"], *, scale: float, block_tokens: int
+    q: Float[Tensor, "U T D"],
+    k: Float[Tensor, "U T D"],
+    *,
+    scale: float,
+    block_tokens: int,
+    real_tokens: int | None = None,
 ) -> Float[Tensor, "U N N"]:
-    """Attention mass per tile: each row of tiles sums to the number of queries in it."""
-    units, tokens, _size = q.shape
-    blocks = -(-tokens // block_tokens)
+    """Attention mass per tile: each row of tiles sums to the number of (real) queries in it."""
+    units, length, _size = q.shape
+    blocks, tokens = -(-length // block_tokens), real_tokens or length
     mass = torch.zeros(units, blocks, blocks, device=q.device)
-    step = max(1, min(units, int(PIECE_BYTES / (8.0 * block_tokens * tokens))))
-    rows = max(1, int(PIECE_BYTES / (8.0 * block_tokens * tokens * step)))
+    step = max(1, min(units, int(PIECE_BYTES / (8.0 * block_tokens * length))))
+    rows = max(1, int(PIECE_BYTES / (8.0 * block_tokens * length * step)))
     for first in range(0, units, step):
         piece = slice(first, first + step)
         keys = _padded(k[piece].float(), blocks * block_tokens)
@@ -123,10 +130,14 @@ class _Means:
 
     @classmethod
     def of(cls, keys: Float[Tensor, "U P D"], values: Float[Tensor, "U P D"], tokens: int, block: int) -> "_Means":
-        """Of keys and values that end in padding of zeros."""
+        """Of the first `tokens` keys and values; what stands behind them is padding, whatever it holds."""
         blocks = keys.shape[1] // block
-        counts = (tokens - torch.arange(blocks, device=keys.device) * block).clamp(max=block).float()
-        mean_keys, mean_values = (x.unflatten(1, (blocks, block)).sum(2) / counts[:, None] for x in (keys, values))
+        counts = (tokens - torch.arange(blocks, device=keys.device) * block).clamp(0, block).float()
+        real = (torch.arange(keys.shape[1], device=keys.device) < tokens)[:, None]
+        keys, values = keys * real, values * real
+        mean_keys, mean_values = (
+            x.unflatten(1, (blocks, block)).sum(2) / counts.clamp(min=1)[:, None] for x in (keys, values)
+        )
         away = (keys - mean_keys.repeat_interleave(block, 1))[:, :tokens]
         return cls(mean_keys, mean_values, counts, away.transpose(1, 2) @ values[:, :tokens] / tokens)
 
