@@ -137,7 +137,11 @@ def run(
 def _provenance(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         return provenance()
-    return {"device": device, "torch": torch.__version__, "command": " ".join(sys.argv)}
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "command": " ".join(["python -m sparsesearch.bench.rest_terms", *sys.argv[1:]]),
+    }
 
 
 def _calls(

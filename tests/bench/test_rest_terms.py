@@ -1,5 +1,8 @@
 """The bench of rest terms: its menu, and what its table says of equal work."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from sparsesearch.bench.rest_terms import _interpolated, candidates, table
@@ -29,3 +32,17 @@ def test_errors_are_compared_at_equal_work() -> None:
         {"base": "b", "rest": "taylor", "work": 0.15, "error": 0.01},
     ]
     assert table({"rows": rows}).splitlines()[-1].split()[-1] == "0.25"
+
+
+RECORD = json.loads((Path(__file__).parents[1] / "golden" / "video" / "rest-terms-cpu.json").read_text())
+
+
+def test_the_record_says_where_it_comes_from_and_what_rests_are_worth() -> None:
+    """One layer of the trained model at one noise level: a Taylor rest over calibrated boxes more than halves the error of its tiles."""
+    assert RECORD["provenance"]["command"].startswith("python -m sparsesearch.bench.rest_terms --layers 3 --steps 12")
+    found = {(row["base"], row["rest"], row["rule"].split("keep=")[-1][:4]): row for row in RECORD["rows"]}
+    for keep in ("0.12", "0.25", "0.35"):
+        drop, taylor = (found["calibrated_tiles tile(4,4,4)", rest, keep] for rest in ("drop", "taylor"))
+        assert taylor["error"] < 0.4 * drop["error"]
+        assert taylor["work"] - drop["work"] < 0.025
+    assert len({row["rule"] for row in RECORD["rows"]}) == len(RECORD["rows"])
