@@ -23,7 +23,6 @@ from sparsesearch.layout import Layout, video_layout
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.request import StepsRequest
-from sparsesearch.profiling.denoising.rest_errors import must_run
 from sparsesearch.runtime.diffusion.live import describe_transformer
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.testbed.model import MODEL, VideoBed, load_bed
@@ -118,7 +117,7 @@ class _Study:
     def spaces(self) -> dict[str, SearchSpace]:
         found = {name: SearchSpace.load(name) for name in ("sparse_vdit", "svg")}
         whole = SearchSpace.load(OURS)
-        static = tuple(rule for rule in whole.candidates if not (rule.dynamic or must_run(rule)))
+        static = tuple(rule for rule in whole.candidates if not (rule.dynamic or rule.adds_rest))
         found[OURS] = replace(whole, candidates=static)
         if len(static) < len(whole.candidates):
             found[WITH_RESTS] = whole
