@@ -66,12 +66,17 @@ class BudgetRecord(_Frozen):
     )
     cost_model: str | None = Field(None, description="which cost model priced it (seconds only)")
     absolute: bool = Field(False, description="bound and predictions are in seconds or bytes, not shares of dense")
+    replayed: dict[str, float] = Field(
+        default_factory=dict,
+        description="seconds only: the same by replay of every layer's schedule; `predicted` is the sum over units",
+    )
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`absolute` is written only where it is set, so that older plans keep their bytes."""
+        """`absolute` and `replayed` are written only where they are set, so that older plans keep their bytes."""
         content: dict[str, Any] = handler(self)
-        return content if self.absolute else {name: value for name, value in content.items() if name != "absolute"}
+        unset = {name for name in ("absolute", "replayed") if not getattr(self, name)}
+        return {name: value for name, value in content.items() if name not in unset}
 
 
 class Certificate(_Frozen):

@@ -31,6 +31,7 @@ from sparsesearch.profiling.record import provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.taylor_rest import TaylorRest
 from sparsesearch.runtime.denoisers import projections_of
 from sparsesearch.runtime.diffusion.attention import LayerCall
 
@@ -144,11 +145,10 @@ class _Study:
         chosen: dict[tuple[int, str], list[OrderGroup]] = {}
         candidates = self.request.space.candidates
 
-        def rules_of(index: int, seen: LayerCall) -> Sequence[Rule]:
+        def rules_of(index: int, seen: LayerCall, step: int) -> Sequence[Rule]:
             if not candidates[index].needs_calibration:
                 return (candidates[index],) * seen.q.shape[1]
-            assert seen.call.step is not None
-            return calibrated[candidates[index].label][place_of[seen.call.step[0]]][seen.path]
+            return calibrated[candidates[index].label][place_of[step]][seen.path]
 
         lengths = [end - first for first, end in self.request.ranges]
         captured = {step: lengths[place] for step, place in place_of.items()}
@@ -207,12 +207,14 @@ class _Study:
             masks = group.tiles(q, k, batch, seen.scale)
             found = tile_errors(
                 q, k, v, masks, gram.repeat(batch, 1, 1), scale=seen.scale, block_tokens=group.grid.block_tokens,
-                query_blocks=subset, real_tokens=real,
+                query_blocks=subset, terms=[_terms(rules[index]) for index in group.indices], real_tokens=real,
             )  # fmt: skip
             scored = 1.0 if subset is None else group.grid.num_q_blocks / len(subset)
             relative = found.error.view(batch, heads, -1) * scored / norm[:, None, None]
             error[:, group.indices] = relative.mean(0)
-            tiles[:, group.indices] = masks.sum((-1, -2)).float().view(batch, heads, -1).mean(0)
+            for place, index in enumerate(group.indices):
+                levels = rules[index].levels_of(masks[:, place], group.grid)
+                tiles[:, index] = rules[index].work(levels, group.grid).view(batch, heads).mean(0)
         for index, rule in enumerate(rules):
             if rule.rest == "mean_value":
                 delta = v_real.float().mean(2, keepdim=True) - dense.float()
@@ -270,3 +272,8 @@ class _Study:
         profile.save_manifest(self.store.folder)
         self.store.clear()
         return profile
+
+
+def _terms(rule: Rule) -> int | None:
+    """What stands for the tiles that a candidate does not compute, as `tile_errors` takes it."""
+    return rule.terms if isinstance(rule, TaylorRest) else None
