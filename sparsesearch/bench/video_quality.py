@@ -152,7 +152,7 @@ class _Study:
     @cached_property
     def sliced(self) -> DenoisingProfile:
         """Our menu in many slices of steps, bitmaps those of the whole run."""
-        count = self.request.slices
+        count = min(self.request.slices, self.request.steps)
         ends = tuple((place + 1) / count for place in range(count))
         changes: dict[str, Any] = {"space": self.spaces[OURS], "ends": ends, "captured_per_range": 1, "bitmaps": "run"}
         with self.timed("profile of slices"):
