@@ -1,18 +1,23 @@
 """Decoding on a device: bytes of keys and values over time, ragged against uniform heads, beside the copy bandwidth of the same run.
 
-python -m sparsesearch.bench.decode --json out.json
+The copy bandwidth is that of 4 GB, where starting and ending do not count. They do count for the tens of microseconds that a small cache
+takes, so each size has two more rows: a copy of as many bytes (half read, half written), and a kernel that only reads them.
+
+    python -m sparsesearch.bench.decode --json out.json
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,6 +28,22 @@ from sparsesearch.kernels.decode import ragged_decode
 
 CACHE_COPIES = 3
 """Replays rotate among so many caches, so that none is read from L2."""
+
+READERS_PER_SM = 4
+
+
+@triton.jit
+def _read(keys, values, out, size, BLOCK: tl.constexpr):
+    """Read an even share of two arrays of `size` numbers. Grid: programs."""
+    share = (size + tl.num_programs(0) - 1) // tl.num_programs(0)
+    start = tl.program_id(0) * share
+    total = tl.zeros([BLOCK], tl.int32)
+    stop = tl.minimum(start + share, size)
+    for first in range(start, stop, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < stop
+        total += tl.load(keys + at, mask=inside, other=0) + tl.load(values + at, mask=inside, other=0)
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 
 def run(
@@ -91,6 +112,12 @@ def _one_shape(
     case = {"batch": batch, "length": length}
     costs = shipped_costs()
     for share in kept:
+        num_bytes = round(share * batch * num_kv_heads * length) * head_dim * 4
+        for kernel, seconds in _ceilings_of(caches, num_bytes, budget_s):
+            record(
+                case | {"kernel": kernel, "lengths": "uniform", "kept": share, "bytes": num_bytes, "seconds": seconds}
+            )
+    for share in kept:
         for kind in ("uniform", "ragged"):
             lens = _lengths(kind, share, batch, num_kv_heads, length)
             seconds = median_s(partial(ragged, lens), budget_s=budget_s) / CACHE_COPIES
@@ -105,6 +132,25 @@ def _one_shape(
         seconds = median_s(dense, budget_s=budget_s) / CACHE_COPIES
     row = {"kernel": "cudnn", "lengths": "uniform", "kept": 1.0, "bytes": batch * num_kv_heads * length * head_dim * 4}
     record(case | row | {"seconds": seconds})
+
+
+def _ceilings_of(caches: list[list[Tensor]], num_bytes: int, budget_s: float) -> Iterator[tuple[str, float]]:
+    """Time to copy as many bytes (read and written) as the keys and values have, and time to read them only."""
+    flat = [k.view(-1).view(torch.int32) for k, _ in caches], [v.view(-1).view(torch.int32) for _, v in caches]
+    half = num_bytes // 8  # numbers of four bytes, in the keys and in the values each
+    programs = torch.cuda.get_device_properties(0).multi_processor_count * READERS_PER_SM
+    sums = torch.empty(programs, dtype=torch.int32, device="cuda")
+
+    def copy() -> None:
+        for source, target in zip(flat[0], flat[1][1:] + flat[1][:1], strict=True):
+            torch.add(source[:half], 0, out=target[:half])
+
+    def read() -> None:
+        for keys, values in zip(*flat, strict=True):
+            _read[(programs,)](keys, values, sums, half, BLOCK=2048, num_warps=8, num_stages=4)
+
+    for kernel, work in (("copy", copy), ("read", read)):
+        yield kernel, median_s(work, budget_s=budget_s) / CACHE_COPIES
 
 
 def _lengths(kind: str, share: float, batch: int, num_kv_heads: int, length: int) -> Tensor:
