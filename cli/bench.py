@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import bench_kernels
+from . import bench_kernels, bench_video
 from . import options as o
 from .errors import guarded
 from .render import emit_json, say, table
@@ -109,5 +109,6 @@ def as_bytes(record: object) -> bytes:
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     bench_kernels.register(bench)
+    bench_video.register(bench)
     bench.command("model")(guarded(model))
     app.add_typer(bench, name="bench")

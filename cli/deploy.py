@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as o
-from . import prune
+from . import pipelines, prune
 from .errors import guarded
 from .render import emit_json, lines, pairs
 
@@ -31,24 +31,23 @@ def apply(
         bool, typer.Option("--logical", help="Removals: keep the shapes and write zeros; stock transformers loads it.")
     ] = False,
     component: Annotated[
-        str, typer.Option(help="Which transformer of a diffusers pipeline; Wan 2.2 also has transformer_2.")
-    ] = "transformer",
+        str | None,
+        typer.Option(help="Which transformer of a diffusers pipeline; by default the one the plan was made for."),
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
+    if pipelines.is_pipeline(model):
+        taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
+        pipelines.apply(plan, Path(model), out, component=component, **taken)
+        return
     from sparsesearch.plan import Plan
-    from sparsesearch.runtime.diffusion.export import export_diffusers, is_diffusers_directory
     from sparsesearch.runtime.export import export
 
-    opened, folder = Plan.load(plan), Path(model)
+    opened = Plan.load(plan)
     if opened.pruning is not None:
         taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
         prune.apply_cuts(opened, model, out, logical=logical, **taken)
-        return
-    if folder.is_dir() and is_diffusers_directory(folder):
-        part = component if (folder / "model_index.json").is_file() else ""
-        export_diffusers({part: opened}, folder, out, overwrite=overwrite, allow_other_weights=allow_other_weights)
-        _show(opened, out, "DiffusionPipeline" if part else opened.base_model.model_type, json)
         return
     export(
         opened,

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as o
-from . import prune
+from . import pipelines, prune
 from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
     from sparsesearch.check import Thresholds
-    from sparsesearch.evaluate import Metrics
+    from sparsesearch.evaluate import Estimate, Metrics
 
 
 def evaluate(
-    plans: Annotated[list[Path], typer.Argument(help="One or more sparse_plan.json", metavar="PLAN...")],
+    plans: Annotated[
+        list[Path] | None, typer.Argument(help="One or more sparse_plan.json; none: dense alone.", metavar="[PLAN]...")
+    ] = None,
     model: o.OptionalModel = None,
     lengths: o.Lengths = "2048",
     num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
@@ -28,23 +30,39 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Metrics file to write; the baseline of `check`.")
     ] = None,
+    run: o.RunFile = None,
     tasks: Annotated[str | None, typer.Option(help="Also run these lm-eval tasks (extra lm-eval), by commas.")] = None,
+    suite: o.Suite = None,
+    task_format: o.TaskFormat = "completion",
+    shots: o.Shots = 0,
+    task_sequences: o.TaskSequences = 24,
+    generate: o.Generate = False,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
     """Measure plans beside dense on held-out data. One job gives loss, KL to dense, needle accuracy and prefill time."""
-    from sparsesearch.evaluate import evaluate as run
+    if run is not None:
+        if not plans:
+            raise typer.BadParameter(
+                "must be named with --run: dense is what plans are compared with.", param_hint="PLAN"
+            )
+        pipelines.evaluate(plans, run, out, model=model, device=device, dtype=dtype, json=json)
+        return
+    from sparsesearch.evaluate import evaluate as run_all
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.apply import PrunedApply
     from sparsesearch.runtime.loading import load_model
 
-    opened = {path.stem if len(plans) > 1 else "plan": Plan.load(path) for path in plans}
+    paths = plans or []
+    if not paths and model is None:
+        raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
+    opened = {path.stem if len(paths) > 1 else "plan": Plan.load(path) for path in paths}
     name = model or next(iter(opened.values())).base_model.name_or_path
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype)
     applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))
     with progress_bar() as progress:
-        metrics = run(
+        metrics = run_all(
             live,
             tokenizer,
             opened,
@@ -55,6 +73,7 @@ def evaluate(
             data=data,
             seed=seed,
             timing_rounds=timing_rounds,
+            suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=generate),
             progress=progress,
             command=o.command_line(),
             model_name=name,
@@ -94,6 +113,52 @@ def show_metrics(metrics: "Metrics") -> None:
             ["variant", "density", "needle", "KL text", "KL answer", "text loss", "prefill (ms)"],
             rows,
         )
+        show_tasks(metrics, length)
+
+
+def show_tasks(metrics: "Metrics", length: int) -> None:
+    """Every task by itself: accuracy of each variant, and of each plan its difference to dense and the share it retains."""
+    if length not in metrics.tasks:
+        return
+    assert metrics.suite is not None
+    generated = metrics.suite.generate
+    header = [
+        "task",
+        "variant",
+        "accuracy",
+        "- dense",
+        "retained",
+        "KL answer",
+        *(["generated"] if generated else []),
+        "",
+    ]
+    rows: list[list[object]] = []
+    for task, cells in metrics.tasks[length].items():
+        remark = "dense answers too little to say much" if metrics.says_little(length, task) else ""
+        for name, cell in cells.items():
+            rows.append(
+                [
+                    task if name == "dense" else "",
+                    name,
+                    _with_error(cell.accuracy),
+                    "" if name == "dense" else _with_error(cell.accuracy_minus_dense),
+                    ""
+                    if name == "dense" or cell.retention is None
+                    else f"{cell.retention:.3f} ± {cell.retention_error:.3f}",
+                    "" if name == "dense" else cell.kl_answer.mean,
+                    *([_with_error(cell.generated)] if generated else []),
+                    remark if name == "dense" else "",
+                ]
+            )
+    table(
+        f"tasks, {length} tokens, {metrics.suite.num_sequences} sequences each, format {metrics.suite.format}",
+        header,
+        rows,
+    )
+
+
+def _with_error(estimate: "Estimate | None") -> str:
+    return "" if estimate is None else f"{estimate.mean:.3f} ± {estimate.standard_error:.3f}"
 
 
 def check(
@@ -111,10 +176,14 @@ def check(
     device: o.Device = "cpu",
     junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.")] = None,
     annotations: Annotated[bool, typer.Option("--annotations", help="Print GitHub workflow annotations.")] = False,
+    suite: o.Suite = None,
+    task_format: o.TaskFormat = "completion",
+    shots: o.Shots = 0,
+    task_sequences: o.TaskSequences = 24,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Gate for CI: exit 4 when a plan has got worse. Its bounds are relative to dense, and to a recorded baseline."""
+    """Gate for CI: exit 4 when a plan has got worse. Its bounds are relative to dense, and to a recorded baseline, whose tasks are repeated."""
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.check import check as run
     from sparsesearch.evaluate import Metrics
@@ -136,6 +205,7 @@ def check(
             num_sequences=num_sequences,
             num_needles=num_needles,
             timing_rounds=0 if max_slowdown is None else 5,
+            suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),
             seed=seed,
             progress=progress,
         )
@@ -229,6 +299,9 @@ def report(
     profile: Annotated[Path | None, typer.Option(help="Profile directory, for the Pareto front.")] = None,
 ) -> None:
     """Write one self-contained HTML page. It shows rules per head, masks, front, and predicted beside measured."""
+    if pipelines.is_metrics(metrics):
+        pipelines.report(plan, metrics, out)
+        return
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan

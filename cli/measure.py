@@ -1,14 +1,19 @@
 """Commands that measure: the whole corridor at once, a profile, its proxies, a device."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import options as o
-from . import prune
+from . import pipelines, prune
 from .errors import guarded
 from .render import emit_json, lines, pairs, progress_bar, say, table
+
+if TYPE_CHECKING:
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.profiling.world import World
+    from sparsesearch.search_space import SearchSpace
 
 
 def quickstart(
@@ -105,21 +110,40 @@ def profile(
             help="Spaces that remove: also optimise mask gates for so many steps; criterion `learned`.", min=0
         ),
     ] = 0,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="One layer at a time from safetensors, activations on disk below --out.")
+    ] = False,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model over devices by accelerate: auto, balanced, sequential.")
+    ] = None,
+    run: o.RunFile = None,
+    sensitivity: Annotated[
+        Literal["none", "layer", "head"],
+        typer.Option(help="Diffusers pipelines: replay the run per layer or head to learn what its errors matter."),
+    ] = "none",
+    under: Annotated[
+        Path | None,
+        typer.Option(help="Diffusers pipelines: profile while this plan runs, on the activations it meets."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted profile.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Score every candidate rule in every head."""
-    from sparsesearch import calibration
+    """Score every candidate rule in every head. Under torchrun, processes share the sequences between them."""
+    if pipelines.is_pipeline(model):
+        pipelines.profile(
+            model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume, json=json
+        )  # fmt: skip
+        return
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
-    from sparsesearch.profiling.run import Request, profile_model
+    from sparsesearch.profiling.world import World, own_device
     from sparsesearch.pruning.models import load_prunable
-    from sparsesearch.runtime.fingerprint import describe
-    from sparsesearch.runtime.loading import load_model
     from sparsesearch.search_space import SearchSpace
 
+    if stream and device_map is not None:
+        raise typer.BadParameter("holds one layer at a time, so no --device-map goes with it.", param_hint="--stream")
     menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
     if dry_run:
         needs = estimate(
@@ -146,21 +170,71 @@ def profile(
             prune.profile_cuts(prunable, reader, model, menu.pruning, out, **cuts, learn_masks=learn_masks, json=json)
         if len(menu.candidates) == 1:
             return
-    live, tokenizer = load_model(
-        model, dtype=dtype, device=o.present_device(device), revision=revision, trust_remote_code=trust_remote_code
-    )
-    calibration.check_context(live.config, wanted)
-    sets = {
-        length: calibration.load(
-            data, tokenizer, length_tokens=length, num_samples=num_samples, seed=seed, text_column=text_column
+    world = World.joined()
+    try:
+        found = _profiled(
+            model,
+            menu,
+            wanted,
+            out,
+            world,
+            loading={
+                "dtype": dtype,
+                "device": o.present_device(own_device(device, world)),
+                "revision": revision,
+                "trust_remote_code": trust_remote_code,
+            },
+            sampling={"data": data, "text_column": text_column, "num_samples": num_samples, "seed": seed},
+            num_probes=num_probes,
+            stream=stream,
+            device_map=device_map,
+            resume=resume,
         )
-        for length in wanted
-    }
-    request = Request(describe(live, model), menu, sets, num_probes=num_probes, seed=seed)
+        if world.rank == 0:
+            content = summary(found)
+            emit_json(content) if json else pairs(f"profile in {out}", content)
+    finally:
+        world.leave()
+
+
+def _profiled(
+    model: str,
+    menu: "SearchSpace",
+    lengths: list[int],
+    out: Path,
+    world: "World",
+    *,
+    loading: dict[str, Any],
+    sampling: dict[str, Any],
+    num_probes: int,
+    stream: bool,
+    device_map: str | None,
+    resume: bool,
+) -> "Profile":
+    """Load the model as asked for, make its calibration sequences, profile."""
+    from sparsesearch.calibration import check_context, load
+    from sparsesearch.profiling.run import Request, profile_model
+    from sparsesearch.profiling.streamed_model import open_streamed
+    from sparsesearch.profiling.streaming import profile_streamed
+    from sparsesearch.runtime.fingerprint import describe
+    from sparsesearch.runtime.loading import load_model, load_tokenizer
+
+    source = sampling.pop("data")
+    origin = {name: loading[name] for name in ("revision", "trust_remote_code")}
+
+    def request_of(info: Any, config: Any, tokenizer: Any) -> Request:
+        check_context(config, lengths)
+        sets = {length: load(source, tokenizer, length_tokens=length, **sampling) for length in lengths}
+        return Request(info, menu, sets, num_probes=num_probes, seed=sampling["seed"])
+
     with progress_bar() as progress:
-        found = profile_model(live, request, out, resume=resume, progress=progress)
-    content = summary(found)
-    emit_json(content) if json else pairs(f"profile in {out}", content)
+        if stream:
+            streamed = open_streamed(model, **loading)
+            request = request_of(streamed.info, streamed.model.config, load_tokenizer(model, **origin))
+            return profile_streamed(streamed, request, out, resume=resume, progress=progress)
+        live, tokenizer = load_model(model, device_map=device_map, **loading)
+        request = request_of(describe(live, model), live.config, tokenizer)
+        return profile_model(live, request, out, resume=resume, progress=progress, world=world)
 
 
 def validate_proxy(

@@ -3,15 +3,21 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from sparsesearch.evaluate import SuiteSpec
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
 Model = Annotated[
     str,
-    typer.Argument(help="Hub id, local directory, a GGUF file, or needle-7m (the embedded model).", metavar="MODEL"),
+    typer.Argument(
+        help="Hub id, local directory (of diffusers too), a GGUF file, or needle-7m (the embedded model).",
+        metavar="MODEL",
+    ),
 ]
 PlanFile = Annotated[Path, typer.Argument(help="sparse_plan.json", metavar="PLAN")]
 ProfileDir = Annotated[Path, typer.Argument(help="Directory written by `sparsesearch profile`.", metavar="PROFILE")]
@@ -25,10 +31,27 @@ Dtype = Annotated[
     typer.Option(help="Of weights and activations; auto is float32 on a CPU, else the checkpoint's own."),
 ]
 Unit = Literal["query_head", "kv_group"]
+RunFile = Annotated[
+    Path | None,
+    typer.Option("--run", help="Diffusers pipelines: YAML file with prompts, steps, seed and size to sample."),
+]
 Data = Annotated[
     str, typer.Option(help="needle, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split.")
 ]
 NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        "--suite", help="Also judge long-context tasks: ruler, retrieval, aggregation, or tasks by name, by commas."
+    ),
+]
+TaskFormat = Annotated[
+    Literal["completion", "sentence", "chat"],
+    typer.Option("--format", help="How tasks are put: plain completion, a sentence to finish, or the chat template."),
+]
+Shots = Annotated[int, typer.Option(help="Worked examples before each task.", min=0)]
+TaskSequences = Annotated[int, typer.Option(help="Sequences per task and length.", min=1)]
+Generate = Annotated[bool, typer.Option("--generate", help="Also let the model generate its answers to tasks.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository ships.")]
 
@@ -58,6 +81,31 @@ def parsed_shares(text: str, option: str) -> list[float]:
             f"must be shares in (0, 1] separated by commas, such as 0.25,0.5, but got {text!r}.", param_hint=option
         )
     return shares
+
+
+def parsed_suite(
+    text: str | None, task_format: str, shots: int, num_sequences: int, seed: int, *, generate: bool
+) -> "SuiteSpec | None":
+    """Which tasks to judge; None for none.
+
+    Raises:
+        SpecError: an unknown task or suite.
+    """
+    from sparsesearch.calibration.tasks import task_names
+    from sparsesearch.evaluate import SuiteSpec
+
+    if text is None:
+        return None
+    return SuiteSpec.model_validate(
+        {
+            "tasks": task_names(text),
+            "format": task_format,
+            "shots": shots,
+            "num_sequences": num_sequences,
+            "seed": seed,
+            "generate": generate,
+        }
+    )
 
 
 def command_line() -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import options as o
-from . import prune
+from . import pipelines, prune
 from .errors import guarded, usage
 from .render import emit_json, entries, lines, progress_bar, table
 
@@ -61,14 +61,21 @@ def search(
             "duo",
             "flexprefill",
             "xattention",
+            "sparse_vdit",
         ],
-        typer.Option(help="Which predicted loss to minimise; the last five are those of published methods."),
+        typer.Option(
+            help="Which predicted loss to minimise; the last six are those of published methods, sparse_vdit for pipelines."
+        ),
     ] = "combined",
     answer_weight: Annotated[float, typer.Option(help="Weight of the answer proxy in `combined`.", min=0)] = 1.0,
     device: Annotated[
         str | None, typer.Option(help="Cost model for latency budgets: cpu, roofline:h100 or a file.")
     ] = None,
     refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
+    max_ranges: Annotated[
+        int | None,
+        typer.Option(help="Diffusers pipelines: merge ranges of steps into at most so many, by interval DP.", min=1),
+    ] = None,
     model: o.OptionalModel = None,
     pareto: Annotated[
         Path | None,
@@ -113,6 +120,12 @@ def search(
 
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
+    if pipelines.is_profile(profile):
+        pipelines.search(
+            profile, budget, out, space=space, objective=objective, max_ranges=max_ranges, max_orders=max_groups_per_layer,
+            refine=refine, model=model, device=device or "cpu", json=json,
+        )  # fmt: skip
+        return
     if prune.has_cuts(profile):
         prune.search_cuts(
             profile, budget, out, criterion=criterion, device=device, refit_samples=refit_samples, uniform=uniform,

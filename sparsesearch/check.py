@@ -150,13 +150,15 @@ def check(
         baseline: what was recorded for this plan, as `eval` writes it; its variant of the plan's hash, `plan`, or its only one counts.
         thresholds: the bounds; the defaults ask for 0.98 of dense.
         lengths: in tokens; those of the baseline, or else of the plan.
-        evaluation: further arguments of `evaluate`, such as `num_sequences` and `seed`.
+        evaluation: further arguments of `evaluate`, such as `num_sequences`, `seed` and `suite`; the baseline's suite is repeated.
 
     Raises:
         SpecError: the baseline has several plans and none is this one, or shares no length with this check.
     """
     chosen = lengths or (baseline.lengths_tokens if baseline is not None else plan.lengths_tokens)
     recorded = None if baseline is None else baseline_variant(baseline, plan)
+    if evaluation.get("suite") is None and baseline is not None:
+        evaluation["suite"] = baseline.suite
     metrics = evaluate(model, tokenizer, {VARIANT: plan}, lengths=chosen, **evaluation)
     return judge(metrics, VARIANT, thresholds or Thresholds(), baseline=baseline, baseline_name=recorded)
 
@@ -183,6 +185,7 @@ def judge(
         rows += _against_dense(length, dense, own, metrics.slowdown(length, variant), thresholds)
         if baseline is not None and baseline_name is not None and length in baseline.results:
             rows += _against_baseline(length, own, baseline.at(length, baseline_name), thresholds.num_errors)
+        rows += _tasks(metrics, variant, length, thresholds, baseline, baseline_name)
     if baseline is not None and not set(baseline.results) & set(metrics.results):
         raise SpecError(
             f"the baseline must share a length with this check, but has {list(baseline.lengths_tokens)} and the check "
@@ -242,6 +245,34 @@ def _against_baseline(length: int, own: VariantMetrics, recorded: VariantMetrics
         row("KL to dense", own.kl_text, recorded.kl_text, False),
         row("KL to dense at answers", own.kl_answer, recorded.kl_answer, False),
     ]
+
+
+def _tasks(
+    metrics: Metrics,
+    variant: str,
+    length: int,
+    thresholds: Thresholds,
+    baseline: Metrics | None,
+    baseline_name: str | None,
+) -> list[CheckRow]:
+    """Every task by itself, because a mean hides the one that collapsed; those that dense hardly answers are held to the baseline only."""
+    rows = []
+    for task, cells in metrics.tasks.get(length, {}).items():
+        own, dense = cells[variant], cells["dense"]
+        if thresholds.recovery is not None and not metrics.says_little(length, task):
+            slack = thresholds.num_errors * own.accuracy_minus_dense.standard_error
+            bound = thresholds.recovery * dense.accuracy.mean - slack
+            reason = f"{thresholds.recovery:g} of dense {dense.accuracy.mean:.4g}"
+            rows.append(CheckRow(f"task {task}", length, own.accuracy.mean, bound, True, reason))
+        before = None if baseline is None else baseline.tasks.get(length, {}).get(task, {}).get(baseline_name or "")
+        if before is not None:
+            rows.append(_not_below(f"task {task}", length, own.accuracy, before.accuracy, thresholds.num_errors))
+    return rows
+
+
+def _not_below(figure: str, length: int, measured: Estimate, before: Estimate, num_errors: float) -> CheckRow:
+    slack = num_errors * (measured.standard_error**2 + before.standard_error**2) ** 0.5
+    return CheckRow(figure, length, measured.mean, before.mean - slack, True, f"baseline {before.mean:.4g}")
 
 
 def _message(text: str) -> str:

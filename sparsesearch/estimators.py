@@ -37,7 +37,7 @@ def rows_per_block(length: int, grid: BlockGrid, start: int, device: torch.devic
 
 def block_means(x: Float[Tensor, "*unit S D"], grid: BlockGrid, start: int) -> Float[Tensor, "*unit M D"]:
     """Mean of the rows of `x` in each block of the grid; row 0 of `x` is position `start`. Ragged blocks average what they have."""
-    sums = blocked(x, grid, start).sum(-2, dtype=torch.float32)
+    sums = blocked(x, grid, start).sum(-2, dtype=torch.promote_types(x.dtype, torch.float32))
     return sums / rows_per_block(x.shape[-2], grid, start, x.device)
 
 

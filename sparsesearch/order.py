@@ -7,6 +7,8 @@ As text, in rules, search spaces and plans:
     tile(t,h,w)      boxes of t frames x h rows x w columns, one after another; 0 takes the whole axis
     gilbert          a space-filling curve: neighbours in the sequence are neighbours on the grid
 
+One more, `KMeans`, follows the content and not the grid, so rules with a geometry cannot take it; `rules.cluster_mass` has it.
+
 Every order but the identity puts the image or video segment first and the other segments behind it, in their own sequence. A permutation
 lists, for each place, the token of the model's order that stands there: `x.index_select(-2, order.permutation(layout))`.
 """
@@ -48,6 +50,11 @@ class Order(ABC):
     def inverse(self, layout: Layout, device: torch.device | str = "cpu") -> Int[Tensor, " T"]:
         """Place of each token of the model's order."""
         return _inverse(self, layout, str(device))
+
+    @property
+    def by_content(self) -> bool:
+        """Whether queries and keys decide; `permutation` is then only where they start from: the grid first, other segments behind it."""
+        return False
 
     @property
     def is_identity(self) -> bool:
@@ -143,6 +150,34 @@ class Gilbert(Order):
 
     def __str__(self) -> str:
         return "gilbert"
+
+
+@dataclass(frozen=True)
+class KMeans(Order):
+    """Tokens of the grid by cluster, queries and keys each by their own: the i-th query and the i-th key are different tokens.
+
+    Source: Yang et al. 2025, Sparse VideoGen2, arXiv:2505.18875, section 4.1 (semantic-aware permutation; 100 to 400 query and 500 to 1000 key
+    clusters).
+    """
+
+    query_clusters: int
+    key_clusters: int
+
+    def __post_init__(self) -> None:
+        if min(self.query_clusters, self.key_clusters) < 1:
+            raise SpecError(f"kmeans(m,n) must have at least 1 cluster of each, but got {self}.")
+
+    @property
+    def by_content(self) -> bool:
+        """Yes."""
+        return True
+
+    def grid_path(self, shape: tuple[int, int, int]) -> Int[Tensor, " T"]:
+        """Frame-major; clusters come on top."""
+        return _frame_major(shape).flatten()
+
+    def __str__(self) -> str:
+        return f"kmeans({self.query_clusters},{self.key_clusters})"
 
 
 IDENTITY = Identity()

@@ -1,7 +1,7 @@
 """The plan: unit -> rule, with everything needed to trust it. One file, `sparse_plan.json`."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -253,14 +253,21 @@ class Plan(_Frozen):
 
 def uniform_plan(base_model: BaseModelInfo, rule: Rule, *, block_tokens: int, lengths_tokens: tuple[int, ...]) -> Plan:
     """The same rule for every head: the baseline that every searched plan is judged against."""
+    return cyclic_plan(base_model, (rule,), block_tokens=block_tokens, lengths_tokens=lengths_tokens)
+
+
+def cyclic_plan(
+    base_model: BaseModelInfo, rules: Sequence[Rule], *, block_tokens: int, lengths_tokens: tuple[int, ...]
+) -> Plan:
+    """Layer l follows rule l mod n in all its heads, as VMoBA's three partitions take turns."""
     return Plan(
         base_model=base_model,
         block_tokens=block_tokens,
         unit="query_head",
         lengths_tokens=lengths_tokens,
-        rules={rule.label: rule},
+        rules={rule.label: rule for rule in rules[: len(base_model.modules)]},
         assignments={
-            module: (rule.label,) * count
-            for module, count in zip(base_model.modules, base_model.num_heads, strict=True)
+            module: (rules[layer % len(rules)].label,) * count
+            for layer, (module, count) in enumerate(zip(base_model.modules, base_model.num_heads, strict=True))
         },
     )

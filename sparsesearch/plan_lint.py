@@ -7,10 +7,10 @@
     text_policy        text and a rule that knows nothing of it, or frames and no layout (Sparse-vDiT leaves text unstated)
     launch_groups      more token orders in a layer than wanted: each costs copies and a launch (Sparse-vDiT's fusion)
     length_law         a law a + b·N that is negative within the plan's lengths, where it is cut to nothing (UCM's thresholds)
+    cached_bytes       what `cached` rests keep between steps exceeds a limit (Re-ttention: 44 GB on HunyuanVideo)
     softmax_scale      a scale that is not 1/√head_dim (SparseD on LLaDA): `scale_finding`, for those who see the call
 
-Densities are named by what they are a share of, see `densities`: PowerAttention's 94 % and MoA's 50 % are of different areas. No rule keeps a
-cached residual (Re-ttention), so its bytes have nothing to be checked against.
+Densities are named by what they are a share of, see `densities`: PowerAttention's 94 % and MoA's 50 % are of different areas.
 """
 
 from collections import defaultdict
@@ -25,6 +25,7 @@ from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
 from sparsesearch.rules import Rule
 from sparsesearch.rules.base import LengthLaw
+from sparsesearch.rules.cached_rest import CachedRest
 
 Check = Literal[
     "empty_row",
@@ -34,11 +35,13 @@ Check = Literal[
     "text_policy",
     "launch_groups",
     "length_law",
+    "cached_bytes",
     "softmax_scale",
 ]
 _INDIFFERENT = ("dense", "zero", "mean_value")
 _MOST_BLOCKS = 64  # causal plans are looked at on this many blocks at most: rules repeat themselves
 DEFAULT_MAX_GROUPS = 4
+DEFAULT_MAX_CACHED_BYTES = 8e9
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,22 @@ class Finding:
     message: str
 
 
-def lint(plan: Plan, *, max_groups: int = DEFAULT_MAX_GROUPS) -> tuple[Finding, ...]:
+def lint(
+    plan: Plan, *, max_groups: int = DEFAULT_MAX_GROUPS, max_cached_bytes: float = DEFAULT_MAX_CACHED_BYTES
+) -> tuple[Finding, ...]:
     """Every finding of a plan, over its base assignments and each range of its schedule.
 
     Args:
         plan: any plan.
         max_groups: token orders that one layer may use besides the model's own.
+        max_cached_bytes: what residuals may take between steps, for one sequence and one pass, in 16-bit values.
     """
     findings: list[Finding] = []
     for name, part in _parts(plan):
         findings += _reuse(part, name)
         findings += _launch_groups(part, name, max_groups)
         findings += _kv_saving(part, name)
+        findings += _cached_bytes(part, name, max_cached_bytes)
     for rule in {rule.label: rule for _, part in _parts(plan) for _, _, rule in part.heads()}.values():
         findings += _rule_findings(rule, plan)
     return tuple(dict.fromkeys(findings))
@@ -139,7 +146,7 @@ def _reuse(plan: Plan, name: str) -> Iterator[Finding]:
 
 def _launch_groups(plan: Plan, name: str, max_groups: int) -> Iterator[Finding]:
     for module in plan.base_model.modules:
-        orders = {rule.token_order for rule in plan.module_rules(module) if rule.rest not in ("zero", "mean_value")}
+        orders = {rule.token_order for rule in plan.module_rules(module) if not rule.replaces_output}
         moved = sorted(str(order) for order in orders if not order.is_identity)
         if len(moved) > max_groups:
             yield Finding(
@@ -147,6 +154,25 @@ def _launch_groups(plan: Plan, name: str, max_groups: int) -> Iterator[Finding]:
                 f"{name}{module}",
                 f"at most {max_groups} token orders are wanted besides the model's own, but there are {len(moved)}: {', '.join(moved)}",
             )
+
+
+def cached_bytes(plan: Plan) -> int:
+    """Bytes that the residuals of the plan's base assignments take between steps, for one sequence and one pass, in 16-bit values."""
+    tokens = plan.lengths_tokens[-1] if plan.layout is None else plan.layout.num_tokens
+    sizes = dict(zip(plan.base_model.modules, plan.base_model.head_dim, strict=True))
+    return sum(
+        rule.bytes_per_head(tokens, sizes[module]) for module, _, rule in plan.heads() if isinstance(rule, CachedRest)
+    )
+
+
+def _cached_bytes(plan: Plan, name: str, limit: float) -> Iterator[Finding]:
+    found = cached_bytes(plan)
+    if found > limit:
+        yield Finding(
+            "cached_bytes",
+            f"{name}all layers",
+            f"cached residuals may take {limit / 1e9:.3g} GB per sequence and pass, but take {found / 1e9:.3g}",
+        )
 
 
 def _kv_saving(plan: Plan, name: str) -> Iterator[Finding]:
@@ -205,11 +231,7 @@ def _rule_findings(rule: Rule, plan: Plan) -> Iterator[Finding]:
             negative = [n for n in plan.lengths_tokens if law.a + law.b * n < 0]
             if negative:
                 yield Finding("length_law", rule.label, f"{field} must not be negative, but is at {negative[0]} tokens")
-    if (
-        not rule.dynamic
-        and rule.rest == "drop"
-        and not (rule.needs_calibration and getattr(rule, "bitmap", None) is None)
-    ):
+    if not rule.dynamic and not rule.replaces_output and rule.ready:
         for length in plan.lengths_tokens if layout is None else plan.lengths_tokens[:1]:
             length = length if layout is not None else min(length, _MOST_BLOCKS * plan.block_tokens)
             if not rule.select(_grid(layout, length, plan.block_tokens)).any(-1).all():

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from sparsesearch.artifacts import write_bytes
+from sparsesearch.denoising.controls import best_uniform, permuted_plan
 from sparsesearch.denoising.corridor import Accepted, Corridor
-from sparsesearch.denoising.judge import Judgement, judge, permuted_plan
+from sparsesearch.denoising.judge import Judgement, judge
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.errors import ArtifactError, SpecError
-from sparsesearch.plan import Plan, uniform_plan
+from sparsesearch.plan import Plan
 from sparsesearch.presets import preset_path
-from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.request import StepsRequest
 from sparsesearch.report.video import render_video
 from sparsesearch.runtime.diffusion.export import export_diffusers
@@ -149,7 +149,7 @@ def quickstart_video(
     replay = Replay.of(bed.transformer, lambda: sample(bed, held, steps=chosen.steps))
     plans = {
         "plan": accepted.plan,
-        "uniform": best_uniform(profile, density, corridor),
+        "uniform": best_uniform(profile, density, corridor.replay),
         "permuted": permuted_plan(accepted.plan, 0),
     }
     layout = profile.manifest.layout
@@ -160,7 +160,7 @@ def quickstart_video(
     plan = accepted.plan.model_copy(update={"quality": quality})
     plan.save(out / "sparse_plan.json")
     export_diffusers({"": plan}, preset_path("models", MODEL), out / "patched")
-    write_bytes(out / "judgement.json", found.model_dump_json(indent=2).encode())
+    found.save(out / "judgement.json")
     shown = replay.samples(plan)[:SHOWN_CLIPS]
     facts = {"mode": mode, "clips": chosen.held_out_clips, "run": chosen.expected}
     write_bytes(out / "report.html", render_video(plan, found, replay.dense[:SHOWN_CLIPS], shown, facts=facts).encode())
@@ -170,36 +170,6 @@ def quickstart_video(
 def size_for(device: str) -> Size:
     """The full run on a GPU, the reduced one on a CPU."""
     return REDUCED if torch.device(device).type == "cpu" else FULL
-
-
-def best_uniform(profile: DenoisingProfile, density: float, corridor: Corridor) -> Plan:
-    """The baseline: one static rule without calibration for all heads, of those within the density the one whose replay is best.
-
-    Only the three of least predicted error are replayed.
-    """
-    manifest, errors = profile.manifest, profile.error.mean((0, 1, 2))
-    share = (profile.tiles / profile.tiles[..., :1]).mean((0, 1, 2))
-    known = [
-        index
-        for index, rule in enumerate(manifest.candidates)
-        if index and not rule.dynamic and not rule.needs_calibration and float(share[index]) <= density
-    ]
-    if not known:
-        raise SpecError(
-            f"no rule of the space computes at most {density:g} of the tiles for all heads. Raise the density."
-        )
-    best = sorted(known, key=lambda index: float(errors[index]))[:3]
-    replay = Replay.of(corridor.model, corridor.sampler)
-    plans = [
-        uniform_plan(
-            manifest.base_model,
-            manifest.candidates[index],
-            block_tokens=manifest.block_tokens,
-            lengths_tokens=(manifest.layout.num_tokens,),
-        )
-        for index in best
-    ]
-    return min(plans, key=lambda plan: float(replay.error(plan).clamp_min(1e-12).log().mean()))
 
 
 def _corridor(bed: VideoBed, mode: Mode, space: SearchSpace, size: Size, folder: Path, progress: Progress) -> Corridor:

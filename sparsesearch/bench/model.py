@@ -24,6 +24,7 @@ from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import PROBE_KEYWORD, AttentionCall
 from sparsesearch.runtime.backends import serving_kernel
 from sparsesearch.runtime.binding import binding_of
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.live import apply
 from sparsesearch.runtime.prepare import sparse_cache
@@ -130,7 +131,7 @@ class _Bench:
     def _prefill_s(self, ids: Tensor, cache: Any) -> float:
         synchronize(self.device)
         start = time.perf_counter()
-        self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE_KEYWORD: cache})
         synchronize(self.device)
         return time.perf_counter() - start
 

@@ -10,6 +10,7 @@ from sparsesearch.calibration.context import check_context
 from sparsesearch.calibration.needle import TEMPLATES, NeedleTask, Style, needle_samples, needles_that_fit
 from sparsesearch.calibration.samples import Calibration, Sample, Split
 from sparsesearch.calibration.sources import BUILT_IN, documents
+from sparsesearch.calibration.tasks import parsed_spec, task_samples
 from sparsesearch.calibration.tokens import Ids, start_tokens, stream, windows
 from sparsesearch.errors import SpecError
 
@@ -49,13 +50,17 @@ def load(
 
     Specs: `needle` (three wordings in turn; three sequences with the questions spread over the text, three with questions at the end, and so
     on; 8 needles, fewer where they would not fit), `needle:FILE` (the same in the text of a file), `text` (shipped documentation), a local
-    `.jsonl`, `.txt` or `.parquet` file, or a hub dataset `name:config:split`. Same arguments, same tokens.
+    `.jsonl`, `.txt` or `.parquet` file, a hub dataset `name:config:split`, or `tasks:NAMES:FORMAT`, long-context tasks in turn
+    (`calibration.tasks`). Same arguments, same tokens.
 
     Raises:
         SpecError: unknown spec, too little text for the length, or an extra is not installed.
         ArtifactError: a file is missing, empty, not UTF-8 or damaged.
     """
     rng = _generator(length_tokens, num_samples, seed, split)
+    if spec.startswith("tasks:"):
+        in_turn = _tasks(tokenizer, spec, length_tokens, num_samples, seed, split)
+        return Calibration(in_turn, _described(spec, split, num_samples, length_tokens, seed))
     needles = spec == "needle" or spec.startswith("needle:")
     source = (spec.removeprefix("needle").removeprefix(":") or "text") if needles else spec
     text = _text(tokenizer, source, split, text_column, num_tokens=length_tokens * max(num_samples, _STREAM_WINDOWS))
@@ -70,7 +75,11 @@ def load(
         samples = needle_samples(tokenizer, tasks, text, length_tokens=length_tokens, rng=rng, source=source)
     else:
         samples = _plain(tokenizer, text, length_tokens, num_samples, rng, source)
-    return Calibration(tuple(samples), f"{spec}, {split}, {num_samples} x {length_tokens} tokens, seed {seed}")
+    return Calibration(tuple(samples), _described(spec, split, num_samples, length_tokens, seed))
+
+
+def _described(spec: str, split: Split, num_samples: int, length_tokens: int, seed: int) -> str:
+    return f"{spec}, {split}, {num_samples} x {length_tokens} tokens, seed {seed}"
 
 
 def needle_questions(
@@ -111,6 +120,18 @@ def needle_questions(
     return Calibration(
         tuple(samples), f"{template}{where} in {source}, {split}, {num_samples} x {length_tokens} tokens, seed {seed}"
     )
+
+
+def _tasks(
+    tokenizer: "PreTrainedTokenizerBase", spec: str, length: int, count: int, seed: int, split: Split
+) -> tuple[Sample, ...]:
+    names, form = parsed_spec(spec)
+    each = -(-count // len(names))
+    drawn = [
+        task_samples(tokenizer, name, length_tokens=length, num_samples=each, seed=seed, split=split, format=form)
+        for name in names
+    ]
+    return tuple(one.sample for several in zip(*drawn, strict=True) for one in several)[:count]
 
 
 def _plain(

@@ -29,7 +29,8 @@ _NOUNS = (
     "harbor garden engine library mountain river castle signal bridge forest market "
     "temple window valley station mirror island tower anchor lantern"
 )
-KEYS = tuple(f"{adjective} {noun}" for adjective, noun in product(_ADJECTIVES.split(), _NOUNS.split()))
+ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
+KEYS = tuple(f"{adjective} {noun}" for adjective, noun in product(ADJECTIVES, NOUNS))
 _DEEPEST = 0.95  # drawn statements stand before this share of the text, so that a question never follows at once
 _WIDE_VALUE = "90817"  # no two digits that a tokenizer is likely to merge
 

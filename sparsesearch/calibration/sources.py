@@ -14,6 +14,7 @@ from sparsesearch.errors import ArtifactError, SpecError, nearest
 
 BUILT_IN = {
     "text": "plain documentation text that ships with sparsesearch",
+    "tasks:NAMES:FORMAT": "long-context tasks in turn, such as tasks:needle,multikey:chat or tasks:retrieval",
     "needle": "that text with key-value statements and questions about them; needle:FILE takes the text from a file",
 }
 SUFFIXES = (".jsonl", ".parquet", ".txt")

@@ -327,7 +327,7 @@ def _schedule(
 @lru_cache(maxsize=512)
 def choice_of(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
     """The tiles of one head. A dynamic rule chooses on random queries and keys: its budget is exact, its overlaps are typical."""
-    if rule.rest != "drop":
+    if rule.replaces_output:
         return torch.zeros_like(grid.reachable())
     if not rule.dynamic:
         return rule.select(grid)

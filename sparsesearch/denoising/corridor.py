@@ -1,14 +1,17 @@
 """Profile, sensitivities, search, replay: plans of several budgets and menus from one profile."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sparsesearch.denoising.planning import find_step_plan
-from sparsesearch.denoising.replay import Replay, accept, measure_sensitivity, plans_of
+from sparsesearch.denoising.replay import Replay, measure_sensitivity
+from sparsesearch.denoising.weighting import STARTS, Weighting, descend
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.request import StepsRequest
@@ -21,19 +24,26 @@ class Accepted:
     """A plan that won the replay on the calibration inputs.
 
     Attributes:
-        plan: the plan, with the replayed errors of all its rivals in `provenance["replayed"]`.
+        plan: the plan, with the replayed errors of all its rivals in `provenance["replayed_log10_error"]`.
         weighting: how the errors were weighed that it minimises.
-        log10_error: mean logarithm of the replayed mean square error, per rival.
+        log10_error: mean logarithm of the replayed mean square error, per rival; the least is the greatest mean PSNR.
     """
 
     plan: Plan
     weighting: str
     log10_error: dict[str, float]
 
+    @classmethod
+    def of(cls, plans: dict[str, Plan], log10_error: dict[str, float]) -> "Accepted":
+        """The best of replayed plans."""
+        best = min(log10_error, key=lambda name: log10_error[name])
+        provenance = {**plans[best].provenance, "weighting": best, "replayed_log10_error": log10_error}
+        return cls(plans[best].model_copy(update={"provenance": provenance}), best, log10_error)
+
 
 @dataclass(frozen=True)
 class Corridor:
-    """From a transformer and calibration inputs to accepted plans.
+    """From a transformer and calibration inputs to accepted plans. No plan is taken by its predicted error: that only says which are worth a replay.
 
     Attributes:
         model: the transformer, in evaluation mode.
@@ -41,6 +51,8 @@ class Corridor:
         request: what to profile.
         folder: where profiles go.
         progress: called with (stage, done, total).
+        scheduler: of the model's pipeline, where that does not tell the step itself.
+        dense: what the sampler gives without a plan, if it is known already.
     """
 
     model: Any
@@ -48,16 +60,33 @@ class Corridor:
     request: StepsRequest
     folder: Path
     progress: Progress = silent
+    scheduler: Any = None
+    dense: Float[Tensor, "B ..."] | None = None
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The judge on the calibration inputs."""
+        return Replay(self.model, self.sampler, self.sampler() if self.dense is None else self.dense, self.scheduler)
 
     def profile(self, *, density: float, per_head: bool = True, resume: bool = False) -> DenoisingProfile:
         """Errors of all candidates, and how much each head matters in the end around a density."""
-        found = profile_transformer(
-            self.model, self.sampler, self.request, self.folder / "dense", resume=resume, progress=self.progress
-        )
+        found = self.errors("dense", resume=resume)
         if bool((found.sensitivity != 1).any()):
             return found  # resumed, and measured before
-        replay = Replay.of(self.model, self.sampler)
-        return measure_sensitivity(found, replay, density=density, per_head=per_head, progress=self.progress)
+        return measure_sensitivity(found, self.replay, density=density, per_head=per_head, progress=self.progress)
+
+    def errors(self, name: str, *, plan: Plan | None = None, resume: bool = False) -> DenoisingProfile:
+        """A profile without sensitivities, in the folder of that name; under a plan, if one is given."""
+        return profile_transformer(
+            self.model,
+            self.sampler,
+            self.request,
+            self.folder / name,
+            plan=plan,
+            scheduler=self.scheduler,
+            resume=resume,
+            progress=self.progress,
+        )
 
     def search(
         self,
@@ -65,36 +94,57 @@ class Corridor:
         density: float,
         *,
         space: SearchSpace | None = None,
-        weightings: Sequence[str] | None = None,
+        evaluations: int = 0,
         rivals: dict[str, Plan] | None = None,
     ) -> Accepted:
-        """The plan whose true samples on the calibration inputs are nearest to dense, among one plan per weighting and the rivals given."""
-        plans = plans_of(
-            profile, lambda weight: find_step_plan(profile, density, weight=weight, space=space), weightings
-        )
-        plans = {**(rivals or {}), **plans}
-        best, errors = accept(Replay.of(self.model, self.sampler), plans, progress=self.progress)
-        logs = {name: float(error.clamp_min(1e-12).log10().mean()) for name, error in errors.items()}
-        provenance = {**plans[best].provenance, "weighting": best, "replayed_log10_error": logs}
-        return Accepted(plans[best].model_copy(update={"provenance": provenance}), best, logs)
+        """The plan whose true samples on the calibration inputs are nearest to dense.
+
+        Args:
+            profile: errors and sensitivities.
+            density: the budget.
+            space: a subset of the profile's candidates.
+            evaluations: replays beyond those of STARTS, for weightings around the best one.
+            rivals: other plans within the budget to replay beside.
+        """
+        plans = dict(rivals or {})
+        logs = {name: self._log10_error(plan) for name, plan in plans.items()}
+        total = len(STARTS) + evaluations
+        seen: dict[str, float] = {}
+
+        def value(weighting: Weighting) -> float:
+            name = str(weighting)
+            if name not in logs:
+                self.progress("replay", len(logs), total)
+                plan = find_step_plan(profile, density, weight=weighting.of(profile), space=space)
+                choice = plan.model_dump_json(include={"assignments", "schedule"})
+                if choice not in seen:
+                    seen[choice] = self._log10_error(plan)
+                plans[name], logs[name] = plan, seen[choice]
+            return logs[name]
+
+        best = min(STARTS, key=value)
+        for weighting in descend(value, best, evaluations=evaluations):
+            value(weighting)
+        self.progress("replay", total, total)
+        return Accepted.of(plans, logs)
 
     def search_again(
-        self, profile: DenoisingProfile, density: float, accepted: Accepted, *, space: SearchSpace | None = None
+        self,
+        profile: DenoisingProfile,
+        density: float,
+        accepted: Accepted,
+        *,
+        space: SearchSpace | None = None,
+        evaluations: int = 0,
     ) -> Accepted:
         """Profile under the accepted plan, so that errors are those of the activations it meets, and search once more.
 
         The sensitivities are those of the first profile. The accepted plan stays among the rivals: a worse one is refused.
         """
-        name = f"under-{accepted.plan.sha256[:12]}"
-        again = profile_transformer(
-            self.model, self.sampler, self.request, self.folder / name, plan=accepted.plan, progress=self.progress
-        ).with_sensitivity(torch.as_tensor(profile.sensitivity))
-        kept = accepted.weighting.removeprefix("under plan: ")
-        plans = plans_of(
-            again, lambda weight: find_step_plan(again, density, weight=weight, space=space), (kept, "damped")
-        )
-        rivals = {accepted.weighting: accepted.plan, **{f"under plan: {name}": plan for name, plan in plans.items()}}
-        best, errors = accept(Replay.of(self.model, self.sampler), rivals, progress=self.progress)
-        logs = {rival: float(error.clamp_min(1e-12).log10().mean()) for rival, error in errors.items()}
-        provenance = {**rivals[best].provenance, "weighting": best, "replayed_log10_error": logs}
-        return Accepted(rivals[best].model_copy(update={"provenance": provenance}), best, logs)
+        again = self.errors(f"under-{accepted.plan.sha256[:12]}", plan=accepted.plan)
+        again = again.with_sensitivity(torch.as_tensor(profile.sensitivity))
+        rivals = {f"first: {accepted.weighting}": accepted.plan}
+        return self.search(again, density, space=space, evaluations=evaluations, rivals=rivals)
+
+    def _log10_error(self, plan: Plan) -> float:
+        return float(self.replay.error(plan).clamp_min(1e-12).log10().mean())

@@ -3,18 +3,22 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from sparsesearch.block_mask import BlockGrid
+from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.denoising.replay import Replay
+from sparsesearch.errors import ArtifactError, first_problem
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
-from sparsesearch.step_schedule import StepSchedule
+from sparsesearch.profiling.denoising.menu import static_work
 
+FORMAT, SCHEMA_VERSION = "sparsesearch.video-metrics", "1.0"
 Measure = Callable[[Tensor, Tensor], Float[Tensor, " B"]]
 """Similarity of each found sample to the wanted one; greater is better."""
 
@@ -68,6 +72,22 @@ class Judgement(BaseModel):
     layout: Layout
     variants: dict[str, Variant]
 
+    def save(self, path: Path) -> None:
+        """Write it."""
+        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read it.
+
+        Raises:
+            ArtifactError: it is missing, damaged, or something else.
+        """
+        try:
+            return cls.model_validate(read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION))
+        except ValidationError as error:
+            raise ArtifactError(f"{path}: {first_problem(error)} Judge again.") from error
+
     def paired(self, first: str, second: str, measure: str = "psnr_db") -> Paired:
         """How much better `first` is than `second`."""
         a, b = (np.array(self.variants[name].values[measure]) for name in (first, second))
@@ -89,16 +109,22 @@ def judge(
     return Judgement(num_steps=num_steps, layout=layout, variants=variants)
 
 
-def static_density(plan: Plan, layout: Layout, num_steps: int) -> float | None:
-    """Computed tiles over all steps, heads and layers as a share of dense attention's; None if a rule chooses from queries and keys."""
-    tokens = layout.num_tokens
-    grid = BlockGrid(tokens, tokens, plan.block_tokens, causal=False, layout=layout)
+def static_density(plan: Plan, layout: Layout, num_steps: int, *, span: tuple[int, int] | None = None) -> float | None:
+    """Computed tiles over all steps, heads and layers as a share of dense attention's; None if a rule chooses from queries and keys.
+
+    Args:
+        plan: the plan.
+        layout: tokens of a sample.
+        num_steps: of the run.
+        span: first and end step at which the plan's transformer is called; all by default.
+    """
     if any(rule.dynamic for rule in plan.rules.values()):
         return None
-    share = {name: float(rule.select(grid).float().mean()) for name, rule in plan.rules.items()}
+    share = {name: static_work(rule, layout, plan.block_tokens) for name, rule in plan.rules.items()}
     by_range: dict[int | None, float] = {}
     total = 0.0
-    for step in range(num_steps):
+    steps = range(*(span or (0, num_steps)))
+    for step in steps:
         place = None if plan.schedule is None else plan.schedule.range_index(step, num_steps)
         if place not in by_range:
             table = plan.assignments if plan.schedule is None or place is None else plan.schedule.assignments(place)
@@ -106,30 +132,7 @@ def static_density(plan: Plan, layout: Layout, num_steps: int) -> float | None:
             unnamed = plan.base_model.geometry.total_heads - sum(len(heads) for heads in table.values())
             by_range[place] = (named + unnamed) / plan.base_model.geometry.total_heads
         total += by_range[place]
-    return total / num_steps
-
-
-def permuted_plan(plan: Plan, seed: int) -> Plan:
-    """The same rules on other heads: in every range of steps, all of them are shuffled over layers and heads.
-
-    A control: what is left of a plan's quality when only the amount of work is kept.
-    """
-    rng = np.random.default_rng(seed)
-
-    def shuffled(table: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-        names = [name for heads in table.values() for name in heads]
-        mixed = iter([names[place] for place in rng.permutation(len(names))])
-        return {module: tuple(next(mixed) for _ in heads) for module, heads in table.items()}
-
-    schedule = plan.schedule
-    if schedule is not None:
-        ranges = [
-            (item.first, item.end, shuffled(schedule.assignments(place))) for place, item in enumerate(schedule.ranges)
-        ]
-        schedule = StepSchedule.of(schedule.num_steps, ranges, schedule.refresh)
-    return plan.model_copy(
-        update={"assignments": shuffled(plan.assignments), "schedule": schedule, "certificate": None, "quality": {}}
-    )
+    return total / len(steps)
 
 
 def difference_image(found: Float[Tensor, "3 F Y X"], wanted: Float[Tensor, "3 F Y X"]) -> Float[Tensor, "3 F Y X"]:

@@ -17,6 +17,7 @@ from sparsesearch.rules.dense import Dense
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.solve import Solution, solve
+from sparsesearch.search.step_ranges import StepSolution
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.shapes import Unit
 from sparsesearch.step_schedule import StepSchedule
@@ -107,25 +108,40 @@ def write_step_plan(
     choice: Int[ndarray, " U"],
     *,
     density: float,
-    solution: Solution | None = None,
+    solution: Solution | StepSolution | None = None,
     objective: str = "",
     space: SearchSpace | None = None,
+    merged: Sequence[tuple[int, int]] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Plan:
-    """A choice of candidates, one per range and head, as a plan; one range needs no schedule."""
+    """A choice of candidates, one per range and head, as a plan; one range needs no schedule.
+
+    Args:
+        profile: the profile.
+        choice: a candidate's column per range, layer and head.
+        density: the budget it was made for.
+        solution: what the search proved about it.
+        objective: what it minimises, in words.
+        space: the part of the profile's space that was searched.
+        merged: ranges of steps, each of which joins some of the profile's; those of the profile by default.
+        provenance: what else to record.
+    """
     manifest = profile.manifest
-    shape = (len(manifest.ranges), len(manifest.base_model.modules), manifest.base_model.num_heads[0])
+    steps = manifest.ranges if merged is None else tuple(merged)
+    starts = [first for first, _ in manifest.ranges]
+    shape = (len(steps), len(manifest.base_model.modules), manifest.base_model.num_heads[0])
     rules: dict[str, Rule] = {}
     tables: list[dict[str, tuple[str, ...]]] = []
-    for place, layers in enumerate(choice.reshape(shape)):
+    for (first, _), layers in zip(steps, choice.reshape(shape), strict=True):
+        place = starts.index(first)
         table = {}
         for module, heads in zip(manifest.base_model.modules, layers, strict=True):
             own = [profile.rule_for(place, module, head, int(column)) for head, column in enumerate(heads)]
             rules |= {rule.label: rule for rule in own}
             table[module] = tuple(rule.label for rule in own)
         tables.append(table)
-    ranges = [(first, end, table) for (first, end), table in zip(manifest.ranges, tables, strict=True)]
-    used = plan_density(profile, choice)
+    ranges = [(first, end, table) for (first, end), table in zip(steps, tables, strict=True)]
+    used = plan_density(profile, choice, steps)
     return Plan(
         base_model=manifest.base_model,
         block_tokens=manifest.block_tokens,
@@ -143,7 +159,7 @@ def write_step_plan(
             loss=solution.loss,
             lower_bound=solution.lower_bound,
             gap=solution.gap,
-            solver=solution.solver,
+            solver="interval dp + lagrangian + highs" if isinstance(solution, StepSolution) else solution.solver,
         ),
         provenance={
             "objective": objective,
@@ -157,17 +173,16 @@ def write_step_plan(
     )
 
 
-def plan_density(profile: DenoisingProfile, choice: Int[ndarray, " U"]) -> float:
-    """Computed tiles over all steps as a share of dense attention's."""
+def plan_density(
+    profile: DenoisingProfile, choice: Int[ndarray, " U"], merged: Sequence[tuple[int, int]] | None = None
+) -> float:
+    """Computed tiles over all steps of a choice (see `write_step_plan`) as a share of dense attention's."""
     manifest = profile.manifest
-    tiles = profile.tiles.flatten(0, 2).double()
-    steps = torch.tensor([end - first for first, end in manifest.ranges], dtype=torch.double)
-    each = steps.repeat_interleave(tiles.shape[0] // len(steps))
-    own = tiles[torch.arange(len(tiles)), torch.as_tensor(choice)]
-    return float((own * each).sum() / (tiles[:, 0] * each).sum())
-
-
-def choice_of(profile: DenoisingProfile, labels: Sequence[Sequence[Sequence[str]]]) -> Int[ndarray, " U"]:
-    """The choice that names these candidates, per range, layer and head."""
-    known = [rule.label for rule in profile.manifest.candidates]
-    return np.array([known.index(label) for layers in labels for heads in layers for label in heads])
+    rows = torch.as_tensor(choice).view(-1, *profile.tiles.shape[1:3])
+    used = whole = 0.0
+    for place, (first, end) in enumerate(manifest.ranges):
+        inside = [m[0] <= first and end <= m[1] for m in merged or manifest.ranges].index(True)
+        tiles = profile.tiles[place].double()
+        used += (end - first) * float(tiles.gather(-1, rows[inside][..., None]).sum())
+        whole += (end - first) * float(tiles[..., 0].sum())
+    return used / whole

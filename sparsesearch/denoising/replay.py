@@ -1,6 +1,5 @@
 """Replay: true sampling under a plan. The judge of every plan, and the measure of how much each head matters in the end."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from sparsesearch.denoising.planning import write_step_plan
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.run import Progress, Sampler, silent
-from sparsesearch.runtime.diffusion.live import apply_to_transformer
+from sparsesearch.runtime.denoisers import apply_denoiser
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,13 @@ class Replay:
         model: the transformer.
         sampler: samples fixed inputs through it.
         dense: what it gives without a plan.
+        scheduler: of the model's pipeline, where that does not tell the step itself.
     """
 
     model: Any
     sampler: Sampler
     dense: Float[Tensor, "B ..."]
+    scheduler: Any = None
 
     @classmethod
     def of(cls, model: Any, sampler: Sampler) -> "Replay":
@@ -37,27 +38,12 @@ class Replay:
 
     def samples(self, plan: Plan) -> Float[Tensor, "B ..."]:
         """What it gives under a plan."""
-        with apply_to_transformer(self.model, plan, allow_other_weights=True):
+        with apply_denoiser(self.model, plan, scheduler=self.scheduler):
             return self.sampler()
 
     def error(self, plan: Plan) -> Float[Tensor, " B"]:
         """Mean square difference from dense of each sample."""
         return (self.samples(plan) - self.dense).square().flatten(1).mean(1)
-
-
-def accept(
-    replay: Replay, plans: dict[str, Plan], *, progress: Progress = silent
-) -> tuple[str, dict[str, Float[Tensor, " B"]]]:
-    """Replay plans of one budget and name the best: least mean logarithm of the error, which is the greatest mean PSNR.
-
-    No plan is taken by its predicted error: the prediction only says which ones are worth a replay.
-    """
-    errors: dict[str, Float[Tensor, " B"]] = {}
-    for done, (name, plan) in enumerate(plans.items()):
-        progress("replay", done, len(plans))
-        errors[name] = replay.error(plan)
-    progress("replay", len(plans), len(plans))
-    return min(errors, key=lambda name: float(errors[name].clamp_min(1e-12).log().mean())), errors
 
 
 def measure_sensitivity(
@@ -117,26 +103,3 @@ def _near(profile: DenoisingProfile, density: float) -> np.ndarray[Any, np.dtype
     away[..., 0] = torch.inf
     near = away <= away.amin(-1, keepdim=True) + 0.05
     return profile.error.masked_fill(~near, torch.inf).argmin(-1).numpy()
-
-
-def weightings(profile: DenoisingProfile) -> dict[str, Float[Tensor, "R L H"]]:
-    """Ways to weigh the errors, from none to the measured sensitivities, for plans that a replay then judges."""
-    measured = profile.sensitivity.clamp_min(1e-12)
-    by_layer = measured.log().mean(2, keepdim=True).exp().expand_as(measured)
-    return {
-        "equal": torch.ones_like(measured),
-        "layer": by_layer,
-        "head": measured,
-        "head, halved": (measured * by_layer).sqrt(),
-        "damped": measured.sqrt(),
-        "damped more": measured**0.25,
-    }
-
-
-Plans = dict[str, Plan]
-Make = Callable[[Float[Tensor, "R L H"]], Plan]
-
-
-def plans_of(profile: DenoisingProfile, make: Make, names: Sequence[str] | None = None) -> Plans:
-    """One plan per weighting."""
-    return {name: make(weight) for name, weight in weightings(profile).items() if names is None or name in names}

@@ -1,7 +1,5 @@
 """What an evaluation found: one file, `metrics.json`."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
+from sparsesearch.evaluate.estimate import Estimate
+from sparsesearch.evaluate.task_metrics import SAYS_LITTLE_BELOW, SuiteSpec, TaskTable
 
 FORMAT = "sparsesearch.metrics"
 SCHEMA_VERSION = "1.0"
@@ -16,34 +16,6 @@ SCHEMA_VERSION = "1.0"
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Estimate(_Frozen):
-    """A mean over independent sequences."""
-
-    mean: float
-    standard_error: float = Field(ge=0, description="of the mean, over sequences")
-    num_sequences: int = Field(ge=1)
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate | None":
-        """Mean and s/√n of one value per sequence; NaN values (nothing to count there) are left out; None when nothing is left."""
-        counted = [value for value in values if not math.isnan(value)]
-        if not counted:
-            return None
-        mean = math.fsum(counted) / len(counted)
-        spread = math.fsum((value - mean) ** 2 for value in counted) / max(1, len(counted) - 1)
-        return cls(mean=mean, standard_error=math.sqrt(spread / len(counted)), num_sequences=len(counted))
-
-    @classmethod
-    def of_share(cls, hits: Sequence[float]) -> "Estimate | None":
-        """Like `of` for values 0 or 1. The error is Agresti and Coull's (1998, The American Statistician 52:119), which is not 0 at 0 or 1."""
-        plain = cls.of(hits)
-        if plain is None:
-            return None
-        trials = plain.num_sequences + 4
-        share = (plain.mean * plain.num_sequences + 2) / trials
-        return plain.model_copy(update={"standard_error": math.sqrt(share * (1 - share) / trials)})
 
 
 class VariantMetrics(_Frozen):
@@ -72,6 +44,8 @@ class Metrics(_Frozen):
     results: dict[int, dict[str, VariantMetrics]] = Field(description="length in tokens -> variant -> what was found")
     plans: dict[str, str] = Field(description="variant -> sha256 of its plan; dense has none")
     data: dict[str, str] = Field(description="description of each data set -> its id")
+    suite: SuiteSpec | None = Field(None, description="which tasks were judged besides, and how")
+    tasks: TaskTable = Field(default={}, description="length in tokens -> task -> variant -> what was found")
     provenance: dict[str, Any] = Field(description="versions, device, dtype, threads, seed, command")
 
     @property
@@ -101,6 +75,10 @@ class Metrics(_Frozen):
         if variant not in row:
             raise SpecError(f"variant {variant!r} was not judged.{nearest(variant, row)}")
         return row[variant]
+
+    def says_little(self, length_tokens: int, task: str) -> bool:
+        """Whether dense itself answers a task so seldom that a plan's share of it means nothing."""
+        return self.tasks[length_tokens][task]["dense"].accuracy.mean < SAYS_LITTLE_BELOW
 
     def slowdown(self, length_tokens: int, variant: str) -> float | None:
         """Prefill time relative to dense, in the same job; below 1 is faster. None when time was not measured."""

@@ -12,9 +12,12 @@ from sparsesearch import calibration
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
+from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.head import Head
-from sparsesearch.evaluate.metrics import Estimate, Metrics, VariantMetrics
+from sparsesearch.evaluate.metrics import Metrics, VariantMetrics
 from sparsesearch.evaluate.reference import ApplyPlan, Comparison, DenseReference
+from sparsesearch.evaluate.suite import judge_tasks
+from sparsesearch.evaluate.task_metrics import SuiteSpec
 from sparsesearch.evaluate.timing import prefill_seconds
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.live import apply
@@ -41,6 +44,7 @@ def evaluate(
     data: str = "text",
     seed: int = 0,
     timing_rounds: int = 5,
+    suite: SuiteSpec | None = None,
     apply: ApplyPlan = apply,
     progress: Progress | None = None,
     command: str | None = None,
@@ -63,6 +67,7 @@ def evaluate(
         data: where the text comes from: `text`, a file, or a hub dataset; its held-out split is used.
         seed: of everything that is drawn.
         timing_rounds: prefill measurements per variant and length; 0 measures no time.
+        suite: long-context tasks to judge besides, each by itself.
         apply: how a plan is put on the model.
         progress: called with (what, done, total).
         command: how this was started, for the record.
@@ -99,11 +104,16 @@ def evaluate(
             name: _summary(samples, found[name], found["dense"], density[name], times.get(name, ()))
             for name in variants
         }
+    tasks = {}
+    if suite is not None:
+        tasks = judge_tasks(model, tokenizer, variants, suite, lengths, apply=apply, progress=progress)
     return Metrics(
         model=model_name or str(model.config.name_or_path or type(model).__name__),
         results=results,
         plans={name: plan.sha256 for name, plan in plans.items()},
         data=used,
+        suite=suite,
+        tasks=tasks,
         provenance=_provenance(model, seed, command),
     )
 

@@ -43,7 +43,8 @@ class Prefill:
 
     Attributes:
         out: like q; 0 where a query has no key, and in rows that belong to no sequence.
-        lse: natural log of the sum of exponentials of scaled scores, -inf where a query has no key; None from `torch`, which has none.
+        lse: natural log of the sum of exponentials of scaled scores, -inf where a query has no key; None from `torch` unless
+            it was asked for.
         backend: the backend that ran.
     """
 
@@ -64,6 +65,7 @@ def prefill(
     softcap: float | None = None,
     sinks: Float[Tensor, " H"] | None = None,
     backend: Backend = "auto",
+    need_lse: bool = False,
 ) -> Prefill:
     """Attention of every sequence over the tiles chosen for each query head.
 
@@ -78,6 +80,7 @@ def prefill(
         softcap: no backend has it; given, it is refused.
         sinks: likewise.
         backend: see the module.
+        need_lse: have the log-sum-exp from `torch` too, which is a little slower for it.
 
     Raises:
         UnsupportedKernelError: `backend` cannot serve this call, or none can.
@@ -95,7 +98,7 @@ def prefill(
             schedule = schedule_for(q, k, spans, choice, taken)
             out, lse = run_schedule(q, k, v, schedule, scale=scale, bias=bias, kernel=taken)
         case "torch" | "reference":
-            out, lse = _per_sequence(q, k, v, spans, _tiles_of(choice, spans), scale, taken)
+            out, lse = _per_sequence(q, k, v, spans, _tiles_of(choice, spans), scale, taken, need_lse)
         case _:
             raise AssertionError(taken)
     return Prefill(out, lse, taken)
@@ -272,7 +275,14 @@ def _tiles_of(choice: "tuple[Rule, ...] | list[HeadTiles]", spans: Sequence[Span
 
 
 def _per_sequence(
-    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], tiles: Sequence[HeadTiles], scale: float, backend: Backend
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Sequence[Span],
+    tiles: Sequence[HeadTiles],
+    scale: float,
+    backend: Backend,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Run a backend that takes one unpadded sequence at a time, keys repeated to the query heads."""
     out = torch.zeros_like(q)
@@ -285,9 +295,13 @@ def _per_sequence(
         one_k, one_v = one_k.repeat_interleave(group, 0), one_v.repeat_interleave(group, 0)
         mask = _per_head(choice).to(q.device)
         if backend == "torch":
-            from sparsesearch.kernels.torch_gather import tile_attention_torch  # type: ignore[import-not-found,unused-ignore]
+            from sparsesearch.kernels.torch_gather import tile_attention_torch, tile_state_torch
 
-            out[span.batch, :, rows] = tile_attention_torch(one_q, one_k, one_v, mask, span.grid, scale=scale)
+            if need_lse:
+                state = tile_state_torch(one_q, one_k, one_v, mask, span.grid, scale=scale)
+                out[span.batch, :, rows], lse[span.batch, :, rows] = state
+            else:
+                out[span.batch, :, rows] = tile_attention_torch(one_q, one_k, one_v, mask, span.grid, scale=scale)
         else:
             from sparsesearch.block_mask import expand
             from sparsesearch.kernels.reference import masked_attention
@@ -298,7 +312,7 @@ def _per_sequence(
                 allowed = allowed & inside[list(choice.of_head)].to(q.device)
             one_out, one_lse = masked_attention(one_q, one_k, one_v, allowed, scale=scale)
             out[span.batch, :, rows], lse[span.batch, :, rows] = one_out, one_lse.float()
-    return out, None if backend == "torch" else lse
+    return out, None if backend == "torch" and not need_lse else lse
 
 
 @lru_cache(maxsize=8)

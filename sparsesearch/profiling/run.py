@@ -1,6 +1,6 @@
 """The profiling run: calibrate templates, score every layer of every sample, merge."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Calibration, Sample, check_context
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import BaseModelInfo
-from sparsesearch.profiling.capture import AttentionCall, forward_calls, logits_and_calls
+from sparsesearch.profiling.activations import InMemory, Key
+from sparsesearch.profiling.capture import AttentionCall, forward_calls, logits_and_calls, recorded
+from sparsesearch.profiling.layer_stack import LayerStack
 from sparsesearch.profiling.losses import sample_gradients
 from sparsesearch.profiling.projection import projection_gram
 from sparsesearch.profiling.record import Manifest, Profile, provenance_versions
 from sparsesearch.profiling.shards import ShardStore
+from sparsesearch.profiling.sweeps import Sweeps
 from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, score_layer, tile_mass
+from sparsesearch.profiling.world import World
 from sparsesearch.rules import Rule
 from sparsesearch.search_space import SearchSpace
 
@@ -49,6 +53,27 @@ class Request:
         """Profiled lengths, ascending."""
         return tuple(sorted(self.calibrations))
 
+    @property
+    def num_samples(self) -> int:
+        """Sequences per length.
+
+        Raises:
+            SpecError: the lengths have different numbers of them.
+        """
+        counts = {len(calibration.samples) for calibration in self.calibrations.values()}
+        if len(counts) != 1:
+            raise SpecError(f"every length must have the same number of samples, but got {sorted(counts)}.")
+        return min(counts)
+
+    @property
+    def templates(self) -> list[Rule]:
+        """Candidates that profiling turns into one rule per head."""
+        return [rule for rule in self.space.candidates if rule.needs_calibration]
+
+    def seed_of(self, length: int, index: int) -> int:
+        """Of one sequence's probes."""
+        return self.seed + 1000 * length + index
+
     def fingerprint(self, model: PreTrainedModel) -> dict[str, Any]:
         """The fields a resumed run must repeat."""
         return {
@@ -63,36 +88,47 @@ class Request:
 
 
 def profile_model(
-    model: PreTrainedModel, request: Request, out: Path, *, resume: bool = False, progress: Progress = silent
+    model: PreTrainedModel,
+    request: Request,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    world: World | None = None,
 ) -> Profile:
     """Profile a model into a directory.
 
+    Where the model's layers are a plain chain, no more than one layer's graph is held at a time (`sweeps`); otherwise the whole model's.
+
     Args:
-        model: in evaluation mode, on the device to compute on, running dense attention.
+        model: in evaluation mode, on the device to compute on (or dispatched by accelerate), running dense attention.
         request: model, candidates, calibration.
         out: the profile directory; shards are kept there until the end, so `resume` continues an interrupted run.
         resume: continue instead of refusing a directory that holds a profile.
         progress: called with (stage, done, total).
+        world: processes that share the sequences between them, each with its own copy of the model and all with `out` on one file system.
 
     Raises:
         ArtifactError: `out` is taken, or was begun with another request.
         SpecError: calibrations of different sample counts, or longer than the model's context.
     """
-    counts = {len(calibration.samples) for calibration in request.calibrations.values()}
-    if len(counts) != 1:
-        raise SpecError(f"every length must have the same number of samples, but got {sorted(counts)}.")
+    world = world or World()
+    num_samples = request.num_samples
     check_context(model.config, request.lengths)
-    store = ShardStore.open(out, request.fingerprint(model), resume=resume)
+    store = world.first(lambda first: ShardStore.open(out, request.fingerprint(model), resume=resume or not first))
     if (out / "profile.json").exists():
         return Profile.load(out)
     with frozen(model):
-        calibrated = _calibrate(model, request, progress)
-        todo = [(length, index) for length in request.lengths for index in range(min(counts))]
+        stack = LayerStack.of(model, request.base_model.modules)
+        calibrated = _calibrate(model, stack, request, progress, world)
+        todo = world.share([(length, index) for length in request.lengths for index in range(num_samples)])
         for done, (length, index) in enumerate(todo):
             progress("score", done, len(todo))
-            _score_sample(model, request, calibrated, store, length, index)
+            _score_sample(model, stack, request, calibrated, store, length, index)
         progress("score", len(todo), len(todo))
-    return _merge(model, request, calibrated, store, min(counts))
+    dtype = str(model.dtype).removeprefix("torch.")
+    world.wait()
+    return world.first(lambda first: merge(request, calibrated, store, dtype) if first else Profile.load(out))
 
 
 class frozen:
@@ -115,52 +151,106 @@ class frozen:
             parameter.requires_grad_(flag)
 
 
-def _grid(request: Request, length: int) -> BlockGrid:
+def grid_of(request: Request, length: int) -> BlockGrid:
+    """Whole sequences against themselves."""
     return BlockGrid(length, length, request.space.block_tokens)
 
 
-def _calibrate(model: PreTrainedModel, request: Request, progress: Progress) -> Calibrated:
+def _calibrate(
+    model: PreTrainedModel, stack: LayerStack | None, request: Request, progress: Progress, world: World
+) -> Calibrated:
     """Turn the space's templates into one rule per head, from the mean attention mass at the longest length."""
-    templates = [rule for rule in request.space.candidates if rule.needs_calibration]
-    if not templates:
+    if not request.templates:
         return {}
     length = request.lengths[-1]
     samples = request.calibrations[length].samples
-    mass: list[Tensor] = []
-    for index, sample in enumerate(samples):
+    grid = grid_of(request, length)
+    masses: dict[int, list[Tensor]] = {}
+    for index in world.share(range(len(samples))):
         progress("calibrate templates", index, len(samples))
-        calls = forward_calls(model, sample.input_ids)
-        found = [tile_mass(_repeated(call), _grid(request, length), call.sliding_window).cpu() for call in calls]
-        mass = found if not mass else [total + new for total, new in zip(mass, found, strict=True)]
-    modules = request.base_model.modules
+        masses[index] = [mass_of(call, grid) for call in _calls(model, stack, samples[index].input_ids)]
+    shapes = [(heads, grid.num_k_blocks, grid.num_k_blocks) for heads in request.base_model.num_heads]
+    return calibrated_rules(request, world.gathered(masses, len(samples), shapes))
+
+
+def _calls(model: PreTrainedModel, stack: LayerStack | None, input_ids: Tensor) -> Iterator[AttentionCall]:
+    """Every layer's attention call of one forward; one at a time where layers can run one at a time."""
+    if stack is None:
+        yield from forward_calls(model, input_ids)
+        return
+    with recorded(model) as calls, torch.no_grad():
+        entry = stack.enter(input_ids)
+        hidden = entry.hidden
+        for layer in range(len(stack.layers)):
+            hidden = stack.run(layer, hidden, entry)
+            yield calls.pop()
+
+
+def mass_of(call: AttentionCall, grid: BlockGrid) -> Float[Tensor, "H N N"]:
+    """Attention mass per tile of one call, on the CPU."""
+    return tile_mass(_repeated(call), grid, call.sliding_window).cpu()
+
+
+def calibrated_rules(request: Request, masses: Iterable[Sequence[Float[Tensor, "H N N"]]]) -> Calibrated:
+    """Each template's rule for every head, from every sequence's masses, in the order of the sequences."""
+    total: list[Tensor] = []
+    for found in masses:
+        total = list(found) if not total else [old + new for old, new in zip(total, found, strict=True)]
     return {
         template.label: {
-            module: tuple(template.calibrated(head / len(samples)) for head in mass[layer])
-            for layer, module in enumerate(modules)
+            module: tuple(template.calibrated(head / request.num_samples) for head in total[layer])
+            for layer, module in enumerate(request.base_model.modules)
         }
-        for template in templates
+        for template in request.templates
     }
 
 
 def _score_sample(
-    model: PreTrainedModel, request: Request, calibrated: Calibrated, store: ShardStore, length: int, index: int
+    model: PreTrainedModel,
+    stack: LayerStack | None,
+    request: Request,
+    calibrated: Calibrated,
+    store: ShardStore,
+    length: int,
+    index: int,
 ) -> None:
     """Write the shards of one sample that are not there yet."""
     layers = store.missing(length, index, len(request.base_model.modules))
     if not layers:
         return
-    sample = request.calibrations[length].samples[index]
-    inputs = layer_inputs(model, sample, num_probes=request.num_probes, seed=request.seed + 1000 * length + index)
-    grid = _grid(request, length)
+    sample, key = request.calibrations[length].samples[index], (length, index)
+    if stack is not None:
+
+        def score(layer: int, key: Key, call: AttentionCall, gradients: Float[Tensor, "K S H D"]) -> None:
+            if layer in layers:
+                write_scores(request, calibrated, store, layer, key, swept_input(call, gradients, sample))
+
+        sweeps = Sweeps(stack, {key: sample}, InMemory(), request.num_probes, {key: request.seed_of(*key)})
+        sweeps.forward()
+        sweeps.backward(score)
+        return
+    inputs = layer_inputs(model, sample, num_probes=request.num_probes, seed=request.seed_of(*key))
     for layer in layers:
-        module = request.base_model.modules[layer]
-        tiles = head_tiles(request.space.candidates, calibrated, module, inputs[layer], grid)
-        scores = score_layer(request.space.candidates, tiles, inputs[layer], grid)
-        store.write(length, index, layer, asdict(scores))
+        write_scores(request, calibrated, store, layer, key, inputs[layer])
+
+
+def write_scores(
+    request: Request, calibrated: Calibrated, store: ShardStore, layer: int, key: Key, inputs: LayerInput
+) -> None:
+    """Score all candidates in one layer of one sequence, and keep the shard."""
+    grid = grid_of(request, key[0])
+    tiles = head_tiles(request.space.candidates, calibrated, request.base_model.modules[layer], inputs, grid)
+    store.write(*key, layer, asdict(score_layer(request.space.candidates, tiles, inputs, grid)))
+
+
+def swept_input(call: AttentionCall, gradients: Float[Tensor, "K S H D"], sample: Sample) -> LayerInput:
+    """What scoring needs of one layer, from the backward sweep: probes first, then the two answer losses."""
+    generated = sample.answer_mask if sample.answer_mask.any() else None
+    return layer_input(call, list(gradients[:-2]), gradients[-2], gradients[-1], generated=generated)
 
 
 def layer_inputs(model: PreTrainedModel, sample: Sample, *, num_probes: int, seed: int) -> list[LayerInput]:
-    """Run one sequence forward and every loss backward; what scoring needs, per layer."""
+    """Run one sequence forward and every loss backward through one graph; what scoring needs, per layer."""
     logits, calls = logits_and_calls(model, sample.input_ids)
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     gradients = sample_gradients(
@@ -228,10 +318,9 @@ def _repeated(call: AttentionCall) -> tuple[Float[Tensor, "H S D"], Float[Tensor
     return call.q, call.k.repeat_interleave(call.q.shape[0] // call.k.shape[0], 0)
 
 
-def _merge(
-    model: PreTrainedModel, request: Request, calibrated: Calibrated, store: ShardStore, num_samples: int
-) -> Profile:
+def merge(request: Request, calibrated: Calibrated, store: ShardStore, dtype: str) -> Profile:
     """Gather the shards into one file per length, write the manifest, remove the shards."""
+    num_samples = request.num_samples
     files = {}
     for length in request.lengths:
         merged: dict[str, Tensor] = {}
@@ -262,7 +351,7 @@ def _merge(
         },
         num_probes=request.num_probes,
         seed=request.seed,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         versions=provenance_versions(),
         files=files,
     )

@@ -11,7 +11,7 @@ block_tokens queries against all keys is ever held.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,10 +99,20 @@ def late_from(length: int) -> int:
     return length - max(1, round(LATE_SHARE * length))
 
 
+@lru_cache(maxsize=1024)
+def static_tiles(rule: Rule, grid: BlockGrid, device: torch.device) -> Bool[Tensor, "N N"]:
+    """A static rule's tiles on a device; the same for every layer and sequence."""
+    return rule.select(grid).to(device)
+
+
 def choose_tiles(rules: Sequence[Rule], layer: LayerInput, grid: BlockGrid) -> Bool[Tensor, "H C N N"]:
     """Each candidate's tiles in each head."""
     heads = layer.q.shape[0]
-    chosen = [rule.select(grid, layer.q, layer.k).to(layer.q.device) for rule in rules]
+    device = layer.q.device
+    chosen = [
+        rule.select(grid, layer.q, layer.k).to(device) if rule.dynamic else static_tiles(rule, grid, device)
+        for rule in rules
+    ]
     return torch.stack([mask.expand(heads, *mask.shape[-2:]) for mask in chosen], 1)
 
 

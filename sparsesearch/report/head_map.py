@@ -87,7 +87,7 @@ def _square(x: float, y: float, side: float, rule: Rule, share: float | None, ad
     """The kind's colour, pale above the share of tiles and full below; a dynamic rule, whose share the data decide, is full."""
     kind = rule.kind
     said = "the data decide" if share is None else f"{100 * share:.1f} % of the tiles"
-    filled = side if share is None or rule.rest != "drop" else max(side * share, 3.0)
+    filled = side if share is None or rule.replaces_output else max(side * share, 3.0)
     radius = min(4.0, side / 5)
     corner = min(radius, filled / 2)
     parts = [

@@ -47,11 +47,13 @@ def _card(rule: Rule, heads: int, block_tokens: int, length_tokens: int) -> str:
         said = f"what layer {rule.layer} chose, nothing estimated; shown on synthetic queries and keys"
     if isinstance(rule, DenseSource):
         said = "all tiles are computed; shown is what it leaves for later layers, on synthetic queries and keys"
-    if rule.rest != "drop":
-        said = {"zero": "output 0, no tile", "mean_value": "mean of the values, no tile"}[rule.rest]
+    if rule.replaces_output:
+        said = "output 0, no tile" if rule.rest == "zero" else "mean of the values, no tile"
+    elif rule.rest != "drop":
+        said += f"; {rule.rest} rest"
     name, _, parameters = rule.label.partition("(")
     picture = thumbnail(
-        grid.reachable() if rule.rest == "mean_value" else tiles, grid, rule.kind, faint=rule.rest != "drop"
+        grid.reachable() if rule.rest == "mean_value" else tiles, grid, rule.kind, faint=rule.replaces_output
     )
     return (
         f'<figure class="mask">{picture}<figcaption><b>{escape(name)}</b> <span class="count">{heads} '

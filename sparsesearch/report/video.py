@@ -9,22 +9,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsesearch.block_mask import BlockGrid
 from sparsesearch.denoising.judge import Judgement, difference_image
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.denoising.menu import static_work
 from sparsesearch.report.page import PAGE_CSS
 from sparsesearch.report.palette import INK, kind_css, swatches
 from sparsesearch.report.png import data_uri
 from sparsesearch.report.svg import figure, text
 from sparsesearch.rules import Rule
 
-_FRAMES = (0, 3, 6, 9, 12, 15)
-_ENLARGE = 3
+_FRAMES = 6
+_NARROW = 100
 _IMG_CSS = "img.film{display:block;image-rendering:pixelated;max-width:100%;height:auto;border-radius:8px}figure.clip{margin:0 0 18px}"
 
 
 def render_video(
-    plan: Plan,
+    plan: Plan | Mapping[str, Plan],
     judgement: Judgement,
     dense: Float[Tensor, "B 3 F Y X"],
     sparse: Float[Tensor, "B 3 F Y X"],
@@ -35,20 +35,23 @@ def render_video(
     """Make the page.
 
     Args:
-        plan: the plan.
+        plan: the plan, or that of each transformer of a pipeline.
         judgement: held-out figures, the plan's under `variant`.
         dense: some held-out samples without the plan, pixels in [-1, 1].
         sparse: the same under it.
         variant: the plan's name in the judgement.
         facts: what else to say: name -> value.
     """
-    kinds = {rule.kind for rule in plan.rules.values()}
-    heading = f"Sparse video plan for {plan.base_model.name_or_path}"
+    plans = {"": plan} if isinstance(plan, Plan) else dict(plan)
+    kinds = {rule.kind for each in plans.values() for rule in each.rules.values()}
+    first = next(iter(plans.values()))
+    heading = f"Sparse video plan for {first.provenance.get('pipeline', first.base_model.name_or_path)}"
+    maps = "".join((f"<h3>{escape(name)}</h3>" if name else "") + rule_maps(each) for name, each in plans.items())
     sections = [
         ("Held-out samples beside dense", _table(judgement, variant)),
         ("Frames: dense, sparse, and their difference four times enlarged", _films(dense, sparse)),
-        ("Which head follows which rule, in which steps", f"{_legend(kinds)}{rule_maps(plan)}"),
-        ("Provenance", _facts({**plan.provenance, **(facts or {})})),
+        ("Which head follows which rule, in which steps", f"{_legend(kinds)}{maps}"),
+        ("Provenance", _facts({**first.provenance, **(facts or {})})),
     ]
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections)
     return (
@@ -80,7 +83,7 @@ def _table(judgement: Judgement, variant: str) -> str:
 def _films(dense: Float[Tensor, "B 3 F Y X"], sparse: Float[Tensor, "B 3 F Y X"]) -> str:
     figures = []
     for clip, (wanted, found) in enumerate(zip(dense, sparse, strict=True)):
-        frames = [frame for frame in _FRAMES if frame < wanted.shape[1]]
+        frames = np.linspace(0, wanted.shape[1] - 1, min(_FRAMES, wanted.shape[1])).round().astype(int).tolist()
         strips = torch.stack([video[:, frames] for video in (wanted, found, difference_image(found, wanted))])
         picture = _sheet(strips)
         figures.append(
@@ -91,12 +94,13 @@ def _films(dense: Float[Tensor, "B 3 F Y X"], sparse: Float[Tensor, "B 3 F Y X"]
 
 
 def _sheet(strips: Float[Tensor, "R 3 F Y X"]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Rows of frames, enlarged, with a line between them."""
+    """Rows of frames, enlarged if they are tiny, with a line between them."""
+    enlarge = 3 if strips.shape[-1] < _NARROW else 1
     pixels = ((strips.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     pixels = torch.nn.functional.pad(pixels, (0, 1, 0, 1), value=128)
     rows, _, frames, height, width = pixels.shape
     sheet = pixels.permute(0, 3, 2, 4, 1).reshape(rows * height, frames * width, 3)
-    return sheet.repeat_interleave(_ENLARGE, 0).repeat_interleave(_ENLARGE, 1).numpy()
+    return sheet.repeat_interleave(enlarge, 0).repeat_interleave(enlarge, 1).numpy()
 
 
 def rule_maps(plan: Plan) -> str:
@@ -104,9 +108,7 @@ def rule_maps(plan: Plan) -> str:
     schedule, layout = plan.schedule, plan.layout
     shares: dict[str, float] = {}
     if layout is not None:
-        tokens = layout.num_tokens
-        grid = BlockGrid(tokens, tokens, plan.block_tokens, causal=False, layout=layout)
-        shares = {n: float(r.select(grid).float().mean()) for n, r in plan.rules.items() if not r.dynamic}
+        shares = {n: static_work(r, layout, plan.block_tokens) for n, r in plan.rules.items() if not r.dynamic}
     if schedule is None:
         parts = [("all steps", plan)]
     else:

@@ -9,14 +9,14 @@ from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from jaxtyping import Bool, Float, Int, Int16
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, blocks_of
 from sparsesearch.order import IDENTITY, Order
 
-Rest = Literal["drop", "zero", "mean_value"]
+Rest = Literal["drop", "zero", "mean_value", "pooled", "taylor", "rectified", "cached"]
 
 
 class LengthLaw(BaseModel):
@@ -72,7 +72,9 @@ class Rule(BaseModel):
         decodes: a dynamic rule that also chooses for a call of one query.
         skips_rows: some query blocks may compute no tile; their output is 0, and the residual stream carries those tokens on.
         rest: what stands for the tiles that are not computed. `drop` renormalises over the chosen ones; `zero` and `mean_value` replace
-            the unit's whole output (no tile is computed): by nothing, or by the running mean of the values.
+            the unit's whole output (no tile is computed): by nothing, or by the running mean of the values. The others add a term to the
+            chosen tiles' output: `pooled` keys in the same softmax, `taylor` with their first-order term, `rectified` weights and `cached`
+            differences; see the rules of those names and `kernels.rest_terms`.
         reuses: the choice is another head's; `select` takes it as `left`, so the rule runs inside a plan only.
         needs_calibration: a template in a search space; profiling turns it into one rule per unit with `calibrated`.
         needs_layout: the choice speaks of text and frames: `grid.layout` must be given, and its policy is obeyed. Such a rule has a field
@@ -95,6 +97,8 @@ class Rule(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
+        if cls.model_fields["kind"].is_required():
+            return  # a base of several rules
         file = cls.__module__.rsplit(".", 1)[-1]
         if cls.kind_name() != file:
             raise TypeError(f"{cls.__name__}.kind must equal its file name {file!r}, but is {cls.kind_name()!r}.")
@@ -108,6 +112,16 @@ class Rule(BaseModel):
         order = getattr(self, "order", IDENTITY)
         assert isinstance(order, Order)
         return order
+
+    @property
+    def replaces_output(self) -> bool:
+        """Whether the rule computes no tile, because something else is the unit's whole output."""
+        return self.rest in ("zero", "mean_value")
+
+    @property
+    def ready(self) -> bool:
+        """Whether the rule can choose: not a template that waits for its calibration."""
+        return not self.needs_calibration or getattr(self, "bitmap", None) is not None
 
     @classmethod
     def kind_name(cls) -> str:
@@ -125,6 +139,16 @@ class Rule(BaseModel):
         A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
         """
+
+    def levels(
+        self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
+    ) -> Int16[Tensor, "*#unit M N"]:
+        """How each tile is seen: 1 key by key, n as the means of n neighbouring keys each, 0 not at all. Tiles at 1 are those of `select`."""
+        return self.select(grid, q, k).short()
+
+    def work(self, levels: Int16[Tensor, "*unit M N"], grid: BlockGrid) -> Float[Tensor, "*unit"]:
+        """What a unit computes per call, in tiles: a tile seen through means of n keys is 1/n of one."""
+        return torch.where(levels > 0, 1.0 / levels.clamp(min=1), 0.0).sum((-1, -2))
 
     def left_behind(
         self,
@@ -162,6 +186,73 @@ class Rule(BaseModel):
         own = self.model_dump(exclude={"kind"}, exclude_defaults=False)
         parts = ",".join(f"{name}={_short(getattr(self, name))}" for name in own)
         return f"{self.kind}({parts})" if parts else self.kind
+
+
+def _as_rule(value: Any) -> Any:
+    from sparsesearch.rules import parse_rule  # the package imports this module
+
+    return value if isinstance(value, Rule) else parse_rule(value, where="the inner rule")
+
+
+Operand = Annotated[SerializeAsAny[Rule], BeforeValidator(_as_rule)]
+"""A rule inside a rule."""
+
+
+class RestRule(Rule):
+    """Base of the rules that compute the tiles of another one, `of`, and put a term in the place of what it leaves out."""
+
+    needs_layout: ClassVar[bool] = True
+    of: Operand = Field(description="the rule whose tiles are computed")
+
+    @model_validator(mode="after")
+    def _has_a_rest(self) -> Self:
+        if self.of.rest != "drop" or self.of.reuses or not self.of.needs_layout:
+            raise ValueError(
+                f"of must be a rule over frames that chooses tiles by itself and drops the rest, but is {self.of.label}"
+            )
+        if getattr(self.of, "by", None) == "cluster":
+            raise ValueError(
+                f"of must choose among the blocks that the rest speaks of (by: block), but is {self.of.label}"
+            )
+        return self
+
+    @property
+    def dynamic(self) -> bool:  # type: ignore[override]
+        """Whether the inner rule is."""
+        return self.of.dynamic
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """Whether the inner rule does."""
+        return self.of.needs_calibration
+
+    @property
+    def ready(self) -> bool:
+        """Whether the inner rule is."""
+        return self.of.ready
+
+    @property
+    def token_order(self) -> Order:
+        """The inner rule's."""
+        return self.of.token_order
+
+    def calibrated(self, mass: Float[Tensor, "N N"], grid: BlockGrid | None = None) -> Self:
+        """With the inner rule calibrated."""
+        return self.model_copy(update={"of": self.of.calibrated(mass, grid)})
+
+    def select(
+        self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
+    ) -> Bool[Tensor, "*#unit M N"]:
+        """The inner rule's tiles."""
+        return self.of.select(grid, q, k)
+
+    @property
+    def label(self) -> str:
+        """The inner rule's label and what differs from it."""
+        own = [
+            f"{name}={_short(getattr(self, name))}" for name in type(self).model_fields if name not in ("kind", "of")
+        ]
+        return f"{self.kind}({','.join([self.of.label, *own])})"
 
 
 def _short(value: object) -> str:

@@ -1,23 +1,14 @@
 """union: what either of two rules computes."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from jaxtyping import Bool, Float
-from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.order import Order
-from sparsesearch.rules.base import Rule
-
-
-def _as_rule(value: Any) -> Any:
-    from sparsesearch.rules import parse_rule  # the package imports this module
-
-    return value if isinstance(value, Rule) else parse_rule(value, where="union")
-
-
-Operand = Annotated[SerializeAsAny[Rule], BeforeValidator(_as_rule)]
+from sparsesearch.rules.base import Operand, Rule
 
 
 class Union(Rule):
@@ -39,12 +30,7 @@ class Union(Rule):
                 f"both rules must have one order, but have {self.left.token_order} and {self.right.token_order}"
             )
         for rule in (self.left, self.right):
-            if (
-                not rule.needs_layout
-                or rule.dynamic
-                or rule.rest != "drop"
-                or (rule.needs_calibration and not _ready(rule))
-            ):
+            if not rule.needs_layout or rule.dynamic or rule.rest != "drop" or not rule.ready:
                 raise ValueError(
                     f"both rules must be static rules over frames that need no calibration any more, but one is {rule.label}"
                 )
@@ -74,7 +60,3 @@ class Union(Rule):
 
         pair = cls(left=FirstFrames(), right=Neighbourhood(window=(1, 0, 0)))
         return [pair, cls(left=pair, right=Neighbourhood(window=(0, 1, 1)))]
-
-
-def _ready(rule: Rule) -> bool:
-    return getattr(rule, "bitmap", None) is not None

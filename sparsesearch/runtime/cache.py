@@ -28,6 +28,7 @@ from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.attention import attend_heads, pick_heads
 from sparsesearch.runtime.binding import LayerBinding, binding_of, kv_partition
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.mask_code import MaskCode
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 from sparsesearch.runtime.stores import SLACK_TOKENS, Call, EmptyStore, FullStore, MeanStore, RingStore, Store
@@ -57,7 +58,7 @@ class PlanKeyValues:
         if sliding_window is not None:
             raise UnsupportedModelError(
                 f"{binding.path}: a sliding-window layer must have a sliding-window cache, but has another. Pass "
-                "past_key_values=sparsesearch.sparse_cache(model)."
+                f"{CACHE_KEYWORD}=sparsesearch.sparse_cache(model)."
             )
         return self.layer.attend(binding, query, self.keys, self.values, code, scale)
 
@@ -75,7 +76,7 @@ class PlanCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True  # by up to SLACK_TOKENS, which assisted decoding needs
     supports_early_init = False
 
     def __init__(self, binding: LayerBinding) -> None:

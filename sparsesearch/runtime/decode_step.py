@@ -1,7 +1,7 @@
 """One decoding step of a whole model, captured once and replayed: tokens in, logits out, and nothing asked of the host in between.
 
     cache = sparsesearch.sparse_cache(model, max_tokens=40_000)
-    first = model(input_ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
+    first = model(input_ids, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
     step = DecodeStep(model, cache, first_position=input_ids.shape[1])
     tokens = step.generate(first, 64)
 
@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.runtime.attention import NAME
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 
 _WARM_UPS = 2  # the first run compiles kernels, the second shows that nothing is left to compile
@@ -128,7 +129,7 @@ class DecodeStep:
     def _run(self) -> Float[Tensor, "B V"]:
         inputs = {"input_ids": self.tokens, "position_ids": self.positions, "attention_mask": self._mask}
         with _layers_compiled(self.model, self.cache, self.backend) if self.compiled else nullcontext():
-            logits: Tensor = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
+            logits: Tensor = self.model(**inputs, use_cache=True, **{CACHE_KEYWORD: self.cache}).logits[:, -1]
         self.positions.add_(1)
         return logits
 
@@ -206,7 +207,7 @@ def _layers_compiled(model: PreTrainedModel, cache: Cache, backend: str) -> Iter
 
 
 def _through(run: Any, layer: nn.Module, own: LayerCache, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return run(layer, hidden, *args, **{**kwargs, "past_key_values": own})
+    return run(layer, hidden, *args, **{**kwargs, CACHE_KEYWORD: own})
 
 
 @functools.cache

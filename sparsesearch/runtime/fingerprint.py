@@ -1,12 +1,12 @@
 """Which model this is: its attention modules and head counts as they really run, and a digest of its weights."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsesearch.errors import UnsupportedModelError
@@ -126,10 +126,15 @@ def parameters_sha256(module: nn.Module) -> str | None:
     parameters = sorted(module.named_parameters())
     if any(parameter.is_meta for _, parameter in parameters):
         return None
+    return tensors_sha256((name, parameter.detach()) for name, parameter in parameters)
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`parameters_sha256` of tensors that come one at a time, sorted by name."""
     digest = hashlib.sha256()
-    for name, parameter in parameters:
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        values = parameter.detach().reshape(-1)
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        values = tensor.reshape(-1)
         samples = values[:: max(1, -(-values.numel() // _SAMPLES_PER_TENSOR))].to("cpu").to(torch.bfloat16)
         digest.update(samples.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

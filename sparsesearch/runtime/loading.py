@@ -51,6 +51,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -60,6 +61,7 @@ def load_model(
         source: hub id, local directory, GGUF file (dequantised), or `needle-7m`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on the CPU, and the checkpoint's own elsewhere.
         device: where to put it.
+        device_map: spread it over devices instead, by accelerate: `auto`, `balanced`, `sequential`.
         trust_remote_code: run code that comes with the checkpoint.
         revision: of a hub id.
 
@@ -68,12 +70,27 @@ def load_model(
         SpecError: unknown dtype.
         UnsupportedModelError: it is no causal language model of a known architecture.
     """
+    model = load_weights(
+        source,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    return model, load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def load_tokenizer(
+    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone; arguments and errors as of `load_model`."""
     place = locate(source)
-    model = load_weights(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(place, Path) and place.suffix == ".gguf":
         options["gguf_file"], place = place.name, place.parent
-    return model, _load(AutoTokenizer, source, place, **options)
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, source, place, **options)
+    return tokenizer
 
 
 def load_weights(
@@ -81,6 +98,7 @@ def load_weights(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
@@ -96,7 +114,12 @@ def load_weights(
         # packed GGUF loading would choose an attention of its own
         options |= {"gguf_file": place.name, "attn_implementation": "sdpa"}
         place = place.parent
-    model: PreTrainedModel = _load(AutoModelForCausalLM, source, place, **options).to(device)
+    if device_map is not None:
+        _require_accelerate(device_map)
+        options["device_map"] = device_map
+    model: PreTrainedModel = _load(AutoModelForCausalLM, source, place, **options)
+    if device_map is None:
+        model.to(device)  # type: ignore[arg-type]
     model.train(False)
     return model
 
@@ -139,6 +162,11 @@ def _load(kind: Any, source: str | Path, place: Path | str, **options: Any) -> A
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _require_accelerate(device_map: str) -> None:
+    if find_spec("accelerate") is None:
+        raise ArtifactError(f"device map {device_map!r} needs accelerate. Install it: pip install accelerate.")
 
 
 def _require_gguf(path: Path) -> None:

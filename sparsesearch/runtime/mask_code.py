@@ -70,7 +70,7 @@ def _sequence_starts(
     mask_function: Callable[..., Any], batch_size: int, slots: Int[Tensor, " T"]
 ) -> Bool[Tensor, "B T"] | None:
     """Where a new sequence begins inside the row; None when nowhere. Found by probing the two diagonals next to the main one."""
-    if mask_function is causal_mask_function:
+    if mask_function is causal_mask_function or slots.is_meta:  # a model without weights is only described
         return None
     row = torch.arange(batch_size, device=slots.device)[:, None]
     head = torch.zeros_like(row)

@@ -19,6 +19,7 @@ from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.attention import LAW_KEYWORD, NAME
 from sparsesearch.runtime.binding import binding_of
 from sparsesearch.runtime.cache import PlanCacheLayer, install_layers
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.mask_code import is_mask_code
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 
@@ -48,18 +49,29 @@ def prepare_call(
         )
     if args:
         kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
-    cache = kwargs.get("past_key_values")
+    name = _cache_name(decoder, kwargs)
+    cache = kwargs.get(name)
     if cache is None:
         use_cache = kwargs.get("use_cache")
         wanted = getattr(config, "use_cache", False) if use_cache is None else use_cache
         if not wanted or (decoder.training and getattr(decoder, "gradient_checkpointing", False)):
             return (), kwargs
-        cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        cache = kwargs[name] = DynamicCache(config=config)
     if _is_step(cache, kwargs):
         return (), kwargs
     if isinstance(cache, Cache):
         kwargs = {**kwargs, LAW_KEYWORD: _law_tokens(decoder, cache, kwargs, ragged)}
     return (), kwargs
+
+
+def _cache_name(decoder: nn.Module, kwargs: dict[str, Any]) -> str:
+    """The keyword of the cache in this call: the one that was given, else the one that the forward takes."""
+    names = ("cache", "past_key_values")
+    given = [name for name in names if kwargs.get(name) is not None] or [name for name in names if name in kwargs]
+    if given:
+        return given[0]
+    taken = inspect.signature(decoder.forward).parameters
+    return next((name for name in names if name in taken), CACHE_KEYWORD)
 
 
 def _may_be_ours(cache: Any) -> bool:
@@ -135,7 +147,7 @@ def _check_laws_are_constant(decoder: nn.Module, prompt_tokens: int | None) -> N
     if prompt_tokens is None and any(binding.length_dependent for binding in bindings if binding is not None):
         raise SpecError(
             "the prompt's length must be known before its first chunk, because this plan has rules that grow with it, but a second "
-            "chunk of a prompt came. Pass past_key_values=sparsesearch.sparse_cache(model, prompt_tokens=input_ids.shape[1])."
+            f"chunk of a prompt came. Pass {CACHE_KEYWORD}=sparsesearch.sparse_cache(model, prompt_tokens=input_ids.shape[1])."
         )
 
 
@@ -167,7 +179,7 @@ def release_selections(decoder: nn.Module, args: tuple[Any, ...], output: Any) -
 def sparse_cache(
     model: PreTrainedModel, *, prompt_tokens: int | None = None, max_tokens: int | None = None
 ) -> DynamicCache | StaticCache:
-    """A cache for `past_key_values=`; `generate` makes one itself where neither argument is needed.
+    """A cache to pass as `cache=` (`past_key_values=` before transformers 5.24); `generate` makes one itself where neither argument is needed.
 
     Args:
         model: a model that runs a plan.

@@ -19,6 +19,7 @@ from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.attention import attend_heads, pick_heads, take
 from sparsesearch.runtime.backends import serving_kernel
 from sparsesearch.runtime.binding import LayerBinding, group_heads, kv_partition
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.mask_code import MaskCode, spans_of
 from sparsesearch.runtime.static_reads import Reads
 from sparsesearch.runtime.static_regions import Region, Ring
@@ -50,7 +51,7 @@ class StaticKeyValues:
         if sliding_window is not None:
             raise UnsupportedModelError(
                 f"{binding.path}: a sliding-window layer must have a sliding-window cache, but has another. Pass "
-                "past_key_values=sparsesearch.sparse_cache(model, max_tokens=...)."
+                f"{CACHE_KEYWORD}=sparsesearch.sparse_cache(model, max_tokens=...)."
             )
         return self.layer.prefill(query, self.keys, self.values, code, scale)
 

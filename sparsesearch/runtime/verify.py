@@ -15,6 +15,7 @@ from sparsesearch.errors import ArtifactError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.binding import binding_of
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.export import PLAN_FILE
 from sparsesearch.runtime.fingerprint import weights_sha256
 from sparsesearch.runtime.loading import locate
@@ -140,7 +141,8 @@ def _errors(model: PreTrainedModel, prompt_tokens: int) -> tuple[float, float]:
         output = model(ids[None, :prompt_tokens], use_cache=True)
         prefill, decoded = output.logits[0], []
         for token in range(prompt_tokens, len(ids)):
-            output = model(ids[None, token : token + 1], past_key_values=output.past_key_values, use_cache=True)
+            kept = {CACHE_KEYWORD: output[CACHE_KEYWORD]}
+            output = model(ids[None, token : token + 1], use_cache=True, **kept)
             decoded.append(output.logits[0])
     return _relative(prefill, exact[:prompt_tokens]), _relative(torch.cat(decoded), exact[prompt_tokens:])
 

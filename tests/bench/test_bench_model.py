@@ -17,6 +17,7 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
 from sparsesearch.model_shapes import model_shape
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.fingerprint import describe
 
@@ -73,7 +74,7 @@ def test_the_dense_baseline_is_the_model_itself(model):
         with dense(model) as attention:
             cache = StaticCache(model.config, max_cache_len=40)
             attention.tokens = 20
-            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, :20], **{CACHE_KEYWORD: cache})
             repeated(cache, 3)
             step = DecodeStep(model, cache, first_position=20, compiled=True, backend="aot_eager")
             for token in range(20, 30):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from tiny_run import STEPS, Run, make_run, profile, request_of
 
+from sparsesearch.denoising.controls import permuted_plan
 from sparsesearch.denoising.corridor import Corridor
-from sparsesearch.denoising.judge import Judgement, Variant, judge, permuted_plan, static_density
+from sparsesearch.denoising.judge import Judgement, Variant, judge, static_density
 from sparsesearch.denoising.planning import find_step_plan, plan_density, step_table, write_step_plan
-from sparsesearch.denoising.replay import Replay, accept, measure_sensitivity, weightings
+from sparsesearch.denoising.replay import Replay, measure_sensitivity
+from sparsesearch.denoising.weighting import STARTS, Weighting, descend
 from sparsesearch.errors import BudgetInfeasibleError
 from sparsesearch.layout import video_layout
 from sparsesearch.plan import Plan
@@ -60,25 +62,44 @@ def test_sensitivities_predict_single_changes(run: Run, made: DenoisingProfile) 
     assert 0.3 < np.median(ratios) < 3
 
 
-def test_replay_takes_the_plan_with_the_least_error(run: Run, made: DenoisingProfile) -> None:
-    replay = Replay.of(run.model, run)
-    plans = {"bad": find_step_plan(made, 0.2), "good": find_step_plan(made, 0.9), "dense": find_step_plan(made, 1.0)}
-    best, errors = accept(replay, plans)
-    assert best == "dense"
-    assert float(errors["dense"].max()) == 0.0
-    assert float(errors["good"].mean()) < float(errors["bad"].mean())
-
-
-def test_the_corridor_refuses_what_a_replay_refuses(run: Run, tmp_path: Path) -> None:
+def test_the_corridor_takes_what_the_replay_takes(run: Run, tmp_path: Path) -> None:
     corridor = Corridor(run.model, run, request_of(run, captured_per_range=1), tmp_path)
     found = corridor.profile(density=0.5, per_head=False)
-    accepted = corridor.search(found, 0.5)
+    rivals = {"all dense": find_step_plan(found, 1.0), "poor": find_step_plan(found, 0.2)}
+    accepted = corridor.search(found, 0.5, rivals=rivals)
     logs = accepted.log10_error
-    assert set(logs) == set(weightings(found))
+    assert set(logs) == {str(weighting) for weighting in STARTS} | set(rivals)
+    assert accepted.weighting == "all dense" == min(logs, key=lambda name: logs[name])
+    assert max(logs, key=lambda name: logs[name]) == "poor"
+    accepted = corridor.search(found, 0.5, evaluations=4)
+    logs = accepted.log10_error
+    assert len(STARTS) < len(logs) <= len(STARTS) + 4
     assert logs[accepted.weighting] == min(logs.values())
+    for name, plan in ((accepted.weighting, accepted.plan),):
+        assert logs[name] == pytest.approx(float(corridor.replay.error(plan).clamp_min(1e-12).log10().mean()))
     again = corridor.search_again(found, 0.5, accepted)
     assert min(again.log10_error.values()) == again.log10_error[again.weighting] <= logs[accepted.weighting]
     assert "_diffusers_hook" not in run.model.__dict__
+
+
+def test_weightings_lie_between_nothing_and_what_was_measured(made: DenoisingProfile) -> None:
+    measured = made.sensitivity.clamp_min(1e-12)
+    torch.testing.assert_close(Weighting(1, 1, 1).of(made), measured)
+    equal = Weighting(0, 0, 0).of(made)
+    assert bool((equal == equal.flatten()[0]).all())
+    by_layer = Weighting(1, 1, 0).of(made)
+    assert bool((by_layer == by_layer[..., :1]).all())
+    torch.testing.assert_close(by_layer.log().sum(), measured.log().sum())
+
+
+def test_the_descent_finds_the_best_powers_of_a_bowl() -> None:
+    def bowl(weighting: Weighting) -> float:
+        return (weighting.range - 0.5) ** 2 + (weighting.layer - 1.0) ** 2 + (weighting.head - 0.25) ** 2
+
+    tried = list(descend(bowl, Weighting(0, 0, 0), evaluations=60))
+    assert min(tried, key=bowl) == Weighting(0.5, 1, 0.25)
+    assert len(tried) == len(set(tried))
+    assert len(list(descend(bowl, Weighting(0, 0, 0), evaluations=5))) == 5
 
 
 def test_permuted_plans_do_the_same_work(made: DenoisingProfile) -> None:

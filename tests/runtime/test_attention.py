@@ -5,6 +5,7 @@ from transformers import DynamicCache, StaticCache
 
 import sparsesearch
 from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 
 MIXTURE = [*RULES, "bitmap"]
 ROWS = (157, 65, 3)
@@ -82,10 +83,10 @@ def test_decoding_equals_the_oracle(any_tiny, cache, static):
     exact = oracle_logits(any_tiny, plan, ids[0], 65)
     kv = StaticCache(any_tiny.config, max_cache_len=128) if static else None
     with sparsesearch.apply(any_tiny, plan, cache=cache), torch.no_grad():
-        output = any_tiny(ids[:, :65], past_key_values=kv, use_cache=True)
+        output = any_tiny(ids[:, :65], **{CACHE_KEYWORD: kv}, use_cache=True)
         logits = [output.logits[0]]
         for token in range(65, 100):
-            output = any_tiny(ids[:, token : token + 1], past_key_values=output.past_key_values)
+            output = any_tiny(ids[:, token : token + 1], **{CACHE_KEYWORD: output[CACHE_KEYWORD]})
             logits.append(output.logits[0])
     with torch.no_grad():
         close(torch.cat(logits), exact, any_tiny(ids).logits[0])
@@ -110,7 +111,7 @@ def test_all_dense_plan_is_bit_identical_in_chunks(any_tiny):
     def logits():
         cache = DynamicCache(config=any_tiny.config)
         with torch.no_grad():
-            return [any_tiny(part, past_key_values=cache).logits for part in ids.split(37, 1)]
+            return [any_tiny(part, **{CACHE_KEYWORD: cache}).logits for part in ids.split(37, 1)]
 
     before = logits()
     with sparsesearch.apply(any_tiny, dense_plan(any_tiny)):
@@ -138,8 +139,8 @@ def test_gradients_flow_after_inference_mode(tiny):
     with sparsesearch.apply(model, cycled_plan(model, MIXTURE)):
         for mode in (torch.inference_mode, torch.enable_grad):
             with mode():
-                cache = model(ids[:, :-1]).past_key_values
-                last = model(ids[:, -1:], past_key_values=cache).logits
+                cache = model(ids[:, :-1])[CACHE_KEYWORD]
+                last = model(ids[:, -1:], **{CACHE_KEYWORD: cache}).logits
         last.sum().backward()
     assert model.get_input_embeddings().weight.grad.isfinite().all()
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 import sparsesearch
 from sparsesearch.errors import SparseSearchError, SpecError
 from sparsesearch.runtime.cache import PlanCacheLayer
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 
 EVICTING = ["stream", "zero", "elastic", "mean", "dense"]
 CONSTANT = ["stream", "zero", "mean", "dense"]
@@ -54,7 +55,7 @@ def test_cached_logits_equal_the_oracle_after_the_ring_has_wrapped(tiny):
         output = model(ids[:, :40])
         logits = [output.logits[0]]
         for token in range(40, 400):
-            output = model(ids[:, token : token + 1], past_key_values=output.past_key_values)
+            output = model(ids[:, token : token + 1], **{CACHE_KEYWORD: output[CACHE_KEYWORD]})
             logits.append(output.logits[0])
     torch.testing.assert_close(torch.cat(logits), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
 
@@ -67,7 +68,7 @@ def test_chunked_prefill_changes_nothing(tiny, names, chunk):
     with sparsesearch.apply(model, group_plan(model, names)):
         whole = generated(model, ids, mask)
         cache = sparsesearch.sparse_cache(model, prompt_tokens=ids.shape[1])
-        chunked = generated(model, ids, mask, prefill_chunk_size=chunk, past_key_values=cache)
+        chunked = generated(model, ids, mask, prefill_chunk_size=chunk, **{CACHE_KEYWORD: cache})
         assert torch.equal(whole, chunked)
         if names is CONSTANT:  # nothing need be announced
             assert torch.equal(whole, generated(model, ids, mask, prefill_chunk_size=chunk))
@@ -98,8 +99,8 @@ def test_a_second_turn_keeps_the_first_prompts_laws(tiny):
     exact = oracle_logits(model, plan, ids[0], 90)
     with sparsesearch.apply(model, plan), torch.no_grad():
         first = model(ids[:, :90])
-        middle = model(ids[:, 90:91], past_key_values=first.past_key_values)
-        second = model(ids[:, 91:], past_key_values=middle.past_key_values)
+        middle = model(ids[:, 90:91], **{CACHE_KEYWORD: first[CACHE_KEYWORD]})
+        second = model(ids[:, 91:], **{CACHE_KEYWORD: middle[CACHE_KEYWORD]})
     ours = torch.cat([first.logits[0], middle.logits[0], second.logits[0]])
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
 
@@ -113,7 +114,11 @@ def test_generate_continues_a_returned_cache(tiny):
         first = model.generate(ids, attention_mask=mask, max_new_tokens=20, **settings)
         longer = torch.cat([mask, torch.ones(2, 20, dtype=torch.long)], 1)
         rest = model.generate(
-            first.sequences, attention_mask=longer, max_new_tokens=20, past_key_values=first.past_key_values, **settings
+            first.sequences,
+            attention_mask=longer,
+            max_new_tokens=20,
+            **{CACHE_KEYWORD: first[CACHE_KEYWORD]},
+            **settings,
         )
     assert torch.equal(rest.sequences[:, ids.shape[1] :], once)
 
@@ -148,11 +153,11 @@ def test_taking_back_tokens_restores_every_store(tiny):
     ids, _ = left_padded([160], 64)
     with sparsesearch.apply(model, group_plan(model, EVICTING)), torch.no_grad():
         first = model(ids[:, :100])
-        step = model(ids[:, 100:101], past_key_values=first.past_key_values).past_key_values
+        step = model(ids[:, 100:101], **{CACHE_KEYWORD: first[CACHE_KEYWORD]})[CACHE_KEYWORD]
         twin = copy.deepcopy(step)
-        model(ids[:, 101:131], past_key_values=step)
+        model(ids[:, 101:131], **{CACHE_KEYWORD: step})
         step.crop(-30)
-        again, expected = (model(ids[:, 131:160], past_key_values=kv).logits for kv in (step, twin))
+        again, expected = (model(ids[:, 131:160], **{CACHE_KEYWORD: kv}).logits for kv in (step, twin))
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -160,7 +165,7 @@ def test_taking_back_more_than_the_slack_is_refused(tiny):
     model = tiny("llama")
     ids, _ = left_padded([100], 64)
     with sparsesearch.apply(model, group_plan(model, EVICTING)), torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE_KEYWORD]
         with pytest.raises(SparseSearchError, match="at most 32"):
             cache.crop(-33)
 
@@ -177,9 +182,9 @@ def test_memory_really_falls(needle_7m):
     ids, _ = left_padded([2048], 4096)
     plan = group_plan(needle_7m, ["stream", "zero", "mean", "dense"])
     with torch.no_grad():
-        dense = cached_bytes(needle_7m(ids).past_key_values)
+        dense = cached_bytes(needle_7m(ids)[CACHE_KEYWORD])
         with sparsesearch.apply(needle_7m, plan):
-            sparse = cached_bytes(needle_7m(ids).past_key_values)
+            sparse = cached_bytes(needle_7m(ids)[CACHE_KEYWORD])
     assert sparse / dense == pytest.approx(0.25, abs=0.02)  # one KV head in four keeps everything
 
 
@@ -188,10 +193,10 @@ def test_a_cache_may_be_reset_and_used_again(tiny):
     ids, _ = left_padded([90], 64)
     with sparsesearch.apply(model, group_plan(model, EVICTING)), torch.no_grad():
         cache = DynamicCache()
-        first = model(ids, past_key_values=cache).logits
+        first = model(ids, **{CACHE_KEYWORD: cache}).logits
         assert any(isinstance(layer, PlanCacheLayer) for layer in cache.layers)
         cache.reset()
-        assert torch.equal(model(ids, past_key_values=cache).logits, first)
+        assert torch.equal(model(ids, **{CACHE_KEYWORD: cache}).logits, first)
 
 
 def test_a_cache_of_another_plan_or_batch_is_refused(tiny):
@@ -199,32 +204,32 @@ def test_a_cache_of_another_plan_or_batch_is_refused(tiny):
     ids, _ = left_padded((40, 40), 64)
     with torch.no_grad():
         with sparsesearch.apply(model, group_plan(model, EVICTING)):
-            cache = model(ids).past_key_values
+            cache = model(ids)[CACHE_KEYWORD]
             with pytest.raises(SpecError, match="batch of 2"):
-                model(ids[:1, :1], past_key_values=cache)
+                model(ids[:1, :1], **{CACHE_KEYWORD: cache})
             with pytest.raises(TypeError, match="different number of keys"):
                 _ = cache.layers[0].update(*torch.zeros(2, 2, 2, 1, 8))[0].shape
         with (
             sparsesearch.apply(model, group_plan(model, ["stream"])),
             pytest.raises(SparseSearchError, match="another one"),
         ):
-            model(ids[:, :1], past_key_values=copy.deepcopy(cache))
+            model(ids[:, :1], **{CACHE_KEYWORD: copy.deepcopy(cache)})
 
 
 def test_rows_can_be_repeated_and_selected(tiny):
     model = tiny("llama")
     ids, mask = left_padded((60, 20), 64)
     with sparsesearch.apply(model, group_plan(model, EVICTING)), torch.no_grad():
-        cache = model(ids, attention_mask=mask).past_key_values
+        cache = model(ids, attention_mask=mask)[CACHE_KEYWORD]
         new, wider = ids[:, :1], torch.cat([mask, mask[:, -1:]], 1)
-        expected = model(new, attention_mask=wider, past_key_values=copy.deepcopy(cache)).logits
+        expected = model(new, attention_mask=wider, **{CACHE_KEYWORD: copy.deepcopy(cache)}).logits
         twice = copy.deepcopy(cache)
         twice.batch_repeat_interleave(2)
         repeated = model(
-            new.repeat_interleave(2, 0), attention_mask=wider.repeat_interleave(2, 0), past_key_values=twice
+            new.repeat_interleave(2, 0), attention_mask=wider.repeat_interleave(2, 0), **{CACHE_KEYWORD: twice}
         )
         cache.batch_select_indices(torch.tensor([1]))
-        selected = model(new[1:], attention_mask=wider[1:], past_key_values=cache)
+        selected = model(new[1:], attention_mask=wider[1:], **{CACHE_KEYWORD: cache})
     tolerance = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     torch.testing.assert_close(repeated.logits, expected.repeat_interleave(2, 0), **tolerance)
     torch.testing.assert_close(selected.logits, expected[1:], **tolerance)
@@ -236,7 +241,7 @@ def test_dense_layers_keep_the_stock_cache(tiny):
     with torch.no_grad():
         for plan in (dense_plan(model), cycled_plan(model, ["slash", "pooled"])):
             with sparsesearch.apply(model, plan):
-                cache = model(ids).past_key_values
+                cache = model(ids)[CACHE_KEYWORD]
                 assert not any(isinstance(layer, PlanCacheLayer) for layer in cache.layers)
 
 

@@ -16,6 +16,7 @@ from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime import export as export_module
 from sparsesearch.runtime.cache import PlanCacheLayer
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.verify import verify
 
 NAMES = ["stream", "zero", "elastic", "mean", "dense", "pooled", "slash"]
@@ -55,7 +56,7 @@ def test_plain_loading_runs_the_plan(base, tmp_path):
     headless = AutoModel.from_pretrained(report.path, dtype=torch.float32)
     assert headless.layers[0].self_attn.sparsesearch_binding == loaded.model.layers[0].self_attn.sparsesearch_binding
     ids, mask = left_padded((100, 60), 64)
-    cache = loaded.generate(ids, attention_mask=mask, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    cache = loaded.generate(ids, attention_mask=mask, max_new_tokens=2, return_dict_in_generate=True)[CACHE_KEYWORD]
     assert any(isinstance(layer, PlanCacheLayer) for layer in cache.layers)
 
 

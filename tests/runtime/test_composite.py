@@ -14,6 +14,7 @@ from transformers import (
 import sparsesearch
 from sparsesearch.runtime.binding import binding_of
 from sparsesearch.runtime.cache import PlanCacheLayer
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_only_the_text_part_is_sparse_and_all_is_restored(llava):
         assert llava.config.text_config._attn_implementation == "sparsesearch"
         assert not torch.equal(logits(llava), before)
         ids, mask = left_padded((40, 20), 63)
-        cache = llava.generate(ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True).past_key_values
+        cache = llava.generate(ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True)[CACHE_KEYWORD]
         assert any(isinstance(layer, PlanCacheLayer) for layer in cache.layers)
     assert torch.equal(logits(llava), before)
     assert llava.config.to_json_string() == config

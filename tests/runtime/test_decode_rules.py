@@ -7,6 +7,7 @@ from runtime_plans import cycled_plan, group_plan, left_padded
 import sparsesearch
 from sparsesearch.errors import SpecError
 from sparsesearch.runtime.cache import PlanCacheLayer
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.oracle import oracle_logits
 
 PREFILL = ["slash", "stream", "dense", "bitmap", "mean"]
@@ -30,7 +31,7 @@ def test_decoding_equals_the_oracle(tiny, plan_of, way):
     with sparsesearch.apply(model, plan, cache=way != "masked", backend=backend), torch.no_grad():
         cache = sparsesearch.sparse_cache(model, max_tokens=end if way in ("static", "kernels") else None)
         parts = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
-        ours = torch.cat([model(part, past_key_values=cache).logits[0] for part in parts])
+        ours = torch.cat([model(part, **{CACHE_KEYWORD: cache}).logits[0] for part in parts])
         exact = oracle_logits(model, ids[0], prompt)
         same = sparsesearch.apply(model, plan.model_copy(update={"decode": {}}))
         assert not torch.allclose(exact[-1], oracle_logits(model, ids[0], prompt)[-1], atol=1e-2)
@@ -48,7 +49,7 @@ def test_memory_follows_the_rules_of_decoding(tiny):
         dense = model(ids).logits
         with sparsesearch.apply(model, plan):
             output = model(ids)
-            layers = output.past_key_values.layers
+            layers = output[CACHE_KEYWORD].layers
     assert all(isinstance(layer, PlanCacheLayer) and layer.nbytes < 0.1 * 2 * 1000 * 16 * 4 for layer in layers)
     torch.testing.assert_close(output.logits, dense, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
 
@@ -59,6 +60,6 @@ def test_a_prompt_in_chunks_is_refused_where_its_keys_are_gone(tiny, max_tokens)
     ids, _ = left_padded([90], 64)
     with sparsesearch.apply(model, with_decode(model, group_plan)), torch.no_grad():
         cache = sparsesearch.sparse_cache(model, prompt_tokens=90, max_tokens=max_tokens)
-        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, :40], **{CACHE_KEYWORD: cache})
         with pytest.raises(SpecError, match="in one call"):
-            model(ids[:, 40:], past_key_values=cache)
+            model(ids[:, 40:], **{CACHE_KEYWORD: cache})

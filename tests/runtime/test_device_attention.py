@@ -11,6 +11,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedKernelError
 from sparsesearch.runtime import backends
 from sparsesearch.runtime.backends import serving_kernel
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.mask_code import mask_code, spans, spans_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +62,7 @@ def test_decoding_equals_the_oracle(tiny, plan_of, cache):
     with torch.no_grad(), sparsesearch.apply(model, plan, backend="triton", cache=cache):
         kv = sparsesearch.sparse_cache(model, prompt_tokens=60)
         parts = [ids[:, :60], *ids[:, 60:].split(1, 1)]
-        logits = [model(part.to(DEVICE), past_key_values=kv).logits[0] for part in parts]
+        logits = [model(part.to(DEVICE), **{CACHE_KEYWORD: kv}).logits[0] for part in parts]
     close(torch.cat(logits), oracle_logits(model.cpu(), plan, ids[0], 60))
 
 

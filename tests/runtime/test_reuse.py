@@ -17,6 +17,7 @@ from sparsesearch.rules import parse_rule
 from sparsesearch.rules.dense_source import DenseSource, block_mass
 from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.binding import binding_of
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.oracle import oracle_logits as product_oracle
 
 ROWS = (157, 65, 3)
@@ -94,8 +95,8 @@ def test_chunks_choose_for_themselves(planned):
     ids, _ = left_padded([150], 64)
     cache = sparsesearch.sparse_cache(model, prompt_tokens=150)
     with sparsesearch.apply(model, plan), torch.no_grad():
-        first = model(ids[:, :100], past_key_values=cache).logits[0]
-        model(ids[:, 100:], past_key_values=cache)
+        first = model(ids[:, :100], **{CACHE_KEYWORD: cache}).logits[0]
+        model(ids[:, 100:], **{CACHE_KEYWORD: cache})
         layers = [module for module in model.modules() if binding_of(module) is not None]
     close(first, oracle_logits(model, plan, ids[0, :100]))
     assert all(not binding_of(layer).leaves._left for layer in layers if binding_of(layer) and binding_of(layer).leaves)
@@ -121,8 +122,8 @@ def test_a_second_chunk_reads_the_second_chunk(tiny):
 
         patch.setattr(pooled, "select", watch_pooled)
         patch.setattr(reuse, "select", watch_reuse)
-        cache = model(ids[:, :80]).past_key_values
-        model(ids[:, 80:], past_key_values=cache)
+        cache = model(ids[:, :80])[CACHE_KEYWORD]
+        model(ids[:, 80:], **{CACHE_KEYWORD: cache})
     assert [tiles.shape[-2:] for tiles in reused] == [(5, 5), (4, 9)]
     asked = [tiles for tiles in chosen if tiles.dim() == 4]  # binding asks once more whether laws matter
     assert all(torch.equal(a, b) for a, b in zip(asked, reused, strict=True))

@@ -8,6 +8,7 @@ from transformers import StaticCache
 import sparsesearch
 from sparsesearch.errors import SparseSearchError, SpecError, UnsupportedModelError
 from sparsesearch.kernels.cache_ops import KEEP_ALL, append_token
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 from sparsesearch.runtime.static_regions import Ring
@@ -21,7 +22,7 @@ ROWS = (157, 65, 3)
 def prefilled(model, ids, max_tokens, **inputs):
     cache = sparsesearch.sparse_cache(model, max_tokens=max_tokens, prompt_tokens=min(ids.shape[1], max_tokens))
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache, use_cache=True, **inputs).logits
+        logits = model(ids, **{CACHE_KEYWORD: cache}, use_cache=True, **inputs).logits
     return cache, logits
 
 
@@ -92,7 +93,7 @@ def test_chunks_and_a_second_turn_equal_the_oracle(tiny, plan_of, chunk):
     cache = sparsesearch.sparse_cache(model, prompt_tokens=90, max_tokens=180)
     parts = [*ids[:, :90].split(chunk, 1), *ids[:, 90:100].split(1, 1), ids[:, 100:160], *ids[:, 160:].split(1, 1)]
     with sparsesearch.apply(model, plan), torch.no_grad():
-        logits = [model(part, past_key_values=cache).logits[0] for part in parts]
+        logits = [model(part, **{CACHE_KEYWORD: cache}).logits[0] for part in parts]
     close(torch.cat(logits), oracle_logits(model, plan, ids[0], 90))
 
 
@@ -105,7 +106,7 @@ def test_a_padded_second_turn_equals_single_rows(tiny):
     with sparsesearch.apply(model, plan), torch.no_grad():
         places = (wider.cumsum(1) - 1).clamp(min=0)
         cache, _ = prefilled(model, ids, 160, attention_mask=mask, position_ids=places[:, :120])
-        ours = model(more, attention_mask=wider, position_ids=places[:, 120:], past_key_values=cache).logits
+        ours = model(more, attention_mask=wider, position_ids=places[:, 120:], **{CACHE_KEYWORD: cache}).logits
     for row, length in enumerate((120, 70)):
         whole = torch.cat([ids[row, -length:], more[row]])
         close(ours[row], oracle_logits(model, plan, whole, length)[length:])
@@ -132,7 +133,7 @@ def test_rows_can_be_repeated_and_selected(tiny):
             wider = torch.cat([mask, mask[:, -1:]], 1)
             rows = [torch.tensor(r) for r in ([0, 1], [0, 0, 1, 1], [1])]
             expected, repeated, selected = (
-                model(ids[r, :1], attention_mask=wider[r], past_key_values=cache).logits
+                model(ids[r, :1], attention_mask=wider[r], **{CACHE_KEYWORD: cache}).logits
                 for r, cache in zip(rows, caches, strict=True)
             )
         close(repeated, expected[rows[1]])
@@ -152,7 +153,7 @@ def test_memory_falls_and_is_used_again(tiny):
         addresses = [layer.keys.data_ptr() for layer in cache.layers]
         cache.reset()
         with torch.no_grad():
-            again = model(ids, past_key_values=cache).logits
+            again = model(ids, **{CACHE_KEYWORD: cache}).logits
         assert torch.equal(first, again)
         assert addresses == [layer.keys.data_ptr() for layer in cache.layers]
 
@@ -164,7 +165,7 @@ def test_a_cache_with_memory_of_its_own_is_left_alone(tiny):
     cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
     plan = group_plan(model, EVICTING)
     with sparsesearch.apply(model, plan), torch.no_grad():
-        ours = model(ids, past_key_values=cache).logits[0]
+        ours = model(ids, **{CACHE_KEYWORD: cache}).logits[0]
     assert not any(isinstance(layer, StaticPlanLayer) for layer in cache.layers)
     close(ours, oracle_logits(model, plan, ids[0]))
 

@@ -6,7 +6,7 @@ import torch
 from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.dispatch import Backend
-from sparsesearch.kernels.ordered import ChosenTiles, attend
+from sparsesearch.kernels.ordered import StepMemory, attend
 from sparsesearch.kernels.reference import masked_attention
 from sparsesearch.kernels.row_copies import put_rows, take_rows
 from sparsesearch.layout import Layout, video_layout
@@ -105,12 +105,13 @@ def test_dynamic_tiles_are_chosen_once_and_kept() -> None:
     layout = video_layout(4, 8, 8)
     rules = (PooledTopk(keep=LengthLaw(a=32), sink=0), Dense(), RULES[0])
     q, k, v = tensors(layout, 3, 3)
-    grid, chosen = grid_of(layout), ChosenTiles()
-    first = attend(q, k, v, grid, rules, scale=0.25, backend="torch", chosen=chosen)
+    grid, memory = grid_of(layout), StepMemory(chosen={})
+    first = attend(q, k, v, grid, rules, scale=0.25, backend="torch", memory=memory)
     assert torch.allclose(first, oracle(q, k, v, grid, rules), atol=2e-5)
-    assert len(chosen) == 1
+    assert memory.chosen is not None
+    assert len(memory.chosen) == 1
     other = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
-    kept = attend(other, k, v, grid, rules, scale=0.25, backend="torch", chosen=chosen)
+    kept = attend(other, k, v, grid, rules, scale=0.25, backend="torch", memory=memory)
     anew = attend(other, k, v, grid, rules, scale=0.25, backend="torch")
     assert torch.equal(kept[:, 1:], anew[:, 1:])
     assert not torch.allclose(kept[:, 0], anew[:, 0], atol=1e-3)

@@ -8,8 +8,9 @@ import torch
 from sparsesearch.layout import video_layout
 from sparsesearch.order import AXES, Tile, parse_order
 from sparsesearch.plan import BaseModelInfo, Plan
-from sparsesearch.plan_lint import densities, lint, scale_finding
+from sparsesearch.plan_lint import cached_bytes, densities, lint, scale_finding
 from sparsesearch.rules import LengthLaw, Rule
+from sparsesearch.rules.cached_rest import CachedRest
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.diagonal_band import DiagonalBand
 from sparsesearch.rules.neighbourhood import Neighbourhood
@@ -123,6 +124,17 @@ def test_length_law() -> None:
     late = SinkWindow(sink=64, window=LengthLaw(a=-512, b=0.25))
     assert checks(plan((late,), lengths_tokens=(1024, 4096))) == {"length_law"}
     assert not lint(plan((late,), lengths_tokens=(4096,)))
+
+
+def test_cached_bytes() -> None:
+    """Re-ttention on HunyuanVideo: one residual of tokens x heads x head_dim x 2 bytes per layer, 44 GB over 60 layers."""
+    layout = video_layout(33, 45, 80, text_last=256)
+    rule = CachedRest(of=DiagonalBand(reach=LengthLaw(b=0.03)))
+    assert CachedRest.bytes_per_head(layout.num_tokens, 128) * 24 * 60 == pytest.approx(44e9, rel=0.02)
+    made = plan((rule, Dense()), (Dense(), rule), layout=VIDEO)
+    assert cached_bytes(made) == 2 * 266 * (64 * 2 + 4)
+    assert not lint(made)
+    assert checks(made, max_cached_bytes=70_000) == {"cached_bytes"}
 
 
 def test_softmax_scale() -> None:

@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from sparsesearch.bench.video_predicted import with_predictions
+from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.device.model import DeviceCostModel
 
 RECORD = json.loads((Path(__file__).parents[1] / "golden" / "video_h200.json").read_text())
 ROWS = [row for row in RECORD["rows"] if "R" in row]
@@ -20,3 +25,29 @@ def test_ratios_follow_from_the_times(row: dict[str, float]) -> None:
     assert row["attention_speedup"] == pytest.approx(row["dense_s"] / row["seconds"], rel=1e-3)
     share, gain = row["attention_share"], row["attention_speedup"]
     assert row["projected_speedup"] == pytest.approx(1 / (1 - share + share / gain), rel=1e-3)
+
+
+def test_predictions_stand_beside_the_times() -> None:
+    """Every row; some of them computed anew, which needs no device."""
+    errors = [abs(row["predicted_s"] / row["seconds"] - 1) for row in ROWS]
+    assert sum(errors) / len(errors) <= 0.05
+    assert max(errors) <= 0.12
+    costs = load_cost_model(RECORD["predicted_by"])
+    assert isinstance(costs, DeviceCostModel)
+    few = [row for row in ROWS if row["model"] == "CogVideoX1.5-5B" and row["mix"] in ("bands", "temporal")]
+    for row, again in zip(few, with_predictions({**RECORD, "rows": few}, costs)["rows"], strict=True):
+        assert abs(again["predicted_s"] / row["seconds"] - 1) <= 0.12
+
+
+def test_the_command_prints_them(tmp_path: Path) -> None:
+    from sparsesearch_cli.main import app
+
+    few = {**RECORD, "rows": [row for row in RECORD["rows"] if row.get("mix") == "spatial" and row["tokens"] < 50_000]}
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    result = CliRunner().invoke(
+        app, ["bench", "video", "--measured", str(tmp_path / "few.json"), "-o", str(tmp_path / "out.json")]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "mean error" in result.stdout
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["rows"][0]["predicted_s"] == pytest.approx(few["rows"][0]["seconds"], rel=0.12)

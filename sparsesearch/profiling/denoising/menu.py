@@ -61,3 +61,9 @@ def video_grid(layout: Layout, block_tokens: int) -> BlockGrid:
     """The block grid of all tokens against all tokens."""
     tokens = layout.num_tokens
     return BlockGrid(tokens, tokens, block_tokens, causal=False, layout=layout)
+
+
+def static_work(rule: Rule, layout: Layout, block_tokens: int) -> float:
+    """What a static rule computes per head and call, as a share of dense attention's tiles."""
+    grid = video_grid(layout, block_tokens)
+    return float(rule.work(rule.levels(grid), grid)) / float(grid.reachable().sum())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,10 +25,11 @@ class StepsManifest(BaseModel):
 
     Attributes:
         num_steps: of the calibration runs.
-        ranges: first and end step of each range; they cover the run.
+        ranges: first and end step of each range; they cover the run, or the part of it in which this transformer is called.
         captured: steps that were looked at, per range.
         candidates: the menu, dense first; the candidate axis of every tensor.
         calibrated: label of a template -> per range -> module -> one rule per head.
+        bitmaps: whether calibrated rules are those of their range, or the same in all ranges.
         base_plan_sha256: the plan that was running, if the profile was made under one.
     """
 
@@ -43,6 +44,7 @@ class StepsManifest(BaseModel):
     captured: tuple[tuple[int, ...], ...]
     candidates: tuple[AnyRule, ...]
     calibrated: dict[str, tuple[dict[str, tuple[AnyRule, ...]], ...]]
+    bitmaps: Literal["range", "run"] = "range"
     calibration: str
     base_plan_sha256: str | None
     versions: dict[str, str]

@@ -1,7 +1,7 @@
 """What to profile of a diffusion transformer."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import BaseModelInfo, Plan
@@ -23,6 +23,8 @@ class StepsRequest:
         passes: how often the sampler comes to each step: prompts one after another and guidance in calls of its own count each. With more
             than one, what was measured at a step is held in memory until all have come.
         query_blocks: score so many query blocks, evenly spaced, instead of all; for sequences of 100,000 tokens.
+        span: first and end step that this transformer is called at, where it is one of several; `ends` are shares of it. All by default.
+        bitmaps: whether calibrated bitmaps are those of their range, or of all captured steps together, so that ranges can be merged later.
     """
 
     base_model: BaseModelInfo
@@ -33,16 +35,19 @@ class StepsRequest:
     calibration: str = "unnamed"
     passes: int = 1
     query_blocks: int | None = None
+    span: tuple[int, int] | None = None
+    bitmaps: Literal["range", "run"] = "range"
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """First and end step of each range."""
-        ends = [round(share * self.num_steps) for share in self.ends]
-        if sorted(set(ends)) != ends or ends[0] < 1 or ends[-1] != self.num_steps:
+        first, last = self.span or (0, self.num_steps)
+        ends = [first + round(share * (last - first)) for share in self.ends]
+        if sorted(set(ends)) != ends or ends[0] <= first or ends[-1] != last:
             raise SpecError(
-                f"ends must ascend to 1 with a step in every range, but are {self.ends} of {self.num_steps}."
+                f"ends must ascend to 1 with a step in every range, but are {self.ends} of the {last - first} steps {first} to {last - 1}."
             )
-        return tuple(zip([0, *ends[:-1]], ends, strict=True))
+        return tuple(zip([first, *ends[:-1]], ends, strict=True))
 
     @property
     def captured(self) -> tuple[tuple[int, ...], ...]:
@@ -63,6 +68,7 @@ class StepsRequest:
             "calibration": self.calibration,
             "passes": self.passes,
             "query_blocks": self.query_blocks,
+            "bitmaps": self.bitmaps,
             "plan": None if plan is None else plan.sha256,
             "versions": provenance_versions(),
         }

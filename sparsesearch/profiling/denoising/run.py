@@ -4,7 +4,7 @@ The model samples as ever; a probe on its attention sees queries, keys and value
 with steps, layers or sequences.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.profiling.denoising.menu import FlatCall, OrderGroup, video_grid
 from sparsesearch.profiling.denoising.record import DenoisingProfile, StepsManifest
 from sparsesearch.profiling.denoising.request import StepsRequest
+from sparsesearch.profiling.denoising.rest_errors import RestErrors, must_run
 from sparsesearch.profiling.denoising.tile_errors import tile_errors, tile_masses
 from sparsesearch.profiling.record import provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.runtime.denoisers import apply_denoiser, projections_of
 from sparsesearch.runtime.diffusion.attention import LayerCall
-from sparsesearch.runtime.diffusion.live import apply_to_transformer, output_weights
 
 Sampler = Callable[[], Tensor]
 """Samples from the calibration inputs through the model under study and returns the final latents, one row per sequence."""
@@ -50,17 +51,19 @@ def profile_transformer(
     out: Path,
     *,
     plan: Plan | None = None,
+    scheduler: Any = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> DenoisingProfile:
-    """Profile a diffusers transformer into a directory.
+    """Profile a diffusers transformer, or a masked diffusion language model, into a directory.
 
     Args:
-        model: in evaluation mode, with no plan applied.
+        model: in evaluation mode, with no plan applied; a language model as a `MaskedDenoiser`.
         sampler: samples the calibration inputs through it.
         request: model, candidates, steps.
         out: the profile directory; one shard per captured step is kept until the end, so `resume` loses at most one step.
         plan: run this plan while profiling, so that errors are measured on the activations it really meets.
+        scheduler: of the model's pipeline, where that does not tell the step itself.
         resume: continue instead of refusing a directory that holds a profile.
         progress: called with (stage, done, total).
 
@@ -74,7 +77,7 @@ def profile_transformer(
     running = plan or uniform_plan(
         request.base_model, Dense(), block_tokens=request.space.block_tokens, lengths_tokens=(1,)
     )
-    study = _Study(model, sampler, request, running, store, progress)
+    study = _Study(model, sampler, request, running, store, progress, scheduler)
     calibrated = study.calibrate()
     return study.score(calibrated, None if plan is None else plan.sha256)
 
@@ -89,6 +92,7 @@ class _Study:
     running: Plan
     store: ShardStore
     progress: Progress
+    scheduler: Any
     layout: Layout | None = None
 
     def calibrate(self) -> Calibrated:
@@ -111,20 +115,31 @@ class _Study:
         assert self.layout is not None
         modules, grid = self.request.base_model.modules, video_grid(self.layout, self.request.space.block_tokens)
         calibrated: dict[str, list[dict[str, tuple[Rule, ...]]]] = {rule.label: [] for rule in templates}
-        for steps in self.request.captured:
+        every = tuple(step for steps in self.request.captured for step in steps)
+        for steps in (every,) if self.request.bitmaps == "run" else self.request.captured:
             for rule in templates:
                 table = {}
                 for module in modules:
                     mass = torch.stack([shards[step][f"{module}/{rule.token_order}"] for step in steps]).mean(0)
                     table[module] = tuple(rule.calibrated(head, grid) for head in mass)
                 calibrated[rule.label].append(table)
-        return {label: tuple(tables) for label, tables in calibrated.items()}
+        repeated = len(self.request.captured) if self.request.bitmaps == "run" else 1
+        return {label: tuple(tables) * repeated for label, tables in calibrated.items()}
 
     def score(self, calibrated: Calibrated, plan_sha256: str | None) -> DenoisingProfile:
         """Errors of all candidates at every captured step."""
-        weights = output_weights(self.model)
+        weights = projections_of(self.model)
         place_of = {step: place for place, steps in enumerate(self.request.captured) for step in steps}
         chosen: dict[tuple[int, str], list[OrderGroup]] = {}
+        candidates = self.request.space.candidates
+
+        def rules_of(index: int, seen: LayerCall) -> Sequence[Rule]:
+            if not candidates[index].needs_calibration:
+                return (candidates[index],) * seen.q.shape[1]
+            assert seen.call.step is not None
+            return calibrated[candidates[index].label][place_of[seen.call.step[0]]][seen.path]
+
+        rests = RestErrors(candidates, rules_of, frozenset(place_of), self.request.space.block_tokens)
 
         def errors(seen: LayerCall) -> dict[str, Tensor]:
             assert seen.call.step is not None
@@ -132,9 +147,9 @@ class _Study:
             key = (place_of[seen.call.step[0]], seen.path)
             if key not in chosen:
                 chosen[key] = self._groups(*key, calibrated, seen.q.shape[1], str(seen.q.device))
-            return self._errors(seen, chosen[key], weights[seen.path])
+            return self._errors(seen, chosen[key], weights[seen.path], rests)
 
-        shards = self._observe("errors", errors)
+        shards = self._observe("errors", errors, rests.before)
         assert self.layout is not None
         return self._merge(shards, calibrated, plan_sha256)
 
@@ -144,7 +159,8 @@ class _Study:
         grid = video_grid(self.layout, self.request.space.block_tokens)
         by_order: dict[Order, list[int]] = {}
         for index, rule in enumerate(self.request.space.candidates):
-            by_order.setdefault(rule.token_order, []).append(index)
+            if not must_run(rule):
+                by_order.setdefault(rule.token_order, []).append(index)
         groups = []
         for order, indices in by_order.items():
             masks: list[Tensor | Rule] = []
@@ -160,7 +176,9 @@ class _Study:
             groups.append(OrderGroup(order, indices, masks, grid))
         return groups
 
-    def _errors(self, seen: LayerCall, groups: list[OrderGroup], weight: Float[Tensor, "O HD"]) -> dict[str, Tensor]:
+    def _errors(
+        self, seen: LayerCall, groups: list[OrderGroup], weight: Float[Tensor, "O HD"], rests: RestErrors
+    ) -> dict[str, Tensor]:
         """Relative error [H, C] and tiles [H, C] of one call, mean over its sequences."""
         batch, heads, _tokens, size = seen.q.shape
         flat, rules = FlatCall.of(seen), self.request.space.candidates
@@ -188,6 +206,8 @@ class _Study:
                 delta = seen.v.float().mean(2, keepdim=True) - dense.float()
                 wrong = torch.einsum("bhtd,hde,bhte->bh", delta, gram, delta)
                 error[:, index] = (wrong / norm[:, None]).mean(0)
+        if rests.indices:
+            error[:, rests.indices], tiles[:, rests.indices] = rests.errors(seen, dense, gram, norm)
         return {"error": error, "tiles": tiles}
 
     def _query_blocks(self, grid: BlockGrid) -> Tensor | None:
@@ -196,8 +216,16 @@ class _Study:
             return None
         return torch.linspace(0, grid.num_q_blocks - 1, count).round().long()
 
-    def _observe(self, name: str, measure: Callable[[LayerCall], dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """Sample once and measure every layer at the captured steps that have no shard yet; then the shards of all of them."""
+    def _observe(
+        self,
+        name: str,
+        measure: Callable[[LayerCall], dict[str, Tensor]],
+        before: Callable[[LayerCall], None] | None = None,
+    ) -> dict[int, dict[str, Tensor]]:
+        """Sample once and measure every layer at the captured steps that have no shard yet; then the shards of all of them.
+
+        `before` is shown every call, before it is measured.
+        """
         steps = [step for captured in self.request.captured for step in captured]
         paths = {step: self.store.folder / "shards" / name / f"{step:04d}.safetensors" for step in steps}
         missing = {step for step in steps if not paths[step].exists()}
@@ -211,6 +239,8 @@ class _Study:
                     f"the sampler came to step {step} more than {self.request.passes} times. Prompts one after another and guidance in "
                     "calls of its own count each: set `passes` of the request."
                 )
+            if before is not None:
+                before(seen)
             if step not in missing:
                 return
             for key, value in measure(seen).items():
@@ -224,7 +254,7 @@ class _Study:
                     self.progress(name, len(steps) - len(missing) + len(taken), len(steps))
 
         if missing:
-            with apply_to_transformer(self.model, self.running, allow_other_weights=True) as applied:
+            with apply_denoiser(self.model, self.running, scheduler=self.scheduler) as applied:
                 applied.probe(probe)
                 self.sampler()
             if missing - taken:
@@ -287,6 +317,7 @@ class _Study:
             captured=request.captured,
             candidates=request.space.candidates,
             calibrated=calibrated,
+            bitmaps=request.bitmaps,
             calibration=request.calibration,
             base_plan_sha256=plan_sha256,
             versions=provenance_versions(),

@@ -11,14 +11,14 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.kernels.dispatch import Backend, choose_backend
-from sparsesearch.kernels.ordered import ChosenTiles
+from sparsesearch.kernels.ordered import StepMemory
 from sparsesearch.kernels.ordered import attend as attend_rules
 from sparsesearch.kernels.schedule import Span
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
-from sparsesearch.runtime.diffusion.call import Call, CallHook
+from sparsesearch.runtime.denoising_call import Call, CallSource
 
 Rules = tuple[Rule, ...]
 
@@ -56,7 +56,7 @@ class SparseLayer:
     Attributes:
         path: the module's path in the plan.
         plan: the plan; its schedule says which rules hold at which step.
-        calls: the hook that knows the call in progress.
+        calls: who knows the call in progress.
         backend: as in `kernels.dispatch`.
         probe: shown every self-attention call; what it returns, if anything, replaces the output.
         taken: backend that served the last sparse call.
@@ -64,11 +64,11 @@ class SparseLayer:
 
     path: str
     plan: Plan
-    calls: CallHook
+    calls: CallSource
     backend: Backend
     probe: Probe | None = None
     taken: Backend | None = None
-    _kept: dict[tuple[str, int], ChosenTiles] = field(default_factory=dict)
+    _kept: dict[str, tuple[int, StepMemory]] = field(default_factory=dict)
 
     @cached_property
     def rules(self) -> tuple[Rules, ...]:
@@ -132,17 +132,24 @@ class SparseLayer:
         grids = grids_of(call, q.shape[0], self.plan.block_tokens)
         if self.taken is None:
             self.taken = choose_backend(q, k, v, [Span(grids[0])], backend=self.backend)
-        return attend_rules(q, k, v, grids, rules, scale=scale, backend=self.backend, chosen=self._chosen(call))
+        return attend_rules(q, k, v, grids, rules, scale=scale, backend=self.backend, memory=self._memory(call))
 
-    def _chosen(self, call: Call) -> ChosenTiles | None:
-        """Where dynamic rules keep their tiles between the schedule's refresh steps; None if they choose anew at every step."""
+    def _memory(self, call: Call) -> StepMemory:
+        """What the layer kept in earlier steps of the same pass and range; dynamic tiles stay between the schedule's refresh steps."""
+        place = self._range(call)
+        before, memory = self._kept.get(call.pass_name, (place, StepMemory()))
+        if before != place:
+            memory = StepMemory()
+        self._kept[call.pass_name] = place, memory
         schedule = self.plan.schedule
-        if schedule is None or call.step is None or not schedule.refresh:
-            return None
-        key = (call.pass_name, self._range(call))
-        if schedule.refreshes(*call.step):
-            self._kept[key] = {}
-        return self._kept.setdefault(key, {})
+        if call.step is None:
+            return StepMemory()
+        memory.step = call.step[0]
+        if schedule is None or not schedule.refresh:
+            memory.chosen = None
+        elif schedule.refreshes(*call.step) or memory.chosen is None:
+            memory.chosen = {}
+        return memory
 
 
 def grids_of(call: Call, batch_size: int, block_tokens: int) -> tuple[BlockGrid, ...]:

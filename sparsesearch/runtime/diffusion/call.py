@@ -6,7 +6,6 @@ position of the timestep in the scheduler of the pipeline.
 """
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -15,26 +14,10 @@ from torch import Tensor, nn
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.layout import Layout
+from sparsesearch.runtime.denoising_call import Call
 from sparsesearch.runtime.diffusion.families import Family
 
 HOOK_NAME = "sparsesearch"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One forward pass.
-
-    Attributes:
-        layout: its tokens, padding included.
-        key_lengths: real tokens of each batch row where the text is padded at the end; None where nothing is.
-        step: index of the denoising step and number of steps, where known.
-        pass_name: which of the calls of one step, such as `cond` or `uncond`.
-    """
-
-    layout: Layout
-    key_lengths: tuple[int, ...] | None
-    step: tuple[int, int] | None
-    pass_name: str
 
 
 class _StepState(StateManager):

@@ -1,7 +1,7 @@
 """`sparsesearch apply` on a diffusers model or pipeline directory: a copy that `from_pretrained` runs under its plans.
 
 The plan lies in the component's config.json under a private key, which diffusers keeps through loading and saving; `sparse_plan.json` beside
-it is a copy. Weights are hard-linked.
+it is a copy. Without `import sparsesearch` diffusers refuses the config (see `guard`). Weights are hard-linked.
 """
 
 import json
@@ -13,19 +13,11 @@ from typing import Any
 from sparsesearch.artifacts import read_text, write_bytes
 from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError, nearest
 from sparsesearch.plan import Plan
+from sparsesearch.runtime.diffusion.guard import CONFIG_KEY, guarded
 from sparsesearch.runtime.diffusion.live import AppliedTransformer, check_transformer_weights
 from sparsesearch.runtime.export import PLAN_FILE, check_target, complete_or_nothing, link_or_copy
 
-CONFIG_KEY = "_sparsesearch"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
-
-
-def is_diffusers_directory(path: Path) -> bool:
-    """Whether a directory holds a diffusers pipeline, or one of its models."""
-    if (path / "model_index.json").is_file():
-        return True
-    config = path / "config.json"
-    return config.is_file() and "_class_name" in json.loads(read_text(config))
 
 
 def export_diffusers(
@@ -68,7 +60,8 @@ def export_diffusers(
         for component, plan in plans.items():
             folder = staging / component
             config = json.loads(read_text(folder / "config.json"))
-            content = json.dumps({**config, CONFIG_KEY: plan.to_dict()}, indent=2, sort_keys=True) + "\n"
+            carrying = guarded({**config, CONFIG_KEY: plan.to_dict()})
+            content = json.dumps(carrying, indent=2, sort_keys=True) + "\n"
             write_bytes(folder / "config.json", content.encode())
             plan.save(folder / PLAN_FILE)
 

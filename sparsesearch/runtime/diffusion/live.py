@@ -207,9 +207,16 @@ def apply_diffusers(
 
 
 def apply_to_transformer(
-    model: nn.Module, plan: Plan, *, backend: str = "auto", allow_other_weights: bool = False
+    model: nn.Module, plan: Plan, *, backend: str = "auto", allow_other_weights: bool = False, scheduler: Any = None
 ) -> AppliedTransformer:
     """Run `plan` on a live diffusers transformer, until the returned handle is removed or its `with` block ends.
+
+    Args:
+        model: the transformer.
+        plan: its plan.
+        backend: as in `kernels.dispatch`.
+        allow_other_weights: accept weights whose fingerprint differs.
+        scheduler: of its pipeline, to read steps from where the pipeline itself does not tell them.
 
     Raises:
         PlanMismatchError: modules, head counts or weights are not the plan's. Nothing has been touched then.
@@ -220,7 +227,9 @@ def apply_to_transformer(
         check_transformer_weights(plan.base_model, model)
     for known in BACKENDS:
         if backend == known:
-            return AppliedTransformer(model, plan, known)  # type: ignore[arg-type]  # one of the literals
+            applied = AppliedTransformer(model, plan, known)  # type: ignore[arg-type]  # one of the literals
+            applied.watch(scheduler)
+            return applied
     raise SpecError(f"unknown backend {backend!r}.{nearest(backend, BACKENDS)}")
 
 
@@ -238,9 +247,12 @@ def apply_to_pipeline(
             if name not in pipeline.components or pipeline.components[name] is None:
                 raise PlanMismatchError(f"the pipeline has no component {name!r}.{nearest(name, pipeline.components)}")
             applied[name] = apply_to_transformer(
-                pipeline.components[name], plan, backend=backend, allow_other_weights=allow_other_weights
+                pipeline.components[name],
+                plan,
+                backend=backend,
+                allow_other_weights=allow_other_weights,
+                scheduler=pipeline.components.get("scheduler"),
             )
-            applied[name].watch(pipeline.components.get("scheduler"))
     except BaseException:
         AppliedPipeline(applied).remove()
         raise

@@ -3,6 +3,7 @@
 import functools
 import importlib.abc
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,15 +12,17 @@ from types import ModuleType
 from typing import Any
 
 from sparsesearch.plan import Plan
+from sparsesearch.runtime.diffusion.guard import CONFIG_KEY, guarded, unguarded
 
 _WRAPPED = "_sparsesearch_wrapped"
 _MODELS, _PIPELINES = "diffusers.models.modeling_utils", "diffusers.pipelines.pipeline_utils"
+_CONFIGS = "diffusers.configuration_utils"
 _binding = [True]
 
 
 def register() -> None:
-    """Wrap `ModelMixin.from_pretrained` and `DiffusionPipeline.register_modules`; a second call changes nothing."""
-    for name, wrap in ((_MODELS, _wrap_models), (_PIPELINES, _wrap_pipelines)):
+    """Wrap how diffusers loads models, reads and writes their configs, and makes pipelines; a second call changes nothing."""
+    for name, wrap in ((_CONFIGS, _wrap_configs), (_MODELS, _wrap_models), (_PIPELINES, _wrap_pipelines)):
         if name in sys.modules:
             wrap(sys.modules[name])
         elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
@@ -77,6 +80,29 @@ def _wrap_models(module: ModuleType) -> None:
     module.ModelMixin.from_pretrained = classmethod(from_pretrained)
 
 
+def _wrap_configs(module: ModuleType) -> None:
+    """Take the mark off a config that is read, and put it on one that is written."""
+    read: Any = module.ConfigMixin.load_config.__func__
+    write: Any = module.ConfigMixin.to_json_string
+    if getattr(read, _WRAPPED, False):
+        return
+
+    @functools.wraps(read)
+    def load_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+        result = read(cls, *args, **kwargs)
+        return (unguarded(result[0]), *result[1:]) if isinstance(result, tuple) else unguarded(result)
+
+    @functools.wraps(write)
+    def to_json_string(self: Any) -> str:
+        text: str = write(self)
+        config = json.loads(text)
+        return json.dumps(guarded(config), indent=2, sort_keys=True) + "\n" if CONFIG_KEY in config else text
+
+    setattr(load_config, _WRAPPED, True)
+    module.ConfigMixin.load_config = classmethod(load_config)
+    module.ConfigMixin.to_json_string = to_json_string
+
+
 def _wrap_pipelines(module: ModuleType) -> None:
     original: Any = module.DiffusionPipeline.register_modules
     if getattr(original, _WRAPPED, False):
@@ -98,7 +124,6 @@ def bind_loaded(model: Any) -> None:
     Raises:
         PlanMismatchError: the plan is for another architecture.
     """
-    from sparsesearch.runtime.diffusion.export import CONFIG_KEY
     from sparsesearch.runtime.diffusion.live import AppliedTransformer
 
     content = dict(model.config).get(CONFIG_KEY) if _binding[0] else None

@@ -1,6 +1,8 @@
 """Pipeline directories that carry plans, loaded by plain `from_pretrained`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from sparsesearch.errors import ArtifactError, PlanMismatchError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.dense import Dense
 from sparsesearch.runtime.diffusion.call import hook_of
-from sparsesearch.runtime.diffusion.export import CONFIG_KEY, export_diffusers
+from sparsesearch.runtime.diffusion.export import export_diffusers
+from sparsesearch.runtime.diffusion.guard import CONFIG_KEY, guarded, unguarded
 from sparsesearch.step_schedule import StepSchedule
 
 PROMPT = torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(3))
@@ -27,7 +30,13 @@ def make_pipeline() -> Any:
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     )
     pipeline = WanPipeline(
         tokenizer=None, text_encoder=None, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -138,3 +147,53 @@ def test_apply_writes_a_component(
     with sparsesearch.apply_diffusers(plain, plans):
         live = run(plain)
     assert torch.equal(run(load(tmp_path / "both")), live)
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        "DiffusionPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None).transformer",
+        "WanTransformer3DModel.from_pretrained(folder + '/transformer')",
+        "AutoModel.from_pretrained(folder + '/transformer')",
+    ],
+)
+def test_without_our_import_nothing_loads(source: Path, plans: dict[str, Plan], tmp_path: Path, loading: str) -> None:
+    """A pipeline, a model by its class, a model by its config: refused by name, also after it was saved anew."""
+    export_diffusers({"transformer": plans["transformer"]}, source, tmp_path / "sparse")
+    load(tmp_path / "sparse").save_pretrained(tmp_path / "again")
+    code = f"""
+import sys
+folder = sys.argv[1]
+from diffusers import AutoModel, DiffusionPipeline, WanTransformer3DModel
+refused = 0
+for folder in sys.argv[1:]:
+    try:
+        {loading}
+    except ValueError as error:
+        assert "import sparsesearch" in str(error), error
+        refused += 1
+assert refused == 2
+import sparsesearch
+from sparsesearch.runtime.diffusion.call import hook_of
+for folder in sys.argv[1:]:
+    model = {loading}
+    assert hook_of(model) is not None
+    assert "quantization_config" not in model.config
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "sparse"), str(tmp_path / "again")],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_mark_keeps_a_quantization_of_its_own() -> None:
+    plain = {"quantization_config": {"quant_method": "torchao"}, "num_layers": 2}
+    carrying = {**plain, CONFIG_KEY: {}}
+    assert guarded(plain) == plain
+    assert guarded(carrying)["quantization_config"] != carrying["quantization_config"]
+    assert unguarded(guarded(carrying)) == carrying
+    assert guarded(guarded(carrying)) == guarded(carrying)
+    assert unguarded(plain) == plain
