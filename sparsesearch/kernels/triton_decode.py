@@ -21,21 +21,22 @@ NO_KEY = tl.constexpr(-1.0e25)
 MASKED = tl.constexpr(-1.0e30)
 
 BLOCK_KEYS = 64  # 128 leave room for one block per multiprocessor instead of three: half the loads in flight
-UNIT_KEYS = tl.constexpr(16)  # shares of whole blocks would differ by a tenth where each worker has about ten
+UNIT_KEYS = 16  # shares of whole blocks would differ by a tenth where each worker has about ten
 IDLE_UNITS = 2  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
 WORKERS_PER_SM = 3
+MANY_HEADS = 256
 
 
 @triton.jit
-def _units(kv_lens, num_pairs, workers, PAIRS: tl.constexpr, BN: tl.constexpr, IDLE: tl.constexpr):
+def _units(kv_lens, num_pairs, workers, PAIRS: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, IDLE: tl.constexpr):
     """Keys of each pair, where its units end when all are laid end to end; busy workers, units of each, and how many have one more."""
     pairs = tl.arange(0, PAIRS)
     lens = tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0)
-    units = tl.where(lens > 0, (lens + UNIT_KEYS - 1) // UNIT_KEYS + IDLE, 0)
+    units = tl.where(lens > 0, (lens + UNIT - 1) // UNIT + IDLE, 0)
     total = tl.sum(units, 0)
     # no worker between two busy ones is idle: the merge reads them all
-    busy = tl.maximum(tl.minimum(workers, (total * UNIT_KEYS + BN - 1) // BN), 1)
+    busy = tl.maximum(tl.minimum(workers, (total * UNIT + BN - 1) // BN), 1)
     share = total // busy
     return pairs, lens, tl.cumsum(units, 0), busy, share, total - share * busy
 
@@ -51,14 +52,14 @@ def _owner(unit, share, longer):
 def ragged_decode_parts(
     q, k, v, kv_start, kv_lens, table, parts, lse_parts, num_pairs, k_stride, v_stride, table_stride, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
-    IDLE: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    UNIT: tl.constexpr, IDLE: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One worker's share of all keys. Grid: workers."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     worker = tl.program_id(0)
-    pairs, lens, ends, busy, share, longer = _units(kv_lens, num_pairs, tl.num_programs(0), PAIRS, BN, IDLE)
+    pairs, lens, ends, busy, share, longer = _units(kv_lens, num_pairs, tl.num_programs(0), PAIRS, BN, UNIT, IDLE)
     if PAIRS <= IN_REGISTERS:  # loaded with the lengths: one wait for memory instead of two
         starts = tl.load(kv_start + pairs, mask=pairs < num_pairs, other=0)
     at = worker * share + tl.minimum(worker, longer)
@@ -72,9 +73,9 @@ def ragged_decode_parts(
         own = pairs == pair
         pair_end = tl.sum(tl.where(own, ends, 0), 0)
         kv_len = tl.sum(tl.where(own, lens, 0), 0)
-        pair_first = pair_end - (kv_len + UNIT_KEYS - 1) // UNIT_KEYS  # of its keys: the idle units come before
+        pair_first = pair_end - (kv_len + UNIT - 1) // UNIT  # of its keys: the idle units come before
         until = tl.minimum(pair_end, stop)
-        end = tl.minimum((until - pair_first) * UNIT_KEYS, kv_len)
+        end = tl.minimum((until - pair_first) * UNIT, kv_len)
         if PAIRS <= IN_REGISTERS:
             start = tl.sum(tl.where(own, starts, 0), 0)
         else:
@@ -84,7 +85,7 @@ def ragged_decode_parts(
         m = tl.full([ROWS], NO_KEY, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, D], tl.float32)
-        for first in range(tl.maximum(at - pair_first, 0) * UNIT_KEYS, end, BN):
+        for first in range(tl.maximum(at - pair_first, 0) * UNIT, end, BN):
             pos = first + keys
             loaded = pos < end
             row = start + pos
@@ -119,16 +120,16 @@ def ragged_decode_parts(
 def merge_decode_parts(
     out, lse, kv_lens, parts, lse_parts, num_pairs, workers,
     GROUP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
-    IDLE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
+    UNIT: tl.constexpr, IDLE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """O = Σ exp(lse_i - lse) O_i over the workers that had a part of one pair. Grid: (query heads, D / COLS)."""
     if EARLY:
         gdc_launch_dependents()
     head = tl.program_id(0)
     pair = head // GROUP
-    pairs, lens, ends, _, share, longer = _units(kv_lens, num_pairs, workers, PAIRS, BN, IDLE)
+    pairs, lens, ends, _, share, longer = _units(kv_lens, num_pairs, workers, PAIRS, BN, UNIT, IDLE)
     end = tl.sum(tl.where(pairs == pair, ends, 0), 0)
-    first = end - (tl.sum(tl.where(pairs == pair, lens, 0), 0) + UNIT_KEYS - 1) // UNIT_KEYS
+    first = end - (tl.sum(tl.where(pairs == pair, lens, 0), 0) + UNIT - 1) // UNIT
     lo = _owner(first, share, longer)
     hi = tl.where(end > first, _owner(end - 1, share, longer) + 1, lo)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -179,9 +180,11 @@ def launch(
         **fixed, **options,
     )  # fmt: skip
     shared = {name: value for name, value in fixed.items() if name not in ("ROWS", "PAGE", "PRECISION")}
-    cols = min(padded, 32)
+    # few heads: their columns are shared out too; parts are read in as many rows at once as a pair longer than the others may have
+    cols = padded if q.shape[0] * q.shape[1] >= MANY_HEADS else min(padded, 32)
+    chunk = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
     merge_decode_parts[(q.shape[0] * q.shape[1], padded // cols)](
-        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=64, COLS=cols, **(options | {"num_stages": 1})
+        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=chunk, COLS=cols, **(options | {"num_stages": 1})
     )  # fmt: skip
 
 
@@ -196,6 +199,7 @@ def constants(
         "D": max(16, triton.next_power_of_2(head_dim)),
         "DV": head_dim,
         "PAIRS": triton.next_power_of_2(num_pairs),
+        "UNIT": UNIT_KEYS,
         "IDLE": IDLE_UNITS,
         "PAGE": page_tokens,
         "PRECISION": "ieee" if fp32 else "tf32",
