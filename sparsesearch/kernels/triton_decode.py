@@ -21,8 +21,8 @@ NO_KEY = tl.constexpr(-1.0e25)
 MASKED = tl.constexpr(-1.0e30)
 
 BLOCK_KEYS = 64  # 128 leave room for one block per multiprocessor instead of three: half the loads in flight
-UNIT_KEYS = 16  # shares of whole blocks would differ by a tenth where each worker has about ten
-IDLE_UNITS = 2  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
+UNIT_KEYS = 64  # a share that ends inside a block pays for a whole one in latency
+IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
 WORKERS_PER_SM = 3
 MANY_HEADS = 256
