@@ -16,34 +16,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.predicted import shipped_costs
 from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.bench.triton_read import read_both
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.kernels.decode import ragged_decode
 
 CACHE_COPIES = 3
 """Replays rotate among so many caches, so that none is read from L2."""
-
-READERS_PER_SM = 4
-
-
-@triton.jit
-def _read(keys, values, out, size, BLOCK: tl.constexpr):
-    """Read an even share of two arrays of `size` numbers. Grid: programs."""
-    share = (size + tl.num_programs(0) - 1) // tl.num_programs(0)
-    start = tl.program_id(0) * share
-    total = tl.zeros([BLOCK], tl.int32)
-    stop = tl.minimum(start + share, size)
-    for first in range(start, stop, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < stop
-        total += tl.load(keys + at, mask=inside, other=0) + tl.load(values + at, mask=inside, other=0)
-    tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 
 def run(
@@ -138,8 +121,6 @@ def _ceilings_of(caches: list[list[Tensor]], num_bytes: int, budget_s: float) ->
     """Time to copy as many bytes (read and written) as the keys and values have, and time to read them only."""
     flat = [k.view(-1).view(torch.int32) for k, _ in caches], [v.view(-1).view(torch.int32) for _, v in caches]
     half = num_bytes // 8  # numbers of four bytes, in the keys and in the values each
-    programs = torch.cuda.get_device_properties(0).multi_processor_count * READERS_PER_SM
-    sums = torch.empty(programs, dtype=torch.int32, device="cuda")
 
     def copy() -> None:
         for source, target in zip(flat[0], flat[1][1:] + flat[1][:1], strict=True):
@@ -147,7 +128,7 @@ def _ceilings_of(caches: list[list[Tensor]], num_bytes: int, budget_s: float) ->
 
     def read() -> None:
         for keys, values in zip(*flat, strict=True):
-            _read[(programs,)](keys, values, sums, half, BLOCK=2048, num_warps=8, num_stages=4)
+            read_both(keys[:half], values[:half])
 
     for kernel, work in (("copy", copy), ("read", read)):
         yield kernel, median_s(work, budget_s=budget_s) / CACHE_COPIES

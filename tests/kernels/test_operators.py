@@ -192,3 +192,11 @@ def test_schedules_built_on_the_device_replay() -> None:
         static.copy_(tiles)
         graph.replay()
         assert torch.equal(got, right)
+
+
+@pytest.mark.gpu
+def test_the_bench_reads_everything() -> None:
+    from sparsesearch.bench.triton_read import read_both
+
+    keys, values = (torch.randint(-9, 9, (100_003,), dtype=torch.int32, device=DEVICE) for _ in "kv")
+    assert int(read_both(keys, values).sum()) == int(keys.sum() + values.sum())
