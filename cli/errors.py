@@ -10,7 +10,13 @@ import typer
 from .render import say
 
 INTERRUPTED = 130
-EXTRAS = {"diffusers": "diffusers", "optuna_dashboard": "dashboard", "psycopg": "postgresql", "datasets": "data"}
+EXTRAS = {
+    "diffusers": "diffusers",
+    "optuna_dashboard": "dashboard",
+    "psycopg": "postgresql",
+    "redis": "redis",
+    "datasets": "data",
+}
 """Packages that only some commands need -> the extra that brings them."""
 
 

@@ -11,7 +11,10 @@ from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sparsesearch.check import Thresholds
+    from sparsesearch.cost import CostModel
     from sparsesearch.evaluate import Estimate, Metrics
 
 
@@ -25,6 +28,9 @@ def evaluate(
     num_needles: o.NumNeedles = 8,
     data: o.Data = "text",
     timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.", min=0)] = 5,
+    cost_model: Annotated[
+        str | None, typer.Option(help="Whose predictions stand beside the times; the device's own by default.")
+    ] = None,
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     out: Annotated[
@@ -73,6 +79,7 @@ def evaluate(
             data=data,
             seed=seed,
             timing_rounds=timing_rounds,
+            cost_model=_priced(cost_model, live) if timing_rounds else None,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=generate),
             progress=progress,
             command=o.command_line(),
@@ -89,6 +96,36 @@ def evaluate(
     show_metrics(metrics)
     if tasks is not None:
         lines(str(content["lm_eval"]))
+
+
+def _priced(cost_model: str | None, live: "PreTrainedModel") -> "CostModel | None":
+    """The cost model asked for, or that of the device in the model's data type; None if nobody has measured it."""
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.cost.shipped import shipped_for
+
+    if cost_model is not None:
+        return load_cost_model(cost_model)
+    found = shipped_for(live.device)
+    measured_bytes = getattr(getattr(found, "table", None), "dtype_bytes", None)
+    return found if measured_bytes == live.dtype.itemsize else None
+
+
+def _show_predictions(metrics: "Metrics", length: int) -> None:
+    """Predicted beside measured, where a cost model was at hand."""
+    rows = []
+    for name in metrics.variants:
+        cell = metrics.at(length, name)
+        for part, measured in (("prefill", cell.prefill_s), ("attention", cell.attention_s)):
+            predicted = cell.predicted.get(f"{part}_s")
+            if measured is not None and predicted is not None:
+                rows.append([name, part, measured * 1e3, predicted * 1e3, f"{100 * (predicted / measured - 1):+.1f} %"])
+    if rows:
+        source = metrics.at(length, "dense").cost_model
+        table(
+            f"{length} tokens, predicted by {source}",
+            ["variant", "part", "measured (ms)", "predicted (ms)", "predicted is off by"],
+            rows,
+        )
 
 
 def show_metrics(metrics: "Metrics") -> None:
@@ -113,6 +150,7 @@ def show_metrics(metrics: "Metrics") -> None:
             ["variant", "density", "needle", "KL text", "KL answer", "text loss", "prefill (ms)"],
             rows,
         )
+        _show_predictions(metrics, length)
         show_tasks(metrics, length)
 
 
@@ -245,53 +283,6 @@ def _thresholds(**bounds: float | None) -> "Thresholds":
         raise typer.BadParameter(first_problem(error)) from error
 
 
-def front(
-    profile: o.ProfileDir,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Metrics file to write.")] = Path("front.json"),
-    model: o.OptionalModel = None,
-    families: Annotated[str | None, typer.Option(help="Families separated by semicolons; all by default.")] = None,
-    densities: Annotated[str, typer.Option(help="Density budgets, by commas.")] = "0.15,0.2,0.25,0.35,0.5",
-    plot: Annotated[Path | None, typer.Option(help="Also draw the front of the longest length as SVG.")] = None,
-    lengths: o.Lengths = "2048",
-    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
-    device: o.Device = "cpu",
-    seed: o.Seed = 0,
-    json: o.Json = False,
-) -> None:
-    """Measure every family over a row of densities. They are mixture, MoA, MInference, DuoAttention and uniform windows."""
-    from sparsesearch.artifacts import write_bytes
-    from sparsesearch.measured_front import ALL_FAMILIES, front_table, measure_front
-    from sparsesearch.profiling.record import Profile
-    from sparsesearch.report.front import front_plot
-    from sparsesearch.runtime.loading import load_model
-
-    opened = Profile.load(profile)
-    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=o.present_device(device))
-    with progress_bar() as progress:
-        metrics = measure_front(
-            live,
-            tokenizer,
-            opened,
-            families=ALL_FAMILIES if families is None else [name.strip() for name in families.split(";")],
-            densities=o.parsed_shares(densities, "--densities"),
-            lengths=o.parsed_lengths(lengths),
-            num_sequences=num_sequences,
-            seed=seed,
-            command=o.command_line(),
-            progress=progress,
-        )
-    metrics.save(out)
-    if plot is not None:
-        title = f"{metrics.model}, {metrics.lengths_tokens[-1]} tokens, {num_sequences} held-out sequences"
-        write_bytes(plot, front_plot(metrics, metrics.lengths_tokens[-1], title=title).encode())
-    content = {length: front_table(metrics, length) for length in metrics.lengths_tokens}
-    if json:
-        emit_json(content)
-        return
-    for length, rows in content.items():
-        table(f"{length} tokens, {num_sequences} sequences", list(rows[0]), [list(row.values()) for row in rows])
-
-
 def report(
     plan: o.PlanFile,
     metrics: Annotated[Path, typer.Argument(help="Metrics file written by eval or quickstart.", metavar="METRICS")],
@@ -317,5 +308,5 @@ def report(
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    for name, command in (("eval", evaluate), ("check", check), ("front", front), ("report", report)):
+    for name, command in (("eval", evaluate), ("check", check), ("report", report)):
         app.command(name)(guarded(command))

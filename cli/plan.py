@@ -1,7 +1,7 @@
 """Commands about plans: make one, read one, compare two."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from .render import emit_json, entries, lines, progress_bar, table
 if TYPE_CHECKING:
     from sparsesearch.plan import BudgetRecord, Plan
     from sparsesearch.planning import Question
+    from sparsesearch.profiling.record import Profile
 
 
 def search(
@@ -99,7 +100,10 @@ def search(
     refit_samples: Annotated[
         int, typer.Option(help="Sequences on which `apply` refits what is left after removals; 0 leaves it.", min=0)
     ] = 128,
-    uniform: Annotated[bool, typer.Option("--uniform", help="Removals: the same FFN width in every layer.")] = False,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Removals: the same FFN width in every layer, which stock classes can load."),
+    ] = False,
     lengths: Annotated[
         str, typer.Option(help="Removals: lengths in tokens where flops, memory and latency count.")
     ] = "1024",
@@ -108,15 +112,9 @@ def search(
     json: o.Json = False,
 ) -> None:
     """Find the plan with the least loss within a budget. The proven distance from the best plan is printed."""
-    from sparsesearch.cost import load_cost_model
     from sparsesearch.errors import ArtifactError
-    from sparsesearch.planning import Question, find_choice, write_plan
-    from sparsesearch.pricing import shape_of
     from sparsesearch.profiling.record import Profile
-    from sparsesearch.scoring import DTYPE_BYTES
-    from sparsesearch.search.budget import parse_budgets
-    from sparsesearch.search_space import SearchSpace
-    from sparsesearch.workload import parse_workloads
+    from sparsesearch.replayed_search import search_plan
 
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
@@ -132,44 +130,61 @@ def search(
             lengths=lengths, json=json,
         )  # fmt: skip
         return
-    with usage("--budget"):
-        budgets = parse_budgets(budget)
-    with usage("--workload"):
-        workloads = parse_workloads(workload) if workload else ()
     opened = Profile.load(profile)
-    menu = None if space is None else SearchSpace.load(space)
-    whole = model_shape or workloads or any(each.absolute or each.metric == "memory" for each in budgets)
-    question = Question(
-        budgets=budgets,
-        space=menu,
-        granularity=unit or (menu.unit if menu else "query_head"),
-        objective=objective,
-        answer_weight=answer_weight,
-        cost_model=None if device is None else load_cost_model(device),
-        workloads=workloads,
-        decode=decode,
-        max_groups_per_layer=max_groups_per_layer,
-        dtype_bytes=None if dtype is None else DTYPE_BYTES[dtype],
-        shape=shape_of(opened.manifest.base_model, model_shape) if whole else None,
-    )
-    if refine:
-        plan = _refined(opened, question, model, refine, seed)
-    else:
-        scores, solution = find_choice(opened, question)
-        plan = write_plan(opened, question, scores, solution.choice, solution)
+    question = _question(
+        opened, budget, workload, space, unit, device, dtype, model_shape, objective=objective, answer_weight=answer_weight,
+        decode=decode, max_groups_per_layer=max_groups_per_layer,
+    )  # fmt: skip
+    plan = _refined(opened, question, model, refine, seed) if refine else search_plan(opened, question)
     plan.save(out)
     if pareto is not None:
         _write_front(opened, question, pareto)
     _show_search(plan, out, json)
 
 
-def _refined(profile: object, question: "Question", model: str | None, evaluations: int, seed: int) -> "Plan":
+def _question(
+    profile: "Profile",
+    budget: list[str],
+    workload: list[str] | None,
+    space: str | None,
+    unit: o.Unit | None,
+    device: str | None,
+    dtype: str | None,
+    model_shape: str | None,
+    **more: Any,
+) -> "Question":
+    """What the options ask."""
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.planning import Question
+    from sparsesearch.pricing import shape_of
+    from sparsesearch.scoring import DTYPE_BYTES
+    from sparsesearch.search.budget import parse_budgets
+    from sparsesearch.search_space import SearchSpace
+    from sparsesearch.workload import parse_workloads
+
+    with usage("--budget"):
+        budgets = parse_budgets(budget)
+    with usage("--workload"):
+        workloads = parse_workloads(workload) if workload else ()
+    menu = None if space is None else SearchSpace.load(space)
+    whole = model_shape or workloads or any(each.absolute or each.metric == "memory" for each in budgets)
+    return Question(
+        budgets=budgets,
+        space=menu,
+        granularity=unit or (menu.unit if menu else "query_head"),
+        cost_model=None if device is None else load_cost_model(device),
+        workloads=workloads,
+        dtype_bytes=None if dtype is None else DTYPE_BYTES[dtype],
+        shape=shape_of(profile.manifest.base_model, model_shape) if whole else None,
+        **more,
+    )
+
+
+def _refined(profile: "Profile", question: "Question", model: str | None, evaluations: int, seed: int) -> "Plan":
     from sparsesearch import calibration
-    from sparsesearch.profiling.record import Profile
     from sparsesearch.refinement import refine
     from sparsesearch.runtime.loading import load_model
 
-    assert isinstance(profile, Profile)
     live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path)
     samples = calibration.load(
         "needle", tokenizer, length_tokens=max(profile.manifest.lengths), num_samples=6, seed=seed + 1
@@ -178,14 +193,12 @@ def _refined(profile: object, question: "Question", model: str | None, evaluatio
         return refine(live, profile, question, samples, evaluations=evaluations, progress=progress)[0]
 
 
-def _write_front(profile: object, question: "Question", path: Path) -> None:
+def _write_front(profile: "Profile", question: "Question", path: Path) -> None:
     import pandas as pd
 
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.planning import surface_rows
-    from sparsesearch.profiling.record import Profile
 
-    assert isinstance(profile, Profile)
     write_bytes(path, pd.DataFrame(surface_rows(profile, question)).to_csv(index=False).encode())
 
 
@@ -206,11 +219,20 @@ def _show_search(plan: "Plan", out: Path, json: bool) -> None:
         emit_json(content)
         return
     rows = [
-        [record.metric, length, *(_amount(record, value) for value in (record.bound, used))]
+        [record.metric, length, *(None if value is None else _amount(record, value) for value in values)]
         for record in plan.budgets
         for length, used in record.predicted.items()
+        for values in [(record.bound, used, record.replayed.get(length))]
     ]
-    table("budgets", ["metric", "length", "bound", "plan"], rows)
+    if any(record.replayed for record in plan.budgets):
+        table("budgets", ["metric", "length", "bound", "sum of its units", "schedule replayed"], rows)
+    else:
+        table("budgets", ["metric", "length", "bound", "plan"], [row[:-1] for row in rows])
+    unmeasured = {record.cost_model for record in plan.budgets if (record.cost_model or "").startswith("roofline:")}
+    if unmeasured:
+        lines(
+            f"{min(map(str, unmeasured))}: nobody has measured this device; its seconds are lower bounds from a datasheet."
+        )
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
     lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
 

@@ -153,3 +153,17 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         max_tokens=int(text.get("max_position_embeddings", 0)) or 1 << 17,
         qk_norm=str(text.get("model_type", "")).startswith(("qwen3", "gemma3")),
     )
+
+
+def heads_alone(name: str, geometry: ModelGeometry) -> ModelShape:
+    """A model of which only the attention is known: everything else has width 0.
+
+    Raises:
+        SpecError: its layers have different heads.
+    """
+    heads = set(zip(geometry.num_heads, geometry.num_kv_heads, geometry.head_dim, strict=True))
+    if len(heads) != 1:
+        raise SpecError(f"all layers must have the same heads for a prediction, but those of {name} differ.")
+    ((num_heads, num_kv_heads, head_dim),) = heads
+    layers = len(geometry.modules)
+    return ModelShape(name, "attention", layers, 0, 0, num_heads, num_kv_heads, head_dim, 0, True, 1e4, 1 << 30)

@@ -66,12 +66,17 @@ class BudgetRecord(_Frozen):
     )
     cost_model: str | None = Field(None, description="which cost model priced it (seconds only)")
     absolute: bool = Field(False, description="bound and predictions are in seconds or bytes, not shares of dense")
+    replayed: dict[str, float] = Field(
+        default_factory=dict,
+        description="seconds only: the same by replay of every layer's schedule; `predicted` is the sum over units",
+    )
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`absolute` is written only where it is set, so that older plans keep their bytes."""
+        """`absolute` and `replayed` are written only where they are set, so that older plans keep their bytes."""
         content: dict[str, Any] = handler(self)
-        return content if self.absolute else {name: value for name, value in content.items() if name != "absolute"}
+        unset = {name for name in ("absolute", "replayed") if not getattr(self, name)}
+        return {name: value for name, value in content.items() if name not in unset}
 
 
 class Certificate(_Frozen):
@@ -147,19 +152,20 @@ class Plan(_Frozen):
                 self._check_source(target, module, head)
         return self
 
-    def at_step(self, index: int, num_steps: int | None = None) -> "Plan":
+    def at_step(self, index: int, num_steps: int | None = None, chunk: int | None = None) -> "Plan":
         """The plan of one denoising step: the same content, the step's assignments, no schedule. Itself without a schedule.
 
         Args:
             index: step of the trajectory, from 0.
             num_steps: steps of the trajectory; those of the schedule by default.
+            chunk: the piece that is generated, from 0, where the schedule has budgets per chunk.
 
         Raises:
-            SpecError: there is no such step.
+            SpecError: there is no such step, or the chunk is missing.
         """
         if self.schedule is None:
             return self
-        place = self.schedule.range_index(index, num_steps)
+        place = self.schedule.range_index(index, num_steps, chunk)
         table = self.assignments if place is None else self.schedule.assignments(place)
         return self.model_copy(update={"assignments": table, "schedule": None})
 

@@ -26,6 +26,7 @@ from sparsesearch.plan import Plan
 from sparsesearch.rules import Rule
 from sparsesearch.rules.base import LengthLaw
 from sparsesearch.rules.cached_rest import CachedRest
+from sparsesearch.step_schedule import StepRange
 
 Check = Literal[
     "empty_row",
@@ -113,9 +114,16 @@ def _parts(plan: Plan) -> Iterator[tuple[str, Plan]]:
         for place, item in enumerate(plan.schedule.ranges):
             table = plan.schedule.assignments(place)
             yield (
-                f"steps {item.first}-{item.end - 1}: ",
+                f"steps {item.first}-{item.end - 1}: "
+                if item.chunks is None
+                else f"{_chunks(item)}, steps {item.first}-{item.end - 1}: ",
                 plan.model_copy(update={"assignments": table, "schedule": None}),
             )
+
+
+def _chunks(item: StepRange) -> str:
+    first, end = item.chunk_span
+    return f"chunks {first} and later" if end == float("inf") else f"chunks {first}-{end - 1:g}"
 
 
 def _grid(layout: Layout | None, length_tokens: int, block_tokens: int) -> BlockGrid:

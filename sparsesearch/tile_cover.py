@@ -46,8 +46,9 @@ def complete(tiles: Bool[Tensor, "*unit M N"], grid: BlockGrid, order: Order) ->
     return grid.reachable(tiles.device) & (tiles | always.to(tiles.device))
 
 
+@lru_cache(maxsize=64)
 def dense_pairs(grid: BlockGrid, order: Order) -> Bool[Tensor, "M N"]:
-    """Tiles that hold a pair of tokens whose segments the policy makes dense."""
+    """Tiles that hold a pair of tokens whose segments the policy makes dense; shared, so not to be changed in place."""
     layout = layout_of(grid, "the text policy")
     present = segments_in_blocks(layout, order, grid.block_tokens).float()
     kinds = [segment.kind for segment in layout.segments]

@@ -1,5 +1,6 @@
 """What a benchmark of a whole model found, as tables and as a figure."""
 
+import math
 from typing import Any
 
 from sparsesearch.report.plot import Curve, Panel, plot
@@ -39,16 +40,17 @@ def rows_of(record: dict[str, Any]) -> list[Table]:
 
 
 def figure(record: dict[str, Any]) -> str:
-    """Time to first token over length, and tokens per second over batch, as one SVG."""
-    prefill = [row for row in record["rows"] if row["phase"] == "prefill"]
+    """Speed-up of the first token over length, and tokens per second over batch, each beside its bound, as one SVG."""
+    prefill = sorted((row for row in record["rows"] if row["phase"] == "prefill"), key=lambda row: row["length"])
     decode = [row for row in record["rows"] if row["phase"] == "decode"]
     panels = []
     if prefill:
+        lengths = [math.log2(row["length"] / 1024) for row in prefill]
         curves = [
-            Curve(name, [(row["length"] / 1024, row[key]) for row in prefill])
+            Curve(name, [(x, row["dense_s"] / row[key]) for x, row in zip(lengths, prefill, strict=True)])
             for name, key in (("dense (cuDNN)", "dense_s"), ("plan", "plan_s"), ("bound", "bound_s"))
         ]
-        panels.append(Panel("Time to first token", "prompt (k tokens)", "seconds", curves, log_y=True))
+        panels.append(Panel("Time to first token", "log2 of the prompt in k tokens", "speed-up", curves, zero_y=True))
     if decode:
         curves = []
         for variant, name in (("dense", "dense (cuDNN)"), ("plan", "plan")):

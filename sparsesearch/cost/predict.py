@@ -26,6 +26,7 @@ from sparsesearch.workload import Workload
 
 DENSE_BLOCK_TOKENS = 128
 PROBE_HEAD_DIM = 16
+WEIGHT_BYTES = 2
 MOST_SCHEDULED_TOKENS = (
     1 << 18
 )  # beyond this, the sequences of a batch are priced one after another: each fills the device
@@ -74,8 +75,11 @@ class LayerCosts(Protocol):
     def prefill_relief(self, rows: int) -> float:
         """Share of the pointwise time that whole layers of so many rows do not take."""
 
-    def decode_glue_s(self, batch: int) -> float:
-        """What a decoding layer takes beyond its parts."""
+    def decode_glue_s(self, batch: int, weight_bytes: float) -> float:
+        """What a decoding layer takes beyond its parts; `weight_bytes` is its largest weight."""
+
+    def decode_step_s(self, batch: int) -> float:
+        """What a decoding step takes beyond its layers and the output layer."""
 
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention; one work per KV head."""
@@ -154,19 +158,7 @@ def predict(
         PlanMismatchError: plan and shape have different heads.
         SpecError: the device's model lacks something the plan needs.
     """
-    rules, decode_rules = _rules_of(plan, shape), _rules_of(plan, shape, decode=True)
-    tile_rules = [
-        tuple(_source(rules, layer, head) for head in range(shape.num_heads)) for layer in range(shape.num_layers)
-    ]
-    block_tokens = DENSE_BLOCK_TOKENS if plan is None else plan.block_tokens
-    known: dict[LayerRules, LayerPrediction] = {}  # many layers are alike
-    for heads in zip(rules, tile_rules, decode_rules, strict=True):
-        if heads not in known:
-            known[heads] = _layer(heads, block_tokens, shape, workload, costs, dtype_bytes)
-    of_layer = zip(rules, tile_rules, decode_rules, strict=True)
-    layers = tuple(
-        replace(known[heads], module=module) for module, heads in zip(shape.geometry.modules, of_layer, strict=True)
-    )
+    layers = predict_layers(plan, shape, workload, costs, dtype_bytes=dtype_bytes)
     tokens = workload.batch * workload.prompt_tokens
     attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
     decode_s = sum(layer.decode_attention_s for layer in layers)
@@ -189,6 +181,25 @@ def predict(
     )
 
 
+def predict_layers(
+    plan: Plan | None, shape: ModelShape, workload: Workload, costs: LayerCosts, *, dtype_bytes: int = 2
+) -> tuple[LayerPrediction, ...]:
+    """The attention of every layer; arguments and errors as in `predict`. Of the shape, only its heads count."""
+    rules, decode_rules = _rules_of(plan, shape), _rules_of(plan, shape, decode=True)
+    tile_rules = [
+        tuple(_source(rules, layer, head) for head in range(shape.num_heads)) for layer in range(shape.num_layers)
+    ]
+    block_tokens = DENSE_BLOCK_TOKENS if plan is None else plan.block_tokens
+    known: dict[LayerRules, LayerPrediction] = {}  # many layers are alike
+    for heads in zip(rules, tile_rules, decode_rules, strict=True):
+        if heads not in known:
+            known[heads] = _layer(heads, block_tokens, shape, workload, costs, dtype_bytes)
+    of_layer = zip(rules, tile_rules, decode_rules, strict=True)
+    return tuple(
+        replace(known[heads], module=module) for module, heads in zip(shape.geometry.modules, of_layer, strict=True)
+    )
+
+
 def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: int) -> float:
     """All of a prefill over `rows` tokens but its attention."""
     linear_s, pointwise_s = parts_s(shape, costs, rows=rows, last_rows=batch)
@@ -197,7 +208,9 @@ def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: in
 
 def decode_rest_s(shape: ModelShape, costs: LayerCosts, *, batch: int) -> float:
     """All of a decoding step but its attention."""
-    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + shape.num_layers * costs.decode_glue_s(batch)
+    widest = max(shape.intermediate_size, shape.num_heads * shape.head_dim)
+    glue_s = shape.num_layers * costs.decode_glue_s(batch, float(shape.hidden_size * widest * WEIGHT_BYTES))
+    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + glue_s + costs.decode_step_s(batch)
 
 
 def parts_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_rows: int) -> tuple[float, float]:
@@ -242,6 +255,8 @@ def _layer(
     dtype_bytes: int,
 ) -> LayerPrediction:
     rules, tile_rules, decode_rules = heads
+    if all(rule.kind == "dense" for rule in rules):
+        block_tokens = DENSE_BLOCK_TOKENS  # the runtime leaves such a layer to the model's own attention
     schedule, repeats = layer_schedule(tile_rules, block_tokens, shape, workload, costs)
     attention_s = repeats * costs.attention_s(schedule, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
     mean_heads = sum(rule.rest == "mean_value" for rule in rules)

@@ -132,7 +132,11 @@ class Roofline:
         """Nothing is known."""
         return 0.0
 
-    def decode_glue_s(self, batch: int) -> float:
+    def decode_glue_s(self, batch: int, weight_bytes: float) -> float:
+        """Nothing is known."""
+        return 0.0
+
+    def decode_step_s(self, batch: int) -> float:
         """Nothing is known."""
         return 0.0
 

@@ -62,7 +62,8 @@ def permuted_plan(plan: Plan, seed: int) -> Plan:
         ranges = [
             (item.first, item.end, shuffled(schedule.assignments(place))) for place, item in enumerate(schedule.ranges)
         ]
-        schedule = StepSchedule.of(schedule.num_steps, ranges, schedule.refresh)
+        chunks = [item.chunks or (0, None) for item in schedule.ranges] if schedule.by_chunk else None
+        schedule = StepSchedule.of(schedule.num_steps, ranges, schedule.refresh, chunks)
     return plan.model_copy(
         update={"assignments": shuffled(plan.assignments), "schedule": schedule, "certificate": None, "quality": {}}
     )

@@ -1,5 +1,6 @@
 """The verdict on plans: held-out samples under each of them beside dense ones from the same noise, clip by clip."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
@@ -110,7 +111,7 @@ def judge(
 
 
 def static_density(plan: Plan, layout: Layout, num_steps: int, *, span: tuple[int, int] | None = None) -> float | None:
-    """Computed tiles over all steps, heads and layers as a share of dense attention's; None if a rule chooses from queries and keys.
+    """Computed tiles over all steps, heads and layers as a share of dense attention's; None if a rule or a chunk decides.
 
     Args:
         plan: the plan.
@@ -118,21 +119,21 @@ def static_density(plan: Plan, layout: Layout, num_steps: int, *, span: tuple[in
         num_steps: of the run.
         span: first and end step at which the plan's transformer is called; all by default.
     """
-    if any(rule.dynamic for rule in plan.rules.values()):
+    chunked = plan.schedule is not None and plan.schedule.by_chunk
+    if chunked or any(rule.dynamic for rule in plan.rules.values()):
         return None
-    share = {name: static_work(rule, layout, plan.block_tokens) for name, rule in plan.rules.items()}
-    by_range: dict[int | None, float] = {}
+    run = range(*(span or (0, num_steps)))
+    places = Counter(None if plan.schedule is None else plan.schedule.range_index(step, num_steps) for step in run)
     total = 0.0
-    steps = range(*(span or (0, num_steps)))
-    for step in steps:
-        place = None if plan.schedule is None else plan.schedule.range_index(step, num_steps)
-        if place not in by_range:
-            table = plan.assignments if plan.schedule is None or place is None else plan.schedule.assignments(place)
-            named = sum(share[name] for heads in table.values() for name in heads)
-            unnamed = plan.base_model.geometry.total_heads - sum(len(heads) for heads in table.values())
-            by_range[place] = (named + unnamed) / plan.base_model.geometry.total_heads
-        total += by_range[place]
-    return total / len(steps)
+    for place, steps in places.items():
+        table = plan.assignments if plan.schedule is None or place is None else plan.schedule.assignments(place)
+        heads = Counter(name for names in table.values() for name in names)
+        named = sum(
+            static_work(plan.rules[name], layout, plan.block_tokens, steps) * count for name, count in heads.items()
+        )
+        unnamed = plan.base_model.geometry.total_heads - heads.total()
+        total += steps * (named + unnamed) / plan.base_model.geometry.total_heads
+    return total / len(run)
 
 
 def difference_image(found: Float[Tensor, "3 F Y X"], wanted: Float[Tensor, "3 F Y X"]) -> Float[Tensor, "3 F Y X"]:

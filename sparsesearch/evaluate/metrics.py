@@ -11,7 +11,7 @@ from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.task_metrics import SAYS_LITTLE_BELOW, SuiteSpec, TaskTable
 
 FORMAT = "sparsesearch.metrics"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 class _Frozen(BaseModel):
@@ -35,6 +35,14 @@ class VariantMetrics(_Frozen):
     )
     prefill_s: float | None = Field(None, gt=0, description="median wall time of one sequence, batch 1")
     prefill_runs_s: tuple[float, ...] = ()
+    attention_s: float | None = Field(
+        None, gt=0, description="median of the same prefill's attention, choosing tiles included"
+    )
+    predicted: dict[str, float] = Field(
+        default_factory=dict,
+        description="`attention_s` and, where whole layers are known, `prefill_s`, by the cost model",
+    )
+    cost_model: str | None = None
 
 
 class Metrics(_Frozen):

@@ -10,11 +10,13 @@ import torch
 
 from sparsesearch import calibration
 from sparsesearch.calibration import Calibration, Sample
+from sparsesearch.cost.base import CostModel
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
 from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.metrics import Metrics, VariantMetrics
+from sparsesearch.evaluate.predicted import predicted_seconds
 from sparsesearch.evaluate.reference import ApplyPlan, Comparison, DenseReference
 from sparsesearch.evaluate.suite import judge_tasks
 from sparsesearch.evaluate.task_metrics import SuiteSpec
@@ -44,6 +46,7 @@ def evaluate(
     data: str = "text",
     seed: int = 0,
     timing_rounds: int = 5,
+    cost_model: CostModel | None = None,
     suite: SuiteSpec | None = None,
     apply: ApplyPlan = apply,
     progress: Progress | None = None,
@@ -67,6 +70,7 @@ def evaluate(
         data: where the text comes from: `text`, a file, or a hub dataset; its held-out split is used.
         seed: of everything that is drawn.
         timing_rounds: prefill measurements per variant and length; 0 measures no time.
+        cost_model: of this device; its predictions stand beside what is timed.
         suite: long-context tasks to judge besides, each by itself.
         apply: how a plan is put on the model.
         progress: called with (what, done, total).
@@ -87,22 +91,24 @@ def evaluate(
     results: dict[int, dict[str, VariantMetrics]] = {}
     used: dict[str, str] = {}
     for length in sorted(set(lengths)):
-        needles = _needles(tokenizer, length, num_sequences, num_needles, depths, data, seed)
-        text = calibration.load(
-            data,
+        parts = held_out_parts(
             tokenizer,
-            length_tokens=length,
-            num_samples=num_text_sequences or max(4, num_sequences // 6),
+            length,
+            num_sequences,
+            num_text_sequences=num_text_sequences,
+            num_needles=num_needles,
+            depths=depths,
+            data=data,
             seed=seed,
-            split="heldout",
         )
-        used |= {part.description: part.id for part in (*needles, text)}
-        samples = [sample for part in needles for sample in part.samples]
-        found, density = _compare_all(model, variants, [*samples, *text.samples], apply, progress, f"{length} tokens")
-        times = _times(model, samples[0], variants, timing_rounds, apply)
+        used |= {part.description: part.id for part in parts}
+        samples = [sample for part in parts[:-1] for sample in part.samples]
+        found, density = compare_all(
+            model, variants, [*samples, *parts[-1].samples], apply, progress, f"{length} tokens"
+        )
+        timed = _timed(model, samples[0], variants, timing_rounds, apply, cost_model)
         results[length] = {
-            name: _summary(samples, found[name], found["dense"], density[name], times.get(name, ()))
-            for name in variants
+            name: summary(samples, found[name], found["dense"], density[name], timed.get(name)) for name in variants
         }
     tasks = {}
     if suite is not None:
@@ -114,8 +120,31 @@ def evaluate(
         data=used,
         suite=suite,
         tasks=tasks,
-        provenance=_provenance(model, seed, command),
+        provenance=provenance(model, seed, command),
     )
+
+
+def held_out_parts(
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    num_sequences: int,
+    *,
+    num_text_sequences: int | None = None,
+    num_needles: int = 8,
+    depths: Sequence[float] | None = None,
+    data: str = "text",
+    seed: int = 0,
+) -> list[Calibration]:
+    """Held-out sequences of one length: needles, a set per wording, and plain text last; arguments as in `evaluate`."""
+    text = calibration.load(
+        data,
+        tokenizer,
+        length_tokens=length,
+        num_samples=num_text_sequences or max(4, num_sequences // 6),
+        seed=seed,
+        split="heldout",
+    )
+    return [*_needles(tokenizer, length, num_sequences, num_needles, depths, data, seed), text]
 
 
 def _needles(
@@ -150,13 +179,13 @@ def _needles(
     ]
 
 
-def _compare_all(
+def compare_all(
     model: "PreTrainedModel",
     variants: Mapping[str, Plan | None],
     samples: Sequence[Sample],
-    apply: ApplyPlan,
-    progress: Progress | None,
-    what: str,
+    apply: ApplyPlan = apply,
+    progress: Progress | None = None,
+    what: str = "evaluate",
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
     """Every variant on every sequence, group by group, so that only one group's dense states are in memory."""
     parts: dict[str, list[Comparison]] = {name: [] for name in variants}
@@ -178,8 +207,12 @@ def _compare_all(
     )
 
 
-def _summary(
-    needles: Sequence[Sample], found: Comparison, dense: Comparison, density: float, times: tuple[float, ...]
+def summary(
+    needles: Sequence[Sample],
+    found: Comparison,
+    dense: Comparison,
+    density: float,
+    timed: Mapping[str, Any] | None = None,
 ) -> VariantMetrics:
     """Means and errors of one variant; the first sequences are the needles, the rest is plain text."""
     count = len(needles)
@@ -197,8 +230,7 @@ def _summary(
             "needle_minus_dense": Estimate.of([a - b for a, b in zip(right, dense_right, strict=True)]),
             "needle_by_template": _shares([str(sample.template) for sample in needles], right),
             "needle_by_depth": _shares([_depth_bin(sample.depth) for sample in needles], right),
-            "prefill_s": sorted(times)[len(times) // 2] if times else None,
-            "prefill_runs_s": times,
+            **(timed or {}),
         }
     )
 
@@ -215,15 +247,35 @@ def _depth_bin(depth: float | None) -> str:
     return f"{fifth / _DEPTH_BINS:g}-{(fifth + 1) / _DEPTH_BINS:g}"
 
 
-def _times(
-    model: "PreTrainedModel", sample: Sample, variants: Mapping[str, Plan | None], rounds: int, apply: ApplyPlan
-) -> dict[str, tuple[float, ...]]:
+def _timed(
+    model: "PreTrainedModel",
+    sample: Sample,
+    variants: Mapping[str, Plan | None],
+    rounds: int,
+    apply: ApplyPlan,
+    costs: CostModel | None,
+) -> dict[str, dict[str, Any]]:
+    """The fields of `VariantMetrics` that are about time: measured and, with a cost model, predicted."""
     if rounds == 0:
         return {}
-    return prefill_seconds(Head(model), sample.input_ids[None], variants, rounds=rounds, apply=apply)
+    head, prompt = Head(model), sample.input_ids[None]
+    runs = prefill_seconds(head, prompt, variants, rounds=rounds, apply=apply)
+    found: dict[str, dict[str, Any]] = {
+        name: {"prefill_s": sorted(own)[len(own) // 2], "prefill_runs_s": own} for name, own in runs.items()
+    }
+    if costs is None:
+        return found
+    attention = prefill_seconds(head, prompt, variants, rounds=rounds, apply=apply, part="attention")
+    for name, seconds in predicted_seconds(model, variants, len(sample.input_ids), costs).items():
+        found[name] |= {
+            "attention_s": sorted(attention[name])[rounds // 2],
+            "predicted": seconds,
+            "cost_model": costs.name,
+        }
+    return found
 
 
-def _provenance(model: "PreTrainedModel", seed: int, command: str | None) -> dict[str, Any]:
+def provenance(model: "PreTrainedModel", seed: int, command: str | None) -> dict[str, Any]:
     """What another person needs to get the same numbers."""
     device = model.device
     return {

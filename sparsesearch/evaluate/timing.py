@@ -1,46 +1,168 @@
 """Prefill time of several variants, measured so that drift of the machine hits all of them alike."""
 
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import ApplyPlan
 from sparsesearch.plan import Plan
 
+Part = Literal["prefill", "attention"]
+"""prefill: wall time of the whole call; attention: the device's time in attention, choosing tiles included, gaps between launches not."""
+
+FASTEST_DENSE = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""On Hopper cuDNN is about twice as fast as the kernel that torch prefers."""
+
+_LEAD = 1.3  # times the host's own time: how long the device is kept busy before a call that is timed
+_LONGEST_LEAD_S = 0.05  # a first run builds schedules and compiles, which later runs do not repeat
+_CYCLES_PER_S = 2e9  # of a GPU's clock at most, so that it is never busy for a shorter time than asked for
+
 
 def prefill_seconds(
-    head: Head, input_ids: Int64[Tensor, "B S"], plans: Mapping[str, Plan | None], *, rounds: int, apply: ApplyPlan
+    head: Head,
+    input_ids: Int64[Tensor, "B S"],
+    plans: Mapping[str, Plan | None],
+    *,
+    rounds: int,
+    apply: ApplyPlan,
+    part: Part = "prefill",
 ) -> dict[str, tuple[float, ...]]:
-    """Wall time of a prefill (KV cache filled, logits of the last position) per variant and round.
+    """Time of a prefill (KV cache filled, logits of the last position) per variant and round.
 
     Every round runs every variant once, in an order that turns from round to round. Each measurement follows an unmeasured run under the same
-    plan, so that compiled schedules and memory are warm, as they are from the second prompt on in service.
+    plan, so that compiled schedules and memory are warm, as they are from the second prompt on in service. On a GPU dense (None) is the fastest
+    that torch has there.
+
+    Args:
+        head: the model.
+        input_ids: a batch of prompts.
+        plans: variant -> plan; None is dense.
+        rounds: measurements per variant.
+        apply: how a plan is put on the model.
+        part: what is timed. Small models on a GPU wait for the host's launches most of the time: their attention is timed by itself.
 
     Returns:
         variant -> one time in seconds per round.
     """
     times: dict[str, list[float]] = {name: [] for name in plans}
     names = list(plans)
+    run = _attention_s if part == "attention" else _prefill_s
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            plan = plans[name]
-            with nullcontext() if plan is None else apply(head.model, plan):
-                head.hidden(input_ids, use_cache=True)
-                times[name].append(_timed(head, input_ids))
+            with _running(head.model, plans[name], apply):
+                times[name].append(run(head, input_ids))
     return {name: tuple(runs) for name, runs in times.items()}
 
 
-def _timed(head: Head, input_ids: Int64[Tensor, "B S"]) -> float:
+@contextmanager
+def _running(model: Any, plan: Plan | None, apply: ApplyPlan) -> Iterator[None]:
+    with ExitStack() as stack:
+        if plan is not None:
+            stack.enter_context(apply(model, plan))
+        elif model.device.type == "cuda":
+            stack.enter_context(sdpa_kernel(FASTEST_DENSE, set_priority=True))
+        yield
+
+
+def _prefill_s(head: Head, input_ids: Int64[Tensor, "B S"]) -> float:
+    head.hidden(input_ids, use_cache=True)
     _synchronize(head.model.device)
     start = time.perf_counter()
     head.hidden(input_ids, use_cache=True)
     _synchronize(head.model.device)
     return time.perf_counter() - start
+
+
+def _attention_s(head: Head, input_ids: Int64[Tensor, "B S"]) -> float:
+    """Sum over the layers' attention calls; keys and values go to no cache.
+
+    On a GPU each call waits behind a device that is busy for as long as the host took to queue that layer's call in the unmeasured run, so
+    what passes between the two events is work: launches wait in the queue, as in a CUDA graph.
+    """
+    device, warm = head.model.device, _HostClock()
+    with _around_attention(head.model, warm):
+        head.hidden(input_ids)
+    _synchronize(device)
+    clock = _EventClock(warm.calls) if device.type == "cuda" else _HostClock()
+    with _around_attention(head.model, clock):
+        head.hidden(input_ids)
+    _synchronize(device)
+    return clock.seconds
+
+
+class _HostClock:
+    """The host's time in each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.calls)
+
+    def __call__(self, attend: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        out = attend()
+        self.calls.append(time.perf_counter() - start)
+        return out
+
+
+class _EventClock:
+    """The device's time in each call, behind a wait that covers the host's."""
+
+    def __init__(self, host_s: list[float]) -> None:
+        self._waits = iter(host_s)
+        self._events: list[tuple[Any, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(first.elapsed_time(last) for first, last in self._events)) / 1e3
+
+    def __call__(self, attend: Callable[[], Any]) -> Any:
+        event: Any = torch.cuda.Event
+        first, last = event(enable_timing=True), event(enable_timing=True)
+        sleep: Any = torch.cuda._sleep
+        sleep(int(min(_LEAD * next(self._waits), _LONGEST_LEAD_S) * _CYCLES_PER_S))
+        first.record()
+        out = attend()
+        last.record()
+        self._events.append((first, last))
+        return out
+
+
+@contextmanager
+def _around_attention(model: Any, clock: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Let every attention call of the model's text part pass through `clock`."""
+    name = model.config.get_text_config()._attn_implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        raise UnsupportedModelError(
+            f"attention must be called through transformers' AttentionInterface to be timed by itself, but this model runs {name!r}. "
+            "Load it with attn_implementation='sdpa', or time the whole prefill."
+        )
+    attend = ALL_ATTENTION_FUNCTIONS[name]
+
+    def clocked(*args: Any, **kwargs: Any) -> Any:
+        return clock(lambda: attend(*args, **kwargs))
+
+    ALL_ATTENTION_FUNCTIONS[name] = clocked
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]  # the override alone; what was registered stays
 
 
 def _synchronize(device: torch.device) -> None:

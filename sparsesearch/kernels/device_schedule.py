@@ -8,6 +8,7 @@ cannot overfill anyone; the rest, light by then, are laid end to end and cut whe
 `schedule.deal` is a loop over tiles.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,7 +41,8 @@ NOTHING = tl.constexpr(
 
 @triton.jit
 def list_entries(
-    mask, entries, records, filled, counts, places, histogram, num_q_blocks, num_k_blocks, num_tiles, q_start, kv_len, first_q_block,
+    bank, chosen, row_of_head, entries, records, filled, counts, places, histogram, num_q_blocks, num_k_blocks, num_tiles, q_start, kv_len,
+    first_q_block,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write the list of one tile of one head. Grid: (tiles of the sequence, heads)."""
@@ -57,7 +59,11 @@ def list_entries(
         num_keys = tl.minimum(num_keys, (absolute * ROWS + ROWS + KEYS - 1) // KEYS)
     upper_block = absolute * ROWS // BLOCK - first_q_block
     lower_block = (absolute * ROWS + ROWS // 2) // BLOCK - first_q_block
-    rows_of_head = mask + head.to(tl.int64) * num_q_blocks * num_k_blocks
+    row = tl.load(row_of_head + head).to(tl.int64)
+    if row >= 0:
+        rows_of_head = bank + row * num_q_blocks * num_k_blocks
+    else:
+        rows_of_head = chosen + (-1 - row) * num_q_blocks * num_k_blocks
     for start in range(0, num_keys, CHUNK):
         key = start + tl.arange(0, CHUNK)
         column = key * KEYS // BLOCK
@@ -158,6 +164,44 @@ def deal_tiles(
 
 
 @dataclass(frozen=True)
+class BankedTiles:
+    """The tiles of every query head of one sequence, on a device: heads with one static rule share a row.
+
+    Attributes:
+        bank: choices that last.
+        chosen: choices of this call.
+        row_of_head: int32; a row of `bank` where it is not negative, else row -1 - row_of_head of `chosen`.
+    """
+
+    bank: Bool[Tensor, "r M N"]
+    chosen: Bool[Tensor, "n M N"]
+    row_of_head: Int[Tensor, " H"]
+
+    @classmethod
+    def of(cls, tiles: Bool[Tensor, "H M N"]) -> "BankedTiles":
+        """A choice of its own for every head."""
+        return cls(tiles[:0], tiles, _own_rows(len(tiles), str(tiles.device)))
+
+    def per_head(self) -> Bool[Tensor, "H M N"]:
+        """The tiles of each head, copied."""
+        joined = torch.cat([self.bank, self.chosen])
+        rows = self.row_of_head.long()
+        return joined[torch.where(rows < 0, len(self.bank) - 1 - rows, rows)]
+
+    def num_tiles(self) -> Int[Tensor, ""]:
+        """How many tiles are chosen, over all heads."""
+        counts = torch.cat([self.bank.sum((1, 2)), self.chosen.sum((1, 2))])
+        rows = self.row_of_head.long()
+        return counts[torch.where(rows < 0, len(self.bank) - 1 - rows, rows)].sum()
+
+
+@lru_cache(maxsize=64)
+def _own_rows(num_heads: int, device: str) -> Int[Tensor, " H"]:
+    with torch.inference_mode(False):
+        return torch.arange(-1, -1 - num_heads, -1, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
 class _Frame:
     """What does not depend on the choice: records of all tiles with the dense lists' starts."""
 
@@ -171,7 +215,7 @@ class _Frame:
 
 def build_on_device(
     spans: tuple[Span, ...],
-    choices: list[Bool[Tensor, "H M N"]],
+    choices: Sequence[BankedTiles | Bool[Tensor, "H M N"]],
     *,
     shape: TileShape,
     workers: Workers,
@@ -183,33 +227,36 @@ def build_on_device(
 
     Args:
         spans: the sequences of the batch.
-        choices: per sequence, the tiles of each query head; contiguous, on one device.
+        choices: per sequence, the tiles of each query head, on one device.
         shape: tile of the kernel that will run it, as for `schedule.build_schedule`.
         workers: what it runs on.
 
     Raises:
         SpecError: the tile does not fit the plan's blocks, or the choices do not fit the sequences.
     """
-    num_heads, device = choices[0].shape[0], choices[0].device
+    banked = [choice if isinstance(choice, BankedTiles) else BankedTiles.of(choice) for choice in choices]
+    num_heads, device = banked[0].row_of_head.numel(), banked[0].chosen.device
     frame = _frame(spans, num_heads, shape, str(device))
     num_tiles, num_classes = len(frame.records), frame.longest + 1
     entries = torch.empty(frame.num_entries, dtype=torch.int32, device=device)
     filled, counts = torch.empty_like(frame.records), torch.empty(num_tiles, dtype=torch.int32, device=device)
-    places, histogram = torch.empty_like(counts), torch.zeros(num_classes, dtype=torch.int32, device=device)
-    for span, choice, first in zip(spans, choices, frame.first_tile, strict=True):
+    places = torch.empty_like(counts)
+    histogram, light_counts = counts.new_zeros(num_classes + workers.count).split([num_classes, workers.count])
+    for span, choice, first in zip(spans, banked, frame.first_tile, strict=True):
         grid = span.grid
-        if choice.shape != (num_heads, grid.num_q_blocks, grid.num_k_blocks):
+        if choice.chosen.shape[1:] != (grid.num_q_blocks, grid.num_k_blocks) or choice.row_of_head.numel() != num_heads:
+            found = (choice.row_of_head.numel(), *choice.chosen.shape[1:])
             raise SpecError(
-                f"a choice must be [{num_heads}, {grid.num_q_blocks}, {grid.num_k_blocks}], but is {tuple(choice.shape)}."
+                f"a choice must be [{num_heads}, {grid.num_q_blocks}, {grid.num_k_blocks}], but is {found}."
             )
         tiles_per_head = -(-grid.kv_len // shape.rows) - grid.q_start // shape.rows
         list_entries[(tiles_per_head, num_heads)](
-            choice.contiguous().view(torch.uint8), entries, frame.records[first:], filled[first:], counts[first:], places[first:],
-            histogram, grid.num_q_blocks, grid.num_k_blocks, tiles_per_head, grid.q_start, grid.kv_len, grid.first_q_block,
+            choice.bank.contiguous().view(torch.uint8), choice.chosen.contiguous().view(torch.uint8), choice.row_of_head, entries,
+            frame.records[first:], filled[first:], counts[first:], places[first:], histogram, grid.num_q_blocks, grid.num_k_blocks, tiles_per_head, grid.q_start, grid.kv_len, grid.first_q_block,
             BLOCK=grid.block_tokens, ROWS=shape.rows, KEYS=shape.keys, CAUSAL=grid.causal,
             CHUNK=min(1024, triton.next_power_of_2(-(-grid.kv_len // shape.keys))), num_warps=1,
         )  # fmt: skip
-    order, bin_ptr = deal_on_device(counts, places, histogram, workers.count)
+    order, bin_ptr = deal_on_device(counts, places, histogram, workers.count, light_counts)
     return TileSchedule(
         tiles=filled.index_select(0, order),
         entries=entries,
@@ -227,7 +274,11 @@ def build_on_device(
 
 
 def deal_on_device(
-    counts: Int[Tensor, " T"], places: Int[Tensor, " T"], histogram: Int[Tensor, " classes"], workers: int
+    counts: Int[Tensor, " T"],
+    places: Int[Tensor, " T"],
+    histogram: Int[Tensor, " classes"],
+    workers: int,
+    light_counts: Int[Tensor, " workers"] | None = None,
 ) -> tuple[Int[Tensor, " T"], Int[Tensor, " P1"]]:
     """Order of the tiles, grouped by worker and longest first, and where each worker's start; see the module.
 
@@ -236,11 +287,13 @@ def deal_on_device(
         places: a different number below histogram[c] for each tile of c blocks.
         histogram: tiles per number of blocks.
         workers: number of workers.
+        light_counts: scratch, all 0.
     """
     num_tiles, num_classes = counts.numel(), histogram.numel()
     scratch = counts.new_empty(num_classes + 2 * num_tiles)
     class_start, sorted_cost, sorted_tile = scratch.split([num_classes, num_tiles, num_tiles])
-    share, light_counts = counts.new_empty(workers, dtype=torch.float32), counts.new_zeros(workers)
+    share = counts.new_empty(workers, dtype=torch.float32)
+    light_counts = counts.new_zeros(workers) if light_counts is None else light_counts
     order, bin_ptr = torch.empty_like(counts), counts.new_empty(workers + 1)
     deal_tiles[(1,)](
         counts, places, histogram, class_start, sorted_cost, sorted_tile, share, light_counts, order, bin_ptr, num_tiles,

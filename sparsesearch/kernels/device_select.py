@@ -1,10 +1,11 @@
-"""What a dynamic rule chooses, worked out where the queries and keys are: nothing is copied per query head, and the host never waits.
+"""What dynamic rules choose, worked out where the queries and keys are: nothing is copied per query head, and the host never waits.
 
-`vertical_slash` and `pooled_topk` have kernels here; every other dynamic rule runs its own `select` on the device, one KV head at a time, so
-that keys are repeated for one group only.
+`vertical_slash` and `pooled_topk` have kernels here, launched once for all heads of a layer; every other dynamic rule runs its own `select` on
+the device, one KV head at a time, so that keys are repeated for one group only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, blocks_of
-from sparsesearch.kernels.dispatch import Backend, prefill
-from sparsesearch.kernels.schedule import Span
-from sparsesearch.kernels.triton_index import pooled_means, probe_votes
+from sparsesearch.kernels.device_schedule import BankedTiles
+from sparsesearch.kernels.triton_index import pooled_means
+from sparsesearch.kernels.triton_probe import keep_lines
 from sparsesearch.kernels.triton_select import keep_best
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
@@ -25,122 +26,141 @@ watchers: list[Callable[[BlockGrid, Bool[Tensor, "h M N"]], None]] = []
 """Called with every choice that is made here and not by a rule's own `select`; for counting, empty otherwise."""
 
 
-def chosen_tiles(
-    rules: Sequence[Rule],
-    grid: BlockGrid,
-    q: Float[Tensor, "H S D"],
-    k: Float[Tensor, "G T D"],
-    *,
-    scale: float,
-    kernel: Backend,
-    given: Mapping[int, Bool[Tensor, "M N"]] | None = None,
-) -> Bool[Tensor, "H M N"]:
-    """The tiles of every query head of one sequence.
+@dataclass(frozen=True)
+class _Job:
+    """The heads that follow one dynamic rule.
+
+    Attributes:
+        rule: the rule.
+        heads: its query heads, ascending.
+        first: its first row among all that are chosen anew.
+        on_device: `heads`, int32.
+        kv_heads: int32, whose keys each sees.
+        groups: int32, the KV heads if the heads are all that share them, else None.
+        budget: key blocks per row of pooled_topk.
+    """
+
+    rule: Rule
+    heads: tuple[int, ...]
+    first: int
+    on_device: Int[Tensor, " h"]
+    kv_heads: Int[Tensor, " h"]
+    groups: Int[Tensor, " g"] | None
+    budget: Int[Tensor, " M"] | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + len(self.heads))
+
+
+class Selector:
+    """How the query heads of one layer choose their tiles on one grid.
+
+    Made once per layer and shape: what does not depend on queries and keys lies on the device, and a call only launches kernels.
 
     Args:
         rules: one per query head, static or dynamic; a dynamic one is dense for a single query, as in decoding.
         grid: the sequence's blocks.
-        q: queries of the sequence, contiguous columns; without the scale.
-        k: keys of the sequence, likewise.
-        scale: softmax scale.
-        kernel: which prefill kernel gives the log-sum-exp of the queries that vote.
-        given: tiles of heads whose choice is made already.
+        num_kv_heads: KV heads; query heads are a multiple.
+        device: where queries and keys will be.
     """
-    given = given or {}
-    tiles = torch.empty(len(rules), grid.num_q_blocks, grid.num_k_blocks, dtype=torch.bool, device=q.device)
-    group = len(rules) // k.shape[0]
-    for head, chosen in given.items():
-        tiles[head] = chosen
-    for rule in dict.fromkeys(rules):
-        heads = [head for head, own in enumerate(rules) if own == rule and head not in given]
-        if not rule.dynamic or grid.q_len == 1:
-            static = _static(rule if not rule.dynamic else Dense(), grid, str(q.device))
-            for head in heads:
-                tiles[head] = static
-            continue
-        for members, kv_heads in runs(heads, group):
-            own_q = (
-                q[members[0] : members[-1] + 1] if _adjacent(members) else torch.stack([q[head] for head in members])
-            )
-            chosen = _dynamic(rule, grid, own_q, k[kv_heads], scale, kernel)
-            if _adjacent(members):
-                tiles[members[0] : members[-1] + 1] = chosen
-            else:
-                for place, head in enumerate(members):
-                    tiles[head] = chosen[place]
-    return tiles
+
+    def __init__(self, rules: Sequence[Rule], grid: BlockGrid, num_kv_heads: int, device: torch.device | str) -> None:
+        self.grid, self.group, self.device = grid, len(rules) // num_kv_heads, device
+        acting = [Dense() if rule.dynamic and grid.q_len == 1 else rule for rule in rules]
+        fixed = tuple(dict.fromkeys(rule for rule in acting if not rule.dynamic))
+        self.bank = _static_bank(fixed, grid, str(device))
+        row_of = [fixed.index(rule) if not rule.dynamic else 0 for rule in acting]
+        jobs, self.num_chosen = [], 0
+        for rule in dict.fromkeys(rule for rule in acting if rule.dynamic):
+            heads = tuple(head for head, own in enumerate(acting) if own == rule)
+            for place, head in enumerate(heads):
+                row_of[head] = -1 - self.num_chosen - place
+            jobs.append((rule, heads, self.num_chosen))
+            self.num_chosen += len(heads)
+        with torch.inference_mode(False):  # kept for later calls, which may be outside it
+            self.row_of_head = torch.tensor(row_of, dtype=torch.int32, device=device)
+            self._jobs = [self._job(*job) for job in jobs]
+
+    def _job(self, rule: Rule, heads: tuple[int, ...], first: int) -> _Job:
+        on_device = torch.tensor(heads, dtype=torch.int32, device=self.device)
+        whole = len(heads) == self.group * len({head // self.group for head in heads})
+        groups = torch.tensor(heads[:: self.group], dtype=torch.int32, device=self.device) // self.group
+        budget = None
+        if isinstance(rule, PooledTopk):
+            budget = rule.keep.row_blocks(self.grid, self.device).int().flatten()
+        return _Job(rule, heads, first, on_device, on_device // self.group, groups if whole else None, budget)
+
+    def choose(
+        self,
+        q: Float[Tensor, "H S D"],
+        k: Float[Tensor, "G T D"],
+        *,
+        scale: float,
+        given: Mapping[int, Bool[Tensor, "M N"]] | None = None,
+    ) -> BankedTiles:
+        """The tiles of every query head of one sequence.
+
+        Args:
+            q: queries of the sequence, contiguous columns; without the scale.
+            k: keys of the sequence, likewise.
+            scale: softmax scale.
+            given: tiles of the heads whose rule reuses another's choice.
+        """
+        grid = self.grid
+        chosen = torch.empty(
+            self.num_chosen, grid.num_q_blocks, grid.num_k_blocks, dtype=torch.bool, device=self.device
+        )
+        for job in self._jobs:
+            out = chosen[job.rows]
+            match job.rule:
+                case VerticalSlash() as rule if grid.causal:
+                    keep_lines(
+                        q, k, job.on_device, job.kv_heads, grid, probe=min(rule.probe, grid.q_len), scale=scale, out=out,
+                        columns=max(1, rule.vertical.blocks(grid)), diagonals=max(1, rule.slash.blocks(grid)),
+                    )  # fmt: skip
+                    _seen(grid, out)
+                case PooledTopk() as rule:
+                    self._pooled_topk(rule, job, q, k, out)
+                    _seen(grid, out)
+                case rule if rule.reuses:
+                    for head, target in zip(job.heads, out, strict=True):
+                        target.copy_((given or {})[head])
+                case _:
+                    self._by_rule(job, q, k, scale, out)
+        return BankedTiles(self.bank, chosen, self.row_of_head)
+
+    def _pooled_topk(self, rule: PooledTopk, job: _Job, q: Tensor, k: Tensor, out: Tensor) -> None:
+        # the softmax scale would not change the order
+        assert job.budget is not None
+        grid = self.grid
+        queries = pooled_means(q, grid, start=grid.q_start, heads=job.on_device)
+        keys = pooled_means(k, grid, start=0, heads=job.kv_heads if job.groups is None else job.groups)
+        grouped = queries.view(len(keys), -1, queries.shape[-1])  # [g, h/g·M, D]
+        scores = (grouped @ keys.transpose(-1, -2)).view(out.shape)
+        keep_best(scores, job.budget, grid, sink_blocks=blocks_of(rule.sink, grid.block_tokens), out=out)
+
+    def _by_rule(self, job: _Job, q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
+        by_group: dict[int, list[int]] = {}
+        for place, head in enumerate(job.heads):
+            by_group.setdefault(head // self.group, []).append(place)
+        for kv_head, places in by_group.items():
+            heads = [job.heads[place] for place in places]
+            adjacent = heads[-1] - heads[0] + 1 == len(heads)
+            own = q[heads[0] : heads[-1] + 1] if adjacent else torch.stack([q[head] for head in heads])
+            tiles = job.rule.select(self.grid, own * scale, k[kv_head].expand(len(heads), -1, -1))
+            out[places[0] : places[-1] + 1].copy_(tiles)
 
 
-def runs(heads: Sequence[int], group: int) -> list[tuple[list[int], slice]]:
-    """Cut ascending query heads into parts that share consecutive KV heads evenly: whole groups side by side, or some heads of one group."""
-    parts: list[tuple[list[int], slice]] = []
-    by_group: dict[int, list[int]] = {}
-    for head in heads:
-        by_group.setdefault(head // group, []).append(head)
-    for kv_head, members in by_group.items():
-        if parts and len(members) == group and parts[-1][1].stop == kv_head and len(parts[-1][0]) % group == 0:
-            before, kv_heads = parts.pop()
-            parts.append((before + members, slice(kv_heads.start, kv_head + 1)))
-        else:
-            parts.append((members, slice(kv_head, kv_head + 1)))
-    return parts
-
-
-def _adjacent(heads: Sequence[int]) -> bool:
-    return heads[-1] - heads[0] + 1 == len(heads)
-
-
-@lru_cache(maxsize=256)
-def _static(rule: Rule, grid: BlockGrid, device: str) -> Bool[Tensor, "M N"]:
-    with torch.inference_mode(False):  # kept for later calls, which may be outside it
-        return rule.select(grid).to(device)
-
-
-def _dynamic(
-    rule: Rule, grid: BlockGrid, q: Float[Tensor, "h S D"], k: Float[Tensor, "g T D"], scale: float, kernel: Backend
-) -> Bool[Tensor, "h M N"]:
-    match rule:
-        case VerticalSlash():
-            return _seen(grid, _vertical_slash(rule, grid, q, k, scale, kernel))
-        case PooledTopk():
-            return _seen(grid, _pooled_topk(rule, grid, q, k))
-        case _:
-            size = q.shape[0] // k.shape[0]
-            parts = [
-                rule.select(grid, q[first * size : (first + 1) * size] * scale, k[first].expand(size, -1, -1))
-                for first in range(k.shape[0])
-            ]
-            return torch.cat(parts)
-
-
-def _seen(grid: BlockGrid, tiles: Bool[Tensor, "h M N"]) -> Bool[Tensor, "h M N"]:
+def _seen(grid: BlockGrid, tiles: Bool[Tensor, "h M N"]) -> None:
     for watch in watchers:
         watch(grid, tiles)
-    return tiles
 
 
-def _vertical_slash(
-    rule: VerticalSlash, grid: BlockGrid, q: Tensor, k: Tensor, scale: float, kernel: Backend
-) -> Bool[Tensor, "h M N"]:
-    probe = min(rule.probe, grid.q_len)
-    last = q[:, -probe:]
-    span = Span(BlockGrid(probe, grid.kv_len, grid.block_tokens, grid.law_len))
-    dense = (Dense(),) * len(q)
-    lse = prefill(last[None], k[None], k[None], (span,), dense, scale=scale, backend=kernel).lse
-    assert lse is not None, "both kernels give it"
-    return rule.chosen(grid, *probe_votes(last * scale, k, lse[0], grid, probe=probe))
-
-
-def _pooled_topk(rule: PooledTopk, grid: BlockGrid, q: Tensor, k: Tensor) -> Bool[Tensor, "h M N"]:
-    # the softmax scale would not change the order
-    queries, keys = pooled_means(q, grid, start=grid.q_start), pooled_means(k, grid, start=0)
-    grouped = queries.view(len(k), -1, queries.shape[-1])  # [g, h/g·M, D]
-    scores = (grouped @ keys.transpose(-1, -2)).view(len(q), grid.num_q_blocks, grid.num_k_blocks)
-    budget = _budget(rule, grid, str(q.device))
-    return keep_best(scores, budget, grid, sink_blocks=blocks_of(rule.sink, grid.block_tokens))
-
-
-@lru_cache(maxsize=256)
-def _budget(rule: PooledTopk, grid: BlockGrid, device: str) -> Int[Tensor, " M"]:
+@lru_cache(maxsize=64)
+def _static_bank(rules: tuple[Rule, ...], grid: BlockGrid, device: str) -> Bool[Tensor, "r M N"]:
+    """One choice per static rule; layers mostly have the same ones."""
     with torch.inference_mode(False):
-        return rule.keep.row_blocks(grid, torch.device(device)).int().flatten()
+        if not rules:
+            return torch.zeros(0, grid.num_q_blocks, grid.num_k_blocks, dtype=torch.bool, device=device)
+        return torch.stack([rule.select(grid).to(device) for rule in rules])

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsesearch.errors import SpecError, UnsupportedKernelError, nearest
+from sparsesearch.kernels.plain_calls import as_called
 from sparsesearch.kernels.schedule import (
     HeadTiles,
     Span,
@@ -183,7 +184,7 @@ def schedule_for(
     common: dict[str, Any] = {
         "num_kv_heads": k.shape[1],
         "shape": shape,
-        "workers": _workers(str(q.device)),
+        "workers": workers_of(str(q.device)),
         "head_bytes": q.shape[-1] * q.element_size(),
         "device": str(q.device),
     }
@@ -226,7 +227,7 @@ def run_schedule(
     """Run one kernel over a schedule that was built for its tile shape."""
     from sparsesearch.kernels.ops import tile_prefill
 
-    result: tuple[Tensor, Tensor] = tile_prefill(
+    result: tuple[Tensor, Tensor] = as_called(tile_prefill)(
         q,
         k,
         v,
@@ -316,7 +317,8 @@ def _per_sequence(
 
 
 @lru_cache(maxsize=8)
-def _workers(device: str) -> Workers:
+def workers_of(device: str) -> Workers:
+    """What a device has to run tiles on."""
     return Workers.of(device)
 
 

@@ -7,8 +7,8 @@ Every term is O = a·O_S + b·O_T + Δ, with O_S and the log-sum-exp of the comp
     rectified   a and b from the pooled map, O_T the mean values
     cached      a = ρ and Δ from an earlier step
 
-The states of mean keys are computed in PyTorch, on any device. One mean per block: a product of all queries with all means, masked; it waits for
-nothing. Finer levels gather their means per row of tiles, which waits for the host where the choice is dynamic.
+One mean per block: on a GPU `triton_means` goes on from the tile kernel's state; elsewhere a product of all queries with all means, masked. Neither
+waits for the host. Finer levels gather their means per row of tiles, in PyTorch on any device, which waits where the choice is dynamic.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from sparsesearch.estimators import block_means, blocked, rows_per_block
 from sparsesearch.kernels.torch_gather import gathered_state
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.cached_rest import CachedRest
+from sparsesearch.rules.pyramid import Pyramid
 from sparsesearch.rules.rectified_rest import RectifiedRest
 from sparsesearch.rules.taylor_rest import TaylorRest
 
@@ -52,6 +53,7 @@ def with_rest(
     grid: BlockGrid,
     *,
     scale: float,
+    kernel: bool = False,
 ) -> Float[Tensor, "*unit S D"]:
     """The output of a rule whose rest needs nothing but this call: `pooled`, `taylor` or `rectified`.
 
@@ -64,11 +66,14 @@ def with_rest(
         levels: what the rule chose.
         grid: the call.
         scale: factor on q·k.
+        kernel: use a Triton kernel where one serves; the units are then [B, H].
     """
     if isinstance(rule, RectifiedRest):
         share, tail = rule.weights(levels == 1, grid, q * scale, k)
         means = tail.to(v.dtype) @ block_means(v, grid, 0).to(v.dtype)
         return computed[0] * _per_row(share, grid).to(v.dtype) + _per_row(means, grid)
+    if kernel and isinstance(rule, TaylorRest) and triton_means_serve(grid):
+        return _continued(rule, computed, q, k, v, levels, grid, scale)
     tails = [
         pooled_state(q, k, v, levels == level, level, grid, scale=scale) for level in _pooled_levels(levels, rule, grid)
     ]
@@ -79,9 +84,37 @@ def with_rest(
     return out.to(q.dtype)
 
 
+def triton_means_serve(grid: BlockGrid) -> bool:
+    """Whether the kernel has tiles of this size."""
+    from sparsesearch.kernels import triton_means
+
+    return triton_means.serves(grid.block_tokens)
+
+
+def _continued(
+    rule: TaylorRest, computed: State, q: Tensor, k: Tensor, v: Tensor, levels: Tensor, grid: BlockGrid, scale: float
+) -> Tensor:
+    from sparsesearch.kernels import triton_means
+
+    out, lse = computed[0].contiguous(), computed[1].float().contiguous()
+    keys, values = (block_means(x, grid, 0).to(q.dtype) for x in (k, v))
+    bias = rows_per_block(grid.kv_len, grid, 0, k.device)[:, 0].float().log()
+    tiles = (levels > 1).expand(*q.shape[:2], -1, -1)
+    spread = _spread(k, v, grid).to(q.dtype) if rule.terms else None
+    with torch.cuda.device(q.get_device()):  # Triton launches on the current device
+        triton_means.launch(
+            q, keys, values, tiles, bias, spread, out, lse, block_tokens=grid.block_tokens,
+            front=grid.q_start - grid.first_q_block * grid.block_tokens, scale=scale, spread_scale=scale / grid.kv_len,
+        )  # fmt: skip
+    return out
+
+
 def _pooled_levels(levels: Tensor, rule: Rule, grid: BlockGrid) -> list[int]:
-    if isinstance(rule, TaylorRest):
-        return [grid.block_tokens]  # known without waiting for the device
+    match rule:  # known without waiting for the device
+        case TaylorRest():
+            return [grid.block_tokens]
+        case Pyramid():
+            return rule.coarse_levels
     return [level for level in levels.unique().tolist() if level > 1]
 
 
@@ -159,11 +192,22 @@ def _masked_state(
 
 
 def _first_order(q: Tensor, k: Tensor, v: Tensor, grid: BlockGrid, scale: float) -> Tensor:
-    """scale·qᵀH/T, H = Σ_j Σ_{i in j} (k_i - k̄_j) v_iᵀ over all blocks."""
+    """scale·qᵀH/T."""
     wide = torch.promote_types(k.dtype, torch.float32)
-    means = block_means(k, grid, 0).to(wide).repeat_interleave(grid.block_tokens, -2)[..., : grid.kv_len, :]
-    spread = (k.to(wide) - means).transpose(-1, -2) @ v.to(wide)
-    return (q.to(wide) @ spread) * (scale / grid.kv_len)
+    return (q.to(wide) @ _spread(k, v, grid)) * (scale / grid.kv_len)
+
+
+def _spread(
+    k: Float[Tensor, "*unit T D"], v: Float[Tensor, "*unit T D"], grid: BlockGrid
+) -> Float[Tensor, "*unit D D"]:
+    """H = Σ_j Σ_{i in j} (k_i - k̄_j) v_iᵀ over all blocks; at least fp32 sums."""
+    wide = torch.promote_types(k.dtype, torch.float32)
+    means = block_means(k, grid, 0).repeat_interleave(grid.block_tokens, -2)[..., : grid.kv_len, :]
+    away = (k.to(wide) - means).to(
+        k.dtype
+    )  # small numbers: 16 bits of them are enough, and the product runs on tensor cores
+    spread: Tensor = (away.transpose(-1, -2) @ v).to(wide)
+    return spread
 
 
 def _per_row(x: Float[Tensor, "*unit M E"], grid: BlockGrid) -> Float[Tensor, "*unit S E"]:

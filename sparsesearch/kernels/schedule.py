@@ -289,7 +289,8 @@ def schedule_of_rules(
             raise SpecError(f"{rule.label} chooses tiles from queries and keys: pass its tiles to build_schedule.")
     distinct = tuple(dict.fromkeys(rules))
     of_head = tuple(distinct.index(rule) for rule in rules)
-    by_grid = {span.grid: HeadTiles(torch.stack([r.select(span.grid) for r in distinct]), of_head) for span in spans}
+    grids = {span.grid for span in spans}  # each once: the rows of a batch mostly share one
+    by_grid = {grid: HeadTiles(torch.stack([r.select(grid) for r in distinct]), of_head) for grid in grids}
     return build_schedule(
         spans,
         [by_grid[span.grid] for span in spans],

@@ -1,7 +1,6 @@
 """What dynamic rules and profiling need to know about tiles, computed where the queries and keys are.
 
 pooled_means: mean of the rows of each block (pooled_topk, Jiang et al. 2024, MInference, arXiv:2407.02490, section 3.3).
-probe_votes: attention of the last queries summed per key block and per block diagonal (vertical_slash, same paper, algorithm 2).
 block_mass: attention of every tile, exactly, from the log-sum-exp of a dense pass: Σ exp(q·k - lse) (calibration of fixed_blocks; Lai et
 al. 2025, FlexPrefill, arXiv:2502.20766, compares its estimate with this).
 
@@ -11,7 +10,7 @@ Queries carry the softmax scale, as for `Rule.select`. The key of head h is keys
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
@@ -19,12 +18,15 @@ from sparsesearch.block_mask import BlockGrid
 
 @triton.jit
 def _pooled_means(
-    x, out, x_stride_h, x_stride_s, length, start, num_blocks,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    x, heads, out, x_stride_h, x_stride_s, length, start, num_blocks,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks, heads). `start` is the position of row 0; blocks count from position 0."""
+    """Grid: (blocks, units). `start` is the position of row 0; blocks count from position 0."""
     block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    unit = tl.program_id(1).to(tl.int64)
+    head = unit
+    if SOME:
+        head = tl.load(heads + unit).to(tl.int64)
     cols = tl.arange(0, D)
     first = tl.maximum((start // BLOCK + block) * BLOCK - start, 0)
     end = tl.minimum((start // BLOCK + block + 1) * BLOCK - start, length)
@@ -36,7 +38,7 @@ def _pooled_means(
             x + head * x_stride_h + rows.to(tl.int64)[:, None] * x_stride_s + cols[None, :], mask=real, other=0.0
         )
         total += tl.sum(tile.to(tl.float32), 0)
-    tl.store(out + (head * num_blocks + block) * DV + cols, total / (end - first), mask=cols < DV)
+    tl.store(out + (unit * num_blocks + block) * DV + cols, total / (end - first), mask=cols < DV)
 
 
 @triton.jit
@@ -73,20 +75,24 @@ def _tile_mass(
     tl.store(mass + (head * num_q_blocks + query_block) * num_k_blocks + key_block, tl.sum(total, 0))
 
 
-def pooled_means(x: Float[Tensor, "H S D"], grid: BlockGrid, *, start: int) -> Float[Tensor, "H M D"]:
+def pooled_means(
+    x: Float[Tensor, "H S D"], grid: BlockGrid, *, start: int, heads: Int[Tensor, " U"] | None = None
+) -> Float[Tensor, "U M D"]:
     """Mean of the rows of `x` in each block, fp32; row 0 is position `start`, ragged blocks average what they have.
 
     Args:
         x: queries or keys of one sequence, contiguous columns.
         grid: gives the block size.
         start: `grid.q_start` for queries, 0 for keys.
+        heads: int32, which heads of `x`; None: all.
     """
-    num_heads, length, head_dim = x.shape
+    length, head_dim = x.shape[1:]
+    units = len(x) if heads is None else heads.numel()
     num_blocks = (start + length - 1) // grid.block_tokens - start // grid.block_tokens + 1
-    out = x.new_empty(num_heads, num_blocks, head_dim, dtype=torch.float32)
-    _pooled_means[(num_blocks, num_heads)](
-        x, out, x.stride(0), x.stride(1), length, start, num_blocks,
-        BLOCK=grid.block_tokens, ROWS=16, D=triton.next_power_of_2(head_dim), DV=head_dim, num_warps=4,
+    out = x.new_empty(units, num_blocks, head_dim, dtype=torch.float32)
+    _pooled_means[(num_blocks, units)](
+        x, heads, out, x.stride(0), x.stride(1), length, start, num_blocks, BLOCK=grid.block_tokens, ROWS=16,
+        D=triton.next_power_of_2(head_dim), DV=head_dim, SOME=heads is not None, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -102,32 +108,6 @@ def block_mass(
         lse: fp32 natural log-sum-exp of each query's scores.
         grid: the call's blocks.
     """
-    return _mass(q, k, lse, grid)
-
-
-def probe_votes(
-    q: Float[Tensor, "H S D"], k: Float[Tensor, "G T D"], lse: Float[Tensor, "H probe"], grid: BlockGrid, *, probe: int
-) -> tuple[Float[Tensor, "H N"], Float[Tensor, "H N"]]:
-    """Attention of the last `probe` queries per key block, and per distance in blocks.
-
-    A block diagonal δ is the sum over the query blocks p that hold probes of their mass on key block p - δ.
-
-    Args:
-        q: queries that carry the softmax scale.
-        k: keys.
-        lse: log-sum-exp of the last `probe` queries.
-        grid: the call's blocks; causal.
-        probe: queries that vote, at most q_len.
-    """
-    last = BlockGrid(probe, grid.kv_len, grid.block_tokens, grid.law_len, grid.causal)
-    mass = _mass(q[:, -probe:], k, lse, last)
-    distance = (last.q_blocks(q.device) - last.k_blocks(q.device)).clamp(min=0)
-    diagonals = mass.new_zeros(mass.shape[0], last.num_k_blocks)
-    diagonals.scatter_add_(-1, distance.expand_as(mass).flatten(1), mass.flatten(1))
-    return mass.sum(-2), diagonals
-
-
-def _mass(q: Tensor, k: Tensor, lse: Tensor, grid: BlockGrid) -> Tensor:
     num_heads, q_len, head_dim = q.shape
     mass = q.new_empty(num_heads, grid.num_q_blocks, grid.num_k_blocks, dtype=torch.float32)
     side = min(64, max(16, triton.next_power_of_2(grid.block_tokens)))

@@ -17,6 +17,27 @@ MOST_BLOCKS = 16384  # a row is held in registers
 
 
 @triton.jit
+def in_order(scores):
+    """Floats as integers 0 ... 2^32 - 1 that compare alike."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 0x80000000
+
+
+@triton.jit
+def best(ordered, want):
+    """Which of the entries >= 0 are the `want` largest; entries of -1 never are."""
+    threshold = tl.zeros([], tl.int64)
+    for bit in tl.static_range(32):
+        candidate = threshold | (1 << (31 - bit))
+        enough = tl.sum((ordered >= candidate).to(tl.int32), 0) >= want
+        threshold = tl.where(enough, candidate, threshold)
+    above = ordered > threshold
+    equal = ordered == threshold
+    left = want - tl.sum(above.to(tl.int32), 0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+
+
+@triton.jit
 def _keep_best(
     scores, kept, budget, num_q_blocks, num_k_blocks, first_q_block, sink_blocks, CAUSAL: tl.constexpr, N: tl.constexpr
 ):
@@ -27,26 +48,34 @@ def _keep_best(
     inside = cols < num_k_blocks
     absolute = first_q_block + row
     reachable = inside & (cols <= absolute) if CAUSAL else inside
-    bits = tl.load(scores + at + cols, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 0x80000000  # unsigned, in the order of the floats
+    ordered = in_order(tl.load(scores + at + cols, mask=inside, other=0.0))
     always = reachable & ((cols == absolute) | (cols < sink_blocks))
     ordered = tl.where(always, 0xFFFFFFFF, ordered)
     ordered = tl.where(reachable, ordered, -1)
-    want = tl.load(budget + row)
-    threshold = tl.zeros([], tl.int64)
-    for bit in tl.static_range(32):
-        candidate = threshold | (1 << (31 - bit))
-        enough = tl.sum((ordered >= candidate).to(tl.int32), 0) >= want
-        threshold = tl.where(enough, candidate, threshold)
-    above = ordered > threshold
-    equal = ordered == threshold
-    left = want - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)) | always
+    chosen = best(ordered, tl.load(budget + row)) | always
     tl.store(kept + at + cols, chosen.to(tl.int8), mask=inside)
 
 
+def checked_columns(columns: int) -> int:
+    """`columns`, if a program can hold a row of so many blocks.
+
+    Raises:
+        UnsupportedKernelError: it cannot.
+    """
+    if columns > MOST_BLOCKS:
+        raise UnsupportedKernelError(
+            f"rows of at most {MOST_BLOCKS} blocks can be chosen from, not {columns}; use larger blocks."
+        )
+    return columns
+
+
 def keep_best(
-    scores: Float[Tensor, "U M N"], budget: Int[Tensor, " M"], grid: BlockGrid, *, sink_blocks: int
+    scores: Float[Tensor, "U M N"],
+    budget: Int[Tensor, " M"],
+    grid: BlockGrid,
+    *,
+    sink_blocks: int,
+    out: Bool[Tensor, "U M N"] | None = None,
 ) -> Bool[Tensor, "U M N"]:
     """The `budget[p]` best reachable blocks of each row; the diagonal and the first `sink_blocks` are always in and count towards it.
 
@@ -55,16 +84,14 @@ def keep_best(
         budget: int32, on the scores' device.
         grid: the call's blocks.
         sink_blocks: blocks at the start that are always in.
+        out: where to write; contiguous.
 
     Raises:
         UnsupportedKernelError: a row has more blocks than a program can hold.
     """
     units, rows, columns = scores.shape
-    if columns > MOST_BLOCKS:
-        raise UnsupportedKernelError(
-            f"rows of at most {MOST_BLOCKS} blocks can be chosen from, not {columns}; use larger blocks."
-        )
-    kept = scores.new_empty(scores.shape, dtype=torch.bool)
+    checked_columns(columns)
+    kept = scores.new_empty(scores.shape, dtype=torch.bool) if out is None else out
     size = max(16, triton.next_power_of_2(columns))
     _keep_best[(rows, units)](
         scores, kept.view(torch.int8), budget, rows, columns, grid.first_q_block, sink_blocks, CAUSAL=grid.causal, N=size,

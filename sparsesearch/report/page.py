@@ -50,8 +50,9 @@ def render(
         ("Which head follows which rule", _legend(plan) + f'<div class="scroll">{head_map(plan, length)}</div>'),
         ("What the rules compute", mask_cards(plan, length)),
         ("The search", _pareto(pareto, pareto_y_label)),
-        ("Predicted and measured", tables.predictions_table(plan, metrics, variant)),
+        ("Predicted and measured", tables.predictions_table(plan, metrics, variant) + tables.seconds_table(metrics)),
         ("Where answers are found", tables.needle_table(metrics, variant)),
+        ("Task by task", tables.task_table(metrics, variant)),
         ("Provenance", tables.provenance(plan, metrics, profile_summary or {})),
     ]
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)

@@ -39,6 +39,7 @@ _KNOWN = {
     "rectified_rest": Swatch("5", "#2b4c7e", "#93b5e8"),
     "pooled_mass": Swatch("6", "#7a2d5e", "#e094c6"),
     "cluster_mass": Swatch("7", "#31664f", "#84c9ab"),
+    "frame_topk": Swatch("9", "#4d4a8c", "#a8a4ee"),
     "partition_gate": Swatch("8", "#6b5a10", "#d3bf5f"),
     "antidiagonal": Swatch("X", "#8c2f1b", "#f3a07f"),
     "bounds_topk": Swatch("Y", "#1b5f8c", "#7dbdf0"),

@@ -77,7 +77,9 @@ def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
             place = f"at {where} tokens" if where.isdecimal() else f"of the {where}"
             known = where.isdecimal() and not budget.absolute
             measured = _measured_share(metrics, int(where), variant, budget.metric) if known else None
-            priced = f" ({budget.cost_model})" if budget.cost_model else ""
+            unmeasured = ", unmeasured device" if (budget.cost_model or "").startswith("roofline:") else ""
+            priced = f" ({budget.cost_model}{unmeasured})" if budget.cost_model else ""
+            predicted = budget.replayed.get(where, predicted)
             off = "" if measured is None else f"{100 * (measured - predicted) / predicted:+.1f} %"
             rows.append(
                 f'<tr><th scope="row">{escape(f"{budget.metric}{priced} {place}")}</th><td>{_bound(budget.bound, budget)}</td><td>{_bound(predicted, budget, 4)}</td>'
@@ -97,6 +99,34 @@ def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+    )
+
+
+def seconds_table(metrics: Metrics) -> str:
+    """Predicted beside measured time of every variant and length; empty where no cost model was at hand."""
+    rows, sources = [], set()
+    for length in metrics.lengths_tokens:
+        for name in metrics.variants:
+            cell = metrics.at(length, name)
+            for part, measured in (("prefill", cell.prefill_s), ("attention", cell.attention_s)):
+                predicted = cell.predicted.get(f"{part}_s")
+                if measured is None or predicted is None:
+                    continue
+                sources.add(str(cell.cost_model))
+                rows.append(
+                    f'<tr><th scope="row">{escape(name)}, {part}, {length} tokens</th><td>{_seconds(predicted)}</td>'
+                    f"<td>{_seconds(measured)}</td><td>{100 * (predicted / measured - 1):+.1f} %</td></tr>"
+                )
+    if not rows:
+        return ""
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("time", "predicted", "measured", "prediction is off by"))
+    unmeasured = any(source.startswith("roofline:") for source in sources)
+    note = f"Cost model: {', '.join(sorted(sources))}" + (
+        ", a datasheet: nobody has measured that device." if unmeasured else "."
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<p class="soft">{escape(note)}</p>'
     )
 
 
@@ -135,6 +165,25 @@ def needle_table(metrics: Metrics, variant: str) -> str:
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
         '<p class="soft">Depth is where the statement stands: 0 at the start of the text, 1 just before the question.</p>'
     )
+
+
+def task_table(metrics: Metrics, variant: str) -> str:
+    """Every long-context task by itself, dense beside the plan; nothing where none was judged."""
+    parts = []
+    for length, tasks in sorted(metrics.tasks.items()):
+        rows = ""
+        for task, cells in tasks.items():
+            own, dense = cells[variant], cells["dense"]
+            kept = "" if own.retention is None else f"{own.retention:.3f} <small>± {own.retention_error:.3f}</small>"
+            remark = " <small>dense answers little</small>" if metrics.says_little(length, task) else ""
+            rows += (
+                f'<tr><th scope="row">{escape(task.replace("_", " "))}{remark}</th><td>{_meter(dense.accuracy)}</td>'
+                f"<td>{_meter(own.accuracy)}</td><td>{_difference(own.accuracy_minus_dense)}</td><td>{kept}</td></tr>"
+            )
+        names = (f"{length} tokens", "dense", variant, "difference", "retained")
+        head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in names)
+        parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+    return "".join(parts)
 
 
 def provenance(plan: Plan, metrics: Metrics, profile_summary: Mapping[str, Any]) -> str:
@@ -184,4 +233,4 @@ def _percent(share: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"

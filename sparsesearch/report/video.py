@@ -113,7 +113,10 @@ def rule_maps(plan: Plan) -> str:
         parts = [("all steps", plan)]
     else:
         parts = [
-            (f"steps {item.first} to {item.end - 1} of {schedule.num_steps}", plan.at_step(item.first))
+            (
+                f"steps {item.first} to {item.end - 1} of {schedule.num_steps}",
+                plan.at_step(item.first, chunk=item.chunk_span[0]),
+            )
             for item in schedule.ranges
         ]
     return "".join(f'<div class="scroll">{_map(part, title, shares)}</div>' for title, part in parts)

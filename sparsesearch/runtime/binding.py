@@ -4,9 +4,10 @@ A binding is one immutable attribute: it travels with `deepcopy` and `torch.save
 Layers that reuse another layer's selection share one `Selections` with it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -23,6 +24,7 @@ from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.backends import Backend
 
 ATTRIBUTE = "sparsesearch_binding"
+_MOST_SHAPES = 32
 
 
 class Selections:
@@ -61,6 +63,13 @@ class Selections:
         self._left.clear()
 
 
+class Remembered(dict[Any, Any]):
+    """What calls leave behind for later calls of the same shape; neither copied nor saved with the model."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
 @dataclass(frozen=True)
 class LayerBinding:
     """The rules of one attention module's query heads.
@@ -72,6 +81,7 @@ class LayerBinding:
         backend: which kernel computes the tiles.
         leaves: where this layer's selections are put for later layers; None when nobody reuses them.
         decode_rules: one per query head while tokens are generated; empty: the same.
+        shapes: what calls of one shape need again.
         takes: per query head, whose selection it runs: where that lies, and the source's head; None for heads that choose by themselves.
     """
 
@@ -82,6 +92,16 @@ class LayerBinding:
     leaves: Selections | None = field(default=None, compare=False, repr=False)
     takes: tuple[tuple[Selections, int] | None, ...] = field(default=(), compare=False, repr=False)
     decode_rules: tuple[Rule, ...] = ()
+    shapes: Remembered = field(default_factory=Remembered, compare=False, repr=False)
+
+    def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What an earlier call of the same shape made; the last few are kept."""
+        if key not in self.shapes:
+            if len(self.shapes) >= _MOST_SHAPES:
+                self.shapes.pop(next(iter(self.shapes)))
+            with torch.inference_mode(False):  # later calls may be outside it
+                self.shapes[key] = make()
+        return self.shapes[key]
 
     @property
     def kept_by(self) -> tuple[Rule, ...]:

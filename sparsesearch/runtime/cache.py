@@ -13,7 +13,7 @@ are left alone: there evicting rules are masked, and no memory is saved.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,49 +26,13 @@ from sparsesearch.rules.base import Rule
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
-from sparsesearch.runtime.attention import attend_heads, pick_heads
+from sparsesearch.runtime.attention import attend_heads
 from sparsesearch.runtime.binding import LayerBinding, binding_of, kv_partition
-from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
+from sparsesearch.runtime.handles import KeyValues
 from sparsesearch.runtime.mask_code import MaskCode
+from sparsesearch.runtime.rule_attention import pick_heads
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 from sparsesearch.runtime.stores import SLACK_TOKENS, Call, EmptyStore, FullStore, MeanStore, RingStore, Store
-
-
-class PlanKeyValues:
-    """Stands for keys and values on the way from the cache to our attention function."""
-
-    step = None
-
-    def __init__(self, layer: "PlanCacheLayer", keys: Tensor, values: Tensor) -> None:
-        self.layer, self.keys, self.values = layer, keys, values
-
-    def attend(
-        self,
-        binding: LayerBinding,
-        query: Float[Tensor, "B H S D"],
-        code: MaskCode | None,
-        scale: float,
-        sliding_window: int | None,
-    ) -> Float[Tensor, "B H S D"]:
-        """Attention over what the layer keeps and the new keys; then the layer takes those in."""
-        if binding != self.layer.binding:
-            raise SparseSearchError(
-                f"{binding.path}: a cache must be continued under the plan that filled it, but another one is applied now. Use a new cache."
-            )
-        if sliding_window is not None:
-            raise UnsupportedModelError(
-                f"{binding.path}: a sliding-window layer must have a sliding-window cache, but has another. Pass "
-                f"{CACHE_KEYWORD}=sparsesearch.sparse_cache(model)."
-            )
-        return self.layer.attend(binding, query, self.keys, self.values, code, scale)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise TypeError(
-            "this cache keeps a different number of keys per head, so its keys are no tensor, but "
-            f"{name!r} of a tensor was asked for. Use attn_implementation='sparsesearch' with it, or sparsesearch.apply(..., cache=False)."
-        )
 
 
 class PlanCacheLayer(CacheLayerMixin):
@@ -103,12 +67,11 @@ class PlanCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.num_tokens += key_states.shape[2]
         self.highest = max(self.highest, self.num_tokens)
-        handle = PlanKeyValues(self, key_states, value_states)
+        handle = KeyValues(self, key_states, value_states)
         return handle, handle
 
     def attend(
         self,
-        binding: LayerBinding,
         query: Float[Tensor, "B H S D"],
         key: Float[Tensor, "B G S D"],
         value: Float[Tensor, "B G S D"],
@@ -116,6 +79,7 @@ class PlanCacheLayer(CacheLayerMixin):
         scale: float,
     ) -> Float[Tensor, "B H S D"]:
         """Output of all heads; called once per `update`."""
+        binding = self.binding
         before, positions = self._positions(query, code)
         assert self.law_tokens is not None, "prepare_call sets the prompt's length before any layer runs"
         is_first = self.num_tokens == query.shape[2]

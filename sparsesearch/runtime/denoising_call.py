@@ -14,6 +14,7 @@ class Call:
         layout: its tokens, padding included.
         key_lengths: real tokens of each batch row where the text is padded at the end; None where nothing is.
         step: index of the denoising step and number of steps, where known.
+        chunk: index of the piece that is generated, where one after another is and the caller has said so.
         pass_name: which of the calls of one step, such as `cond` or `uncond`.
     """
 
@@ -21,6 +22,7 @@ class Call:
     key_lengths: tuple[int, ...] | None
     step: tuple[int, int] | None
     pass_name: str
+    chunk: int | None = None
 
 
 class CallSource(Protocol):

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.decode import ragged_decode
-from sparsesearch.kernels.dispatch import prefill
+from sparsesearch.kernels.device_schedule import BankedTiles, build_on_device
+from sparsesearch.kernels.device_select import Selector
+from sparsesearch.kernels.dispatch import run_schedule, schedule_for, tile_shape, workers_of
 from sparsesearch.kernels.reference import running_mean
-from sparsesearch.kernels.schedule import HeadTiles
 from sparsesearch.kernels.schedule import Span as Place
+from sparsesearch.kernels.schedule import TileSchedule
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.reuse import Reuse
@@ -32,50 +34,80 @@ def places_of(spans: Sequence[Span], batch_size: int) -> tuple[Place, ...] | Non
     return tuple(places)
 
 
-class Chooser:
-    """The tiles of a layer that has dynamic rules, worked out on the device; what other layers reuse is taken and left on the way."""
+class LayerCall:
+    """Prefill attention of one layer on one shape of call: made once per shape, after which a call only launches kernels.
+
+    Heads that choose do so on the device; what other layers reuse is taken and left on the way.
+
+    Args:
+        binding: the layer's.
+        rules: one per query head of the call.
+        layer_heads: which heads of the layer they are; None: all of them.
+        spans: the sequences.
+        places: their rows, in turn; not empty.
+        q: gives shapes, type and device, as does k.
+        k: keys.
+        kernel: what runs it.
+    """
 
     def __init__(
         self,
         binding: LayerBinding,
         rules: tuple[Rule, ...],
         layer_heads: Sequence[int] | None,
-        scale: float,
+        spans: Sequence[Span],
+        places: tuple[Place, ...],
+        q: Float[Tensor, "B H S D"],
+        k: Float[Tensor, "B G T D"],
         kernel: Kernel,
     ) -> None:
-        self.binding, self.rules, self.scale, self.kernel = binding, rules, scale, kernel
+        self.binding, self.rules, self.places, self.kernel = binding, rules, places, kernel
         self.heads = tuple(range(len(rules))) if layer_heads is None else tuple(layer_heads)
+        rows = iter(places)
+        self._spans = [(span.grid, tuple(next(rows) for _ in range(rows_of(span, len(q))))) for span in spans]
+        self._shape = tile_shape(kernel, q.shape[-1], binding.block_tokens)
+        self._selectors: dict[BlockGrid, Selector] = {}
+        self._fixed: TileSchedule | None = None
+        if any(rule.dynamic for rule in rules):
+            grids = dict.fromkeys(place.grid for place in places)
+            self._selectors = {grid: Selector(rules, grid, k.shape[1], q.device) for grid in grids}
+        else:
+            self._fixed = schedule_for(q, k, places, rules, kernel)
 
-    def tiles(
-        self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], spans: Sequence[Span], places: Sequence[Place]
-    ) -> list[HeadTiles]:
-        """One choice per place; `places` are the rows of the spans in turn."""
-        choices, rows = [], iter(places)
-        for number, span in enumerate(spans):
-            own = [
-                next(rows)
-                for _ in range(len(range(len(q))[span.rows]) if isinstance(span.rows, slice) else len(span.rows))
-            ]
-            taken = self._taken(number, span.grid)
-            chosen = [self._of_row(q, k, place, taken, row) for row, place in enumerate(own)]
-            self._leave(number, span.grid, chosen, q, k, own)
-            choices += [HeadTiles(tiles, tuple(range(len(self.rules)))) for tiles in chosen]
+    def __call__(
+        self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T D"], scale: float
+    ) -> Float[Tensor, "B H S D"]:
+        """Output of all query heads, one rule each; 0 where there is padding."""
+        out, _ = run_schedule(q, k, v, self.schedule(q, k, scale), scale=scale, kernel=self.kernel)
+        _put_means(out, self.rules, v, self.places)
+        return out
+
+    def schedule(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], scale: float) -> TileSchedule:
+        """The tiles that this call computes."""
+        return self._fixed if self._fixed is not None else self.schedule_of(self.choose(q, k, scale))
+
+    def schedule_of(self, tiles: Sequence[BankedTiles]) -> TileSchedule:
+        """The schedule of what `choose` returned."""
+        return build_on_device(self.places, tiles, shape=self._shape, workers=workers_of(str(tiles[0].chosen.device)))
+
+    def choose(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], scale: float) -> list[BankedTiles]:
+        """One choice per place, if some rule is dynamic."""
+        choices: list[BankedTiles] = []
+        for number, (grid, places) in enumerate(self._spans):
+            taken, selector = self._taken(number, grid), self._selectors[grid]
+            chosen = []
+            for row, place in enumerate(places):
+                given = {head: self._reused(head, grid, left[row]) for head, left in taken.items()}
+                own_q = sequence(q, place.batch, place.q_offset, grid.q_len)
+                chosen.append(selector.choose(own_q, keys_of(k, place), scale=scale, given=given))
+            self._leave(number, grid, chosen, q, k, places, scale)
+            choices += chosen
         return choices
 
-    def _of_row(
-        self, q: Tensor, k: Tensor, place: Place, taken: dict[int, Bool[Tensor, "b M N"]], row: int
-    ) -> Bool[Tensor, "H M N"]:
-        from sparsesearch.kernels.device_select import chosen_tiles
-
-        grid, own_q = place.grid, sequence(q, place.batch, place.q_offset, place.grid.q_len)
-        reused = {}
-        for head, left in taken.items():
-            rule = self.rules[head]
-            assert isinstance(rule, Reuse), "only such rules take"
-            reused[head] = rule.select(grid, left=left[row])
-        return chosen_tiles(
-            self.rules, grid, own_q, keys_of(k, place), scale=self.scale, kernel=self.kernel, given=reused
-        )
+    def _reused(self, head: int, grid: BlockGrid, left: Bool[Tensor, "M N"]) -> Bool[Tensor, "M N"]:
+        rule = self.rules[head]
+        assert isinstance(rule, Reuse), "only such rules take"
+        return rule.select(grid, left=left)
 
     def _taken(self, number: int, grid: BlockGrid) -> dict[int, Bool[Tensor, "b M N"]]:
         """What earlier layers left for the heads that reuse; a single query is dense and needs nothing."""
@@ -86,42 +118,49 @@ class Chooser:
         self,
         number: int,
         grid: BlockGrid,
-        chosen: list[Bool[Tensor, "H M N"]],
+        chosen: list[BankedTiles],
         q: Tensor,
         k: Tensor,
-        places: list[Place],
+        places: Sequence[Place],
+        scale: float,
     ) -> None:
         leaves, group = self.binding.leaves, q.shape[1] // k.shape[1]
-        for head, rule in enumerate(self.rules) if leaves is not None and grid.q_len > 1 else ():
-            assert leaves is not None
+        if leaves is None or grid.q_len == 1:
+            return
+        tiles = [one.per_head() for one in chosen]
+        for head, rule in enumerate(self.rules):
             if not rule.dynamic or rule.reuses or self.heads[head] not in leaves.heads:
                 continue
             left = []
-            for tiles, place in zip(chosen, places, strict=True):
-                own_q = sequence(q, place.batch, place.q_offset, grid.q_len)[head] * self.scale
-                left.append(rule.left_behind(tiles[head], grid, own_q, keys_of(k, place)[head // group]))
+            for own, place in zip(tiles, places, strict=True):
+                own_q = sequence(q, place.batch, place.q_offset, grid.q_len)[head] * scale
+                left.append(rule.left_behind(own[head], grid, own_q, keys_of(k, place)[head // group]))
             leaves.leave(number, grid, (self.heads[head],), torch.stack(left)[:, None])
 
 
-def prefill_heads(
+def layer_call(
+    binding: LayerBinding,
     rules: tuple[Rule, ...],
-    choice: tuple[Rule, ...] | list[HeadTiles],
+    layer_heads: Sequence[int] | None,
+    spans: Sequence[Span],
+    places: tuple[Place, ...],
     q: Float[Tensor, "B H S D"],
     k: Float[Tensor, "B G T D"],
-    v: Float[Tensor, "B G T D"],
-    places: tuple[Place, ...],
-    scale: float,
     kernel: Kernel,
-) -> Float[Tensor, "B H S D"]:
-    """Output of all query heads, one rule each; 0 where there is padding.
+) -> LayerCall:
+    """See `LayerCall`; those of the layer's last few shapes are kept with its binding."""
+    some = None if layer_heads is None else (tuple(layer_heads), rules)  # hashing rules takes longer than a launch
+    counts = tuple(rows_of(span, len(q)) for span in spans)
+    key = (places, counts, some, q.shape, k.shape, q.dtype, q.device, kernel)
+    made: LayerCall = binding.remembered(
+        key, lambda: LayerCall(binding, rules, layer_heads, spans, places, q, k, kernel)
+    )
+    return made
 
-    Static rules (`choice` is `rules` then) run on a cached schedule; for chosen tiles it is made on the device.
-    """
-    if not places:
-        return torch.zeros_like(q)
-    out = prefill(q, k, v, places, choice, scale=scale, backend=kernel).out
-    _put_means(out, rules, v, places)
-    return out
+
+def rows_of(span: Span, batch_size: int) -> int:
+    """Batch rows of a span."""
+    return len(range(batch_size)[span.rows]) if isinstance(span.rows, slice) else len(span.rows)
 
 
 def _put_means(out: Tensor, rules: tuple[Rule, ...], v: Tensor, places: tuple[Place, ...]) -> None:

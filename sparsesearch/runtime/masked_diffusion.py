@@ -51,6 +51,7 @@ class MaskedDenoiser:
         step: tuple[int, int] | None = None,
         attention_mask: Int[Tensor, "B T"] | None = None,
         pass_name: str = "",
+        chunk: int | None = None,
     ) -> Float[Tensor, "B T V"]:
         """One forward pass.
 
@@ -59,12 +60,13 @@ class MaskedDenoiser:
             step: index of the denoising step and number of steps; plans with a schedule need it.
             attention_mask: 1 for real tokens; padding stands at the end.
             pass_name: which of the calls of one step, such as guidance without the prompt.
+            chunk: the block that is generated, where one after another is; schedules with budgets per chunk need it.
 
         Raises:
             SpecError: nothing would be left to generate.
             UnsupportedModelError: padding stands elsewhere.
         """
-        self.current = Call(self.layout(input_ids.shape[1]), _lengths(attention_mask), step, pass_name)
+        self.current = Call(self.layout(input_ids.shape[1]), _lengths(attention_mask), step, pass_name, chunk)
         try:
             found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:

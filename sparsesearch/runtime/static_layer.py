@@ -4,6 +4,7 @@ It takes the place of transformers' StaticLayer when the first prompt comes, bec
 with it. A prompt, its chunks and later turns are handled on the host, row by row; one new token per row goes through two operators.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,49 +12,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sparsesearch.errors import SparseSearchError, UnsupportedModelError
-from sparsesearch.kernels.cache_ops import append_token
+from sparsesearch.errors import SparseSearchError
+from sparsesearch.kernels.cache_ops import append_token, fill_prompt
+from sparsesearch.kernels.plain_calls import as_called
 from sparsesearch.rules.base import Rule
-from sparsesearch.rules.mean_value import MeanValue
-from sparsesearch.rules.zero import Zero
-from sparsesearch.runtime.attention import attend_heads, pick_heads, take
+from sparsesearch.runtime.attention import attend_heads
 from sparsesearch.runtime.backends import serving_kernel
-from sparsesearch.runtime.binding import LayerBinding, group_heads, kv_partition
-from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
-from sparsesearch.runtime.mask_code import MaskCode, spans_of
-from sparsesearch.runtime.static_reads import Reads
-from sparsesearch.runtime.static_regions import Region, Ring
+from sparsesearch.runtime.binding import LayerBinding, group_heads
+from sparsesearch.runtime.handles import KeyValues
+from sparsesearch.runtime.mask_code import MaskCode, Span, spans_of
+from sparsesearch.runtime.rule_attention import pick_heads
+from sparsesearch.runtime.static_reads import Queries, Reads
+from sparsesearch.runtime.static_regions import Layout
 
 
-class StaticKeyValues:
-    """Stands for keys and values on the way from the cache to our attention function."""
+class StaticKeyValues(KeyValues):
+    """A single new token of a layer that holds its prompt is answered without the host."""
 
     def __init__(self, layer: "StaticPlanLayer", keys: Tensor, values: Tensor) -> None:
-        self.layer, self.keys, self.values = layer, keys, values
+        super().__init__(layer, keys, values)
         self.step = self._step if layer.is_prefilled and keys.shape[2] == 1 else None
 
     def _step(self, query: Float[Tensor, "B H one D"], scale: float) -> Float[Tensor, "B one H D"]:
-        return self.layer.decode(query, self.keys, self.values, scale)
-
-    def attend(
-        self,
-        binding: LayerBinding,
-        query: Float[Tensor, "B H S D"],
-        code: MaskCode | None,
-        scale: float,
-        sliding_window: int | None,
-    ) -> Float[Tensor, "B H S D"]:
-        """Attention over what the layer keeps and the new keys; then the layer takes those in."""
-        if binding != self.layer.binding:
-            raise SparseSearchError(
-                f"{binding.path}: a cache must be continued under the plan that filled it, but another one is applied now. Use a new cache."
-            )
-        if sliding_window is not None:
-            raise UnsupportedModelError(
-                f"{binding.path}: a sliding-window layer must have a sliding-window cache, but has another. Pass "
-                f"{CACHE_KEYWORD}=sparsesearch.sparse_cache(model, max_tokens=...)."
-            )
-        return self.layer.prefill(query, self.keys, self.values, code, scale)
+        output: Tensor = self.layer.decode(query, self.keys, self.values, scale)
+        return output
 
 
 class StaticPlanLayer(CacheLayerMixin):
@@ -61,6 +43,7 @@ class StaticPlanLayer(CacheLayerMixin):
 
     Attributes:
         binding: the layer's rules.
+        layout: where each KV head's rows lie, once there was a prompt.
         max_cache_len: slots of the longest sequence.
         is_prefilled: whether a prompt is there.
         keys: rows of all regions, [rows, D].
@@ -76,12 +59,13 @@ class StaticPlanLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
     seen: Tensor
+    reads: Reads
+    layout: Layout
 
     def __init__(self, binding: LayerBinding, max_tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.binding, self.max_cache_len = binding, max_tokens
         self.slots = torch.zeros((), dtype=torch.int64)
-        self.regions: list[Region] = []
         self.is_prefilled = False
         self.law_tokens: Tensor | None = None
 
@@ -97,14 +81,16 @@ class StaticPlanLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The slot counter; memory comes with the prompt."""
-        self.slots = self.slots.to(key_states.device)
+        if self.slots.device != key_states.device:
+            self.slots = torch.zeros((), dtype=torch.int64, device=key_states.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Hand the layer to the attention function, in the place of keys and of values."""
         if not self.is_prefilled:
             self.lazy_initialization(key_states, value_states)
-        self.slots.add_(key_states.shape[2])
         handle = StaticKeyValues(self, key_states.detach(), value_states.detach())
+        if handle.step is None:  # else the operator counts
+            self.slots.add_(key_states.shape[2])
         return handle, handle
 
     def decode(
@@ -113,12 +99,12 @@ class StaticPlanLayer(CacheLayerMixin):
         """Take in one token per row and attend; nothing depends on the host."""
         reads = self.reads
         append_token(
-            k, v, self.keys, self.values, reads.start, reads.room, reads.sinks, reads.windows, self.seen, reads.lens,
+            k, v, self.keys, self.values, self.layout.start, *self.layout.limits, self.seen, reads.lens, self.slots,
             self.binding.block_tokens, self.kernel,
         )  # fmt: skip
         return reads.attend(q[:, :, 0], v[:, :, 0], self.keys, self.values, self.seen, scale, self.kernel)[:, None]
 
-    def prefill(
+    def attend(
         self,
         q: Float[Tensor, "B H S D"],
         k: Float[Tensor, "B G S D"],
@@ -131,20 +117,16 @@ class StaticPlanLayer(CacheLayerMixin):
         self._check_room(k.shape[2])
         slots = k.shape[2] if code is None or not self.is_prefilled else code.shape[-1] - 1
         spans = spans_of(code, self.law_tokens, len(q), q.shape[2], slots, self.binding.block_tokens)
-        news = [(row, span) for span in spans for row in _rows(span.rows, len(q))]
         if self.is_prefilled:
+            news = _rows_of(spans, len(q))
             output = self._attend_chunk(q, k, v, news, scale)
-        else:
-            self._allocate(q, k, v)
-            groups = self.binding.groups if q.shape[2] > 1 else self.binding.decode_groups
-            output = attend_heads(groups, self.binding, q, k, v, code, self.law_tokens, scale, None)
-        for row, span in news:
-            new_k, new_v = (take(x, [row], span.q_slots)[0] for x in (k, v))
-            self._take_in(row, span.grid.q_start, new_k, new_v)
-        if not self.is_prefilled:
-            counts = dict.fromkeys(range(len(q)), 0) | {row: span.grid.kv_len for row, span in news}
-            self.reads.tabulate(self.binding, self.law_tokens, tuple(counts.values()), self.max_cache_len)
-            self.is_prefilled = True
+            self._take_in_rows(k, v, news)
+            return output
+        self._allocate(q, k, v)
+        groups = self.binding.groups if q.shape[2] > 1 else self.binding.decode_groups
+        output = attend_heads(groups, self.binding, q, k, v, code, self.law_tokens, scale, None)
+        self._take_in_prompt(k, v, spans)
+        self.is_prefilled = True
         return output
 
     def _check_room(self, new_slots: int) -> None:
@@ -155,39 +137,57 @@ class StaticPlanLayer(CacheLayerMixin):
             )
 
     def _allocate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Give each region its rows; those of an earlier prompt are used again if they suffice."""
+        """Give each KV head its rows; those of an earlier prompt are used again if they suffice."""
         assert self.law_tokens is not None
         batch, num_kv_heads, _, size = k.shape
-        laws, block = self.law_tokens.tolist(), self.binding.block_tokens
-        parts = {
-            rule: heads
-            for rule, heads in kv_partition(self.binding.kept_by, num_kv_heads).items()
-            if not isinstance(rule, Zero | MeanValue)
-        }
-        rings = {rule: tuple(Ring.of(rule, block, law) for law in laws) for rule in parts}
-        rows = {rule: max(ring.rows(self.max_cache_len) for ring in rings[rule]) for rule in parts}
-        total = sum(batch * len(heads) * rows[rule] for rule, heads in parts.items())
-        fits = self.is_initialized and len(self.keys) >= total and self.seen.numel() == batch * num_kv_heads
+        binding, laws = self.binding, tuple(self.law_tokens.tolist())
+        layout: Layout = binding.remembered(
+            ("layout", laws, num_kv_heads, self.max_cache_len, k.device),
+            lambda: Layout.of(binding.kept_by, num_kv_heads, binding.block_tokens, laws, self.max_cache_len, k.device),
+        )
+        fits = self.is_initialized and len(self.keys) >= layout.num_rows and self.seen.numel() == batch * num_kv_heads
         if not fits or self.keys.dtype != k.dtype or self.keys.device != k.device or self.keys.shape[1] != size:
-            self.keys, self.values = k.new_empty(total, size), v.new_empty(total, size)
+            self.keys, self.values = (k.new_empty(layout.num_rows, size) for _ in range(2))
             self.seen = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=k.device)
-            self.reads = Reads(self.binding.kept_by, batch, num_kv_heads, size, k.device)
+            queries: Queries = binding.remembered(
+                ("queries", num_kv_heads, k.device), lambda: Queries(binding.kept_by, num_kv_heads, k.device)
+            )
+            self.reads = Reads(queries, layout, size)
         self.seen.zero_()
         self.reads.sums.zero_()
-        self.regions, first = [], 0
-        for rule, heads in parts.items():
-            count, shape = batch * len(heads) * rows[rule], (batch, len(heads), rows[rule], size)
-            keys, values = (x[first : first + count].view(shape) for x in (self.keys, self.values))
-            self.regions.append(Region(rule, heads, rings[rule], keys, values))
-            first += count
-        self.reads.place(self.regions)
-        self.kernel = serving_kernel(self.binding.backend, q, k, v, block) is not None
+        self.layout = self.reads.layout = layout
+        self.kernel = serving_kernel(binding.backend, q, k, v, binding.block_tokens) is not None
         self.is_initialized = True
+
+    def _take_in_prompt(self, k: Tensor, v: Tensor, spans: Sequence[Span]) -> None:
+        """Keep what later queries can reach of the first tokens, and list what the next ones will read."""
+        assert self.law_tokens is not None
+        news, batch = _rows_of(spans, len(k)), len(k)
+        counts = dict.fromkeys(range(batch), 0) | {row: span.grid.kv_len for row, span in news}
+        if any(isinstance(span.k_slots, Tensor) for span in spans):  # with gaps
+            self._take_in_rows(k, v, news)
+        else:
+            offsets = dict.fromkeys(range(batch), 0) | {row: span.k_slots.start or 0 for row, span in news}  # type: ignore[union-attr]
+            lines = tuple(counts.values()), tuple(offsets.values())
+            numbers: Tensor = self.binding.remembered(
+                ("prompt", lines, k.device), lambda: torch.tensor(lines, dtype=torch.int32, device=k.device)
+            )
+            as_called(fill_prompt)(
+                k, v, self.keys, self.values, self.layout.start, *self.layout.limits, numbers[0], numbers[1], self.seen,
+                self.binding.block_tokens, self.kernel,
+            )  # fmt: skip
+            for row, span in news if self.reads.queries.has_means else ():
+                self.reads.add_values(row, v[row, :, span.k_slots])
+        self.reads.tabulate(self.binding, self.law_tokens, tuple(counts.values()), self.max_cache_len)
+
+    def _take_in_rows(self, k: Tensor, v: Tensor, news: Sequence[tuple[int, Span]]) -> None:
+        for row, span in news:
+            self._take_in(row, span.grid.q_start, k[row][:, span.q_slots], v[row][:, span.q_slots])
 
     def _take_in(self, row: int, before: int, k: Float[Tensor, "G s D"], v: Float[Tensor, "G s D"]) -> None:
         """Keep of one row's new keys and values, which `before` tokens precede, what later queries can reach."""
         count = before + k.shape[1]
-        for region in self.regions:
+        for region in self.layout.regions(self.keys, self.values):
             new_k, new_v = (pick_heads(x[None], region.kv_heads)[0] for x in (k, v))
             if not region.rings[row].dropped(count):  # all stay where their position puts them
                 region.keys[row, :, before:count], region.values[row, :, before:count] = new_k, new_v
@@ -197,14 +197,14 @@ class StaticPlanLayer(CacheLayerMixin):
                 new_k, new_v = torch.cat([old_k, new_k], 1), torch.cat([old_v, new_v], 1)
             region.fill(row, count, new_k, new_v, missing=region.rings[row].dropped(before))
         self.reads.add_values(row, v)
-        self.seen.view(self.reads.batch, -1)[row] = count
+        self.seen.view(self.layout.batch, -1)[row] = count
 
     def _attend_chunk(
-        self, q: Tensor, k: Tensor, v: Tensor, news: list[tuple[int, Any]], scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, news: Sequence[tuple[int, Span]], scale: float
     ) -> Float[Tensor, "B H S D"]:
         """Attention of new queries over what each region keeps, laid out in order of position, and the new keys."""
         size, output = q.shape[1] // k.shape[1], torch.zeros_like(q)
-        for region in self.regions:
+        for region in self.layout.regions(self.keys, self.values):
             heads = [head * size + member for head in region.kv_heads for member in range(size)]
             rules: list[Rule] = [
                 self.binding.rules[head] if region.rule is None and q.shape[2] > 1 else self.binding.kept_by[head]
@@ -256,43 +256,39 @@ class StaticPlanLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row several times."""
-        self._choose_rows(torch.arange(self.reads.batch).repeat_interleave(repeats))
+        self._choose_rows(torch.arange(self.layout.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Int[Tensor, " b"]) -> None:
         """Some rows."""
-        self._choose_rows(torch.arange(self.reads.batch)[indices.cpu()])
+        self._choose_rows(torch.arange(self.layout.batch)[indices.cpu()])
 
     def _choose_rows(self, index: Int[Tensor, " b"]) -> None:
         """Let row i be what row index[i] was; addresses stay if the batch does."""
         assert self.law_tokens is not None
-        rows, there, batch = index.tolist(), index.to(self.seen.device), self.reads.batch
+        rows, there, batch = index.tolist(), index.to(self.seen.device), self.layout.batch
+        before, layout = self.layout.regions(self.keys, self.values), self.layout.chosen(rows)
         seen = self.seen.view(batch, -1)[there].flatten()
         if len(rows) == batch:
             self.seen.copy_(seen)
+            after = before
         else:
-            total = sum(region.keys.shape[1:3].numel() * len(rows) for region in self.regions)
-            self.keys, self.values = (x.new_empty(total, x.shape[1]) for x in (self.keys, self.values))
-            self.seen = seen
-        self.law_tokens, first = self.law_tokens[index.cpu()], 0
-        for region in self.regions:
-            shape = (len(rows), *region.keys.shape[1:])
-            part = slice(first, first + shape[0] * shape[1] * shape[2])
-            if len(rows) == batch:
-                region.keys.copy_(region.keys[there])
-                region.values.copy_(region.values[there])
-            else:
-                region.keys = torch.index_select(region.keys, 0, there, out=self.keys[part].view(shape))
-                region.values = torch.index_select(region.values, 0, there, out=self.values[part].view(shape))
-            region.rings = tuple(region.rings[row] for row in rows)
-            first = part.stop
-        self.reads.choose_rows(there, self.regions)
+            self.keys, self.values = (x.new_empty(layout.num_rows, x.shape[1]) for x in (self.keys, self.values))
+            self.seen, after = seen, layout.regions(self.keys, self.values)
+        for old, new in zip(before, after, strict=True):
+            for source, target in ((old.keys, new.keys), (old.values, new.values)):
+                if source is target:
+                    target.copy_(source[there])
+                else:
+                    torch.index_select(source, 0, there, out=target)
+        self.law_tokens, self.layout = self.law_tokens[index.cpu()], layout
+        self.reads.choose_rows(there, layout)
 
     def next_rows(self) -> Int[Tensor, " n"]:
         """Rows that the next token of each row is written to."""
-        reads, block = self.reads, self.binding.block_tokens
+        (room, sinks, windows), block = self.layout.limits, self.binding.block_tokens
         position = self.seen.long()
-        place = torch.minimum(position // block, reads.sinks + reads.windows - 1) * block + position % block
-        return (reads.start + place)[(reads.windows > 0) & (place < reads.room)]
+        place = torch.minimum(position // block, sinks + windows - 1) * block + position % block
+        return (self.layout.start + place)[(windows > 0) & (place < room)]
 
     @property
     def nbytes(self) -> int:
@@ -300,5 +296,10 @@ class StaticPlanLayer(CacheLayerMixin):
         return self.keys.nbytes + self.values.nbytes + self.reads.sums.nbytes if self.is_initialized else 0
 
 
-def _rows(rows: slice | list[int], batch: int) -> list[int]:
-    return list(range(batch)[rows]) if isinstance(rows, slice) else rows
+def _rows_of(spans: Sequence[Span], batch: int) -> list[tuple[int, Span]]:
+    """Each sequence's row, with its span."""
+    return [
+        (row, span)
+        for span in spans
+        for row in (range(batch)[span.rows] if isinstance(span.rows, slice) else span.rows)
+    ]

@@ -20,68 +20,63 @@ from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.runtime.binding import LayerBinding, evicting_rule
 from sparsesearch.runtime.device_attention import visible_blocks
-from sparsesearch.runtime.static_regions import Region
+from sparsesearch.runtime.static_regions import Layout
 
 _MOST_TABLE_BYTES = 1 << 28
-_PER_PAIR = ("start", "room", "sinks", "windows", "lens")
 _PER_ROW = ("sums", "tables", "whole", "open", "first_block")
+
+
+class Queries:
+    """How the query heads of one layer read, whatever the sequences; made once per layer and device.
+
+    Attributes:
+        size: query heads per KV head.
+        mean_kv: KV heads that keep nothing but a running sum of their values.
+        mean_heads: their query heads.
+        mixed_heads: query heads of the KV heads where not all read the same.
+        mixed_on_device: the same.
+        alike: int32 [G], 1 for the other KV heads.
+        scored: per mixed head, whether scores count.
+    """
+
+    def __init__(self, rules: tuple[Rule, ...], num_kv_heads: int, device: torch.device) -> None:
+        self.num_kv_heads, self.size = num_kv_heads, len(rules) // num_kv_heads
+        groups = [rules[head : head + self.size] for head in range(0, len(rules), self.size)]
+        means = [head for head, own in enumerate(groups) if isinstance(evicting_rule(own), MeanValue)]
+        mixed = [head for head, own in enumerate(groups) if not evicting_rule(own) and not all(map(_reads_all, own))]
+        self.mean_kv, self.mean_heads = (torch.tensor(heads, device=device) for heads in (means, self._heads(means)))
+        self.mixed_heads = self._heads(mixed)
+        self.mixed_on_device = torch.tensor(self.mixed_heads, device=device)
+        self.alike = torch.tensor([head not in mixed for head in range(num_kv_heads)], device=device).int()
+        # a mean of values is attention whose scores are all equal
+        self.scored = torch.tensor([[rules[head].rest != "mean_value"] for head in self._heads(mixed)], device=device)
+        self.has_means, self.has_mixed, self.num_means = bool(means), bool(mixed), len(means)
+
+    def _heads(self, kv_heads: Sequence[int]) -> list[int]:
+        return [head * self.size + member for head in kv_heads for member in range(self.size)]
 
 
 class Reads:
     """Tensors of one layer, P = B·G pairs of sequence and KV head.
 
     Attributes:
-        start: int64 [P], first row of each pair.
-        room: int32 [P], its rows.
-        sinks: int32 [P], blocks of its sink.
-        windows: int32 [P], blocks of its window; 0 keeps nothing.
+        queries: how its query heads read.
+        layout: where its rows lie.
         lens: int32 [P], rows the newest token sees.
         sums: fp64 [B, n, D], sum of the values of the n KV heads that follow mean_value.
     """
 
-    def __init__(
-        self, rules: tuple[Rule, ...], batch: int, num_kv_heads: int, head_dim: int, device: torch.device
-    ) -> None:
-        self.batch, self.num_kv_heads, self.size = batch, num_kv_heads, len(rules) // num_kv_heads
-        pairs = batch * num_kv_heads
-        self.start = torch.zeros(pairs, dtype=torch.int64, device=device)
-        self.room, self.sinks, self.windows, self.lens = (
-            torch.zeros(pairs, dtype=torch.int32, device=device) for _ in range(4)
-        )
-        groups = [rules[head : head + self.size] for head in range(0, len(rules), self.size)]
-        means = [head for head, own in enumerate(groups) if isinstance(evicting_rule(own), MeanValue)]
-        mixed = [head for head, own in enumerate(groups) if not evicting_rule(own) and not all(map(_reads_all, own))]
-        self.mean_kv, self.mean_heads = (torch.tensor(heads, device=device) for heads in (means, self._queries(means)))
-        self.mixed_heads = torch.tensor(self._queries(mixed), device=device)
-        self.alike = (
-            torch.tensor([head not in mixed for head in range(num_kv_heads)], device=device).int().repeat(batch)
-        )
-        # a mean of values is attention whose scores are all equal
-        self.scored = torch.tensor([[rules[head].rest != "mean_value"] for head in self._queries(mixed)], device=device)
-        self.has_means, self.has_mixed = bool(means), bool(mixed)
-        self.sums = torch.zeros(batch, len(means), head_dim, dtype=torch.float64, device=device)
+    def __init__(self, queries: Queries, layout: Layout, head_dim: int) -> None:
+        self.queries, self.layout = queries, layout
+        batch, device = layout.batch, layout.device
+        self.lens = torch.zeros(batch * layout.num_kv_heads, dtype=torch.int32, device=device)
+        self.sums = torch.zeros(batch, queries.num_means, head_dim, dtype=torch.float64, device=device)
         self.tables = self.whole = self.open = self.first_block = torch.zeros(batch, 0, device=device)
 
-    def _queries(self, kv_heads: Sequence[int]) -> list[int]:
-        return [head * self.size + member for head in kv_heads for member in range(self.size)]
-
-    def place(self, regions: Sequence[Region]) -> None:
-        """Say where the regions lie."""
-        shape = (self.batch, self.num_kv_heads)
-        start = torch.zeros(shape, dtype=torch.int64)
-        room, sinks, windows = (torch.zeros(shape, dtype=torch.int32) for _ in range(3))
-        for region in regions:
-            heads, rows = list(region.kv_heads), region.keys.shape[2]
-            offsets = region.keys.storage_offset() // region.keys.shape[3] + rows * torch.arange(
-                self.batch * len(heads)
-            )
-            start[:, heads], room[:, heads] = offsets.view(self.batch, -1), rows
-            for row, ring in enumerate(region.rings):
-                sinks[row, heads], windows[row, heads] = ring.sink, ring.window
-        for ours, new in zip(
-            (self.start, self.room, self.sinks, self.windows), (start, room, sinks, windows), strict=True
-        ):
-            ours.copy_(new.flatten())
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.layout.batch
 
     def tabulate(
         self, binding: LayerBinding, law_tokens: Int[Tensor, " B"], counts: Sequence[int], max_tokens: int
@@ -91,37 +86,16 @@ class Reads:
         Raises:
             UnsupportedModelError: the lists would take more memory than they save.
         """
-        if not self.has_mixed:
+        if not self.queries.has_mixed:
             return
-        block, heads = binding.block_tokens, self.mixed_heads.tolist()
-        first = [count // block for count in counts]
-        turns = max((max_tokens - 1) // block - own + 1 for own in first)
-        lists = [
-            [
-                [
-                    visible_blocks(binding.kept_by[head], BlockGrid(1, (own + turn) * block + 1, block, law))
-                    for head in heads
-                ]
-                for turn in range(turns)
-            ]
-            for own, law in zip(first, law_tokens.clamp(min=1).tolist(), strict=True)
-        ]
-        flat = [blocks for row in lists for turn in row for blocks in turn]
-        longest = max(len(blocks) for blocks in flat)
-        if 4 * longest * len(flat) > _MOST_TABLE_BYTES:
-            raise UnsupportedModelError(
-                f"{binding.path}: query heads of one KV head must follow one rule where a static cache is to hold {max_tokens} tokens: the "
-                "blocks that each may read would fill too much memory. Make the plan with --unit kv_group, or use a dynamic cache."
-            )
-        shape, device = (self.batch, turns, len(heads)), self.start.device
-        tables = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
-        ends = torch.tensor([int(blocks[-1]) if len(blocks) else -1 for blocks in flat]).view(shape)
-        newest = torch.tensor(first)[:, None, None] + torch.arange(turns)[:, None]
-        is_open = ends == newest
-        whole = (torch.tensor([len(blocks) for blocks in flat]).view(shape) - is_open.int()) * block
-        self.tables, self.first_block = tables.view(*shape, longest).to(device), torch.tensor(first, device=device)
-        self.whole, self.open = whole.to(device), is_open.int().to(device)
-        self.block_tokens = block
+        laws, heads = tuple(law_tokens.clamp(min=1).tolist()), tuple(self.queries.mixed_heads)
+        key = ("tables", heads, laws, tuple(counts), max_tokens, self.layout.device)
+        made: tuple[Tensor, ...] = binding.remembered(
+            key, lambda: _tables(binding, heads, laws, counts, max_tokens, self.layout.device)
+        )
+        # rows may be reordered in place
+        self.tables, self.whole, self.open, self.first_block = (tensor.clone() for tensor in made)
+        self.block_tokens = binding.block_tokens
 
     def attend(
         self,
@@ -134,61 +108,94 @@ class Reads:
         kernel: bool,
     ) -> Float[Tensor, "B H D"]:
         """Output for the newest tokens, which are in their places; `v` are their values."""
-        lens = self.lens * self.alike if self.has_mixed else self.lens
-        out = _read(q, keys, values, self.start, lens, None, scale, 1, kernel)
-        tokens = seen.view(self.batch, -1)[:, 0].long()
-        if self.has_mixed:
-            out = out.index_copy(1, self.mixed_heads, self._mixed(q, keys, values, tokens - 1, scale, kernel))
-        if self.has_means:
-            self.sums.add_(v.index_select(1, self.mean_kv))
+        heads, lens = self.queries, self.lens
+        if heads.has_mixed:
+            lens = (lens.view(-1, heads.num_kv_heads) * heads.alike).flatten()
+        out = _read(q, keys, values, self.layout.start, lens, None, scale, 1, kernel)
+        tokens = seen.view(q.shape[0], -1)[:, 0].long()
+        if heads.has_mixed:
+            out = out.index_copy(1, heads.mixed_on_device, self._mixed(q, keys, values, tokens - 1, scale, kernel))
+        if heads.has_means:
+            self.sums.add_(v.index_select(1, heads.mean_kv))
             mean = (self.sums / tokens[:, None, None]).to(out.dtype)
-            out = out.index_copy(1, self.mean_heads, mean.repeat_interleave(self.size, 1))
+            out = out.index_copy(1, heads.mean_heads, mean.repeat_interleave(heads.size, 1))
         return out
 
     def _mixed(
         self, q: Tensor, keys: Tensor, values: Tensor, position: Int[Tensor, " B"], scale: float, kernel: bool
     ) -> Float[Tensor, "B h D"]:
         turn = (position // self.block_tokens - self.first_block).clamp(0, self.tables.shape[1] - 1)
-        row = torch.arange(self.batch, device=q.device)
+        heads, row = self.queries, torch.arange(q.shape[0], device=q.device)
         lens = self.whole[row, turn] + self.open[row, turn] * (position % self.block_tokens + 1)[:, None]
-        start = self.start.view(self.batch, -1).index_select(1, self.mixed_heads // self.size)
+        start = self.layout.start.view(q.shape[0], -1).index_select(1, heads.mixed_on_device // heads.size)
         table = self.tables[row, turn].flatten(0, 1)
-        own = q.index_select(1, self.mixed_heads) * self.scored.to(q.dtype)
+        own = q.index_select(1, heads.mixed_on_device) * heads.scored.to(q.dtype)
         return _read(own, keys, values, start.flatten(), lens.flatten().int(), table, scale, self.block_tokens, kernel)
 
     def add_values(self, row: int, v: Float[Tensor, "G s D"]) -> None:
         """Count the values of a prompt's tokens."""
-        if self.has_means:
-            self.sums[row] += v.index_select(0, self.mean_kv).double().sum(1)
+        if self.queries.has_means:
+            self.sums[row] += v.index_select(0, self.queries.mean_kv).double().sum(1)
 
     def put_means(
         self, output: Float[Tensor, "B H S D"], v: Float[Tensor, "B G S D"], news: Sequence[tuple[int, Any]]
     ) -> None:
         """Overwrite the heads that follow mean_value in a call that continues a prompt; `news` are (row, span)."""
-        for row, span in news if self.has_means else ():
-            new = v[row].index_select(0, self.mean_kv)[:, span.q_slots].double()
+        heads = self.queries
+        for row, span in news if heads.has_means else ():
+            new = v[row].index_select(0, heads.mean_kv)[:, span.q_slots].double()
             counts = torch.arange(span.grid.q_start + 1, span.grid.kv_len + 1, device=v.device)[:, None]
             mean = (self.sums[row][:, None] + new.cumsum(1)) / counts
-            for place, head in enumerate(self.mean_heads.tolist()):
-                output[row, head, span.q_slots] = mean[place // self.size].to(output.dtype)
+            for place, head in enumerate(heads.mean_heads.tolist()):
+                output[row, head, span.q_slots] = mean[place // heads.size].to(output.dtype)
 
     def addresses(self) -> list[int]:
         """Where the tensors lie."""
-        return [getattr(self, name).data_ptr() for name in (*_PER_PAIR, *_PER_ROW)]
+        own = [getattr(self, name).data_ptr() for name in ("lens", *_PER_ROW)]
+        return own + [x.data_ptr() for x in (self.layout.start, *self.layout.limits)]
 
-    def choose_rows(self, index: Int[Tensor, " b"], regions: Sequence[Region]) -> None:
+    def choose_rows(self, index: Int[Tensor, " b"], layout: Layout) -> None:
         """Let row i be what row index[i] was; addresses stay if the batch does."""
-        same, batch = len(index) == self.batch, self.batch
-        for name in (*_PER_PAIR, *_PER_ROW):
+        same, batch = layout.batch == self.batch, self.batch
+        for name in ("lens", *_PER_ROW):
             ours: Tensor = getattr(self, name)
             new = ours.view(batch, -1)[index].view(len(index) * (len(ours) // batch), *ours.shape[1:])
             if same:
                 ours.copy_(new)
             else:
                 setattr(self, name, new)
-        self.batch = len(index)
-        self.alike = self.alike[: self.num_kv_heads].repeat(self.batch)
-        self.place(regions)
+        self.layout = layout
+
+
+def _tables(
+    binding: LayerBinding,
+    heads: Sequence[int],
+    laws: Sequence[int],
+    counts: Sequence[int],
+    max_tokens: int,
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """Blocks that each head reads [B, turns, h, n], the keys in those that are full, whether one is being filled, and the first turn's block."""
+    block, first = binding.block_tokens, [count // binding.block_tokens for count in counts]
+    turns = max((max_tokens - 1) // block - own + 1 for own in first)
+    flat = [
+        visible_blocks(binding.kept_by[head], BlockGrid(1, (own + turn) * block + 1, block, law))
+        for own, law in zip(first, laws, strict=True)
+        for turn in range(turns)
+        for head in heads
+    ]
+    longest = max(len(blocks) for blocks in flat)
+    if 4 * longest * len(flat) > _MOST_TABLE_BYTES:
+        raise UnsupportedModelError(
+            f"{binding.path}: query heads of one KV head must follow one rule where a static cache is to hold {max_tokens} tokens: the "
+            "blocks that each may read would fill too much memory. Make the plan with --unit kv_group, or use a dynamic cache."
+        )
+    shape = len(counts), turns, len(heads)
+    ends = torch.tensor([int(blocks[-1]) if len(blocks) else -1 for blocks in flat]).view(shape)
+    is_open = (ends == torch.tensor(first)[:, None, None] + torch.arange(turns)[:, None]).int()
+    whole = (torch.tensor([len(blocks) for blocks in flat]).view(shape) - is_open) * block
+    tables = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).view(*shape, longest)
+    return tables.to(device), whole.to(device), is_open.to(device), torch.tensor(first, device=device)
 
 
 def _reads_all(rule: Rule) -> bool:

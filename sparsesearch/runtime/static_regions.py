@@ -1,20 +1,25 @@
 """Where the keys of a static ragged cache lie.
 
-A region holds what the KV heads of one rule keep. Per sequence: the blocks of the sink, a ring of full blocks, and the block being filled.
+A layout is made once per shape of prompt and lies on the device; caches of that shape share it. A region of it holds what the KV heads of one rule keep. Per sequence: the blocks of the sink, a ring of full blocks, and the block being filled.
 What a new token may see is then always the first rows, so decoding needs neither table nor mask, and every size is fixed once the prompt's
 length is known. Blocks count from the sequence's first real token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.cache_ops import KEEP_ALL
 from sparsesearch.rules.base import Rule
+from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
+from sparsesearch.runtime.binding import kv_partition
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,119 @@ class Ring:
     def dropped(self, count: int) -> int:
         """Tokens between the sink and the rest that are no longer kept."""
         return count - sum(size for _, _, size in self.parts(count))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the KV heads of one rule keep their rows.
+
+    Attributes:
+        rule: a sink_window rule, or None where everything is kept.
+        kv_heads: its KV heads.
+        rings: per sequence.
+        rows: rows of each sequence and head.
+        first: first row of all, in the layer.
+    """
+
+    rule: Rule | None
+    kv_heads: tuple[int, ...]
+    rings: tuple[Ring, ...]
+    rows: int
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sequences, heads, rows."""
+        return len(self.rings), len(self.kv_heads), self.rows
+
+    def view(self, x: Float[Tensor, "rows D"]) -> Float[Tensor, "B g rows D"]:
+        """This part of a layer's rows."""
+        batch, heads, rows = self.shape
+        return x[self.first : self.first + batch * heads * rows].view(batch, heads, rows, x.shape[1])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every KV head of a layer keeps its rows.
+
+    Attributes:
+        parts: by rule.
+        batch: sequences.
+        num_kv_heads: KV heads of the layer.
+        device: where the tensors go.
+    """
+
+    parts: tuple[Part, ...]
+    batch: int
+    num_kv_heads: int
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        kept_by: tuple[Rule, ...],
+        num_kv_heads: int,
+        block_tokens: int,
+        law_tokens: Sequence[int],
+        max_tokens: int,
+        device: torch.device,
+    ) -> "Layout":
+        """Room for sequences whose prompts have `law_tokens` tokens, `max_tokens` at the end."""
+        parts: list[Part] = []
+        for rule, heads in kv_partition(kept_by, num_kv_heads).items():
+            if not isinstance(rule, Zero | MeanValue):
+                rings = tuple(Ring.of(rule, block_tokens, law) for law in law_tokens)
+                rows = max(ring.rows(max_tokens) for ring in rings)
+                parts.append(Part(rule, heads, rings, rows, _end(parts)))
+        return cls(tuple(parts), len(law_tokens), num_kv_heads, device)
+
+    def chosen(self, index: Sequence[int]) -> "Layout":
+        """The layout where row i is what row index[i] is here; itself if no row changes its sizes."""
+        parts: list[Part] = []
+        for part in self.parts:
+            parts.append(replace(part, rings=tuple(part.rings[row] for row in index), first=_end(parts)))
+        same = tuple(parts) == self.parts and len(index) == self.batch
+        return self if same else Layout(tuple(parts), len(index), self.num_kv_heads, self.device)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all parts."""
+        return _end(self.parts)
+
+    @cached_property
+    def start(self) -> Int[Tensor, " P"]:
+        """int64, first row of each pair of sequence and KV head."""
+        start = torch.zeros(self.batch, self.num_kv_heads, dtype=torch.int64)
+        for part in self.parts:
+            batch, heads, rows = part.shape
+            start[:, part.kv_heads] = (part.first + rows * torch.arange(batch * heads)).view(batch, heads)
+        return self._on_device(start)
+
+    @cached_property
+    def limits(self) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Int[Tensor, " P"]]:
+        """int32, per pair: its rows, blocks of its sink, blocks of its window (0 keeps nothing)."""
+        room, sinks, windows = (torch.zeros(self.batch, self.num_kv_heads, dtype=torch.int32) for _ in range(3))
+        for part in self.parts:
+            room[:, part.kv_heads] = part.rows
+            for row, ring in enumerate(part.rings):
+                sinks[row, part.kv_heads], windows[row, part.kv_heads] = ring.sink, ring.window
+        return self._on_device(room), self._on_device(sinks), self._on_device(windows)
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # kept for later calls, which may be outside it
+            return x.flatten().to(self.device)
+
+    def regions(self, keys: Float[Tensor, "rows D"], values: Float[Tensor, "rows D"]) -> "list[Region]":
+        """Views of a layer's rows."""
+        return [Region(part.rule, part.kv_heads, part.rings, part.view(keys), part.view(values)) for part in self.parts]
+
+
+def _end(parts: Sequence[Part]) -> int:
+    """First row behind the parts."""
+    if not parts:
+        return 0
+    batch, heads, rows = parts[-1].shape
+    return parts[-1].first + batch * heads * rows
 
 
 @dataclass

@@ -114,7 +114,7 @@ def knapsack_of(table: ScoreTable, budgets: Sequence[Budget], *, loss: Float[nda
     use = np.stack([_share(table, metric, position) for metric, position in places])
     dense_first = np.argsort(np.arange(len(table.candidates)) != table.dense_index, kind="stable")
     group = None if table.menus is None else table.menus.group[dense_first]
-    problem = _reduced(np.where(table.valid, losses, np.inf)[:, dense_first], use[:, :, dense_first], group)
+    problem = reduced(np.where(table.valid, losses, np.inf)[:, dense_first], use[:, :, dense_first], group)
     candidate = np.where(problem.candidate >= 0, dense_first[problem.candidate], -1)
     menus = None if table.menus is None else Menus.of(table.menus, problem.unit, candidate)
     names = tuple((metric, table.points_of(metric)[position]) for metric, position in places)
@@ -167,7 +167,7 @@ def _share(table: ScoreTable, metric: str, position: int) -> Float[ndarray, "U C
     return np.asarray((cost + fixed) / dense)
 
 
-def _reduced(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"], group: Int[ndarray, " C"] | None) -> Knapsack:
+def reduced(loss: Float[ndarray, "U C"], use: Float[ndarray, "K U C"], group: Int[ndarray, " C"] | None) -> Knapsack:
     """Drop what cannot matter, move the rest to the front, and order the units by content."""
     kept = ~dominated(loss, use, group)
     order = np.argsort(~kept, axis=1, kind="stable")[:, : kept.sum(1).max()]

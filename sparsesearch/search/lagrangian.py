@@ -11,7 +11,9 @@ Sources: Kelley 1960 (cutting planes); Ben-Ameur and Neto 2007, Networks 49(1) (
 outermost point).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,6 +31,25 @@ MAX_EVALUATIONS = 400
 FINEST = 1e-7
 FURTHEST = 1e6
 ROUNDING = 1e-14
+
+
+class Point(Protocol):
+    """D at some prices."""
+
+    @property
+    def bound(self) -> float:
+        """No plan within the limits loses less."""
+
+    @property
+    def rounding(self) -> float:
+        """How far `bound` may be off by the rounding of its sums."""
+
+    @property
+    def prices(self) -> Float[ndarray, " K"]:
+        """Loss per unit of each constraint."""
+
+
+P = TypeVar("P", bound=Point)
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,7 @@ class Cuts:
         order = np.argsort(np.array(self.loss) + (np.array(self.use) - limit) @ best.prices, kind="stable")[:count]
         self.loss, self.use = [self.loss[i] for i in order], [self.use[i] for i in order]
 
-    def maximum(self, limit: Float[ndarray, " K"], best: Dual, largest: float) -> tuple[float, Float[ndarray, " K"]]:
+    def maximum(self, limit: Float[ndarray, " K"], best: Point, largest: float) -> tuple[float, Float[ndarray, " K"]]:
         """Maximum over 0 <= λ <= largest of the cuts' lower envelope, as its rise above `best`, and where it is.
 
         The linear program is stated around the best prices and its rows are scaled to 1: losses of a coarse plan may be
@@ -120,18 +141,50 @@ def maximise(
     spread = np.where(problem.allowed, problem.loss, -np.inf).max(1) - problem.loss.min(1)
     if not spread.any():  # all choices lose the same: the bound at price 0 is exact
         return best
-    first, reach, before = float(np.median(spread[spread > 0])) * len(spread), 8.0, np.inf
+
+    def met(prices: Float[ndarray, " K"]) -> Dual:
+        point = evaluate(problem, prices)
+        cuts.add(problem, point.choice)
+        return point
+
+    first = float(np.median(spread[spread > 0])) * len(spread)
+    return ascend(best, met, cuts, problem.limit, first=first, tolerance=tolerance)
+
+
+def ascend(
+    best: P,
+    met: Callable[[Float[ndarray, " K"]], P],
+    cuts: Cuts,
+    limit: Float[ndarray, " K"],
+    *,
+    first: float,
+    tolerance: float,
+    ceiling: float = np.inf,
+) -> P:
+    """Raise a bound by cutting planes.
+
+    Args:
+        best: D at the prices to begin with.
+        met: evaluates D at given prices and adds the plan it meets to the cuts.
+        cuts: with a plan within the limits, which bounds the prices; or give a `ceiling`.
+        limit: of each constraint.
+        first: the size of prices to expect where `best` has none.
+        tolerance: relative rise at which to stop; below FINEST it is taken as FINEST.
+        ceiling: no plan loses more, so a bound beyond it says that none is within the limits.
+    """
+    reach, before = 8.0, np.inf
     for _ in range(MAX_EVALUATIONS):
         largest = reach * (float(best.prices.max()) or first)
-        rise, outermost = cuts.maximum(problem.limit, best, largest)
+        rise, outermost = cuts.maximum(limit, best, largest)
         if rise <= max(tolerance, FINEST) * abs(best.bound) + best.rounding:
             if outermost.max() < 0.99 * largest or reach > FURTHEST:
                 break
             reach *= 16.0
             continue
         step, before = STEP if rise < 0.7 * before else 1.0, rise
-        point = evaluate(problem, best.prices + step * (outermost - best.prices))
-        cuts.add(problem, point.choice)
+        point = met(best.prices + step * (outermost - best.prices))
         if point.bound > best.bound:
             best = point
+        if best.bound > ceiling:
+            break
     return best

@@ -11,19 +11,20 @@ and the result states the dual's gap instead of a proof.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from time import monotonic
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from scipy.optimize import linprog
 
 from sparsesearch.errors import BudgetInfeasibleError
-from sparsesearch.search.exact import silent_stdout
+from sparsesearch.search.lagrangian import ROUNDING, Cuts, ascend
 from sparsesearch.search.layer_dp import NONE, Lane, LanePath, cost_to_go, priced_path
+from sparsesearch.search.layer_primal import within_limits
 from sparsesearch.search.solve import relative_gap
 
-MAX_CUTS = 200
 MAX_RIVALS = 512
+MOST_SKELETONS = 12
 SLACK = 1e-12
 """Relative excess of a limit that counts as rounding."""
 
@@ -48,7 +49,12 @@ class _Plan:
 
 
 def solve_lanes(
-    lanes: Sequence[Lane], limit: Float[ndarray, " K"], *, gap_target: float = 1e-4, max_labels: int = 50_000
+    lanes: Sequence[Lane],
+    limit: Float[ndarray, " K"],
+    *,
+    gap_target: float = 1e-4,
+    max_labels: int = 50_000,
+    time_limit_s: float = 10.0,
 ) -> LaneSolution:
     """Paths of all lanes with the least summed loss whose summed cost keeps every limit.
 
@@ -57,6 +63,7 @@ def solve_lanes(
         limit: of the lanes' summed cost, in the same absolute units; positive.
         gap_target: relative gap at which labels are dropped; 0 asks for the optimum.
         max_labels: partial plans kept per layer.
+        time_limit_s: of the label search; past it the dual's gap is stated.
 
     Raises:
         BudgetInfeasibleError: no paths keep the limits; the message gives the least cost of each resource alone.
@@ -65,25 +72,70 @@ def solve_lanes(
     floor = np.array([plan.cost[k] for k, plan in enumerate(cheapest)])
     if (floor > limit * (1 + SLACK)).any():
         raise BudgetInfeasibleError(_infeasible(floor, limit))
-    prices, bound, plans = _maximise(lanes, limit, cheapest)
-    fitting = [plan for plan in plans if _fits(plan.cost, limit)]
-    best = min(fitting, key=lambda plan: plan.loss, default=None)
+    prices, bound, plans = _maximise(lanes, limit, cheapest, tolerance=max(gap_target / 50, 1e-9))
+    if bound > _most(lanes):
+        raise BudgetInfeasibleError(_infeasible(floor, limit))
+    best = _within_limits(lanes, limit, plans, prices, bound, gap_target)
+    if best is not None and gap_target > 0 and relative_gap(best.loss, bound) <= gap_target:
+        return LaneSolution(
+            best.paths,
+            best.loss,
+            best.cost,
+            min(bound, best.loss),
+            relative_gap(best.loss, bound),
+            "layer dp + exchange",
+        )
+    deadline = monotonic() + time_limit_s
     for cap in (
         max_labels // 20,
         max_labels,
     ):  # a quick narrow search finds a plan that lets the wide one drop most labels
-        found, dropped, complete = _search(lanes, limit, prices, best, gap_target, max(cap, 1))
+        found, dropped, complete = _search(lanes, limit, prices, best, gap_target, max(cap, 1), deadline)
+        best = min((plan for plan in (found, best) if plan is not None), key=lambda plan: plan.loss, default=None)
         if complete:
             break
-        best = min((plan for plan in (found, best) if plan is not None), key=lambda plan: plan.loss, default=None)
-        found = best
+    found = best
     if found is None:
         raise BudgetInfeasibleError(_infeasible(floor, limit))
     lower_bound = min(max(bound, dropped if complete else bound), found.loss)
     if found.loss - lower_bound <= 1e-12 * abs(found.loss):
         lower_bound = found.loss
-    solver = "layer dp" if complete else f"layer dp (labels capped at {max_labels})"
+    solver = "layer dp" if complete else "layer dp (labels or time capped)"
     return LaneSolution(found.paths, found.loss, found.cost, lower_bound, relative_gap(found.loss, lower_bound), solver)
+
+
+def _most(lanes: Sequence[Lane]) -> float:
+    """No plan loses more."""
+    worst = 0.0
+    for lane in lanes:
+        own = np.where(np.isfinite(lane.loss), lane.loss, -np.inf).max(1)
+        reuse = np.where(np.isfinite(lane.reuse_loss), lane.reuse_loss, -np.inf).max((0, 1), initial=-np.inf)
+        worst += float(np.maximum(own, reuse).sum())
+    return worst + 1e-9 * abs(worst)
+
+
+def _within_limits(
+    lanes: Sequence[Lane],
+    limit: Float[ndarray, " K"],
+    plans: Sequence[_Plan],
+    prices: Float[ndarray, " K"],
+    bound: float,
+    gap_target: float,
+) -> _Plan | None:
+    """The best plan that keeps the limits, among those met and those that reuse alike (`layer_primal`), nearest to the bound first."""
+    best = min((plan for plan in plans if _fits(plan.cost, limit)), key=lambda plan: plan.loss, default=None)
+    near = sorted(plans, key=lambda plan: plan.loss + float(prices @ (plan.cost - limit)))
+    alike = {tuple(path.reads for path in plan.paths): plan for plan in reversed(near)}
+    for plan in list(reversed(alike.values()))[:MOST_SKELETONS]:
+        if best is not None and relative_gap(best.loss, bound) <= gap_target:
+            break
+        paths = within_limits(lanes, plan.paths, limit, tolerance=max(gap_target / 50, 1e-7))
+        if paths is None:
+            continue
+        found = _costed(lanes, paths)
+        if _fits(found.cost, limit) and (best is None or found.loss < best.loss):
+            best = found
+    return best
 
 
 def _fits(cost: ndarray, limit: Float[ndarray, " K"]) -> Bool[ndarray, "*n"]:
@@ -91,40 +143,47 @@ def _fits(cost: ndarray, limit: Float[ndarray, " K"]) -> Bool[ndarray, "*n"]:
 
 
 def _plan(lanes: Sequence[Lane], price: Float[ndarray, " K"], *, losses: bool = True) -> _Plan:
-    paths = tuple(priced_path(lane, price, losses=losses) for lane in lanes)
+    return _costed(lanes, tuple(priced_path(lane, price, losses=losses) for lane in lanes))
+
+
+def _costed(lanes: Sequence[Lane], paths: tuple[LanePath, ...]) -> _Plan:
     loss = sum(path.loss(lane) for path, lane in zip(paths, lanes, strict=True))
     cost = np.sum([path.cost(lane) for path, lane in zip(paths, lanes, strict=True)], axis=0)
     return _Plan(paths, loss, cost)
 
 
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """D at some prices (loss per share of the limit), and the plan that attains it."""
+
+    bound: float
+    rounding: float
+    prices: Float[ndarray, " K"]
+    plan: _Plan
+
+
 def _maximise(
-    lanes: Sequence[Lane], limit: Float[ndarray, " K"], plans: list[_Plan]
+    lanes: Sequence[Lane], limit: Float[ndarray, " K"], plans: list[_Plan], *, tolerance: float
 ) -> tuple[Float[ndarray, " K"], float, list[_Plan]]:
-    """Kelley's cutting planes: the best prices, D there, and every plan met."""
-    plans = [*plans, _plan(lanes, np.zeros(len(limit)))]
-    best_prices, best = np.zeros(len(limit)), plans[-1].loss
-    for _ in range(MAX_CUTS):
-        excess = np.array([(plan.cost - limit) / limit for plan in plans])  # prices in loss per share of the limit
-        losses = np.array([plan.loss for plan in plans])
-        scale = max(float(np.abs(losses).max()), 1e-300)
-        with silent_stdout():
-            master = linprog(
-                np.append(np.zeros(len(limit)), -1.0),
-                A_ub=np.c_[-excess, np.ones(len(plans))],
-                b_ub=losses / scale,
-                bounds=[(0, 1e9)] * len(limit) + [(None, None)],
-            )
-        if master.x is None or master.fun is None:  # the numbers are too extreme for HiGHS: keep the best prices so far
-            break
-        prices = master.x[:-1] * scale / limit
-        plan = _plan(lanes, prices)
-        value = plan.loss + float(prices @ (plan.cost - limit))
-        if value > best:
-            best_prices, best = prices, value
-        if -master.fun * scale - best <= 1e-9 * scale:
-            break
+    """The best prices (loss per unit of cost), D there, and every plan met."""
+    ones, plans, cuts = np.ones(len(limit)), [*plans], Cuts()
+
+    def met(prices: Float[ndarray, " K"]) -> _Point:
+        plan = _plan(lanes, prices / limit)
         plans.append(plan)
-    return best_prices, best, plans
+        cuts.loss.append(plan.loss)
+        cuts.use.append(plan.cost / limit)
+        paid = float(prices @ ones)
+        bound = plan.loss + float(prices @ (plan.cost / limit)) - paid
+        return _Point(bound, ROUNDING * (abs(plan.loss) + paid), prices, plan)
+
+    for plan in plans:
+        cuts.loss.append(plan.loss)
+        cuts.use.append(plan.cost / limit)
+    free = met(0 * ones)
+    first = max(plan.loss for plan in plans) - free.plan.loss
+    best = ascend(free, met, cuts, ones, first=max(first, 1e-12), tolerance=tolerance, ceiling=_most(lanes))
+    return best.prices / limit, best.bound, plans
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +214,7 @@ def _search(
     best: _Plan | None,
     gap_target: float,
     max_labels: int,
+    deadline: float,
 ) -> tuple[_Plan | None, float, bool]:
     """The optimum, or `best` when nothing promises to beat it by more than half the target.
 
@@ -174,6 +234,8 @@ def _search(
         labels = labels.take(np.arange(len(labels.loss)))
         labels.state[:] = lane.num_states - 1  # a lane begins with nothing held
         for layer in range(lane.num_layers):
+            if monotonic() > deadline:
+                return best, dropped, False
             labels = _extend(lane, layer, labels)
             ahead = priced[index][layer + 1][labels.state] + later[index]
             promise = labels.loss + labels.cost @ prices + ahead - float(prices @ limit)

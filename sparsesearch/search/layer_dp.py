@@ -89,6 +89,12 @@ class LanePath:
     candidate: Int[ndarray, " L"]
     source: Int[ndarray, " L"]
 
+    @property
+    def reads(self) -> tuple[tuple[int, int, int], ...]:
+        """(layer, source layer, emitter) of every reuse."""
+        where = np.flatnonzero(self.source != NONE)
+        return tuple((int(j), int(self.source[j]), int(self.candidate[j])) for j in where)
+
     def loss(self, lane: Lane) -> float:
         """Summed loss."""
         return float(self._pick(lane, lane.loss, lane.reuse_loss).sum())

@@ -4,6 +4,7 @@ A journal file needs no server, works on NFS, and is what `optuna-dashboard FILE
 other out.
 """
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,14 +39,17 @@ def open_storage(where: str) -> BaseStorage:
         )
     driver = _DRIVERS.get(scheme)
     if driver is not None and find_spec(driver) is None:
-        hint = "sparsesearch[postgresql]" if scheme == "postgresql+psycopg" else driver
+        hint = {"postgresql+psycopg": "sparsesearch[postgresql]", "redis": "sparsesearch[redis]"}.get(scheme, driver)
         also = " (or write postgresql+psycopg://…)" if scheme == "postgresql" else ""
         raise SpecError(
             f"{scheme}:// must have its driver {driver}, which is not installed. Run `pip install '{hint}'`{also}."
         )
     try:
         if scheme == "redis":
-            return JournalStorage(JournalRedisBackend(where))
+            # Optuna calls this back end experimental; the tests run it against a server
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return JournalStorage(JournalRedisBackend(where))
         # no pool: a worker spends minutes inside a trial and must not hold one of the server's connections meanwhile
         return RDBStorage(where, engine_kwargs={"poolclass": NullPool})
     except Exception as error:  # each driver raises its own kinds

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from sparsesearch.cost import load_cost_model
+from sparsesearch.cost import DecodeWork, load_cost_model
 from sparsesearch.cost.calibrate import calibrate, short_name
 from sparsesearch.cost.device import fit, runs
 from sparsesearch.cost.device.fit import case_load, fit_tiles, fitted
 from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
 from sparsesearch.cost.device.tile_cases import TileCase, tile_cases
+from sparsesearch.cost.predict import parts_s
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.schedule import Workers
 from sparsesearch.model_shapes import ModelShape
@@ -92,6 +94,9 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     monkeypatch.setattr(runs, "FULL", tiny)
     monkeypatch.setattr(runs, "PROBE", shape)
     monkeypatch.setattr(fit, "PROBE", shape)
+    evicting = replace(shape, name="evicting", num_layers=3)
+    monkeypatch.setattr(runs, "EVICTING", evicting)
+    monkeypatch.setattr(fit, "EVICTING", evicting)
     monkeypatch.setattr(runs, "PROBE_KV_TOKENS", 64)
     monkeypatch.setattr(fit, "PROBE_KV_TOKENS", 64)
     monkeypatch.setattr(runs, "Bench", partial(on_cpu, runs.Bench))
@@ -106,7 +111,20 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     assert isinstance(model, DeviceCostModel)
     assert (model.name, model.device, model.kernel) == ("900", "Some GPU 900", "triton")
     assert model.table.prefill_relief.amounts == (64, 128)
-    assert model.table.decode_glue_s.amounts == (1, 2)
+    for correction in (model.table.decode_glue_s, model.table.decode_glue_evicting_s, model.table.decode_step_s):
+        assert correction is not None
+        assert correction.amounts == (1, 2)
+    for probe in (shape, evicting, replace(evicting, num_layers=1)):  # what was measured is what is predicted
+        row = next(
+            r
+            for r in json.loads((tmp_path / "runs.json").read_text())["runs"]
+            if r["group"] == "layer_decode"
+            and (r["probe"], r["layers"], r["batch"]) == (probe.name, probe.num_layers, 2)
+        )
+        attention_s = probe.num_layers * model.decode_attention_s([DecodeWork(64, 16, 2, 2, 4)] * 2)
+        parts = sum(parts_s(probe, model, rows=2, last_rows=2)) + attention_s + model.decode_step_s(2)
+        large = model.table.l2_bytes + 1 if probe.name == "evicting" else 0.0
+        assert parts + probe.num_layers * model.decode_glue_s(2, large) == pytest.approx(row["seconds"])
     again = json.loads((tmp_path / "runs.json").read_text())["runs"]
     assert len(again) == model.table.provenance["micro_runs"] == len(seen)
     assert {"layer_decode", "layer_prefill", "tiles", "gemm"} <= {row["group"] for row in again}

@@ -30,6 +30,7 @@ candidates:
   - {kind: rectified_rest, of: {kind: pooled_mass, keep: 0.25, order: "tile(2,4,4)"}}
   - {kind: pyramid, shares: 0.2/0.2/0.2/0.4}
   - {kind: cached_rest, every: 4, of: {kind: diagonal_band, reach: {b: 0.1}}}
+  - {kind: cached_rest, every: 4, of: {kind: calibrated_tiles, keep: 0.25, order: "tile(2,4,4)"}}
 """
 
 
@@ -81,7 +82,7 @@ def test_errors_are_those_of_running_the_plan(run: Run, made: DenoisingProfile) 
 
             applied.probe(probe)
             run()
-        share = 0.75 if rule.kind == "cached_rest" else 1.0
+        share = 2 / 3 if rule.kind == "cached_rest" else 1.0  # one of the range's three steps is dense
         at = captured - 2 if rule.kind == "cached_rest" else 0
         torch.testing.assert_close(made.error[1, 1, :, column], found[at] * share, rtol=2e-3, atol=1e-7)
 
@@ -90,7 +91,7 @@ def test_tiles_are_the_work_of_the_rules(made: DenoisingProfile) -> None:
     layout, dense = made.manifest.layout, float(made.tiles[0, 0, 0, 0])
     for column, rule in enumerate(made.manifest.candidates):
         if not rule.dynamic and not rule.needs_calibration:
-            assert float(made.tiles[0, 0, 0, column]) == pytest.approx(static_work(rule, layout, 32) * dense)
+            assert float(made.tiles[0, 0, 0, column]) == pytest.approx(static_work(rule, layout, 32, 3) * dense)
     labels = [rule.kind for rule in made.manifest.candidates]
     assert made.tiles[0, 0, 0, labels.index("pyramid")] > 0
 

@@ -14,7 +14,9 @@ from sparsesearch.kernels import (
     triton_cache,
     triton_decode,
     triton_index,
+    triton_means,
     triton_prefill,
+    triton_probe,
     triton_select,
 )
 from sparsesearch.kernels.compile_report import CompileReport, compile_report
@@ -77,7 +79,11 @@ def decode(page_tokens: int) -> CompileReport:
 
 def schedule() -> Iterator[tuple[str, CompileReport]]:
     lists, deal = device_schedule.list_entries, device_schedule.deal_tiles
-    types = dict.fromkeys(lists.arg_names, "*i32") | {"mask": "*u8"} | dict.fromkeys(lists.arg_names[7:], "i32")
+    types = (
+        dict.fromkeys(lists.arg_names, "*i32")
+        | {"bank": "*u8", "chosen": "*u8"}
+        | dict.fromkeys(lists.arg_names[9:], "i32")
+    )
     constants: dict[str, Any] = {"BLOCK": 64, "ROWS": 128, "KEYS": 64, "CAUSAL": True, "CHUNK": 256}
     yield "schedule lists", compile_report(lists, types, constants, options={"num_warps": 1})
     types = dict.fromkeys(deal.arg_names, "*i32") | {"share": "*fp32"} | dict.fromkeys(deal.arg_names[10:], "i32")
@@ -101,8 +107,36 @@ def select() -> CompileReport:
 def append() -> CompileReport:
     kernel = triton_cache.append
     types = dict.fromkeys(kernel.arg_names, "*i32") | dict.fromkeys(("k", "v", "keys", "values"), "*bf16")
-    types |= {"start": "*i64"} | dict.fromkeys(kernel.arg_names[10:], "i32")
+    types |= {"start": "*i64", "slots": "*i64"} | dict.fromkeys(kernel.arg_names[11:], "i32")
     return compile_report(kernel, types, triton_cache.constants(128, 128), options=triton_cache.OPTIONS)
+
+
+def means(head_dim: int, block: int) -> CompileReport:
+    kernel = triton_means.add_means
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v", "spread", "out"), "*bf16")
+    types |= {"tiles": "*u8", "bias": "*fp32", "lse": "*fp32", "scale": "fp32", "spread_scale": "fp32"}
+    constants = triton_means.constants(block, head_dim, first=True)
+    return compile_report(kernel, types, constants, options=triton_means.options(block, head_dim))
+
+
+def fill() -> CompileReport:
+    kernel = triton_cache.fill
+    types = dict.fromkeys(kernel.arg_names, "*i32") | dict.fromkeys(("k", "v", "keys", "values"), "*bf16")
+    types |= {"start": "*i64"} | dict.fromkeys(kernel.arg_names[11:], "i32")
+    constants = {**triton_cache.constants(128, 128), "ROWS": triton_cache.FILL_ROWS}
+    return compile_report(kernel, types, constants, options=triton_cache.OPTIONS)
+
+
+def probe() -> Iterator[tuple[str, CompileReport]]:
+    parts, flags, paint = triton_probe.probe_parts, triton_probe.probe_flags, triton_probe.paint_lines
+    types = dict.fromkeys(parts.arg_names, "i32") | {"q": "*bf16", "k": "*bf16", "heads": "*i32", "kv_heads": "*i32"}
+    types |= {"tops": "*fp32", "sums": "*fp32", "scale": "fp32"}
+    sizes: dict[str, Any] = {"BLOCK": 128, "BM": 64, "BN": 64, "D": 128, "DV": 128, "PRECISION": "tf32"}
+    yield "probe parts", compile_report(parts, types, sizes, options={"num_warps": 4})
+    types = dict.fromkeys(flags.arg_names, "i32") | {"tops": "*fp32", "sums": "*fp32", "flags": "*i8"}
+    yield "probe flags", compile_report(flags, types, {"BLOCK": 128, "BM": 8, "N": 1024}, options={"num_warps": 8})
+    types = dict.fromkeys(paint.arg_names, "i32") | {"flags": "*i8", "kept": "*i8"}
+    yield "probe paint", compile_report(paint, types, {"N": 1024}, options={"num_warps": 4})
 
 
 def every() -> Iterator[tuple[str, CompileReport]]:
@@ -123,6 +157,10 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     yield "index mass", index()
     yield "select best", select()
     yield "cache append", append()
+    for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
+        yield f"means {head_dim} {block}", means(head_dim, block)
+    yield "cache fill", fill()
+    yield from probe()
 
 
 def main() -> None:

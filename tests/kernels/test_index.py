@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.kernels.triton_index import block_mass, pooled_means, probe_votes
-from sparsesearch.rules.base import LengthLaw
+from sparsesearch.kernels.triton_index import block_mass, pooled_means
 from sparsesearch.rules.pooled_topk import block_means
-from sparsesearch.rules.vertical_slash import VerticalSlash
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = [
@@ -55,16 +53,3 @@ def test_block_mass_is_the_softmax_summed_per_tile(grid: BlockGrid) -> None:
     torch.testing.assert_close(
         got.sum((1, 2)), torch.full((4,), float(grid.q_len), device=q.device), rtol=1e-5, atol=1e-5
     )
-
-
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g.causal], ids=str)
-@pytest.mark.parametrize("probe", [1, 20])
-def test_votes_are_those_of_the_rule(grid: BlockGrid, probe: int) -> None:
-    q, k = _inputs(grid)
-    probe = min(probe, grid.q_len)
-    _, lse = _weights(q, k, grid)
-    columns, diagonals = probe_votes(q, k, lse[:, -probe:].contiguous(), grid, probe=probe)
-    rule = VerticalSlash(vertical=LengthLaw(a=1), slash=LengthLaw(a=1), probe=probe)
-    expected = rule._votes(grid, q, k.repeat_interleave(2, 0))
-    torch.testing.assert_close(columns, expected[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(diagonals, expected[1], rtol=1e-4, atol=1e-5)

@@ -14,7 +14,9 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the 
 
 @pytest.fixture(autouse=True)
 def _few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_workers", lambda device: Workers(3, 1e4))  # small cache: sections are exercised too
+    monkeypatch.setattr(
+        dispatch, "workers_of", lambda device: Workers(3, 1e4)
+    )  # small cache: sections are exercised too
 
 
 @interpreted

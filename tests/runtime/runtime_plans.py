@@ -89,9 +89,9 @@ def oracle_logits(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt_tokens
             kv_head = head * key.shape[1] // query.shape[1]
             q, k, v = query[0, head], key[0, kv_head], value[0, kv_head]
             source = left[one.source_head(head)] if one.reuses else None
-            heads.append(_oracle_head(one, q, k, v, scale, prompt, sliding_window, source))
+            heads.append(_oracle_head(one, q, k, v, scale, prompt, sliding_window, plan.block_tokens, source))
             if one.dynamic and prompt > 1:
-                first = BlockGrid(prompt, prompt, BLOCK_TOKENS)
+                first = BlockGrid(prompt, prompt, plan.block_tokens)
                 tiles = _chosen(one, q[:prompt] * scale, k[:prompt], first, source)
                 left[layer, head] = one.left_behind(tiles, first, q[:prompt] * scale, k[:prompt])
         return torch.stack(heads, 1)[None], None
@@ -108,7 +108,7 @@ def oracle_logits(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt_tokens
 
 def _chosen(one: Rule, q: Tensor, k: Tensor, grid: BlockGrid, source: Tensor | None) -> Tensor:
     if isinstance(one, Reuse):
-        diagonal = torch.eye(grid.num_k_blocks, dtype=torch.bool)
+        diagonal = torch.eye(grid.num_k_blocks, dtype=torch.bool, device=source.device)
         return source | diagonal
     return one.select(grid, q, k)
 
@@ -121,27 +121,28 @@ def _oracle_head(
     scale: float,
     prompt: int,
     sliding_window: int | None,
+    block: int,
     source: Tensor | None = None,
 ):
     length = len(k)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
     near = (distance < sliding_window) if sliding_window else torch.ones_like(distance, dtype=torch.bool)
-    full = BlockGrid(length, length, BLOCK_TOKENS, prompt)
+    full = BlockGrid(length, length, block, prompt)
     if one.rest == "zero":
-        return tile_attention(q, k, v, one.select(full), full, scale=scale, rest="zero")
+        return tile_attention(q, k, v, one.select(full).to(q.device), full, scale=scale, rest="zero")
     if one.rest == "mean_value":
         return masked_attention(q * 0, k, v, near & (distance >= 0), scale=scale)[0]
     if one.dynamic:
-        first = BlockGrid(prompt, prompt, BLOCK_TOKENS)
+        first = BlockGrid(prompt, prompt, block)
         mask = distance >= 0
         if prompt > 1:
             mask[:prompt, :prompt] = expand(_chosen(one, q[:prompt] * scale, k[:prompt], first, source), first)
         for row in range(prompt if prompt > 1 else 0, length if one.decodes else 0):
-            step = BlockGrid(1, row + 1, BLOCK_TOKENS, prompt)
+            step = BlockGrid(1, row + 1, block, prompt)
             choice = one.select(step, q[row : row + 1] * scale, k[: row + 1])
             mask[row, : row + 1] = expand(choice, step)[0]
     else:
-        mask = expand(one.select(full), full)
+        mask = expand(one.select(full), full).to(q.device)
     return masked_attention(q, k, v, mask & near, scale=scale)[0]
 
 

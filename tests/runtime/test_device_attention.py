@@ -1,17 +1,20 @@
 """The kernels' way through the runtime: in Triton's interpreter here, on the GPU if there is one."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 from runtime_plans import RULES, cycled_plan, group_plan, left_padded, oracle_logits, rule
 
 import sparsesearch
+from sparsesearch.bench.rules import no_host_wait
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedKernelError
 from sparsesearch.runtime import backends
 from sparsesearch.runtime.backends import serving_kernel
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
+from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.mask_code import mask_code, spans, spans_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,13 +86,16 @@ def test_a_batch_generates_what_single_rows_generate(tiny):
 @pytest.mark.parametrize("grid", [BlockGrid(1, 9, 16), BlockGrid(63, 63, 16), BlockGrid(40, 130, 16, 64)], ids=str)
 @pytest.mark.parametrize("dealt", [(0, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 0)], ids=str)
 def test_tiles_chosen_by_kernels_are_those_of_the_rule(generator, name, grid, dealt):
-    from sparsesearch.kernels.device_select import chosen_tiles
+    from sparsesearch.kernels.device_select import Selector
 
     other = [rule("stream"), rule("dense")]
     rules = [rule(name) if deal == 0 else other[head % 2] for head, deal in enumerate(dealt)]
     q = torch.randn(4, grid.q_len, 16, generator=generator)
     k = torch.randn(2, grid.kv_len, 16, generator=generator)
-    tiles = chosen_tiles(rules, grid, q.to(DEVICE), k.to(DEVICE), scale=0.25, kernel="triton").cpu()
+    selector = Selector(rules, grid, 2, DEVICE)
+    banked = selector.choose(q.to(DEVICE), k.to(DEVICE), scale=0.25)
+    tiles = banked.per_head().cpu()
+    assert int(banked.num_tiles()) == int(tiles.sum())
     for head, own in enumerate(rules):
         if own.dynamic and grid.q_len == 1:
             expected = grid.reachable()
@@ -111,14 +117,6 @@ def test_best_blocks_are_those_of_a_stable_sort(generator, causal):
     ranked = scores.masked_fill(always, torch.inf).masked_fill(~grid.reachable(), -torch.inf)
     rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     assert torch.equal(kept, grid.reachable() & ((rank < budget[:, None]) | always))
-
-
-def test_runs_of_heads_share_whole_groups():
-    from sparsesearch.kernels.device_select import runs
-
-    assert runs([0, 1, 2, 3], 2) == [([0, 1, 2, 3], slice(0, 2))]
-    assert runs([0, 1, 4, 5, 7], 2) == [([0, 1], slice(0, 1)), ([4, 5], slice(2, 3)), ([7], slice(3, 4))]
-    assert runs([1, 2, 3], 2) == [([1], slice(0, 1)), ([2, 3], slice(1, 2))]
 
 
 def test_what_was_taken_is_said_once(tiny, caplog):
@@ -167,3 +165,27 @@ def test_spans_of_a_device_code_are_read_once():
     assert list(first) == list(spans(code.cpu(), laws, 2, 5, 5, 2))
     if code.is_cuda:
         assert spans_of(code, laws, 2, 5, 5, 2) is first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize(
+    "names", [["slash", "pooled", "stream", "dense"], ["elastic", "mean", "zero", "stream"]], ids=str
+)
+def test_neither_a_prompt_nor_a_token_waits_for_the_host(tiny, names):
+    """A second prompt of a shape, into a cache of its own, and decoding steps behind it."""
+    model = tiny("llama", num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4).to(DEVICE)
+    ids = left_padded([120], 64)[0].to(DEVICE)
+    with torch.inference_mode(), sparsesearch.apply(model, group_plan(model, names), backend="triton"):
+        outputs = []
+        for turn in range(2):  # the first one makes what a shape needs
+            with no_host_wait() if turn else nullcontext():
+                cache = sparsesearch.sparse_cache(model, max_tokens=120)
+                outputs.append(model(ids, logits_to_keep=1, **{CACHE_KEYWORD: cache}).logits)
+        cache = sparsesearch.sparse_cache(model, max_tokens=130)
+        model(ids, **{CACHE_KEYWORD: cache})
+        step = DecodeStep(model, cache, first_position=120, graph=False)
+        step(ids[:, 0])
+        with no_host_wait():
+            step(ids[:, 1])
+    assert torch.equal(*outputs)

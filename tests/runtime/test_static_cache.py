@@ -7,7 +7,7 @@ from transformers import StaticCache
 
 import sparsesearch
 from sparsesearch.errors import SparseSearchError, SpecError, UnsupportedModelError
-from sparsesearch.kernels.cache_ops import KEEP_ALL, append_token
+from sparsesearch.kernels.cache_ops import KEEP_ALL, append_token, fill_prompt
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.static_layer import StaticPlanLayer
@@ -40,6 +40,7 @@ def test_visible_keys_are_the_first_rows(ring, kernel):
     keys, values = torch.full((rows + 3, 2), -1.0, device=DEVICE), torch.zeros(rows + 3, 2, device=DEVICE)
     ints = {name: torch.tensor([number], dtype=torch.int32, device=DEVICE) for name, number in
             {"room": rows, "sinks": ring[0], "windows": ring[1], "seen": 0, "lens": 0}.items()}  # fmt: skip
+    ints["slots"] = torch.zeros((), dtype=torch.int64, device=DEVICE)
     start = torch.tensor([2], device=DEVICE)
     for position in range(count):
         token = torch.full((1, 1, 1, 2), float(position), device=DEVICE)
@@ -60,13 +61,40 @@ def test_visible_keys_are_the_first_rows(ring, kernel):
 def test_a_pair_without_a_window_writes_nothing(kernel):
     keys, values = torch.zeros(40, 2, device=DEVICE), torch.zeros(40, 2, device=DEVICE)
     room, sinks, windows, seen, lens = torch.zeros(5, 1, dtype=torch.int32, device=DEVICE)
-    token = torch.ones(1, 1, 1, 2, device=DEVICE)
+    token, slots = torch.ones(1, 1, 1, 2, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(9):
         start = torch.tensor([20], device=DEVICE)
-        append_token(token, token, keys, values, start, room, sinks, windows, seen, lens, 4, kernel)
+        append_token(token, token, keys, values, start, room, sinks, windows, seen, lens, slots, 4, kernel)
     assert not keys.any()
     assert not values.any()
-    assert (int(seen), int(lens)) == (9, 0)
+    assert (int(seen), int(lens), int(slots)) == (9, 0, 9)
+
+
+@pytest.mark.parametrize("ring", [(0, 1), (1, 1), (0, 2), (2, 3), (0, KEEP_ALL), (1, 0)], ids=str)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_prompt_lies_where_single_tokens_would(ring, kernel):
+    """Two padded rows of two heads, of which the second keeps everything."""
+    block, slots, heads, counts = 4, 50, 2, (50, 33)
+    rows = [Ring(*ring, block).rows(slots) if ring[1] else 0, slots]
+    ints = {"room": rows * 2, "sinks": [ring[0], 0] * 2, "windows": [ring[1], KEEP_ALL] * 2}
+    limits = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ints.values()]
+    start = torch.tensor([0, rows[0], sum(rows), sum(rows) + rows[0]], device=DEVICE)
+    x = torch.randn(2, 2, heads, slots, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for length in (1, 4, 5, 8, 13, 20, 33):
+        offsets = [slots - length, 0]
+        lengths = torch.tensor([length, min(length, counts[1])], dtype=torch.int32, device=DEVICE)
+        ours, theirs = torch.full((2, 2, 2 * sum(rows), 3), -1.0, device=DEVICE)
+        seen, count, lens = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+        fill_prompt(
+            x[0], x[1], *ours, start, *limits, lengths, torch.tensor(offsets, dtype=torch.int32, device=DEVICE), seen, block, kernel
+        )  # fmt: skip
+        for token in range(length):
+            new = torch.stack([x[:, row, :, offset + token] for row, offset in enumerate(offsets)], 1)[..., None, :]
+            total = torch.zeros((), dtype=torch.int64, device=DEVICE)
+            append_token(*new, *theirs, start, *limits, count, lens, total, block, False)
+        assert torch.equal(seen, count)
+        for pair, (first, size) in enumerate(zip(start.tolist(), lens.tolist(), strict=True)):
+            assert torch.equal(ours[:, first : first + size], theirs[:, first : first + size]), (length, pair)
 
 
 @pytest.mark.parametrize("names", [EVICTING, MIXED], ids=["evicting", "mixed"])

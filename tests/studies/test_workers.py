@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -159,6 +160,61 @@ def postgres() -> Iterator[str]:
 @pytest.mark.slow
 def test_four_workers_one_killed_on_postgresql(postgres: str) -> None:
     check(run_with_a_kill(postgres, 12), 12)
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """A fresh Redis on a free port of this machine; its URL."""
+    client = pytest.importorskip("redis", reason="the extra redis is not installed (pip install 'sparsesearch[redis]')")
+    server = shutil.which("redis-server")
+    if server is None:
+        pytest.skip("no redis-server on this machine (Debian: apt-get install redis-server)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (tmp_path / "redis.log").open("wb") as log:
+        process = subprocess.Popen(
+            [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)],
+            stdout=log,
+            stderr=log,
+        )
+    url = f"redis://127.0.0.1:{port}/0"
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            assert process.poll() is None, (tmp_path / "redis.log").read_text()
+            assert time.monotonic() < deadline
+            try:
+                client.Redis.from_url(url).ping()
+                break
+            except client.exceptions.ConnectionError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_a_study_lives_in_redis(redis_url: str) -> None:
+    study = create_study(redis_url, "kept", seed=0, num_objectives=1)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1) ** 2, n_trials=3)
+    again = open_study(redis_url, "kept", seed=1)
+    assert [trial.value for trial in again.trials] == [trial.value for trial in study.trials]
+    with pytest.raises(SpecError, match="it holds kept"):
+        open_study(redis_url, "other", seed=0)
+    with pytest.raises(SpecError, match="must not exist yet"):
+        create_study(redis_url, "kept", seed=0)
+
+
+@pytest.mark.slow
+def test_four_workers_one_killed_on_redis(redis_url: str) -> None:
+    check(run_with_a_kill(redis_url, 12), 12)
+
+
+def test_a_redis_that_is_not_there_is_named() -> None:
+    pytest.importorskip("redis", reason="the extra redis is not installed")
+    with pytest.raises(ArtifactError, match=r"redis://… must be reachable"):
+        open_storage("redis://127.0.0.1:1/0")
 
 
 def test_an_interrupted_worker_leaves_its_trial_to_the_next(tmp_path: Path) -> None:

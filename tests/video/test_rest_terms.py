@@ -7,6 +7,7 @@ import torch
 
 from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import SpecError
+from sparsesearch.estimators import block_means, rows_per_block
 from sparsesearch.kernels.dispatch import Backend
 from sparsesearch.kernels.ordered import StepMemory, attend
 from sparsesearch.kernels.reference import level_attention, masked_attention
@@ -14,6 +15,7 @@ from sparsesearch.kernels.rest_terms import merge, pooled_state
 from sparsesearch.layout import Layout, video_layout
 from sparsesearch.order import parse_order
 from sparsesearch.rules import LengthLaw, Rule, parse_rule
+from sparsesearch.rules.block_mass import BlockMass
 from sparsesearch.rules.cached_rest import CachedRest
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.diagonal_band import DiagonalBand
@@ -58,9 +60,9 @@ def tensors(layout: Layout, heads: int, kv_heads: int, batch: int = 2) -> list[t
 
 
 def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: BlockGrid, rule: Rule) -> torch.Tensor:
-    """One head in its rule's order, block by block and query by query."""
-    levels = rule.levels(grid, q * SCALE, k).reshape(grid.num_q_blocks, grid.num_k_blocks)
-    q, k, v = q.double(), k.double(), v.double()
+    """One head in its rule's order, block by block and query by query, on the CPU; the rule chooses where the runtime chose."""
+    levels = rule.levels(grid, q * SCALE, k).reshape(grid.num_q_blocks, grid.num_k_blocks).cpu()
+    q, k, v = (x.double().cpu() for x in (q, k, v))
     match rule:
         case TaylorRest():
             return taylor(q, k, v, levels, grid, rule.terms)
@@ -136,8 +138,24 @@ def test_equals_the_formula(layout: Layout, kv_heads: int, backend: Backend) -> 
         for head, rule in enumerate(RULES):
             there, back = (x(layout, DEVICE) for x in (rule.token_order.permutation, rule.token_order.inverse))
             one = [x[batch, h][there] for x, h in ((q, head), (k, head * kv_heads // 8), (v, head * kv_heads // 8))]
-            expected = oracle(one[0], one[1], one[2], grid, rule)[back]
-            assert torch.allclose(result[batch, head].double(), expected, atol=atol), rule.label
+            expected = oracle(one[0], one[1], one[2], grid, rule)[back.cpu()]
+            assert torch.allclose(result[batch, head].double().cpu(), expected, atol=atol), rule.label
+
+
+@pytest.mark.parametrize("layout", [video_layout(3, 3, 7), video_layout(2, 5, 7, text_last=5)])
+def test_exact_mass_by_the_kernel_chooses_as_the_rule_does(layout: Layout) -> None:
+    """On a device one dense launch gives the log-sum-exp and a kernel the tiles' mass; grouped keys, a rest term over it, another order."""
+    rules: tuple[Rule, ...] = (
+        BlockMass(keep=0.3),
+        Dense(),
+        TaylorRest(of=BlockMass(keep=0.3), terms=0),
+        BlockMass(keep=0.5, order=parse_order("tile(2,2,4)")),
+    )
+    q, k, v = tensors(layout, 4, 2)
+    grid = grid_of(layout)
+    found = attend(q, k, v, grid, rules, scale=SCALE, backend="triton")
+    expected = attend(q.cpu(), k.cpu(), v.cpu(), grid, rules, scale=SCALE, backend="torch")
+    assert torch.allclose(found.cpu(), expected, atol=2e-5 if DEVICE == "cpu" else 5e-3)
 
 
 @pytest.mark.parametrize("shape", [(63, 63), (64, 130), (17, 200)])
@@ -336,6 +354,11 @@ def test_work_counts_means_and_refreshes(rule: Rule, tiles: float) -> None:
     assert float(rule.work(rule.levels(grid), grid)) == pytest.approx(tiles)
 
 
+def test_a_short_range_refreshes_more_often() -> None:
+    rule = CachedRest(of=Neighbourhood(window=(1, 0, 0)), every=4)
+    assert [rule.dense_share(steps) for steps in (None, 1, 3, 4, 5, 8)] == [0.25, 1, 1 / 3, 0.25, 0.4, 0.25]
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -357,3 +380,37 @@ def test_ragged_counts_are_true_counts() -> None:
     q = torch.zeros(1, 70, 16)
     lse = pooled_state(q, q, q, torch.ones(1, 2, 2, dtype=torch.bool), 64, grid, scale=1.0)[1]
     assert torch.allclose(lse, torch.full_like(lse, math.log(70)))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (63, 63), (17, 130), (130, 130)])
+@pytest.mark.parametrize(("block", "size"), [(16, 16), (64, 24)])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_kernel_goes_on_from_any_state(q_len: int, kv_len: int, block: int, size: int, first: bool) -> None:
+    """Against the merge of two states, per-head choices, rows that nobody computed, and rows that see no key at all."""
+    from sparsesearch.kernels import triton_means
+
+    grid, generator = BlockGrid(q_len, kv_len, block, causal=False), torch.Generator().manual_seed(kv_len)
+    q = torch.randn(2, 3, q_len, size, generator=generator)
+    k, v = torch.randn(2, 2, 3, kv_len, size, generator=generator)
+    levels = torch.tensor([0, 1, block])[
+        torch.randint(3, (2, 3, grid.num_q_blocks, grid.num_k_blocks), generator=generator)
+    ]
+    levels[0, 0, 0] = 0
+    levels[1, 1, 0] = block
+    exact = masked_attention(q, k, v, expand(levels == 1, grid), scale=SCALE)
+    tail = pooled_state(q, k, v, levels == block, block, grid, scale=SCALE)
+    expected, expected_lse = merge([exact, tail])
+    spread = torch.randn(2, 3, size, size, generator=generator)
+    if first:
+        share = torch.where(tail[1] == -torch.inf, torch.zeros(()), (tail[1] - expected_lse).exp())
+        expected = expected + share[..., None] * 0.5 * (q @ spread)
+    means, values = (block_means(x, grid, 0) for x in (k, v))
+    counts = rows_per_block(kv_len, grid, 0, k.device)[:, 0].float().log()
+    out, lse = exact[0].clone().to(DEVICE), exact[1].float().to(DEVICE)
+    triton_means.launch(
+        q.to(DEVICE), means.to(DEVICE), values.to(DEVICE), (levels == block).to(DEVICE), counts.to(DEVICE),
+        spread.to(DEVICE) if first else None, out, lse, block_tokens=block, front=grid.q_start % block, scale=SCALE, spread_scale=0.5,
+    )  # fmt: skip
+    tolerance = 1e-5 if DEVICE == "cpu" else 1e-2  # TF32 or better on a GPU
+    assert torch.allclose(out.cpu(), expected.float(), atol=tolerance)
+    assert torch.allclose(lse.cpu(), expected_lse.float(), atol=tolerance)

@@ -1,6 +1,7 @@
 """From the rows of the micro-runs to a cost model, with its errors."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.optimize import least_squares, nnls
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.load import TileLoad, tile_load
 from sparsesearch.cost.device.model import DeviceCostModel, many_schedule_seconds
-from sparsesearch.cost.device.runs import PROBE, PROBE_KV_TOKENS, Row
+from sparsesearch.cost.device.runs import EVICTING, PROBE, PROBE_KV_TOKENS, Row
 from sparsesearch.cost.device.table import (
     Correction,
     DecodeCost,
@@ -112,17 +113,36 @@ def _corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Corre
             linear_s, pointwise_s = parts_s(PROBE, model, rows=tokens, last_rows=1)
             relief.append((PROBE.num_layers * attention_s + linear_s + pointwise_s - seconds) / pointwise_s)
         found["prefill_relief"] = Correction(amounts=tuple(tokens for tokens, _ in prefills), values=tuple(relief))
-    steps = sorted((row["batch"], row["seconds"]) for row in _group(rows, "layer_decode"))
-    if steps:
-        glue = []
-        for batch, seconds in steps:
-            head = DecodeWork(PROBE_KV_TOKENS, PROBE.head_dim, 3, batch, model.table.dtype_bytes)
-            attention_s = PROBE.num_layers * model.decode_attention_s([head] * PROBE.num_kv_heads)
-            glue.append(
-                (seconds - attention_s - sum(parts_s(PROBE, model, rows=batch, last_rows=batch))) / PROBE.num_layers
-            )
-        found["decode_glue_s"] = Correction(amounts=tuple(batch for batch, _ in steps), values=tuple(glue))
-    return found
+    return found | _decode_corrections(model, _group(rows, "layer_decode"))
+
+
+def _decode_corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction]:
+    """Of every step measured, what its parts leave out: so much per step, the rest per layer."""
+    beyond: dict[tuple[str, int], dict[int, float]] = {}
+    shapes = {shape.name: shape for shape in (PROBE, EVICTING)}
+    for row in rows:
+        shape = replace(shapes[row["probe"]], num_layers=row["layers"])
+        head = DecodeWork(
+            PROBE_KV_TOKENS,
+            shape.head_dim,
+            shape.num_heads // shape.num_kv_heads,
+            row["batch"],
+            model.table.dtype_bytes,
+        )
+        attention_s = shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
+        parts = sum(parts_s(shape, model, rows=row["batch"], last_rows=row["batch"]))
+        beyond.setdefault((shape.name, shape.num_layers), {})[row["batch"]] = row["seconds"] - attention_s - parts
+    if not beyond:
+        return {}
+    many, one = beyond[EVICTING.name, EVICTING.num_layers], beyond[EVICTING.name, 1]
+    layer = {batch: (many[batch] - one[batch]) / (EVICTING.num_layers - 1) for batch in sorted(many)}
+    step = {batch: one[batch] - layer[batch] for batch in layer}
+    cached = {
+        batch: (seconds - step[batch]) / PROBE.num_layers
+        for batch, seconds in sorted(beyond[PROBE.name, PROBE.num_layers].items())
+    }
+    named = {"decode_glue_s": cached, "decode_glue_evicting_s": layer, "decode_step_s": step}
+    return {name: Correction(amounts=tuple(values), values=tuple(values.values())) for name, values in named.items()}
 
 
 def fit_tiles(

@@ -165,9 +165,16 @@ class DeviceCostModel:
         """Share of the pointwise time that whole layers of so many rows do not take."""
         return self.table.prefill_relief.at(rows)
 
-    def decode_glue_s(self, batch: int) -> float:
-        """What a decoding layer takes beyond its parts."""
+    def decode_glue_s(self, batch: int, weight_bytes: float) -> float:
+        """What a decoding layer takes beyond its parts: more where a weight pushes everything else out of the cache."""
+        evicting = self.table.decode_glue_evicting_s
+        if evicting is not None and weight_bytes > self.table.l2_bytes:
+            return evicting.at(batch)
         return self.table.decode_glue_s.at(batch)
+
+    def decode_step_s(self, batch: int) -> float:
+        """What a decoding step takes beyond its layers and the output layer: embedding, positions; 0 where it was not measured."""
+        return 0.0 if self.table.decode_step_s is None else self.table.decode_step_s.at(batch)
 
     def permutation_s(self, nbytes: float) -> float:
         """Gathering the tokens of a tensor of so many bytes in another order."""

@@ -4,7 +4,7 @@ Each returns rows of plain numbers; `fit` turns them into a cost model. A row na
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,9 @@ from sparsesearch.rules import Rule, rule_kinds
 Row = dict[str, Any]
 PROBE = ModelShape("probe", "llama", 4, 3072, 8192, 24, 8, 128, 1024, False, 5e5, 1 << 18)
 """Whole layers of this shape, which no known model has, show what the parts leave out when they run together."""
+
+EVICTING = ModelShape("evicting", "llama", 5, 4096, 13312, 32, 8, 128, 1024, False, 5e5, 1 << 18)
+"""The same with weights that each exceed a GPU's cache; also with a single layer, which shows what a step takes besides its layers."""
 
 PROBE_KV_TOKENS = 4096
 SLOW_S = 0.05
@@ -72,7 +75,7 @@ class RunPlan:
         """Rows to expect, for a progress bar; a few large cases may be left out."""
         tiles = sum(case.length <= self.longest_tokens for kind in self.tile_kinds for case in tile_cases(*kind))
         decode, gemm = len(self.decode) * len(self.decode_head_dims), len(self.gemm_tokens) * len(self.gemm_widths)
-        layers = len(self.layer_batches) + len(self.layer_tokens)
+        layers = 3 * len(self.layer_batches) + len(self.layer_tokens)
         return (
             4
             + tiles
@@ -292,15 +295,21 @@ def permutation_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_
 def layer_runs(
     bench: Bench, batches: Sequence[int], tokens: Sequence[int], shape: ModelShape | None = None
 ) -> Iterator[Row]:
-    """A small model of whole layers: decoding steps, and dense prefills."""
+    """Small models of whole layers: decoding steps, and dense prefills."""
     if not batches and not tokens:
         return
     shape = shape or PROBE
+    for probe in (EVICTING, replace(EVICTING, num_layers=1)):
+        yield from _decode_steps(bench, RandomLlama(probe, bench), batches)
     model = RandomLlama(shape, bench)
-    for batch in batches:
-        timed = model.decode(batch, PROBE_KV_TOKENS)
-        yield bench.row("layer_decode", timed, batch=batch)
+    yield from _decode_steps(bench, model, batches)
     for length in tokens:
         case = TileCase("dense", length, shape.head_dim, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads)
         timed = model.prefill(length, [case.schedule(bench.workers, bench.kernel)])
         yield bench.row("layer_prefill", timed, tokens=length)
+
+
+def _decode_steps(bench: Bench, model: RandomLlama, batches: Sequence[int]) -> Iterator[Row]:
+    for batch in batches:
+        timed = model.decode(batch, PROBE_KV_TOKENS)
+        yield bench.row("layer_decode", timed, batch=batch, probe=model.shape.name, layers=model.shape.num_layers)

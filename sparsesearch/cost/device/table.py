@@ -13,7 +13,7 @@ from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.errors import ArtifactError, SpecError, first_problem
 
 FORMAT = "sparsesearch.device_cost_model"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 class _Frozen(BaseModel):
@@ -149,6 +149,13 @@ class DeviceTable(_Frozen):
     )
     decode_glue_s: Correction = Field(
         description="batch -> seconds that a whole layer takes beyond its parts: writing the cache, gaps"
+    )
+    decode_glue_evicting_s: Correction | None = Field(
+        None,
+        description="the same where a layer's largest weight exceeds the cache, so that every kernel starts from memory",
+    )
+    decode_step_s: Correction | None = Field(
+        None, description="batch -> seconds that a decoding step takes beyond its layers and the output layer"
     )
     permutation: Points = Field(description="bytes of a tensor whose tokens are gathered in another order -> seconds")
     fit: dict[str, float] = Field(

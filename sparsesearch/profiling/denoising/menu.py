@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -63,7 +64,8 @@ def video_grid(layout: Layout, block_tokens: int) -> BlockGrid:
     return BlockGrid(tokens, tokens, block_tokens, causal=False, layout=layout)
 
 
-def static_work(rule: Rule, layout: Layout, block_tokens: int) -> float:
-    """What a static rule computes per head and call, as a share of dense attention's tiles."""
+@lru_cache(maxsize=4096)
+def static_work(rule: Rule, layout: Layout, block_tokens: int, steps: int | None = None) -> float:
+    """What a static rule computes per head and call, over a range of so many steps, as a share of dense attention's tiles."""
     grid = video_grid(layout, block_tokens)
-    return float(rule.work(rule.levels(grid), grid)) / float(grid.reachable().sum())
+    return float(rule.work(rule.levels(grid), grid, steps)) / float(grid.reachable().sum())

@@ -124,7 +124,7 @@ class SparseLayer:
                 "a plan with a step schedule must know the denoising step, but neither the pipeline's cache context nor its scheduler tells "
                 "it. Apply the plan to the pipeline, or call `applied.at_step(index, num_steps)` before every step."
             )
-        place = schedule.range_index(*call.step)
+        place = schedule.range_index(*call.step, chunk=call.chunk)
         return -1 if place is None else place
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules, call: Call, scale: float) -> Tensor:

@@ -39,6 +39,7 @@ class CallHook(ModelHook):
         current: the call in progress.
         scheduler: of the pipeline, to find a timestep's place in the loop.
         by_hand: step and number of steps set by the caller, before anything else.
+        chunk: piece of the video that is generated, set by the caller; None where there are none.
     """
 
     _is_stateful = True
@@ -48,6 +49,7 @@ class CallHook(ModelHook):
         self.current: Call | None = None
         self.scheduler: Any = None
         self.by_hand: tuple[int, int] | None = None
+        self.chunk: int | None = None
         self._family, self._signature, self._config = family, signature, config
         self._steps = _StepState()
 
@@ -57,7 +59,11 @@ class CallHook(ModelHook):
         layout = self._family.layout(self._config, given)
         told = self._steps.told
         self.current = Call(
-            layout, _key_lengths(self._family, layout, given), self._step(given), "" if told is None else told.name
+            layout,
+            _key_lengths(self._family, layout, given),
+            self._step(given),
+            "" if told is None else told.name,
+            self.chunk,
         )
         return args, kwargs
 
@@ -110,11 +116,13 @@ def hook_of(model: Any) -> CallHook | None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take the hook off; a transformer without other hooks is as it was before the first one."""
+    """Take the hook off; a transformer without other hooks is as it was before the first one. A wrapper of accelerate's stays."""
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.remove_hook(HOOK_NAME, recurse=False)
     if not registry.hooks:
-        model.__dict__.pop("forward", None)
+        own = model.__dict__.get("forward")
+        if getattr(own, "__func__", None) is type(model).forward:
+            del model.forward
         del model._diffusers_hook
 
 

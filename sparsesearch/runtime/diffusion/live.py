@@ -113,6 +113,10 @@ class AppliedTransformer:
         """Say by hand at which denoising step the next calls are; None lets the pipeline say it again."""
         self._hook.by_hand = None if index is None or num_steps is None else (index, num_steps)
 
+    def at_chunk(self, index: int | None) -> None:
+        """Say which piece of the video the next calls generate, for schedules with budgets per chunk; no pipeline tells it."""
+        self._hook.chunk = index
+
     def watch(self, scheduler: Any) -> None:
         """Read steps from a pipeline's scheduler where the pipeline itself does not tell them."""
         self._hook.scheduler = scheduler

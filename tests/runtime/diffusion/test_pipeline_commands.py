@@ -183,3 +183,43 @@ def test_prompts_from_a_file_and_arguments_nobody_takes(tmp_path: Path) -> None:
     assert run.name != run.model_copy(update={"seed": 1}).name
     with pytest.raises(SpecError, match="no argument 'strenght'"):
         next(run.sample(make_pipeline(), "latent"))
+
+
+def make_cogvideox() -> Any:
+    """Text and video in one sequence, guidance in one batch, steps told by the scheduler alone."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
+    from tiny_models import cogvideox
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+    )  # fmt: skip
+    return CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=cogvideox().model, scheduler=CogVideoXDDIMScheduler()
+    )
+
+
+def test_a_pipeline_that_tells_steps_through_its_scheduler(folder: Path, tmp_path: Path) -> None:
+    make_cogvideox().save_pretrained(tmp_path / "cog")
+    prompts = torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(4))
+    save_file({"prompt_embeds": prompts, "negative_prompt_embeds": -prompts}, tmp_path / "embeds.safetensors")
+    (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
+    given = ("--run", tmp_path / "run.yaml", "--space", folder / "space.yaml")
+    call("profile", tmp_path / "cog", *given, "-o", tmp_path / "profile")
+    profile = PipelineIndex.load(tmp_path / "profile").profiles(tmp_path / "profile")["transformer"]
+    layout = profile.manifest.layout
+    assert [segment.kind for segment in layout.segments] == ["text", "video"]
+    assert profile.manifest.ranges == ((0, 4), (4, 8))
+    call("search", tmp_path / "profile", "--budget", "density=0.7", "-o", tmp_path / "plan.json")
+    found = call("eval", tmp_path / "plan.json", "--run", tmp_path / "run.yaml", "-o", tmp_path / "m.json", "--json")
+    variant = json.loads(found.stdout)["variants"]["plan"]
+    assert 0 < variant["density"] <= 0.7 + 1e-9
+    assert 5 < variant["values"]["psnr_db"][0] < 119
+    call("apply", tmp_path / "plan.json", tmp_path / "cog", "-o", tmp_path / "sparse")
+    carrying = load(tmp_path / "sparse")
+    run = SamplingRun.load(tmp_path / "run.yaml")
+    plain = load(tmp_path / "cog")
+    with sparsesearch.apply_diffusers(plain, Plan.load(tmp_path / "plan.json")):
+        live = next(run.sample(plain, "latent"))
+    assert torch.equal(next(run.sample(carrying, "latent")), live)

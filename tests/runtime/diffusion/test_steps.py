@@ -175,3 +175,25 @@ def test_block_size_of_the_plan_counts(tiny: Tiny) -> None:
         narrow = tiny.run()
     with apply_to_transformer(tiny.model, plan.model_copy(update={"block_tokens": 4 * BLOCK})):
         assert not torch.equal(tiny.run(), narrow)
+
+
+def test_budgets_per_chunk_follow_the_chunk_that_is_told(tiny: Tiny) -> None:
+    plan = plan_of(tiny, *RULES)
+    schedule = StepSchedule.of(10, [(0, 10, plan.assignments)], chunks=[(1, None)])
+    chunked = plan.model_copy(
+        update={"schedule": schedule, "assignments": {}, "rules": {**plan.rules, Dense().label: Dense()}}
+    )
+    dense = tiny.run()
+    with apply_to_transformer(tiny.model, plan):
+        sparse = tiny.run()
+    with apply_to_transformer(tiny.model, chunked) as applied:
+        applied.at_step(3, 10)
+        with pytest.raises(SpecError, match="at_chunk"):
+            tiny.run()
+        found = []
+        for chunk in (0, 1, 5):
+            applied.at_chunk(chunk)
+            found.append(tiny.run())
+    assert torch.equal(found[0], dense)
+    assert torch.equal(found[1], sparse)
+    assert torch.equal(found[2], sparse)

@@ -1,0 +1,142 @@
+"""Moving every family's budget until its measured time is the target's."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from time import monotonic
+
+from sparsesearch.equal_latency.ladders import Ladder
+from sparsesearch.plan import Plan
+
+Times = Mapping[str, Sequence[float]]
+Clock = Callable[[Mapping[str, Plan | None]], Times]
+"""Plans by name (None is dense) -> seconds of every round; round i of all plans was run together."""
+
+MOST_STEPS = 12
+"""Bounds tried without a measurement where neighbouring bounds give the same plan."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A plan and its time.
+
+    Attributes:
+        bound: the budget in predicted latency that it was found under, as a share of dense.
+        plan: the plan.
+        share: measured time over dense's: the median over rounds of both.
+    """
+
+    bound: float
+    plan: Plan
+    share: float
+
+
+@dataclass
+class _Climb:
+    """One family's way to the target: the nearest plans known on either side of it, and the bound to try next."""
+
+    ladder: Ladder
+    target: float
+    tolerance: float
+    bound: float
+    faster: Rung | None = None
+    slower: Rung | None = None
+    found: Rung | None = None
+    exhausted: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether another plan is worth a measurement."""
+        return self.found is None and not self.exhausted
+
+    def propose(self) -> Plan | None:
+        """The next plan to measure; None where the family has nothing between the two that are known."""
+        for _ in range(MOST_STEPS):
+            plan = self.ladder.at(self.bound)
+            same = [side for side in (self.faster, self.slower) if side and side.plan.assignments == plan.assignments]
+            if not same:
+                return plan
+            self._take(replace(same[0], bound=self.bound))  # measured already
+            if self.found is not None:
+                return None
+        self.exhausted = True
+        return None
+
+    def meet(self, rung: Rung) -> None:
+        """Take a measurement: settle, or move the bound."""
+        if abs(rung.share / self.target - 1) <= self.tolerance:
+            self.found = rung
+        else:
+            self._take(rung)
+
+    def _take(self, rung: Rung) -> None:
+        too_slow = rung.share > self.target
+        if too_slow:
+            self.slower = rung
+        else:
+            self.faster = rung
+        if rung.bound <= self.ladder.lowest if too_slow else rung.bound >= 1.0:
+            self.found = rung  # the family ends here
+        self.bound = self._next(rung)
+
+    def _next(self, rung: Rung) -> float:
+        if self.faster is None or self.slower is None:
+            return min(1.0, max(self.ladder.lowest, rung.bound * self.target / rung.share))
+        low, high = self.faster, self.slower
+        part = (self.target - low.share) / max(high.share - low.share, 1e-12)
+        return low.bound + (high.bound - low.bound) * min(0.8, max(0.2, part))
+
+    def settled(self, *, prefer_slower: bool) -> Rung:
+        """What was found, or the nearest known plan on one side of the target."""
+        sides = (self.slower, self.faster) if prefer_slower else (self.faster, self.slower)
+        return self.found or next(rung for rung in sides if rung is not None)
+
+
+def climb(
+    ladder_of: Mapping[str, Ladder],
+    target: float,
+    clock: Clock,
+    *,
+    favoured: str | None = None,
+    start: Mapping[str, float] | None = None,
+    tolerance: float = 0.02,
+    most_tries: int = 10,
+    deadline: float = math.inf,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, Rung]:
+    """Every family's plan whose measured time is the target.
+
+    Args:
+        ladder_of: family -> its plans.
+        target: measured time as a share of dense's.
+        clock: measures plans beside dense.
+        favoured: the family that gets its next faster plan where none comes within the tolerance; every other one gets its next slower plan,
+            so that a comparison can only favour the others.
+        start: family -> bound to begin with; the target itself by default.
+        tolerance: relative deviation from the target that is accepted.
+        most_tries: plans measured per family.
+        deadline: of `time.monotonic`; past it only families without any measurement get one.
+        progress: called with (stage, done, total).
+    """
+    begin = start or {}
+    climbs = {
+        name: _Climb(ladder, target, tolerance, min(1.0, max(begin.get(name, target), ladder.lowest)))
+        for name, ladder in ladder_of.items()
+    }
+    for turn in range(most_tries):
+        progress(f"latency {target:g}x", turn, most_tries)
+        proposed = {name: own.propose() for name, own in climbs.items() if own.open}
+        plans = {name: plan for name, plan in proposed.items() if plan is not None}
+        if not plans or (turn and monotonic() > deadline):
+            break
+        for name, share in shares_of(clock({"dense": None, **plans})).items():
+            climbs[name].meet(Rung(climbs[name].bound, plans[name], share))
+    progress(f"latency {target:g}x", most_tries, most_tries)
+    return {name: own.settled(prefer_slower=name != favoured) for name, own in climbs.items()}
+
+
+def shares_of(times: Times) -> dict[str, float]:
+    """Median time of each plan over dense's."""
+    dense = median(times["dense"])
+    return {name: median(own) / dense for name, own in times.items() if name != "dense"}

@@ -1,0 +1,76 @@
+"""What a comparison at equal measured latency found: one file."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparsesearch.artifacts import read_json, write_json
+from sparsesearch.errors import ArtifactError, first_problem
+from sparsesearch.evaluate import Estimate, VariantMetrics
+
+FORMAT = "sparsesearch.equal_latency"
+SCHEMA_VERSION = "1.0"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Entry(_Frozen):
+    """One family at one target."""
+
+    bound: float = Field(description="budget in predicted latency, share of dense, that its plan was found under")
+    share: float = Field(description="measured time over dense's, median over the final rounds")
+    share_error: float = Field(description="standard error of the share over the final rounds")
+    seconds: float = Field(description="median of the final rounds, whole batch")
+    prefill_s: float = Field(description="median wall time of the whole prefill, whatever part was held equal")
+    at_target: bool = Field(description="whether the share is within the tolerance of the target")
+    plan_sha256: str
+    rules: dict[str, int] = Field(description="query heads per rule kind")
+    quality: VariantMetrics
+    excess: dict[str, Estimate] = Field(
+        description="metric -> this family's loss minus the first family's, paired over sequences; positive is worse. `kl`: over all "
+        "positions; `kl_answer`; `heldout_loss`; `needle_error`: share of questions missed"
+    )
+
+
+class EqualLatency(_Frozen):
+    """All families at all targets."""
+
+    model: str
+    length_tokens: int
+    batch: int
+    part: str = Field(description="what was held equal: the whole prefill, or the device's time in attention")
+    tolerance: float
+    cost_model: str
+    objective: str
+    dense_s: float = Field(description="dense, same part and batch, median of the final rounds")
+    dense_prefill_s: float
+    dense_quality: VariantMetrics
+    targets: dict[str, dict[str, Entry]] = Field(description="share of dense's time -> family -> what was found")
+    data: dict[str, str]
+    provenance: dict[str, Any]
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """In the order they were asked for; the others are compared with the first."""
+        return tuple(next(iter(self.targets.values())))
+
+    def save(self, path: Path) -> None:
+        """Write it atomically."""
+        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read such a file.
+
+        Raises:
+            ArtifactError: it is missing, truncated, foreign, edited, or of a newer major version.
+        """
+        try:
+            return cls.model_validate(read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION))
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{path}: {first_problem(error)} Make it again with `sparsesearch front --at`."
+            ) from error
