@@ -1,10 +1,11 @@
 """Decoding: one query per head against ragged keys, read once, at the memory's pace.
 
-Every (sequence, KV head) pair has its own number of keys. They are laid end to end in units of 16, a few idle units before each pair for
-what it costs to begin one, and cut into equal shares, one per worker, wherever that falls (split-KV as in Flash-Decoding, Dao et al. 2023; even shares over ragged heads as in stream-K, Osama et al.
-2023, arXiv:2301.03598). Workers find their share from the lengths, on the device: lengths may change from one replay of a CUDA graph to
-the next. The query heads of a pair share one pass over its keys. Worker w leaves its part of pair p in slot w + p, which is unique because
-a step to the next part moves to the next worker or to the next pair; a second kernel merges them by their log-sum-exp.
+Every (sequence, KV head) pair has its own number of keys. Their key blocks are laid end to end, an idle one before each pair for what it
+costs to begin one, and cut into equal shares, one per worker, wherever that falls (split-KV as in Flash-Decoding, Dao et al. 2023; even
+shares over ragged heads as in stream-K, Osama et al. 2023, arXiv:2301.03598). Workers find their share from the lengths, on the device:
+lengths may change from one replay of a CUDA graph to the next. The query heads of a pair share one pass over its keys. Worker w leaves its
+part of pair p in slot w + p, which is unique because a step to the next part moves to the next worker or to the next pair; a second kernel
+merges them by their log-sum-exp.
 
 On Hopper both kernels are launched while the one before still runs (programmatic dependent launch) and wait for its results on the device.
 """
@@ -24,7 +25,6 @@ BLOCK_KEYS = 64  # 128 leave room for one block per multiprocessor instead of th
 UNIT_KEYS = 64  # a share that ends inside a block pays for a whole one in latency
 IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
-WORKERS_PER_SM = 3
 MANY_HEADS = 256
 
 
@@ -156,6 +156,11 @@ def merge_decode_parts(
     acc = acc / tl.where(seen, total, 1.0)
     tl.store(lse + head, tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), -float("inf")))
     tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
+
+
+def workers_per_sm(num_heads: int) -> int:
+    """Three blocks keep most loads in flight; with many query heads two are faster, which leave room for the merge to start early (H200)."""
+    return 3 if num_heads < MANY_HEADS else 2
 
 
 def launch(

@@ -55,11 +55,22 @@ def _decode() -> tuple[Any, ...]:
     )
 
 
-def _append(kernel: bool) -> tuple[Any, ...]:
-    k, v = _normal(2, 2, 1, 16), _normal(2, 2, 1, 16, seed=1)
+def _pairs() -> tuple[Tensor, ...]:
+    """Keys, values, first rows, room, sinks and windows of four pairs: two windows, one that keeps all, one that keeps nothing."""
     rows = [_normal(200, 16, seed=seed) for seed in (2, 3)]
     start, room = _ints(0, 50, 100, 150, dtype=torch.int64), _ints(48, 48, 48, 48)
-    return k, v, *rows, start, room, _ints(1, 1, 0, 1), _ints(2, 1 << 22, 0, 2), _ints(47, 20, 30, 48), _ints(47, 20, 0, 48), 16, kernel  # fmt: skip
+    return *rows, start, room, _ints(1, 1, 0, 1), _ints(2, 1 << 22, 0, 2)
+
+
+def _append(kernel: bool) -> tuple[Any, ...]:
+    new = _normal(2, 2, 1, 16), _normal(2, 2, 1, 16, seed=1)
+    slots = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    return *new, *_pairs(), _ints(47, 20, 30, 48), _ints(47, 20, 0, 48), slots, 16, kernel
+
+
+def _fill(kernel: bool) -> tuple[Any, ...]:
+    new = _normal(2, 2, 45, 16), _normal(2, 2, 45, 16, seed=1)
+    return *new, *_pairs(), _ints(45, 33), _ints(0, 12), _ints(0, 0, 0, 0), 16, kernel
 
 
 _HEADS, _ORDER = (3, 0), (4, 2, 0, 1, 3, 6, 5)
@@ -68,6 +79,8 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "ragged_decode": (ops.ragged_decode, _decode),
     "append_token": (cache_ops.append_token, lambda: _append(True)),
     "append_token on a CPU": (cache_ops.append_token, lambda: _append(False)),
+    "fill_prompt": (cache_ops.fill_prompt, lambda: _fill(True)),
+    "fill_prompt on a CPU": (cache_ops.fill_prompt, lambda: _fill(False)),
     "gathered_decode": (cache_ops.gathered_decode, _decode),
     "take_rows": (
         row_copies.take_rows,
@@ -83,7 +96,7 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
 if ON_GPU and torch.cuda.get_device_capability()[0] == 9:
     OPERATORS["tile_prefill on Hopper"] = (ops.tile_prefill, lambda: _prefill("gluon"))
 each = pytest.mark.parametrize("name", OPERATORS)
-PLAIN_TORCH = ("append_token on a CPU", "gathered_decode")  # they read sizes back to the host
+PLAIN_TORCH = ("append_token on a CPU", "fill_prompt on a CPU", "gathered_decode")  # they read sizes back to the host
 
 
 def _results(operator: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -112,6 +125,7 @@ def test_contract(name: str) -> None:
 
 @each
 def test_compiles_as_one_graph(name: str) -> None:
+    torch.compiler.reset()  # all of these share one code object, which Dynamo recompiles a few times only
     operator, make = OPERATORS[name]
     expected = _results(operator, make())
     compiled = torch.compile(lambda *xs: _results(operator, xs), fullgraph=True, backend="aot_eager")
