@@ -119,6 +119,11 @@ class Rule(BaseModel):
         return self.rest in ("zero", "mean_value")
 
     @property
+    def adds_rest(self) -> bool:
+        """Whether a term is added to the computed tiles' output."""
+        return self.rest != "drop" and not self.replaces_output
+
+    @property
     def ready(self) -> bool:
         """Whether the rule can choose: not a template that waits for its calibration."""
         return not self.needs_calibration or getattr(self, "bitmap", None) is not None
