@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import bench_kernels, bench_video, prune
+from . import bench_cuts, bench_kernels, bench_video
 from . import options as o
 from .errors import guarded
 from .render import emit_json, say, table
@@ -113,5 +113,5 @@ def register(app: typer.Typer) -> None:
     bench_kernels.register(bench)
     bench_video.register(bench)
     bench.command("model")(guarded(model))
-    prune.register_bench(bench)
+    bench_cuts.register(bench)
     app.add_typer(bench, name="bench")

@@ -92,19 +92,8 @@ def profile_pruning(
                 tensors |= menu_tensors(prefix, options, count=count, nested=kind == "feed_forward")
             chosen.append((index, layer, kind, menus["reconstruction"]))
     progress("pruning menus", len(layers), len(layers))
-    batches = list(request.measured_batches)
-    dense = dense_rows(model, batches)
-    for number, (index, layer, kind, options) in enumerate(chosen):
-        progress("measure single cuts", number, len(chosen))
-        picked = _picked(options, request.menu.measured_options)
-        found = [
-            _measured(model, layer, kind, options[i], statistics[_out_path(layer, kind)], request.menu, batches, dense)
-            for i in picked
-        ]
-        prefix = f"{index:03d}.{kind}.measured."
-        tensors[prefix + "index"] = torch.tensor(picked, dtype=torch.int32)
-        tensors[prefix + "loss"] = torch.tensor(found, dtype=torch.float64)
-    progress("measure single cuts", len(chosen), len(chosen))
+    dense = dense_rows(model, list(request.measured_batches))
+    tensors |= _measured_tensors(model, request, chosen, statistics, dense, progress)
     manifest = {
         "base_model": describe_layers(model, request.name),
         "layers": [_shape(layer) for layer in layers],
@@ -118,6 +107,28 @@ def profile_pruning(
         "versions": provenance_versions(),
     }
     return save_profile(out, manifest, tensors)
+
+
+def _measured_tensors(
+    model: PreTrainedModel,
+    request: PruningRequest,
+    chosen: Sequence[tuple[int, Layer, str, list[Option]]],
+    statistics: dict[str, SublayerStatistics],
+    dense: list[tuple[Tensor, bool]],
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Some options of every sublayer, each made alone and measured."""
+    tensors: dict[str, Tensor] = {}
+    for number, (index, layer, kind, options) in enumerate(chosen):
+        progress("measure single cuts", number, len(chosen))
+        picked, own = _picked(options, request.menu.measured_options), statistics[_out_path(layer, kind)]
+        batches = list(request.measured_batches)
+        found = [_measured(model, layer, kind, options[i], own, request.menu, batches, dense) for i in picked]
+        prefix = f"{index:03d}.{kind}.measured."
+        tensors[prefix + "index"] = torch.tensor(picked, dtype=torch.int32)
+        tensors[prefix + "loss"] = torch.tensor(found, dtype=torch.float64)
+    progress("measure single cuts", len(chosen), len(chosen))
+    return tensors
 
 
 def describe_layers(model: PreTrainedModel, name: str) -> BaseModelInfo:

@@ -14,12 +14,12 @@ from sparsesearch.bench.cuts import (
     RULES_ONLY,
     CutBench,
     CutRow,
-    PricedHere,
     at_equal_time,
     measure_cuts,
     record_of,
     rival_plans,
 )
+from sparsesearch.bench.priced_here import PricedHere
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cut import Compensation
 from sparsesearch.errors import SpecError
