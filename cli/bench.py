@@ -1,11 +1,11 @@
 """`sparsesearch bench …`: measure kernels and whole models on a device, against the fastest dense alternative in the same run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import bench_kernels, bench_video
+from . import bench_cuts, bench_kernels, bench_video
 from . import options as o
 from .errors import guarded
 from .render import emit_json, say, table
@@ -65,10 +65,12 @@ def model(
     live = _live(model, o.present_device(device), max([*sizes, decode_tokens + steps + 8]))
     chosen = Plan.load(plan) if plan else mixture_plan(describe(live, model), density=density, kv_fraction=kv_fraction)
     predictor = None if cost_model is None else load_cost_model(cost_model)
-    record = run(
-        live, chosen, request, cost_model=predictor, command=[o.command_line()], progress=lambda row: say(str(row))
-    )
-    write_bytes(out, as_bytes(record))
+
+    def keep(record: dict[str, Any]) -> None:  # what is measured is not lost if the rest fails
+        write_bytes(out, as_bytes(record))
+        say(str(record["rows"][-1]))
+
+    record = run(live, chosen, request, cost_model=predictor, command=[o.command_line()], progress=keep)
     write_bytes(out.with_suffix(".svg"), figure(record).encode())
     if json:
         emit_json(record)
@@ -111,4 +113,5 @@ def register(app: typer.Typer) -> None:
     bench_kernels.register(bench)
     bench_video.register(bench)
     bench.command("model")(guarded(model))
+    bench_cuts.register(bench)
     app.add_typer(bench, name="bench")

@@ -21,11 +21,21 @@ def video_quality(
     sensitivity: Annotated[
         Literal["layer", "head"], typer.Option(help="What is perturbed alone to learn what its errors matter.")
     ] = "layer",
+    menus: Annotated[
+        str | None, typer.Option(help="Menus with commas, of sparse_vdit, svg, video_mixture; all by default.")
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Leave out profiles under the plan, ranges by DP, other steps and lengths.")
     ] = False,
     calibration_clips: Annotated[int, typer.Option(help="Clips to profile, replay and choose on.", min=1)] = 4,
     held_out_clips: Annotated[int, typer.Option(help="Other clips, to judge on.", min=2)] = 12,
+    reduced: Annotated[
+        bool,
+        typer.Option(
+            "--reduced",
+            help="For a CPU: clips of 8 frames of 16 x 16 pixels, 10 steps, 4 held-out clips; far from what the model saw.",
+        ),
+    ] = False,
     device: o.Device = "cuda",
     json: o.Json = False,
 ) -> None:
@@ -33,7 +43,7 @@ def video_quality(
     from dataclasses import replace
 
     from sparsesearch.artifacts import write_bytes
-    from sparsesearch.bench.video_quality import DENSITIES, QualityRequest, run
+    from sparsesearch.bench.video_quality import DENSITIES, MENUS, QualityRequest, run
     from sparsesearch.errors import ArtifactError
 
     from .bench import as_bytes
@@ -50,7 +60,12 @@ def video_quality(
         held_out_clips=held_out_clips,
         evaluations=evaluations,
         per_head=sensitivity == "head",
+        menus=MENUS if menus is None else _menus(menus, MENUS),
     )
+    if reduced:
+        request = replace(
+            request, frames=8, side=16, steps=10, held_out_clips=4, other_steps=(6, 16), other_frames=(4,)
+        )
     if plain:
         request = replace(request, again=False, slices=0, other_steps=(), other_frames=())
     with progress_bar() as progress:
@@ -68,6 +83,16 @@ def video_quality(
         return
     show(record)
     say(f"written: {out}; plans and profiles in {folder}")
+
+
+def _menus(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    from sparsesearch.errors import nearest
+
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"there is no menu {name!r}.{nearest(name, known)}", param_hint="--menus")
+    return names
 
 
 def show(record: dict[str, Any]) -> None:

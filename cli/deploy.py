@@ -34,6 +34,7 @@ def apply(
         str | None,
         typer.Option(help="Which transformer of a diffusers pipeline; by default the one the plan was made for."),
     ] = None,
+    device: Annotated[str, typer.Option(help="Removals: where the refit runs.")] = "cpu",
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
@@ -46,8 +47,9 @@ def apply(
 
     opened = Plan.load(plan)
     if opened.pruning is not None:
-        taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
-        prune.apply_cuts(opened, model, out, logical=logical, **taken)
+        prune.apply_cuts(
+            opened, model, out, logical=logical, overwrite=overwrite, allow_other_weights=allow_other_weights, device=device, json=json
+        )  # fmt: skip
         return
     export(
         opened,
@@ -82,9 +84,10 @@ def verify(
     from dataclasses import asdict
 
     from sparsesearch.errors import ArtifactError
+    from sparsesearch.pruning.verify import is_pruned, verify_pruned
     from sparsesearch.runtime.verify import verify as run
 
-    found = run(checkpoint)
+    found = verify_pruned(checkpoint) if is_pruned(checkpoint) else run(checkpoint)
     verdict = "is sound" if found.ok else "is NOT sound"
     emit_json(asdict(found)) if json else pairs(f"{checkpoint} {verdict}", asdict(found))
     if not found.ok:

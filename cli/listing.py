@@ -72,6 +72,19 @@ def spaces(json: o.Json = False) -> None:
     )
 
 
+def tasks(json: o.Json = False) -> None:
+    """List the long-context tasks that `eval --suite` judges, their suites and formats."""
+    from sparsesearch.calibration.tasks import FORMATS, SUITES, TASKS
+
+    described = {task.name: task.description for task in TASKS.values()}
+    if json:
+        emit_json({"tasks": described, "suites": SUITES, "formats": FORMATS})
+        return
+    entries("tasks", {name: [what] for name, what in described.items()})
+    entries("suites", {name: [", ".join(names)] for name, names in SUITES.items()})
+    entries("formats", {name: [what] for name, what in FORMATS.items()})
+
+
 def models(json: o.Json = False) -> None:
     """List the embedded models and the supported families."""
     from sparsesearch.presets import preset_names
@@ -149,6 +162,7 @@ def register(app: typer.Typer) -> None:
     for name, command in (
         ("rules", rules),
         ("spaces", spaces),
+        ("tasks", tasks),
         ("models", models),
         ("schema", schema),
         ("doctor", doctor),

@@ -36,7 +36,10 @@ RunFile = Annotated[
     typer.Option("--run", help="Diffusers pipelines: YAML file with prompts, steps, seed and size to sample."),
 ]
 Data = Annotated[
-    str, typer.Option(help="needle, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split.")
+    str,
+    typer.Option(
+        help="needle, tasks:NAMES:FORMAT, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split."
+    ),
 ]
 NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
 Suite = Annotated[

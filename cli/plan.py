@@ -100,7 +100,10 @@ def search(
     refit_samples: Annotated[
         int, typer.Option(help="Sequences on which `apply` refits what is left after removals; 0 leaves it.", min=0)
     ] = 128,
-    uniform: Annotated[bool, typer.Option("--uniform", help="Removals: the same FFN width in every layer.")] = False,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Removals: the same FFN width in every layer, which stock classes can load."),
+    ] = False,
     lengths: Annotated[
         str, typer.Option(help="Removals: lengths in tokens where flops, memory and latency count.")
     ] = "1024",

@@ -1,7 +1,7 @@
 """Commands and branches of commands that remove heads and channels, and the training that heals what is left."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,12 +10,15 @@ from .errors import guarded, usage
 from .render import emit_json, lines, pairs, progress_bar, table
 
 if TYPE_CHECKING:
+    from sparsesearch.cut import Compensation
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.quality import Batch
+    from sparsesearch.pruning.record import PruningProfile
     from sparsesearch.search_space import PruningMenu
 
 MEASURED_SAMPLES = 2
 WINDOW_TOKENS = 512
+REFIT_SAMPLES = 128
 
 
 def has_cuts(profile: Path) -> bool:
@@ -92,7 +95,6 @@ def search_cuts(
 ) -> None:
     """`search` on a profile that covers removals, alone or with attention rules."""
     from sparsesearch.cost import load_cost_model
-    from sparsesearch.cut import Compensation
     from sparsesearch.profiling.record import Profile
     from sparsesearch.pruning.joint import find_joint
     from sparsesearch.pruning.record import PruningProfile
@@ -102,15 +104,13 @@ def search_cuts(
     with usage("--budget"):
         budgets = parse_budgets(budget)
     opened = PruningProfile.load(profile)
-    where = opened.manifest.calibration
-    refit = {**where, "num_samples": refit_samples, "bias": opened.manifest.menu.bias}
     attention = None if only_cuts(profile) else Profile.load(profile)
     question = PruningQuestion(
         budgets=budgets,
         lengths=tuple(o.parsed_lengths(lengths)) if attention is None else attention.manifest.lengths,
         criterion=criterion,
         cost_model=None if device is None else load_cost_model(device),
-        compensation=Compensation.model_validate(refit) if refit_samples else None,
+        compensation=refit_spec(opened, refit_samples, uniform=uniform),
     )
     if uniform:
         plan = uniform_cut(opened, question)
@@ -155,7 +155,15 @@ def _show_cut(plan: "Plan", out: Path, json: bool) -> None:
 
 
 def apply_cuts(
-    plan: "Plan", model: str, out: Path, *, logical: bool, overwrite: bool, allow_other_weights: bool, json: bool
+    plan: "Plan",
+    model: str,
+    out: Path,
+    *,
+    logical: bool,
+    overwrite: bool,
+    allow_other_weights: bool,
+    device: str,
+    json: bool,
 ) -> None:
     """`apply` for a plan that removes."""
     from dataclasses import asdict
@@ -171,6 +179,7 @@ def apply_cuts(
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
             command=o.command_line(),
+            device=o.present_device(device),
             progress=progress,
         )
     if json:
@@ -233,6 +242,18 @@ def validate_cuts(
     )
 
 
+def refit_spec(profile: "PruningProfile", samples: int, *, uniform: bool = False) -> "Compensation | None":
+    """The refit that plans of a profile ask for: its own calibration data, `samples` of them.
+
+    Uniform widths gain no biases, so that stock classes, and llama.cpp's converter, can hold them.
+    """
+    from sparsesearch.cut import Compensation
+
+    bias = profile.manifest.menu.bias and not uniform
+    where = {**profile.manifest.calibration, "num_samples": samples, "bias": bias}
+    return Compensation.model_validate(where) if samples else None
+
+
 def heal(
     checkpoint: Annotated[
         Path, typer.Argument(help="Pruned checkpoint, written by `sparsesearch apply`.", metavar="DIR")
@@ -243,7 +264,15 @@ def heal(
     data: o.Data = "text",
     length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = 512,
     batch: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 3e-4,
+    optimiser: Annotated[
+        Literal["muon", "adamw"], typer.Option(help="muon orthogonalises the updates of matrices; vectors take AdamW.")
+    ] = "muon",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the cosine schedule; the optimiser's own by default.")
+    ] = None,
+    generated: Annotated[
+        int, typer.Option(help="Sequences the dense model writes itself, to be trained on too.", min=0)
+    ] = 256,
     num_sequences: Annotated[int, typer.Option(help="Held-out sequences to print the gain on.", min=1)] = 16,
     save_every: Annotated[int, typer.Option(help="Steps between states that --resume continues from.", min=1)] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
@@ -257,14 +286,24 @@ def heal(
     from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
 
     request = HealRequest(
-        steps=steps, data=data, length_tokens=length, batch=batch, learning_rate=learning_rate,
-        num_sequences=num_sequences, save_every=save_every, seed=seed,
+        steps=steps, data=data, length_tokens=length, batch=batch, optimiser=optimiser,
+        learning_rate=learning_rate, generated=generated, num_sequences=num_sequences, save_every=save_every, seed=seed,
     )  # fmt: skip
     with progress_bar() as progress:
         found = heal_checkpoint(
             checkpoint, teacher, out, request, device=o.present_device(device), resume=resume, progress=progress
         )
-    emit_json(asdict(found)) if json else pairs(f"healed checkpoint in {out}", asdict(found))
+    if json:
+        emit_json(asdict(found))
+        return
+    columns = ["held-out", "dense", "pruned", "healed", "recovered"]
+    rows = [
+        ["distance", 0.0, found.distance_before, found.distance_after, 1 - found.distance_after / found.distance_before]
+    ]
+    if found.loss_dense is not None:
+        rows.append(["loss, nats per token", found.loss_dense, found.loss_before, found.loss_after, found.recovered])
+    table(f"{steps} steps, {num_sequences} held-out sequences", columns, rows)
+    lines(f"written: {out}")
 
 
 def register(app: typer.Typer) -> None:

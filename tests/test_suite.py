@@ -9,6 +9,7 @@ from sparsesearch.check import Thresholds, check
 from sparsesearch.evaluate import SuiteSpec, evaluate
 from sparsesearch.evaluate.suite import values_right
 from sparsesearch.evaluate.task_metrics import TaskMetrics, retention
+from sparsesearch.report import render
 
 SPEC = SuiteSpec(tasks=("needle", "multiquery", "tracking"), num_sequences=3, generate=True)
 
@@ -84,3 +85,15 @@ def test_retention_error_is_paired() -> None:
     assert cell.retention == 0.5
     assert cell.retention_error == pytest.approx(0.5)
     assert cell.accuracy_minus_dense.mean == -0.5
+
+
+def test_the_report_shows_every_task() -> None:
+    model, tokenizer = embedded()
+    plan = silencing((0, 0))
+    spec = SPEC.model_copy(update={"generate": False, "num_sequences": 1})
+    metrics = evaluate(model, tokenizer, {"plan": plan}, lengths=[400], num_sequences=1, timing_rounds=0, suite=spec)
+    page = render(plan, metrics)
+    assert "Task by task" in page
+    assert "dense answers little" in page.partition("tracking")[2][:60]
+    bare = metrics.model_copy(update={"tasks": {}, "suite": None})
+    assert "Task by task" not in render(plan, bare)

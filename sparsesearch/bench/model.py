@@ -17,13 +17,11 @@ from transformers import PreTrainedModel, StaticCache
 
 from sparsesearch.bench.dense_baseline import dense, repeated
 from sparsesearch.bench.meter import Stamps, elapsed_s, emptied, free_bytes, peak_bytes, synchronize, timed
+from sparsesearch.bench.model_inside import look_inside
 from sparsesearch.bench.timing import ceilings, provenance
 from sparsesearch.cost import CostModel
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import Plan
-from sparsesearch.runtime.attention import PROBE_KEYWORD, AttentionCall
-from sparsesearch.runtime.backends import serving_kernel
-from sparsesearch.runtime.binding import binding_of
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.joined_linears import join_linears
@@ -46,7 +44,7 @@ class Request:
         batches: decoding batches; 0 stands for the largest that fits, of either variant.
         steps: decoding steps timed.
         compiled: compile decoder layers in decoding, of either variant.
-        repeats: fewest timed prefills of either variant per length, of which the fastest counts; one more comes first, the cold one.
+        repeats: fewest timed prefills of either variant per length, of which the fastest counts; a cold one comes first.
     """
 
     lengths: Sequence[int] = (4096, 32768, 131072)
@@ -70,44 +68,44 @@ def run(
     *,
     cost_model: CostModel | None = None,
     command: list[str] | None = None,
-    progress: Callable[[Row], None] = lambda row: None,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Measure, and return rows, ceilings and provenance.
 
     Args:
-        model: on the GPU that is measured.
+        model: on the GPU that is measured; its linears are joined (`join_linears`), which both variants enjoy.
         plan: the plan beside dense.
         request: what to measure.
         cost_model: predicts attention and decoding beside the measurement.
         command: recorded as the command line.
-        progress: called with each finished row.
+        progress: called with the record so far whenever a row is finished.
 
     Raises:
         SpecError: the model is not on a GPU.
     """
     if model.device.type != "cuda":
         raise SpecError(f"the model must be on a GPU to be measured, but is on {model.device}. Pass --device cuda.")
-    bench = _Bench(model, plan, request, ceilings(), cost_model, progress)
-    join_linears(model)  # of either variant
-    with torch.inference_mode():
-        for length in request.lengths:
-            bench.prefill(length)
-        if request.decode_tokens:
-            bench.decode()
-    return {
+    record = {
         "format": FORMAT,
         "model": plan.base_model.name_or_path,
         "plan_sha256": plan.sha256,
         "rules": plan.kind_counts(),
         "provenance": provenance(command),
-        "ceilings": bench.top,
-        "rows": bench.rows,
+        "ceilings": ceilings(),
+        "rows": [],
     }
+    join_linears(model)
+    bench = _Bench(model, plan, request, record, cost_model, progress)
+    with torch.inference_mode():
+        if request.decode_tokens:
+            bench.decode()
+        for length in request.lengths:
+            bench.prefill(length)
+    return record
 
 
 @dataclass(frozen=True)
 class _Prefills:
-    cold_s: float
     warm_s: float
     peak_bytes: int
     cache_bytes: int
@@ -121,17 +119,18 @@ class _Bench:
         model: PreTrainedModel,
         plan: Plan,
         request: Request,
-        top: dict[str, float],
+        record: dict[str, Any],
         cost_model: CostModel | None,
-        progress: Callable[[Row], None],
+        progress: Callable[[dict[str, Any]], None],
         backend: str = "auto",
     ) -> None:
-        self.model, self.plan, self.request, self.top, self.progress = model, plan, request, top, progress
-        self.cost_model, self.rows, self.device, self.backend = cost_model, list[Row](), model.device, backend
+        self.model, self.plan, self.request, self.record, self.progress = model, plan, request, record, progress
+        self.cost_model, self.device, self.backend = cost_model, model.device, backend
+        self.rows: list[Row] = record["rows"]
 
     def _record(self, **row: Any) -> Row:
         self.rows.append(row)
-        self.progress(row)
+        self.progress(self.record)
         return row
 
     def _prompt(self, length: int) -> Tensor:
@@ -147,29 +146,32 @@ class _Bench:
         return time.perf_counter() - start
 
     def _prefills(self, ids: Tensor, make: Callable[[], Any], repeats: int, before: Callable[[], None]) -> "_Prefills":
-        """One cold prefill, then some into new caches while memory and kernels are at hand: `repeats`, and more while a second lasts."""
-        emptied(self.device)
+        """Prefills into new caches while memory and kernels are at hand: `repeats`, and more while a second lasts."""
         times: list[float] = []
-        while len(times) < 1 + repeats or (sum(times[1:]) < _ENOUGH_S and len(times) <= _MOST_REPEATS):
+        while len(times) < repeats or (sum(times) < _ENOUGH_S and len(times) < _MOST_REPEATS):
             before()
             cache = make()
             times.append(self._prefill_s(ids, cache))
             size = _cache_bytes(cache)
             del cache
-        return _Prefills(times[0], min(times[1:]), peak_bytes(self.device), size)
+        return _Prefills(min(times), peak_bytes(self.device), size)
 
     def prefill(self, length: int) -> None:
         """Time to first token, peak memory, and what bounds them."""
         ids, config, repeats = self._prompt(length), self.model.config.get_text_config(), self.request.repeats
         with dense(self.model) as attention:
             attention.tokens = length
+            emptied(self.device)
+            self._prefill_s(ids[:, : min(length, 4096)], None)  # kernels are chosen and loaded
             plain = self._prefills(
                 ids, lambda: StaticCache(config, max_cache_len=length), repeats, attention.stamps.clear
             )
             attention_s = elapsed_s(attention.stamps)  # of the last one
         with apply(self.model, self.plan, backend=self.backend, allow_other_weights=True):
+            emptied(self.device)
+            cold_s = self._prefill_s(ids, sparse_cache(self.model, max_tokens=length))  # makes what the shape needs
             ours = self._prefills(ids, lambda: sparse_cache(self.model, max_tokens=length), repeats, lambda: None)
-            inner = _inside(self.model, ids)
+            inner = look_inside(self.model, ids)
         density = inner["density"]
         bound_s = plain.warm_s - attention_s * (1 - density)
         predicted = (
@@ -177,7 +179,7 @@ class _Bench:
         )
         self._record(
             phase="prefill", length=length, dense_s=plain.warm_s, dense_attention_s=attention_s, dense_peak_bytes=plain.peak_bytes,
-            plan_s=ours.warm_s, plan_cold_s=ours.cold_s, plan_peak_bytes=ours.peak_bytes, speedup=plain.warm_s / ours.warm_s,
+            plan_s=ours.warm_s, plan_cold_s=cold_s, plan_peak_bytes=ours.peak_bytes, speedup=plain.warm_s / ours.warm_s,
             bound_s=bound_s, bound_share=bound_s / ours.warm_s, kv_bytes=ours.cache_bytes,
             kv_fraction=ours.cache_bytes / self._dense_kv_bytes(length), **inner, **predicted,
         )  # fmt: skip
@@ -214,8 +216,6 @@ class _Bench:
                 fits[variant] = 1 + max(0, int((free_bytes(self.device) - _MARGIN_BYTES) // bytes_each))
                 del one
                 sizes = [batch or fits[variant] for batch in self.request.batches]
-                if variant == "plan" and 0 in self.request.batches:  # beside dense at its largest
-                    sizes.append(max(row["batch"] for row in self.rows if row.get("variant") == "dense"))
                 for size in dict.fromkeys(size for size in sizes if size <= fits[variant]):
                     self._fitting(variant, attention, size, room, bytes_each)
         self._record(phase="fit", tokens=tokens, largest_batch=fits)
@@ -258,6 +258,7 @@ class _Bench:
             repeated(cache, batch) if variant == "dense" else cache.batch_repeat_interleave(batch)
         if attention is not None:
             attention.tokens = self._dense_tokens
+        torch._dynamo.reset()  # sizes of another batch would make this one's dynamic, which is slower
         step = DecodeStep(self.model, cache, first_position=tokens, compiled=self.request.compiled)
         newest = torch.zeros(batch, dtype=torch.long, device=self.device)
         start = time.perf_counter()
@@ -270,7 +271,7 @@ class _Bench:
                 newest = step(newest).argmax(-1)
         step_s = elapsed_s(stamps) / self.request.steps
         read = self._read_bytes(cache, batch)
-        bound_s = (self._weight_bytes() + read) / self.top["copy_bytes_per_s"]
+        bound_s = (self._weight_bytes() + read) / self.record["ceilings"]["copy_bytes_per_s"]
         self._record(
             phase="decode", variant=variant, batch=batch, tokens=tokens, step_s=step_s, tokens_per_s=batch / step_s,
             kv_read_bytes=read, weight_bytes=self._weight_bytes(), bound_s=bound_s, bound_share=bound_s / step_s,
@@ -319,39 +320,3 @@ class _Bench:
 
 def _cache_bytes(cache: Any) -> int:
     return sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-def _inside(model: PreTrainedModel, ids: Tensor) -> Row:
-    """Density, and where the seconds of attention go: choosing tiles and building schedules, and the kernel itself."""
-    from sparsesearch.kernels.dispatch import run_schedule
-    from sparsesearch.runtime.device_attention import layer_call, places_of
-    from sparsesearch.runtime.mask_code import spans_of
-
-    index: Stamps = []
-    kernels: Stamps = []
-    densities: list[float | Tensor] = []
-
-    def answer(call: AttentionCall) -> Tensor:
-        binding = binding_of(call.module)
-        assert binding is not None, "the plan is applied"
-        q, k, v = call.query, call.key, call.value
-        kernel = serving_kernel(binding.backend, q, k, v, binding.block_tokens)
-        assert kernel is not None, "a GPU has a kernel"
-        scale = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        spans = spans_of(None, None, 1, q.shape[2], k.shape[2], binding.block_tokens)
-        places, rules = places_of(spans, 1), binding.rules
-        assert places is not None, "an unpadded prompt has no gaps"
-        layer = layer_call(binding, rules, None, spans, places, q, k, kernel)
-        with timed(index, q.device):
-            chosen = layer.choose(q, k, scale) if any(rule.dynamic for rule in rules) else []
-            schedule = layer.schedule_of(chosen) if chosen else layer.schedule(q, k, scale)
-        with timed(kernels, q.device):
-            out, _ = run_schedule(q, k, v, schedule, scale=scale, kernel=kernel)
-        reachable = len(rules) * int(places[0].grid.num_k_blocks * (places[0].grid.num_k_blocks + 1) / 2)
-        densities.append(chosen[0].num_tiles() / reachable if chosen else schedule.density)
-        return out.transpose(1, 2).contiguous()
-
-    model(ids, use_cache=False, logits_to_keep=1, **{PROBE_KEYWORD: answer})
-    index_s, kernel_s = elapsed_s(index), elapsed_s(kernels)
-    mean = sum(float(one) for one in densities) / len(densities)
-    return {"density": mean, "index_s": index_s, "kernel_s": kernel_s, "index_share": index_s / (index_s + kernel_s)}

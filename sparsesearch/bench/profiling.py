@@ -1,5 +1,6 @@
-"""How long a profile takes and how much memory it needs, on a named shape with random weights.
+"""How long a profile takes and how much memory it needs: of a model, or of a named shape with random weights.
 
+    python -m sparsesearch.bench.profiling SmolLM2-135M-Instruct.Q4_1.gguf --length 4096 --samples 6 --json OUT
     python -m sparsesearch.bench.profiling llama3-8b --length 8192 --samples 8 --json OUT
     python -m sparsesearch.bench.profiling llama3-70b --stream --layers 4 --length 4096 --samples 2 --json OUT
 
@@ -16,17 +17,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsesearch import calibration
 from sparsesearch.bench.meter import emptied, peak_bytes, synchronize
 from sparsesearch.bench.random_model import random_model
-from sparsesearch.model_shapes import ModelShape, model_shape
-from sparsesearch.presets import preset_path
+from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.profiling.streamed_model import open_streamed
 from sparsesearch.profiling.streaming import profile_streamed
 from sparsesearch.runtime.fingerprint import describe
+from sparsesearch.runtime.loading import load_model, load_tokenizer
 from sparsesearch.search_space import SearchSpace
 
 _SCALE = 0.02  # of random weights, as released models start
@@ -35,7 +36,6 @@ _SCALE = 0.02  # of random weights, as released models start
 def write_random_checkpoint(shape: ModelShape, folder: Path, *, device: str = "cpu") -> None:
     """A checkpoint of that shape with random bf16 weights, one file per layer; the device draws them."""
     config = AutoConfig.for_model(shape.model_type, **shape.config_settings(), dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"] if shape.model_type == "llama" else None
     config.save_pretrained(folder)
     with torch.device("meta"):
         names = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
@@ -55,77 +55,101 @@ def write_random_checkpoint(shape: ModelShape, folder: Path, *, device: str = "c
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
 
 
-def run(
-    shape: ModelShape, *, length: int, samples: int, device: str, space: str, stream: bool, folder: Path
+def profile_resident(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    menu: SearchSpace,
+    *,
+    length: int,
+    samples: int,
+    folder: Path,
 ) -> dict[str, Any]:
-    """One profile; weights and profile go below `folder`.
+    """Profile a live model.
 
     Returns:
-        Times in seconds, memory in bytes: of weights, and the most that was allocated.
+        Seconds, and bytes: resident before, and the most that was allocated.
     """
-    place = torch.device(device)
-    tokenizer = AutoTokenizer.from_pretrained(preset_path("models", "needle-7m"))
-    menu = SearchSpace.load(space)
     data = calibration.load("needle", tokenizer, length_tokens=length, num_samples=samples, seed=0)
-    if stream:
-        write_random_checkpoint(shape, folder / "model", device=device)
-        emptied(place)
-        start = perf_counter()
-        streamed = open_streamed(folder / "model", device=device, dtype="bfloat16")
-        opened_s = perf_counter() - start
-        synchronize(place)
-        resident = peak_bytes(place)
-        profile_streamed(streamed, Request(streamed.info, menu, {length: data}), folder / "profile")
-    else:
-        model = random_model(shape, device=device)
-        emptied(place)
-        resident, opened_s = peak_bytes(place), 0.0
-        start = perf_counter()
-        profile_model(model, Request(describe(model, shape.name), menu, {length: data}), folder / "profile")
-    synchronize(place)
-    return {
-        "shape": shape.name,
-        "layers": shape.num_layers,
-        "length_tokens": length,
-        "samples": samples,
-        "candidates": len(menu.candidates),
-        "space": space,
-        "streamed": stream,
-        "profile_s": perf_counter() - start,
-        "open_s": opened_s,
-        "resident_bytes": resident,
-        "peak_bytes": peak_bytes(place),
-        "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "model").rglob("*.safetensors")),
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
+    emptied(model.device)
+    resident, start = peak_bytes(model.device), perf_counter()
+    profile_model(model, Request(describe(model, "bench"), menu, {length: data}), folder)
+    return _figures(model.device, start, resident)
+
+
+def profile_from_disk(
+    checkpoint: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    menu: SearchSpace,
+    *,
+    length: int,
+    samples: int,
+    device: str,
+    folder: Path,
+) -> dict[str, Any]:
+    """Profile a checkpoint layer by layer; resident is what is there besides one layer. Returns as `profile_resident`."""
+    data = calibration.load("needle", tokenizer, length_tokens=length, num_samples=samples, seed=0)
+    place = torch.device(device)
+    emptied(place)
+    opening = perf_counter()
+    streamed = open_streamed(checkpoint, device=device, dtype="bfloat16")
+    start, resident = perf_counter(), peak_bytes(place)
+    profile_streamed(streamed, Request(streamed.info, menu, {length: data}), folder)
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return _figures(place, start, resident) | {"open_s": start - opening, "checkpoint_bytes": size}
+
+
+def _figures(device: torch.device, start: float, resident: int) -> dict[str, Any]:
+    synchronize(device)
+    return {"profile_s": perf_counter() - start, "resident_bytes": resident, "peak_bytes": peak_bytes(device)}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape")
+    parser.add_argument("model", help="a named shape, or a model to load")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--space", default="mixture")
-    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--stream", action="store_true", help="of a shape")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where weights and profile are written; removed afterwards")
     options = parser.parse_args()
-    shape = model_shape(options.shape)
-    shape = replace(shape, num_layers=options.layers or shape.num_layers)
-    with TemporaryDirectory(dir=options.folder) as folder:
-        found = run(
-            shape,
-            length=options.length,
-            samples=options.samples,
-            device=options.device,
-            space=options.space,
-            stream=options.stream,
-            folder=Path(folder),
-        )
+    menu = SearchSpace.load(options.space)
+    sizes = {"length": options.length, "samples": options.samples}
+    shape = MODEL_SHAPES.get(options.model)
+    if shape is not None:
+        shape = replace(shape, num_layers=options.layers or shape.num_layers)
+    with TemporaryDirectory(dir=options.folder) as name:
+        folder, start = Path(name), perf_counter()
+        tokenizer = load_tokenizer("needle-7m" if shape is not None else options.model)
+        if shape is None:
+            model, _ = load_model(options.model, device=options.device, dtype="bfloat16")
+            ready_s = perf_counter() - start
+            found = profile_resident(model, tokenizer, menu, folder=folder / "profile", **sizes)
+        elif options.stream:
+            write_random_checkpoint(shape, folder / "model", device=options.device)
+            ready_s = perf_counter() - start
+            found = profile_from_disk(
+                folder / "model", tokenizer, menu, device=options.device, folder=folder / "profile", **sizes
+            )
+        else:
+            model = random_model(shape, device=options.device)
+            ready_s = perf_counter() - start
+            found = profile_resident(model, tokenizer, menu, folder=folder / "profile", **sizes)
+    found |= {
+        "model": Path(options.model).name,
+        "layers": None if shape is None else shape.num_layers,
+        "length_tokens": options.length,
+        "samples": options.samples,
+        "candidates": len(menu.candidates),
+        "space": menu.name,
+        "streamed": options.stream,
+        "ready_s": ready_s,
+        "device": torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else options.device,
+        "torch": torch.__version__,
+    }
     text = json.dumps(found, indent=1, sort_keys=True)
     print(text)
     if options.json is not None:

@@ -23,6 +23,7 @@ from sparsesearch.layout import Layout, video_layout
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.request import StepsRequest
+from sparsesearch.profiling.denoising.rest_errors import must_run
 from sparsesearch.runtime.diffusion.live import describe_transformer
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.testbed.model import MODEL, VideoBed, load_bed
@@ -38,7 +39,9 @@ from sparsesearch.testbed.sampling import (
     ssim,
 )
 
-MENUS = ("sparse_vdit", "svg", OURS)
+WITH_RESTS = f"{OURS} with rest terms"
+MENUS = ("sparse_vdit", "svg", OURS, WITH_RESTS)
+"""Ours is judged without rest terms, as all published static plans are, and once more with them where its menu has some."""
 DENSITIES: dict[Mode, tuple[float, ...]] = {"t2v": (0.35, 0.5), "i2v": (0.25, 0.5)}
 BARS_DB: dict[Mode, dict[float, dict[str, float]]] = {
     "t2v": {0.35: {"sparse_vdit": 19.5, "video_mixture": 24.0}, 0.5: {"sparse_vdit": 22.0, "video_mixture": 31.0}},
@@ -67,8 +70,9 @@ class QualityRequest:
         ends: where ranges of steps end, as shares of the run.
         per_head: measure the sensitivity of every head; else of every layer.
         evaluations: replays per search beyond the fixed weightings.
-        again: search the mixture once more on a profile under its own plan.
-        slices: for the interval DP, profile so many slices of steps; 0 leaves it out.
+        menus: which of MENUS; controls are those of ours.
+        again: at the lowest budget, search the mixture once more on a profile under its own plan.
+        slices: at the lowest budget, profile so many slices of steps and choose ranges by interval DP; 0 leaves it out.
         other_steps: numbers of steps that the plans are also judged at.
         other_frames: lengths of clips, likewise.
         frames: of a clip.
@@ -85,6 +89,7 @@ class QualityRequest:
     ends: tuple[float, ...] = (0.2, 0.5, 1.0)
     per_head: bool = False
     evaluations: int = 8
+    menus: tuple[str, ...] = MENUS
     again: bool = True
     slices: int = 10
     other_steps: tuple[int, ...] = (20, 50)
@@ -111,14 +116,20 @@ class _Study:
 
     @cached_property
     def spaces(self) -> dict[str, SearchSpace]:
-        return {name: SearchSpace.load(name) for name in MENUS}
+        found = {name: SearchSpace.load(name) for name in ("sparse_vdit", "svg")}
+        whole = SearchSpace.load(OURS)
+        static = tuple(rule for rule in whole.candidates if not (rule.dynamic or must_run(rule)))
+        found[OURS] = replace(whole, candidates=static)
+        if len(static) < len(whole.candidates):
+            found[WITH_RESTS] = whole
+        return {name: space for name, space in found.items() if name in self.request.menus or name == OURS}
 
     @cached_property
     def corridor(self) -> Corridor:
         """Over all menus, in the request's ranges of steps."""
         given = self.request
         menu = {rule.label: rule for space in reversed(self.spaces.values()) for rule in space.candidates}
-        every = replace(self.spaces[OURS], name="+".join(MENUS), candidates=tuple(menu.values()))
+        every = replace(self.spaces[OURS], name="+".join(self.spaces), candidates=tuple(menu.values()))
         clips = self.scenes(CALIBRATION_SEED, given.calibration_clips)
         request = StepsRequest(
             describe_transformer(self.bed.transformer, MODEL),
@@ -132,8 +143,12 @@ class _Study:
 
     @cached_property
     def profile(self) -> DenoisingProfile:
-        with self.timed("profile and sensitivities"):
-            return self.corridor.profile(density=min(self.request.densities), per_head=self.request.per_head)
+        corridor = self.corridor
+        with self.timed("profile"):
+            corridor.errors("dense")
+        with self.timed("sensitivities"):
+            density = min(self.request.densities)
+            return corridor.profile(density=density, per_head=self.request.per_head, resume=True)
 
     @cached_property
     def sliced(self) -> DenoisingProfile:
@@ -170,11 +185,12 @@ class _Study:
     def measure(self, density: float) -> dict[str, Variant]:
         """Every plan and control of one budget, judged."""
         plans: dict[str, Plan] = {}
-        for menu in MENUS:
+        for menu in self.spaces:
             self._search(plans, menu, density)
-        plans[f"sparse_vdit by threshold {density}"] = find_threshold_plan(
-            self.profile, density, space=self.spaces["sparse_vdit"]
-        )
+        if "sparse_vdit" in self.spaces:
+            plans[f"sparse_vdit by threshold {density}"] = find_threshold_plan(
+                self.profile, density, space=self.spaces["sparse_vdit"]
+            )
         plans[f"uniform {density}"] = best_uniform(self.profile, density, self.corridor.replay)
         if f"{OURS} {density}" in plans:
             for draw in range(_DRAWS):
@@ -190,21 +206,22 @@ class _Study:
 
     def _search(self, plans: dict[str, Plan], menu: str, density: float) -> None:
         """One menu at one budget; ours also in the other ways, and the best of all ways by its replay."""
-        given, corridor, space = self.request, self.corridor, self.spaces[menu]
+        given, corridor, space, profile = self.request, self.corridor, self.spaces[menu], self.profile
+        other_ways = menu == OURS and density == min(given.densities)
         tries = 0 if menu == "svg" else given.evaluations
         ways: dict[str, Accepted] = {}
         try:
             with self.timed("search"):
-                ways[menu] = corridor.search(self.profile, density, space=space, evaluations=tries)
+                ways[menu] = corridor.search(profile, density, space=space, evaluations=tries)
         except BudgetInfeasibleError as error:
             self.infeasible[f"{menu} {density}"] = str(error)
             return
-        if menu == OURS and given.again:
+        if other_ways and given.again:
             with self.timed("search under the plan"):
                 ways[f"{menu}, again"] = corridor.search_again(
-                    self.profile, density, ways[menu], space=space, evaluations=tries
+                    profile, density, ways[menu], space=space, evaluations=tries
                 )
-        if menu == OURS and given.slices:
+        if other_ways and given.slices:
             ways[f"{menu}, ranges by DP"] = self._by_dp(density)
         if len(ways) > 1:
             ways[f"{menu}, best"] = min(ways.values(), key=lambda way: min(way.log10_error.values()))
@@ -213,9 +230,9 @@ class _Study:
 
     def _by_dp(self, density: float) -> Accepted:
         """Our menu with as many ranges of steps, but chosen by interval DP on slices and then profiled with bitmaps of their own."""
-        given = self.request
-        solution = find_ranges(self.sliced, density, max_ranges=len(given.ends))
-        request = replace(self.corridor.request, space=self.spaces[OURS], ends=ends_of(self.sliced, solution))
+        given, sliced = self.request, self.sliced
+        solution = find_ranges(sliced, density, max_ranges=len(given.ends))
+        request = replace(self.corridor.request, space=self.spaces[OURS], ends=ends_of(sliced, solution))
         corridor = replace(self.corridor, request=request, dense=self.corridor.replay.dense)
         with self.timed("search in ranges by DP"):
             found = spread_sensitivity(self.profile, corridor.errors(f"ranges-{density}"))
@@ -224,7 +241,9 @@ class _Study:
     def elsewhere(self) -> dict[str, Any]:
         """Plans at other numbers of steps and other lengths than they were calibrated at."""
         given, rows = self.request, {}
-        kept = tuple(f"{name} {density}" for density in given.densities for name in (OURS, "sparse_vdit", "uniform"))
+        kept = tuple(
+            f"{name} {density}" for density in given.densities for name in (OURS, WITH_RESTS, "sparse_vdit", "uniform")
+        )
         named = {name: plan for name, plan in self.plans.items() if name in kept}
         for steps, frames in [(n, given.frames) for n in given.other_steps] + [
             (given.steps, n) for n in given.other_frames

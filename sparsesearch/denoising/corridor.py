@@ -13,9 +13,10 @@ from sparsesearch.denoising.planning import find_step_plan
 from sparsesearch.denoising.replay import Replay, measure_sensitivity
 from sparsesearch.denoising.weighting import STARTS, Weighting, descend
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.denoising.observe import Progress, Sampler, silent
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.request import StepsRequest
-from sparsesearch.profiling.denoising.run import Progress, Sampler, profile_transformer, silent
+from sparsesearch.profiling.denoising.run import profile_transformer
 from sparsesearch.search_space import SearchSpace
 
 

@@ -17,9 +17,9 @@ from sparsesearch.denoising.sampling_run import SamplingRun
 from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError, UnsupportedModelError, first_problem
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan, uniform_plan
+from sparsesearch.profiling.denoising.observe import Progress, silent
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.request import StepsRequest
-from sparsesearch.profiling.denoising.run import Progress, silent
 from sparsesearch.rules.dense import Dense
 from sparsesearch.runtime.diffusion.attention import LayerCall
 from sparsesearch.runtime.diffusion.families import FAMILIES

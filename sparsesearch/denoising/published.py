@@ -1,6 +1,7 @@
 """Plans as published methods make them, without a search: SparseD, AdaSpa, Light Forcing, and SVG's least error of a few rules, taken offline."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from sparsesearch.errors import SpecError, nearest
 from sparsesearch.layout import Layout
 from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
 from sparsesearch.profiling.denoising.menu import FlatCall, video_grid
+from sparsesearch.profiling.denoising.observe import Sampler
 from sparsesearch.profiling.denoising.record import DenoisingProfile
-from sparsesearch.profiling.denoising.run import Sampler
 from sparsesearch.rules import Rule
 from sparsesearch.rules.block_mass import BlockMass, head_sparsities, tile_mass
 from sparsesearch.rules.dense import Dense
@@ -157,6 +158,52 @@ def least_error_plan(profile: DenoisingProfile, labels: Sequence[str]) -> Plan:
     errors = profile.error[..., torch.as_tensor(columns)].flatten(0, 2)
     return write_step_plan(
         profile, columns[errors.argmin(-1).numpy()], density=1.0, provenance={"objective": "least error per head"}
+    )
+
+
+def with_dense(
+    plan: Plan, *, first_share: float = 0.0, layers: Sequence[int] = (), num_steps: int | None = None
+) -> Plan:
+    """The plan with the first steps dense, and some layers at all steps: what most published methods begin with.
+
+    Args:
+        plan: any plan; one with a schedule keeps its own number of steps.
+        first_share: share of the steps that are dense, rounded up; 0.2 is Sparse VideoGen's on Wan.
+        layers: indices of attention modules that are always dense.
+        num_steps: of the trajectory, for a plan without a schedule.
+
+    Raises:
+        SpecError: a layer or share is out of range, or the number of steps is missing.
+    """
+    modules = plan.base_model.modules
+    wrong = [layer for layer in layers if not 0 <= layer < len(modules)]
+    if wrong or not 0 <= first_share < 1:
+        raise SpecError(
+            f"layers must lie in 0 to {len(modules) - 1} and the dense share in [0, 1), but got {list(layers)} and {first_share}."
+        )
+    steps = num_steps if plan.schedule is None else plan.schedule.num_steps
+    if steps is None:
+        raise SpecError("a plan without a schedule must be told the number of steps. Pass num_steps=….")
+    first, dense = math.ceil(first_share * steps - 1e-9), {modules[layer] for layer in layers}
+
+    def thinned(table: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        return {module: tuple(names) for module, names in table.items() if module not in dense}
+
+    if plan.schedule is None:
+        ranges, chunks = [(first, steps, thinned(plan.assignments))], None
+        refresh: tuple[int, ...] = ()
+    else:
+        kept = [(place, item) for place, item in enumerate(plan.schedule.ranges) if item.end > first]
+        ranges = [(max(item.first, first), item.end, thinned(plan.schedule.assignments(place))) for place, item in kept]
+        chunks = [item.chunks or (0, None) for _, item in kept] if plan.schedule.by_chunk else None
+        refresh = plan.schedule.refresh
+        if plan.assignments:
+            raise SpecError(
+                "a plan whose rules also hold outside its ranges cannot be made dense in its first steps; name all ranges."
+            )
+    schedule = StepSchedule.of(steps, ranges, refresh, chunks)
+    return plan.model_copy(
+        update={"assignments": {}, "schedule": schedule, "certificate": None, "quality": {}, "budgets": ()}
     )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparsesearch.denoising.planning import write_step_plan
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.denoising.observe import Progress, Sampler, silent
 from sparsesearch.profiling.denoising.record import DenoisingProfile
-from sparsesearch.profiling.denoising.run import Progress, Sampler, silent
 from sparsesearch.runtime.denoisers import apply_denoiser
 
 

@@ -13,18 +13,19 @@ from sparsesearch.profiling.denoising.record import DenoisingProfile
 class Weighting:
     """Powers of the three parts of the measured sensitivities: 0 ignores a part, 1 believes it.
 
-    The logarithm of a sensitivity is a mean, what its range of steps adds, what its layer adds, and what is left for the head. A search that
+    The logarithm of a sensitivity is a mean, what its range of steps adds, what its layer adds, and a rest: of the layer in this range, and of
+    the head where heads were perturbed apart. A search that
     believes all of it follows the noise of single replays; one that believes nothing spends the budget where it does not matter.
 
     Attributes:
         range: power of the part of the range of steps.
         layer: power of the layer's part.
-        head: power of what is left.
+        rest: power of what is left.
     """
 
     range: float
     layer: float
-    head: float
+    rest: float
 
     def of(self, profile: DenoisingProfile) -> Float[Tensor, "R L H"]:
         """The weight of every head's error."""
@@ -33,14 +34,14 @@ class Weighting:
         by_range = logs.mean((1, 2), keepdim=True) - mean
         by_layer = logs.mean((0, 2), keepdim=True) - mean
         rest = logs - mean - by_range - by_layer
-        return (mean + self.range * by_range + self.layer * by_layer + self.head * rest).exp()
+        return (mean + self.range * by_range + self.layer * by_layer + self.rest * rest).exp()
 
     def __str__(self) -> str:
-        return f"range^{self.range:g} layer^{self.layer:g} head^{self.head:g}"
+        return f"range^{self.range:g} layer^{self.layer:g} rest^{self.rest:g}"
 
     def neighbours(self, step: float) -> Iterator["Weighting"]:
         """One power more and one less, in turn."""
-        for name, value in zip(("range", "layer", "head"), astuple(self), strict=True):
+        for name, value in zip(("range", "layer", "rest"), astuple(self), strict=True):
             for moved in (value + step, value - step):
                 if 0 <= moved <= 1.5:
                     yield replace(self, **{name: moved})

@@ -4,6 +4,9 @@
 chosen line and choose fewer lines. `stream_llm` is a sink and a window. `block_sparse` keeps 100 blocks of 64 whatever its numbers say.
 `flex_vertical_and_slash` holds [share, tokens] for columns and diagonals; the tokens are read as the least that is kept. Numbers beyond the
 fourth entry are ignored by MInference and here.
+
+vLLM and SGLang keep the same entries as {layer: {head: entry}} in `dual_chunk_attention_config.sparse_attention_config` of a model's config.json;
+that file, or either part of it, is read too.
 """
 
 import json
@@ -27,7 +30,7 @@ _CAN = "stream_llm, vertical_and_slash, flex_vertical_and_slash and block_sparse
 
 def read(path: Path, target: Target) -> Plan:
     """One rule per query head; a head that is left out runs MInference's default. Scores are kept in the provenance."""
-    layers = read_json(path, format=_FORMAT)
+    layers = _listed(read_json(path, format=_FORMAT))
     if not isinstance(layers, list) or not all(
         isinstance(layer, dict) and all(map(str.isdecimal, layer)) for layer in layers
     ):
@@ -39,6 +42,16 @@ def read(path: Path, target: Target) -> Plan:
     rules = [[_rule(entry, path) for entry in layer] for layer in entries]
     scores = [[entry[3] if len(entry) > 3 else None for entry in layer] for layer in entries]
     return target.plan(rules, "query_head", format=_FORMAT, source=path, scores=scores, note=differences(__doc__))
+
+
+def _listed(content: Any) -> Any:
+    """A list over layers, also where vLLM's config keeps a table of them."""
+    for part in ("dual_chunk_attention_config", "sparse_attention_config"):
+        if isinstance(content, dict):
+            content = content.get(part, content)
+    if isinstance(content, dict) and content and set(content) == {str(layer) for layer in range(len(content))}:
+        return [content[str(layer)] for layer in range(len(content))]
+    return content
 
 
 def write(plan: Plan, path: Path, length_tokens: int | None) -> None:

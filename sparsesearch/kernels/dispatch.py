@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsesearch.errors import SpecError, UnsupportedKernelError, nearest
+from sparsesearch.kernels.plain_calls import as_called
 from sparsesearch.kernels.schedule import (
     HeadTiles,
     Span,
@@ -226,7 +227,7 @@ def run_schedule(
     """Run one kernel over a schedule that was built for its tile shape."""
     from sparsesearch.kernels.ops import tile_prefill
 
-    result: tuple[Tensor, Tensor] = tile_prefill(
+    result: tuple[Tensor, Tensor] = as_called(tile_prefill)(
         q,
         k,
         v,

@@ -16,12 +16,13 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.clustering import Clusters
 from sparsesearch.errors import SpecError
-from sparsesearch.kernels.dispatch import Backend, Prefill, prefill
+from sparsesearch.kernels.dispatch import Backend, Prefill, choose_backend, prefill
 from sparsesearch.kernels.rest_terms import Residual, measure, with_residual, with_rest
 from sparsesearch.kernels.row_copies import put_rows, take_rows
 from sparsesearch.kernels.schedule import HeadTiles, Span
 from sparsesearch.order import Order
-from sparsesearch.rules.base import Rule
+from sparsesearch.rules.base import RestRule, Rule
+from sparsesearch.rules.block_mass import BlockMass
 from sparsesearch.rules.cached_rest import CachedRest
 from sparsesearch.rules.cluster_mass import ClusterMass
 from sparsesearch.rules.dense import Dense
@@ -214,12 +215,16 @@ class _Launch:
         group = self.q.shape[1] // self.k.shape[1]
         grid, length = self.spans[0].grid, self.spans[0].grid.kv_len
         levels, places = [], []
+        masses = self._masses() if self._has_kernel() else {}
         for head, rule in enumerate(self.rules):
+            if head in masses:
+                levels.append(masses[head])
+                continue
             if not rule.dynamic:
                 levels.append(_static_levels(rule, grid, str(self.q.device)))
                 continue
             q, k = self.q[:, head, :length] * self.scale, self.k[:, head // group, :length]
-            inner = getattr(rule, "of", rule)
+            inner = _chooser(rule)
             if isinstance(inner, ClusterMass):
                 name = (*self.key, head)
                 found = self.memory.clusters[name] = inner.clusters(grid, q, k, self.memory.clusters.get(name))
@@ -242,6 +247,34 @@ class _Launch:
         if kept is not None:
             kept[self.key] = chosen
         return chosen
+
+    def _has_kernel(self) -> bool:
+        return choose_backend(self.q, self.k, self.v, self.spans, backend=self.backend) in ("gluon", "triton")
+
+    def _masses(self) -> dict[int, Int16[Tensor, "B M N"]]:
+        """Levels of the heads that choose by exact mass: one dense launch for their log-sum-exp, and a kernel that sums tiles."""
+        from sparsesearch.kernels.triton_index import block_mass
+
+        heads = [head for head, rule in enumerate(self.rules) if isinstance(_chooser(rule), BlockMass)]
+        if not heads:
+            return {}
+        grid, group = self.spans[0].grid, self.q.shape[1] // self.k.shape[1]
+        q, k, v = (
+            _picked(x, [head // size for head in heads]) for x, size in ((self.q, 1), (self.k, group), (self.v, group))
+        )
+        lse = self._prefill(q, k, v, (Dense(),) * len(heads), need_lse=True).lse
+        assert lse is not None
+        real = slice(grid.kv_len)
+        mass = torch.stack(
+            [block_mass(q[b, :, real] * self.scale, k[b, :, real], lse[b, :, real], grid) for b in range(len(q))]
+        )
+        found = {}
+        for place, head in enumerate(heads):
+            rule = self.rules[head]
+            chooser = _chooser(rule)
+            assert isinstance(chooser, BlockMass)
+            found[head] = rule.levels_of(chooser.heaviest(mass[:, place], grid), grid)
+        return found
 
     def _add_rest(self, rule: Rule, heads: list[int], result: Prefill, chosen: Chosen | None) -> None:
         """Replace the output of some heads that follow one rule."""
@@ -289,6 +322,11 @@ class _Launch:
         lse[..., length:] = dense.lse[..., length:] = 0.0  # padding
         self.memory.residuals[name] = measure((computed[0], lse), (dense.out, dense.lse), step)
         return dense.out
+
+
+def _chooser(rule: Rule) -> Rule:
+    """The rule that chooses the tiles: a rest term's inner one."""
+    return rule.of if isinstance(rule, RestRule) else rule
 
 
 def _picked(x: Float[Tensor, "B H S D"], heads: list[int]) -> Float[Tensor, "B h S D"]:

@@ -24,6 +24,7 @@ from sparsesearch.estimators import block_means, blocked, rows_per_block
 from sparsesearch.kernels.torch_gather import gathered_state
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.cached_rest import CachedRest
+from sparsesearch.rules.pyramid import Pyramid
 from sparsesearch.rules.rectified_rest import RectifiedRest
 from sparsesearch.rules.taylor_rest import TaylorRest
 
@@ -109,8 +110,11 @@ def _continued(
 
 
 def _pooled_levels(levels: Tensor, rule: Rule, grid: BlockGrid) -> list[int]:
-    if isinstance(rule, TaylorRest):
-        return [grid.block_tokens]  # known without waiting for the device
+    match rule:  # known without waiting for the device
+        case TaylorRest():
+            return [grid.block_tokens]
+        case Pyramid():
+            return rule.coarse_levels
     return [level for level in levels.unique().tolist() if level > 1]
 
 

@@ -44,8 +44,7 @@ def append(
     tl.debug_barrier()  # every thread has read the position
     tl.store(lens + pair, tl.where(kept, place + 1, tl.load(lens + pair)))
     tl.store(seen + pair, position + 1)
-    if pair == 0:
-        tl.store(slots, tl.load(slots) + 1)
+    tl.store(slots, tl.load(slots) + 1, mask=pair == 0)
 
 
 def launch(

@@ -70,11 +70,9 @@ class LayerStack:
     def device(self) -> torch.device:
         """Where the embedding computes."""
         embedding: nn.Module = self.model.get_input_embeddings()
-        device = next(embedding.parameters()).device
-        if device.type == "meta":  # offloaded by accelerate, which brings it where it computes
-            places = vars(self.model)["hf_device_map"].values()
-            return torch.device(next((place for place in places if place not in ("cpu", "disk")), "cpu"))
-        return device
+        hook = getattr(embedding, "_hf_hook", None)  # accelerate's, which brings weights and inputs where they compute
+        device = getattr(hook, "execution_device", None)
+        return next(embedding.parameters()).device if device is None else torch.device(device)
 
     @torch.no_grad()
     def enter(self, input_ids: Int[Tensor, " S"]) -> Entry:

@@ -18,7 +18,7 @@ def projection_gram(module: nn.Module, num_heads: int) -> Float[Tensor, "H D D"]
     for name in _NAMES:
         child = getattr(module, name, None)
         if isinstance(child, nn.Linear | Conv1D):
-            weight = child.weight.detach().float()
+            weight = _weight(child).float()
             columns = weight.t() if isinstance(child, Conv1D) else weight
             per_head = columns.unflatten(1, (num_heads, -1)).transpose(0, 1)
             gram: Tensor = per_head.transpose(1, 2) @ per_head
@@ -28,3 +28,14 @@ def projection_gram(module: nn.Module, num_heads: int) -> Float[Tensor, "H D D"]
         f"{type(module).__name__} must have an output projection named one of {', '.join(_NAMES)}, but has {children}. "
         "Open an issue with the model's name."
     )
+
+
+def _weight(child: nn.Module) -> Tensor:
+    """A module's weight, fetched where accelerate keeps it elsewhere between calls."""
+    weight: Tensor = child.get_parameter("weight").detach()
+    if weight.is_meta:
+        from accelerate.utils import align_module_device
+
+        with align_module_device(child):
+            weight = child.get_parameter("weight").detach().clone()
+    return weight

@@ -222,6 +222,11 @@ def phase_losses(
 
 
 def _weights(objective: str, answer_weight: float) -> dict[str, float]:
+    if objective in ("hylra", "rals"):
+        raise SpecError(
+            f"objective {objective!r} decides which layers reuse another's selection, which a search over rules does not. "
+            f"Run `sparsesearch search-reuse PROFILE --objective {objective}`."
+        )
     if objective not in OBJECTIVES:
         raise SpecError(f"unknown objective {objective!r}.{nearest(objective, OBJECTIVES)}")
     proxy = PUBLISHED[objective].proxy if objective in PUBLISHED else objective

@@ -1,7 +1,7 @@
 """The profiling run: calibrate templates, score every layer of every sample, merge."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,7 @@ def write_scores(
     """Score all candidates in one layer of one sequence, and keep the shard."""
     grid = grid_of(request, key[0])
     tiles = head_tiles(request.space.candidates, calibrated, request.base_model.modules[layer], inputs, grid)
-    store.write(*key, layer, asdict(score_layer(request.space.candidates, tiles, inputs, grid)))
+    store.write(*key, layer, vars(score_layer(request.space.candidates, tiles, inputs, grid)))
 
 
 def swept_input(call: AttentionCall, gradients: Float[Tensor, "K S H D"], sample: Sample) -> LayerInput:

@@ -6,10 +6,10 @@ Attention over any choice of tiles is a ratio of sums over tiles: with w = exp(s
 
 So each strip of queries computes its tiles' numerators and denominators once, and a candidate is a 0/1 combination of them: a product of a
 [candidates x tiles] matrix. Forty candidates together cost about as much as one dense attention, and nothing larger than one strip of
-block_tokens queries against all keys is ever held.
+block_tokens queries (several such strips on a GPU, which wants large products) against all keys is ever held.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.rules import Rule
 
+_GROUP_NUMBERS = 1 << 28  # fp32 numbers of the largest tensor that a group of strips makes: one GiB
 LATE_SHARE = 0.125
 """Of a sequence's queries, the share that stands for decoded ones: their context is nearly the whole prompt."""
 
@@ -82,16 +83,25 @@ class LayerScores:
 
 
 @dataclass(frozen=True)
-class _Strip:
-    """Tile sums of block_tokens queries (fewer in a ragged last strip) against the n key blocks they can see."""
+class _Strips:
+    """Tile sums of R rows of S = block_tokens queries against the n key blocks that the last of them can see; all 0 beyond the sequence."""
 
-    numerator: Float[Tensor, "H n S D"]
-    denominator: Float[Tensor, "H n S"]
-    influence: Float[Tensor, "H n"]
+    numerator: Float[Tensor, "H R n S D"]
+    denominator: Float[Tensor, "H R n S"]
+    influence: Float[Tensor, "H R n"]
 
     @property
-    def dense(self) -> Float[Tensor, "H S D"]:
-        return self.numerator.sum(1) / self.denominator.sum(1)[..., None]
+    def dense(self) -> Float[Tensor, "H T D"]:
+        """Dense attention of the T = R·S queries."""
+        output = self.numerator.sum(2) / self.denominator.sum(2)[..., None].clamp(min=1e-30)
+        return output.flatten(1, 2)
+
+    def under(self, weight: Float[Tensor, "H R C n"]) -> tuple[Float[Tensor, "H C T D"], Float[Tensor, "H C R S"]]:
+        """Attention of C choices of tiles, and the denominators they keep."""
+        kept = weight @ self.denominator
+        output = (weight @ self.numerator.flatten(3)).unflatten(3, self.numerator.shape[3:])
+        output = output / kept.clamp(min=1e-30)[..., None]
+        return output.transpose(1, 2).flatten(2, 3), kept.transpose(1, 2)
 
 
 def late_from(length: int) -> int:
@@ -152,23 +162,22 @@ def score_layer(
     replaced = {rest: [i for i, rule in enumerate(rules) if rule.rest == rest] for rest in ("zero", "mean_value")}
     positions = torch.arange(1, grid.kv_len + 1, device=layer.v.device, dtype=torch.float64)
     mean_value = (layer.v.double().cumsum(1) / positions[:, None]).float()
-    for row in range(grid.num_q_blocks):
-        span = slice(row * grid.block_tokens, min((row + 1) * grid.block_tokens, grid.kv_len))
-        strip = _strip(layer, grid, span)
-        weight = tiles[:, :, row, : row + 1].float()
-        total = strip.denominator.flatten(2)
-        kept = weight @ total
-        flat = strip.numerator.flatten(2)
-        output = (weight @ flat).unflatten(2, strip.numerator.shape[2:]) / kept.clamp(min=1e-30)[..., None]
+    for rows in _row_groups(grid, layer.v):
+        span = slice(rows.start * grid.block_tokens, min(rows.stop * grid.block_tokens, grid.kv_len))
+        inside = span.stop - span.start
+        strips = _strips(layer, grid, rows)
+        weight = tiles[:, :, rows, : rows.stop].float().transpose(1, 2)
+        output, kept = strips.under(weight)
+        output = output[:, :, :inside]
         output[:, replaced["zero"]] = 0.0
         output[:, replaced["mean_value"]] = mean_value[:, None, span]
-        dense = strip.dense
+        dense = strips.dense[:, :inside]
         origin = dense if current is None else output[torch.arange(heads, device=output.device), current]
         _accumulate(scores, output - origin[:, None], dense, layer, span)
-        share = strip.denominator / strip.denominator.sum(1, keepdim=True)
-        scores.kept_mass += (kept / total.sum(1, keepdim=True)).sum(-1) / grid.q_len
-        scores.mass[:, row, : row + 1] = share.sum(-1)
-        scores.influence[:, row, : row + 1] = strip.influence
+        total = strips.denominator.sum(2, keepdim=True).clamp(min=1e-30)
+        scores.kept_mass += (kept / total.transpose(1, 2)).sum((-1, -2)) / grid.q_len
+        scores.mass[:, rows, : rows.stop] = (strips.denominator / total).sum(-1)
+        scores.influence[:, rows, : rows.stop] = strips.influence
     return scores
 
 
@@ -178,14 +187,25 @@ def tile_mass(
     """Attention mass per tile: each row of tiles sums to the number of queries in it."""
     q, k = qk
     mass = q.new_zeros(q.shape[0], grid.num_k_blocks, grid.num_k_blocks, dtype=torch.float32)
-    for row in range(grid.num_q_blocks):
-        span = slice(row * grid.block_tokens, min((row + 1) * grid.block_tokens, grid.kv_len))
-        weight = _weights(q, k, span, sliding_window)
-        attention = weight / weight.sum(-1, keepdim=True)
-        pad = (row + 1) * grid.block_tokens - span.stop
-        tiled = torch.nn.functional.pad(attention, (0, pad)).unflatten(-1, (row + 1, grid.block_tokens))
-        mass[:, row, : row + 1] = tiled.sum((1, 3))
+    for rows in _row_groups(grid, q):
+        weight = _weights(q, k, rows, grid.block_tokens, sliding_window)
+        attention = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+        mass[:, rows, : rows.stop] = _tiled(attention, rows.stop, grid.block_tokens).sum((2, 4))
     return mass
+
+
+def _row_groups(grid: BlockGrid, like: Float[Tensor, "H S D"]) -> Iterator[slice]:
+    """Rows of query blocks that are scored together: one on a CPU, whose caches hold no more; elsewhere as many as the budget allows."""
+    per_row = like.shape[0] * like.shape[2] * grid.kv_len
+    size = 1 if like.device.type == "cpu" else max(1, _GROUP_NUMBERS // per_row)
+    return (slice(row, min(row + size, grid.num_q_blocks)) for row in range(0, grid.num_q_blocks, size))
+
+
+def _tiled(x: Float[Tensor, "H T K"], num_k_blocks: int, block: int) -> Float[Tensor, "H R S n B"]:
+    """Rows of queries and blocks of keys; what is missing of the last block is 0."""
+    padded = torch.nn.functional.pad(x, (0, num_k_blocks * block - x.shape[-1]))
+    tiled: Tensor = padded.unflatten(-1, (num_k_blocks, block)).unflatten(1, (-1, block))
+    return tiled
 
 
 def _accumulate(
@@ -213,35 +233,43 @@ def _accumulate(
     scores.output_norm += ((dense @ layer.projection_gram) * dense).sum((-1, -2))
 
 
-def _strip(layer: LayerInput, grid: BlockGrid, span: slice) -> _Strip:
-    """Tile sums of the queries in `span`."""
-    block, seen = grid.block_tokens, span.stop
-    blocks = -(-seen // block)
-    weight = _weights(layer.q, layer.k, span, layer.sliding_window)
+def _strips(layer: LayerInput, grid: BlockGrid, rows: slice) -> _Strips:
+    """Tile sums of the queries in some rows."""
+    block, blocks = grid.block_tokens, rows.stop
+    seen = min(blocks * block, grid.kv_len)
+    weight = _weights(layer.q, layer.k, rows, block, layer.sliding_window)
     value = layer.v[:, :seen].float()
-    influence = _influence(weight, layer.answer_ce[:, span], value)
-    pad = blocks * block - seen
-    tiled = torch.nn.functional.pad(weight, (0, pad)).unflatten(-1, (blocks, block)).transpose(1, 2)
-    values = torch.nn.functional.pad(value, (0, 0, 0, pad)).unflatten(1, (blocks, block))
-    return _Strip(
-        numerator=tiled @ values,
-        denominator=tiled.sum(-1),
-        influence=torch.nn.functional.pad(influence, (0, pad)).unflatten(-1, (blocks, block)).sum((1, 3)),
+    gradient = _rows_of(layer.answer_ce, rows, block)
+    tiled = _tiled(weight, blocks, block)  # H R S n B
+    by_block = tiled.flatten(1, 2).transpose(1, 2)
+    values = torch.nn.functional.pad(value, (0, 0, 0, blocks * block - seen)).unflatten(1, (blocks, block))
+    return _Strips(
+        numerator=(by_block @ values).unflatten(2, (-1, block)).transpose(1, 2).contiguous(),
+        denominator=tiled.sum(-1).transpose(2, 3),
+        influence=_tiled(_influence(weight, gradient, value), blocks, block).sum((2, 4)),
     )
 
 
+def _rows_of(x: Float[Tensor, "H S D"], rows: slice, block: int) -> Float[Tensor, "H T D"]:
+    """The queries of some rows in fp32, with zeros after the end of the sequence."""
+    found = x[:, rows.start * block : rows.stop * block].float()
+    return torch.nn.functional.pad(found, (0, 0, 0, (rows.stop - rows.start) * block - found.shape[1]))
+
+
 def _weights(
-    q: Float[Tensor, "H S D"], k: Float[Tensor, "H S D"], span: slice, sliding_window: int | None
-) -> Float[Tensor, "H s T"]:
-    """exp(score - row maximum) of the queries in `span` against the keys they can see."""
-    logits = q[:, span].float() @ k[:, : span.stop].float().transpose(1, 2)
-    q_pos = torch.arange(span.start, span.stop, device=logits.device)[:, None]
-    k_pos = torch.arange(span.stop, device=logits.device)
+    q: Float[Tensor, "H S D"], k: Float[Tensor, "H S D"], rows: slice, block: int, sliding_window: int | None
+) -> Float[Tensor, "H T K"]:
+    """exp(score - row maximum) of the queries in some rows against the keys that the last of them can see; 0 beyond the sequence."""
+    length = q.shape[1]
+    logits = _rows_of(q, rows, block) @ k[:, : min(rows.stop * block, length)].float().transpose(1, 2)
+    q_pos = torch.arange(rows.start * block, rows.stop * block, device=logits.device)[:, None]
+    k_pos = torch.arange(logits.shape[-1], device=logits.device)
     hidden = k_pos > q_pos
     if sliding_window is not None:
-        hidden |= q_pos - k_pos >= sliding_window
-    logits = logits.masked_fill(hidden, -torch.inf)
-    return (logits - logits.amax(-1, keepdim=True)).exp()
+        hidden |= (q_pos - k_pos >= sliding_window) & (q_pos < length)
+    logits = logits.masked_fill_(hidden, -torch.inf)
+    weight = (logits - logits.amax(-1, keepdim=True)).exp_()
+    return weight if rows.stop * block <= length else weight * (q_pos < length)
 
 
 def _influence(
@@ -251,7 +279,7 @@ def _influence(
 
     Source: Fu et al. 2024, MoA, arXiv:2406.14909, equation 3.
     """
-    attention = weight / weight.sum(-1, keepdim=True)
+    attention = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
     slope = gradient @ value.transpose(1, 2)
     centred = slope - (slope * attention).sum(-1, keepdim=True)
     # A row with a single key cannot lose it; 1 - A is kept away from 0 as in the published code.

@@ -1,10 +1,12 @@
-"""Compensation: after a cut, refit every output projection so that the residual stream stays near the dense one. No training.
+"""Compensation: after a cut, refit every projection so that the residual stream stays near the dense one. No training.
 
 Layer by layer, in the order of the data flow: inputs come from the model as it is cut and refitted so far, targets from the dense model,
-so errors of earlier layers are corrected rather than added up. One layer is in work at a time; only hidden states are kept.
+so errors of earlier layers are corrected rather than added up. Projections into a sublayer are fitted to give what they gave in the dense
+model, the one out of it to bring the residual stream back. One layer is in work at a time; only hidden states are kept.
 
 Source: least-squares reconstruction as in He, Zhang, Sun 2017, arXiv:1707.06168, section 3.2; asymmetric targets (inputs of the compressed
-model, outputs of the dense one) as in its section 3.2.3. Differs: the target also contains the drift of the residual stream.
+model, outputs of the dense one) as in its section 3.2.3. Differs: the target also contains the drift of the residual
+stream, and the projections that lose no input are refitted too.
 """
 
 import inspect
@@ -20,9 +22,9 @@ from transformers import PreTrainedModel
 from sparsesearch.cut import Cut
 from sparsesearch.pruning.moments import real_rows
 from sparsesearch.pruning.quality import Batch, on_device
-from sparsesearch.pruning.reconstruction import refit
+from sparsesearch.pruning.regression import Regression
 from sparsesearch.runtime.shrink import Fitted, check_cut
-from sparsesearch.runtime.sublayers import Layer, Layout, layers_of
+from sparsesearch.runtime.sublayers import Layer, layers_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,7 +41,7 @@ class _Stream:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One run of one layer: its output, and per sublayer the input, output and residual of the output projection."""
+    """One run of one layer: its output, and of every projection the input and the output; per sublayer the residual stream it adds to."""
 
     output: Tensor
     entering: dict[str, Tensor]
@@ -55,20 +57,22 @@ def compensate(
     *,
     bias: bool = True,
     drift: float = 1.0,
+    inputs: bool = True,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Fitted]:
-    """Refit the output projections of the layers that a cut names. The model itself is as before afterwards.
+    """Refit the projections of the layers that a cut names. The model itself is as before afterwards.
 
     Args:
         model: dense, in evaluation mode.
         cut: what goes; a layer may be named without losing anything, to make up for the layers before it.
-        batches: calibration data.
-        bias: whether a projection may gain a bias that the stock architecture lacks.
-        drift: how much of the distance between the dense and the cut residual stream each projection tries to make up for, 0 … 1.
+        batches: calibration data; every fourth is set aside to choose the ridge of each fit.
+        bias: whether an output projection may gain a bias that the stock architecture lacks.
+        drift: how much of the distance between the dense and the cut residual stream each output projection tries to make up for, 0 … 1.
+        inputs: whether the projections into a sublayer are refitted too, so that they answer the cut residual stream as they did the dense.
         progress: called with (stage, done, total).
 
     Returns:
-        Path of the output projection -> its new weights.
+        Path of the projection -> its new weights: all rows, and zero columns for removed inputs.
 
     Raises:
         PlanMismatchError: the cut was made for a model of other sizes.
@@ -86,9 +90,14 @@ def compensate(
         dense = [_run(layer, stream.dense, stream.kwargs[index]) for stream in streams]
         with installed(layer) as install:
             for kind, layout in layer.sublayers if index in cut.layers else ():
-                new = _fit(layer, kind, _kept(cut, index, kind, layer), streams, dense, index, bias, drift)
-                fitted[f"{layer.path}.{layout.out}"] = new
-                install(layout, new)
+                kept = _kept(cut, index, kind, layer)
+                # nothing has drifted before the first projection of all, and nothing reads what an empty sublayer is given
+                stages = ([layout.into] if inputs and len(kept) and fitted else []) + [(layout.out,)]
+                for names in stages:
+                    goal = _Goal(layer, index, kind, names, bias, drift)
+                    for name, new in _fit(goal, kept, streams, dense).items():
+                        fitted[f"{layer.path}.{name}"] = new
+                        install(name, new)
             for stream, before in zip(streams, dense, strict=True):
                 stream.cut = _run(layer, stream.cut, stream.kwargs[index]).output
                 stream.dense = before.output
@@ -96,53 +105,43 @@ def compensate(
     return fitted
 
 
-def _fit(
-    layer: Layer,
-    kind: str,
-    kept: Tensor,
-    streams: list[_Stream],
-    dense: list[_Pass],
-    index: int,
-    bias: bool,
-    drift: float,
-) -> Fitted:
-    """Refit one output projection on what the cut model feeds it."""
-    layout = dict(layer.sublayers)[kind]
-    projection = layer.projection(layout.out)
-    weight = projection.weight.detach()
-    moments = _Moments(weight)
-    for stream, before in zip(streams, dense, strict=True):
-        now = _run(layer, stream.cut, stream.kwargs[index])
-        target = before.leaving[kind] + drift * (before.residual[kind] - now.residual[kind])
-        moments.add(real_rows(now.entering[kind], stream.batch), real_rows(target, stream.batch))
-    return moments.fitted(weight, kept.to(weight.device), with_bias=bias or projection.bias is not None)
+@dataclass(frozen=True)
+class _Goal:
+    """Projections of one sublayer that are refitted together: those into it, or the one out of it."""
+
+    layer: Layer
+    index: int
+    kind: str
+    names: tuple[str, ...]
+    bias: bool
+    drift: float
+
+    def outgoing(self) -> bool:
+        return self.names == (dict(self.layer.sublayers)[self.kind].out,)
 
 
-class _Moments:
-    """Sums over tokens of inputs x and targets t, in fp64."""
-
-    def __init__(self, weight: Tensor) -> None:
-        outputs, inputs = weight.shape
-        self.xx, self.tx, self.x, self.t = (
-            torch.zeros(shape, dtype=torch.float64, device=weight.device)
-            for shape in ((inputs, inputs), (outputs, inputs), (inputs,), (outputs,))
+def _fit(goal: _Goal, kept: Tensor, streams: list[_Stream], dense: list[_Pass]) -> dict[str, Fitted]:
+    """Refit projections on what the cut model feeds them."""
+    layer = goal.layer
+    fits = {}
+    for name in goal.names:
+        projection = layer.projection(name)
+        own_bias = projection.bias is not None
+        fits[name] = Regression(projection.weight.detach(), with_bias=own_bias or (goal.bias and goal.outgoing()))
+    for number, (stream, before) in enumerate(zip(streams, dense, strict=True)):
+        now = _run(layer, stream.cut, stream.kwargs[goal.index])
+        for name, regression in fits.items():
+            target = before.leaving[name]
+            if goal.outgoing():
+                target = target + goal.drift * (before.residual[goal.kind] - now.residual[goal.kind])
+            regression.add(number, real_rows(now.entering[name], stream.batch), real_rows(target, stream.batch))
+    device = fits[goal.names[0]].weight.device
+    return {
+        name: regression.solve(
+            kept.to(device) if goal.outgoing() else torch.arange(regression.weight.shape[1], device=device)
         )
-        self.count = 0
-
-    def add(self, x: Tensor, target: Tensor) -> None:
-        x, target = x.float(), target.float()
-        self.xx += (x.t() @ x).double()
-        self.tx += (target.t() @ x).double()
-        self.x += x.double().sum(0)
-        self.t += target.double().sum(0)
-        self.count += len(x)
-
-    def fitted(self, weight: Tensor, kept: Tensor, *, with_bias: bool) -> Fitted:
-        xx, tx, x, t = (part / self.count for part in (self.xx, self.tx, self.x, self.t))
-        if not with_bias:
-            return Fitted(refit(weight, kept, xx, tx).to(weight.dtype), None)
-        new = refit(weight, kept, xx - torch.outer(x, x), tx - torch.outer(t, x))
-        return Fitted(new.to(weight.dtype), (t - new @ x).to(weight.dtype))
+        for name, regression in fits.items()
+    }
 
 
 def _kept(cut: Cut, index: int, kind: str, layer: Layer) -> Tensor:
@@ -183,36 +182,36 @@ def _run(layer: Layer, hidden: Tensor, kwargs: dict[str, Any]) -> _Pass:
     """Run a layer as it is now."""
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Tensor] = {}
-    normed: list[Tensor] = []
 
-    def keep(kind: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            entering[kind], leaving[kind] = args[0], output
+            entering[name], leaving[name] = args[0], output
 
         return hook
 
     with ExitStack() as undo:
-        for kind, layout in layer.sublayers:
-            undo.callback(layer.projection(layout.out).register_forward_hook(keep(kind)).remove)
-        if layer.feed_forward is not None:
-            into = layer.projection(layer.feed_forward.into[0])
-            undo.callback(into.register_forward_pre_hook(lambda _, args: normed.append(args[0])).remove)
+        for name in _projections(layer):
+            undo.callback(layer.projection(name).register_forward_hook(keep(name)).remove)
         found = layer.module(hidden, **kwargs)
     output = found if isinstance(found, Tensor) else found[0]
     residual = {"attention": hidden}
-    if layer.feed_forward is not None:
-        residual["feed_forward"] = normed[0] if layer.feed_forward.post_norm else output - leaving["feed_forward"]
+    if (layout := layer.feed_forward) is not None:
+        residual["feed_forward"] = entering[layout.into[0]] if layout.post_norm else output - leaving[layout.out]
     return _Pass(output, entering, leaving, residual)
 
 
+def _projections(layer: Layer) -> list[str]:
+    return [name for _, layout in layer.sublayers for name in (*layout.into, layout.out)]
+
+
 @contextmanager
-def installed(layer: Layer) -> Iterator[Callable[[Layout, Fitted], None]]:
-    """Lets fitted weights be put on the layer's projections; the dense ones come back at the end."""
-    projections = [layer.projection(layout.out) for _, layout in layer.sublayers]
+def installed(layer: Layer) -> Iterator[Callable[[str, Fitted], None]]:
+    """Lets fitted weights be put on the layer's projections by name; the dense ones come back at the end."""
+    projections = [layer.projection(name) for name in _projections(layer)]
     saved = [(projection, projection.weight.data, projection.bias) for projection in projections]
 
-    def put(layout: Layout, fitted: Fitted) -> None:
-        projection = layer.projection(layout.out)
+    def put(name: str, fitted: Fitted) -> None:
+        projection = layer.projection(name)
         projection.weight.data = fitted.weight
         if fitted.bias is not None:
             projection.register_parameter("bias", nn.Parameter(fitted.bias, requires_grad=False))

@@ -1,7 +1,7 @@
 """Calibration batches for whatever the model reads: token windows, padded sentences, or images."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparsesearch.pruning.quality import Batch
 
 _SENTENCES_PER_BATCH = 32
 _IMAGES_PER_BATCH = 8
+_WINDOWS_PER_PASS = 4
 
 
 def load_batches(
@@ -34,7 +35,8 @@ def load_batches(
 ) -> list[Batch]:
     """Batches for a model.
 
-    Causal language models read windows of text (`calibration.load`), text encoders read sentences of at most `length_tokens`, vision models
+    Causal language models read windows of text (`calibration.load`), text encoders read sentences of at most `length_tokens`
+    (and, where a calibration split has fewer than asked for, passages of it), vision models
     read the tensor `pixel_values` of a safetensors file (its last quarter is held out).
 
     Args:
@@ -63,10 +65,19 @@ def load_batches(
 
 
 def compensation_batches(model: PreTrainedModel, tokenizer: Any, spec: Compensation) -> list[Batch]:
-    """The data that a plan's refit asks for."""
-    return load_batches(
+    """The data that a plan's refit asks for; windows in fours, which a pass serves together."""
+    found = load_batches(
         model, tokenizer, spec.data, length_tokens=spec.length_tokens, num_samples=spec.num_samples, seed=spec.seed
     )
+    return stacked(found, _WINDOWS_PER_PASS) if model.can_generate() else found
+
+
+def stacked(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """Batches whose items have equal shapes, `size` at a time as one."""
+    return [
+        {name: torch.cat([batch[name] for batch in part]) for name in part[0]}
+        for part in (batches[first : first + size] for first in range(0, len(batches), size))
+    ]
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -78,19 +89,32 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def _sentences(tokenizer: Any, spec: str, length: int, count: int, seed: int, split: Split) -> list[Batch]:
-    texts = sorted({text for document in documents(spec, split) for text in split_sentences(document)})
-    if len(texts) < count:
+    """Different sentences; for calibration, passages make up for what a small corpus lacks."""
+    texts = list(documents(spec, split))
+    found = sorted({text for document in texts for text in split_sentences(document)})
+    if (len(found) < count and split == "heldout") or not found:
         raise SpecError(
-            f"{spec} must hold at least {count} different sentences, but its {split} split has {len(texts)}. Ask for fewer."
+            f"{spec} must hold at least {count} different sentences, but its {split} split has {len(found)}. Ask for fewer."
         )
-    order = np.random.default_rng([seed, split == "heldout"]).permutation(len(texts))[:count]
+    rng = np.random.default_rng([seed, split == "heldout"])
+    chosen = [found[index] for index in rng.permutation(len(found))[:count]]
+    chosen += _passages(texts, count - len(chosen), rng)
+    order = rng.permutation(count) if count > len(found) else range(count)
     batches: list[Batch] = []
-    for part in _chunks([texts[index] for index in order], _SENTENCES_PER_BATCH):
+    for part in _chunks([chosen[index] for index in order], _SENTENCES_PER_BATCH):
         encoded = tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt")
         batches.append(
             {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
         )
     return batches
+
+
+def _passages(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Runs of five to sixty words from random places."""
+    words = [word for text in texts for word in text.split()]
+    sizes = rng.integers(5, 61, count)
+    starts = (rng.random(count) * np.maximum(1, len(words) - sizes)).astype(np.int64)
+    return [" ".join(words[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 
 def split_sentences(document: str) -> Iterator[str]:

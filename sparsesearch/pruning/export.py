@@ -74,6 +74,7 @@ def export_pruned(
     overwrite: bool = False,
     allow_other_weights: bool = False,
     command: str | None = None,
+    device: str = "cpu",
     progress: Progress = lambda stage, done, total: None,
 ) -> PrunedCheckpoint:
     """Cut, refit and write a checkpoint. `out` appears complete or not at all.
@@ -86,6 +87,7 @@ def export_pruned(
         overwrite: replace a directory that is not empty.
         allow_other_weights: accept weights the plan was not made for.
         command: command line, for the model card.
+        device: where the refit runs.
         progress: called with (stage, done, total).
 
     Raises:
@@ -99,10 +101,12 @@ def export_pruned(
         )
     place = locate(model)
     check_target(out, place, overwrite)
-    base, tokenizer = load_prunable(model)
+    base, tokenizer = load_prunable(model, device=device, dtype="float32")
     if not allow_other_weights:
         check_weights(plan.base_model, base)
     fitted = _fitted(base, tokenizer, plan.pruning, mode, progress)
+    stack: nn.Module = base
+    stack.to("cpu")
     narrow, layout = (
         (_zeroed(base, plan.pruning, fitted), "logical") if mode == "logical" else _narrow(base, plan.pruning, fitted)
     )
@@ -124,7 +128,8 @@ def _fitted(base: PreTrainedModel, tokenizer: Any, cut: Cut, mode: Mode, progres
         return {}
     batches = compensation_batches(base, tokenizer, cut.compensation)
     bias = cut.compensation.bias and mode == "physical"  # a stock model has no place for new biases
-    return compensate(base, cut, batches, bias=bias, progress=progress)
+    found = compensate(base, cut, batches, bias=bias, progress=progress)
+    return {path: Fitted(new.weight.cpu(), None if new.bias is None else new.bias.cpu()) for path, new in found.items()}
 
 
 def _narrow(base: PreTrainedModel, cut: Cut, fitted: Mapping[str, Fitted]) -> tuple[PreTrainedModel, str]:
@@ -203,13 +208,12 @@ def _zeroed(base: PreTrainedModel, cut: Cut, fitted: Mapping[str, Fitted]) -> Pr
             "feed_forward": list(own.removed_channels),
         }
         for kind, layout in layer.sublayers:
-            path = f"{layer.path}.{layout.out}"
-            if path in fitted:
-                state[f"{path}.weight"] = fitted[path].weight.clone()
-                bias = fitted[path].bias
-                if bias is not None:
-                    state[f"{path}.bias"] = bias.clone()
-            state[f"{path}.weight"][:, gone[kind]] = 0
+            for name in (*layout.into, layout.out):
+                if (new := fitted.get(f"{layer.path}.{name}")) is not None:
+                    state[f"{layer.path}.{name}.weight"] = new.weight.clone()
+                    if new.bias is not None:
+                        state[f"{layer.path}.{name}.bias"] = new.bias.clone()
+            state[f"{layer.path}.{layout.out}.weight"][:, gone[kind]] = 0
             # a shared KV head still feeds the query heads that stay, so only what makes the removed inputs alone is zeroed
             for name in layout.into if kind == "feed_forward" else layout.into[:1]:
                 for part in ("weight", "bias"):

@@ -4,24 +4,25 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsesearch.artifacts import read_json, write_bytes, write_json
-from sparsesearch.errors import ArtifactError, SpecError
-from sparsesearch.pruning.data import load_batches
+from sparsesearch.errors import SpecError
+from sparsesearch.pruning.data import load_batches, stacked
+from sparsesearch.pruning.heal_state import HealOptimiser, HealState, trained_parameters
 from sparsesearch.pruning.models import load_prunable
 from sparsesearch.pruning.quality import Batch, dense_rows, distance, mean_distance, output_rows
 from sparsesearch.runtime.export import COMPANIONS, PLAN_FILE, check_target, complete_or_nothing
 
-_FORMAT, _VERSION = "sparsesearch.heal-state", "1.0"
 _WARMUP_SHARE = 0.05
+OPENING_TOKENS = 32
+_GENERATED_TOGETHER = 128
+RATES = {"muon": 2e-3, "adamw": 1e-3}
+"""Peak learning rates, chosen on held-out documents of the calibration text."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -34,7 +35,10 @@ class HealRequest:
         data: calibration spec.
         length_tokens: of a training sequence.
         batch: sequences per step.
-        learning_rate: peak of the cosine schedule, after a warm-up over 5 % of the steps.
+        optimiser: `muon` (matrices orthogonalised, vectors by AdamW) or `adamw`.
+        learning_rate: peak of the cosine schedule, after a warm-up over 5 % of the steps; None takes the optimiser's own of `RATES`.
+        generated: sequences that the dense model writes itself, after openings from the data, and that are trained on too. A model of
+            language shows what it knows in them, so a small corpus lasts longer. Other models take none.
         num_sequences: held-out sequences for the gain.
         save_every: steps between states.
         seed: of data and order.
@@ -44,7 +48,9 @@ class HealRequest:
     data: str = "text"
     length_tokens: int = 512
     batch: int = 4
-    learning_rate: float = 3e-4
+    optimiser: Literal["muon", "adamw"] = "muon"
+    learning_rate: float | None = None
+    generated: int = 256
     num_sequences: int = 16
     save_every: int = 50
     seed: int = 0
@@ -92,7 +98,7 @@ def heal_checkpoint(
         ArtifactError: `out` is taken; a state is there and `resume` is off, or it belongs to another request.
     """
     check_target(out, checkpoint, overwrite=False)
-    state = _State.open(out.with_name(f"{out.name}.heal"), request, resume=resume)
+    state = HealState.open(out.with_name(f"{out.name}.heal"), request, resume=resume)
     student, tokenizer = load_prunable(checkpoint, device=device, dtype="float32")
     dense, reader = load_prunable(teacher, device=device, dtype="float32")
     held_out = load_batches(
@@ -119,7 +125,7 @@ def train(
     teacher: PreTrainedModel,
     tokenizer: Any,
     request: HealRequest,
-    state: "_State",
+    state: HealState,
     progress: Progress,
 ) -> None:
     """Minimise the distance to the teacher over everything but the embeddings."""
@@ -127,28 +133,56 @@ def train(
         teacher, tokenizer, request.data, length_tokens=request.length_tokens,
         num_samples=_pool_size(request), seed=request.seed,
     )  # fmt: skip
-    embeddings = {id(parameter) for module in (student.get_input_embeddings(), student.get_output_embeddings()) if module is not None for parameter in module.parameters()}  # fmt: skip
-    trained = [parameter for parameter in student.parameters() if id(parameter) not in embeddings]
-    for parameter in student.parameters():
-        parameter.requires_grad_(id(parameter) not in embeddings)
-    optimiser = torch.optim.AdamW(trained, lr=request.learning_rate, weight_decay=0.0)
-    first = state.restore(student, optimiser)
+    if teacher.can_generate():
+        pool += generated_batches(teacher, tokenizer, request)
+    per_step = max(1, request.batch // _items(pool[0]))
+    rate = RATES[request.optimiser] if request.learning_rate is None else request.learning_rate
+    optimiser = HealOptimiser(trained_parameters(student), request.optimiser, rate)
+    first = state.restore(optimiser)
     for step in range(first, request.steps):
         progress("heal", step, request.steps)
-        for group in optimiser.param_groups:
-            group["lr"] = request.learning_rate * _schedule(step, request.steps)
-        optimiser.zero_grad()
-        chosen = [pool[index] for index in _drawn(step, len(pool), request)]
+        chosen = [pool[index] for index in _drawn(step, len(pool), per_step, request.seed)]
+        if student.can_generate() and student.device.type != "cpu":
+            chosen = stacked(chosen, len(chosen))
+        items = sum(_items(batch) for batch in chosen)
         for batch in chosen:
             with torch.no_grad():
                 rows, logits = output_rows(teacher, batch)
+            share = _items(batch) / items
             with torch.enable_grad():
-                (distance(rows, output_rows(student, batch)[0], logits=logits).mean() / len(chosen)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+                (share * distance(rows, output_rows(student, batch)[0], logits=logits).mean()).backward()
+        optimiser.step(_schedule(step, request.steps))
         if (step + 1) % request.save_every == 0 and step + 1 < request.steps:
-            state.save(student, optimiser, step + 1)
+            state.save(optimiser, step + 1)
     progress("heal", request.steps, request.steps)
+
+
+@torch.no_grad()
+def generated_batches(teacher: PreTrainedModel, tokenizer: Any, request: HealRequest) -> list[Batch]:
+    """What the teacher writes after openings of calibration text, sampled from its own distribution, one sequence per batch.
+
+    Source: generated calibration data as in Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.1; ours opens with text of the corpus.
+    """
+    length, seed = request.length_tokens, request.seed
+    opening = min(OPENING_TOKENS, length // 2)
+    if not request.generated or not opening:
+        return []
+    openings = load_batches(
+        teacher, tokenizer, request.data, length_tokens=opening, num_samples=request.generated, seed=seed + 7
+    )
+    written: list[Batch] = []
+    model: Any = teacher
+    devices = [teacher.device] if teacher.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for batch in stacked(openings, _GENERATED_TOGETHER):
+            ids = batch["input_ids"].to(teacher.device)
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0,
+                min_new_tokens=length - opening, max_new_tokens=length - opening,
+            )  # fmt: skip
+            written += [{"input_ids": row[None].cpu()} for row in found]
+    return written
 
 
 @torch.no_grad()
@@ -165,17 +199,22 @@ def held_out_loss(model: PreTrainedModel, batches: list[Batch]) -> float | None:
     return total / count
 
 
+def _items(batch: Batch) -> int:
+    """Sequences, sentences or images of a batch."""
+    return len(next(iter(batch.values())))
+
+
 def _pool_size(request: HealRequest) -> int:
     """Distinct sequences: each is seen about twice at most, up to what a small corpus gives."""
-    return min(512, max(request.batch, request.steps * request.batch // 2))
+    return min(512 if request.batch < 32 else 4096, max(request.batch, request.steps * request.batch // 2))
 
 
-def _drawn(step: int, size: int, request: HealRequest) -> list[int]:
-    """The sequences of a step, a function of the step alone, so that a resumed run sees the same."""
-    first = step * request.batch
-    orders = {epoch: torch.randperm(size, generator=torch.Generator().manual_seed(request.seed + epoch)).tolist()
-              for epoch in {first // size, (first + request.batch - 1) // size}}  # fmt: skip
-    return [orders[place // size][place % size] for place in range(first, first + request.batch)]
+def _drawn(step: int, size: int, per_step: int, seed: int) -> list[int]:
+    """The batches of a step, a function of the step alone, so that a resumed run sees the same."""
+    first = step * per_step
+    orders = {epoch: torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+              for epoch in {first // size, (first + per_step - 1) // size}}  # fmt: skip
+    return [orders[place // size][place % size] for place in range(first, first + per_step)]
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -183,61 +222,6 @@ def _schedule(step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-@dataclass(frozen=True)
-class _State:
-    """Weights, optimiser moments and step of an unfinished run, below a folder."""
-
-    folder: Path
-    request: HealRequest
-
-    @classmethod
-    def open(cls, folder: Path, request: HealRequest, *, resume: bool) -> "_State":
-        path = folder / "state.json"
-        if path.exists() and not resume:
-            raise ArtifactError(f"{folder} holds an unfinished healing. Pass --resume, or remove it.")
-        if path.exists():
-            begun = read_json(path, format=_FORMAT, schema_version=_VERSION)["request"]
-            for key, value in asdict(request).items():
-                if begun.get(key) != value:
-                    raise ArtifactError(
-                        f"{folder} was begun with {key}={begun.get(key)}, but got {value}. Repeat the first command."
-                    )
-        return cls(folder, request)
-
-    def save(self, model: PreTrainedModel, optimiser: torch.optim.Optimizer, step: int) -> None:
-        tensors = {
-            f"model.{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad
-        }
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        for name, moments in zip(names, optimiser.state_dict()["state"].values(), strict=True):
-            tensors |= {f"{key}.{name}": moments[key].detach().cpu() for key in ("exp_avg", "exp_avg_sq")}
-        write_bytes(self.folder / f"state-{step}.safetensors", save(tensors))
-        write_json(
-            self.folder / "state.json",
-            {"request": asdict(self.request), "step": step},
-            format=_FORMAT,
-            schema_version=_VERSION,
-        )
-        for old in self.folder.glob("state-*.safetensors"):
-            if old.name != f"state-{step}.safetensors":
-                old.unlink()
-
-    def restore(self, model: PreTrainedModel, optimiser: torch.optim.Optimizer) -> int:
-        if not (self.folder / "state.json").exists():
-            return 0
-        step = int(read_json(self.folder / "state.json", format=_FORMAT, schema_version=_VERSION)["step"])
-        tensors = load_file(self.folder / f"state-{step}.safetensors")
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            parameter.data.copy_(tensors[f"model.{name}"])
-            moments: dict[str, Tensor] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")
-            }
-            optimiser.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-        return step
 
 
 def _write(student: PreTrainedModel, checkpoint: Path, staging: Path) -> None:

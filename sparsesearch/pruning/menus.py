@@ -7,15 +7,23 @@
 | taylor | (Σ_n x·Wᵀg)² of the model's own loss: first order, squared |
 | activation_magnitude | ‖W_:c‖² E[x_c²] |
 | magnitude | ‖W_:c‖² |
-| vtrans | ½ log(1 + μ²/σ²) of the input: the KL of its variational mask, with the moments taken from calibration instead of training |
+| vtrans | ½ log(1 + μ²/σ²) of the input: the KL of a variational mask with a log-uniform prior; small means mostly noise |
 | ofb | importance ⊗ sparsity: rank of the Fisher score times rank of the norm of the input's own weights |
-| learned | logistic of the gate that `gates.py` optimised; only where it was asked for |
 | sparse_then_prune | ‖W_in‖₁ + ‖W_out‖₁ of the input: what an L1 penalty would shrink first |
+| learned | logistic of the gate that `gates.py` optimised; only where it was asked for |
 
 Sources: taylor: Molchanov et al. 2019, arXiv:1906.10771, equation 8. fisher: Liu et al. 2021, Group Fisher Pruning, arXiv:2108.00708, section
-3.2, with the model's own labels. activation_magnitude: Sun et al. 2023, Wanda, arXiv:2306.11695, summed over a column. vtrans: Dutta et al.,
-VTrans, variational information bottleneck masks. ofb: bi-masks of importance and sparsity. sparse_then_prune: L1 regularisation, then
-magnitude. The last three are the training-free part of their methods; learned masks are `gates.py`.
+3.2, with the model's own labels. activation_magnitude: Sun et al. 2023, Wanda, arXiv:2306.11695, summed over a column.
+
+Three criteria stand for methods that train. What is theirs, and what is our training-free reading:
+- vtrans (Dutta et al., VTrans). Theirs: a mean μ and a variance σ² are learned per unit (embedding, head, layer) under an information
+  bottleneck, units of low μ²/σ² go, the model is tuned. Ours: μ and σ² are moments of the unit's input over calibration tokens, so nothing
+  is learned and the task does not enter; embeddings are not pruned.
+- ofb (Once for Both). Theirs: a score of importance and a differentiable score of sparsity per channel make one mask that is searched in a
+  single training stage, with a one-hot loss and masked image modelling. Ours: ranks of two fixed scores, multiplied; no stage is trained.
+- sparse_then_prune. Theirs: a vision transformer is trained with an L1 penalty, pruned by magnitude, tuned for 20 epochs. Ours: the L1 norm
+  of the weights as they are, of whole heads and channels.
+None of the three papers' results carries over. Masks that are learned, on frozen weights, are `gates.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -125,9 +133,9 @@ def _left(scorer: "_Scorer", group: int, size: int) -> tuple[int, ...]:
 class _Scorer(ABC):
     """Removes inputs of one output projection under one criterion. Heads are runs of `head_dim` inputs."""
 
-    def __init__(self, head_dim: int, num_inputs: int) -> None:
+    def __init__(self, head_dim: int, like: Float[Tensor, " I"]) -> None:
         self.head_dim, self.loss = head_dim, 0.0
-        self.left = torch.ones(num_inputs, dtype=torch.bool)
+        self.left = torch.ones_like(like, dtype=torch.bool)
         self.gone_heads: set[int] = set()
 
     @abstractmethod
@@ -151,7 +159,8 @@ class _Scorer(ABC):
         self.gone_heads |= set(heads)
 
     def columns(self, heads: Sequence[int]) -> Tensor:
-        return (torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        columns = torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)
+        return columns.flatten().to(self.left.device)
 
     def removed(self) -> tuple[int, ...]:
         gone = (~self.left).nonzero()[:, 0]
@@ -160,7 +169,7 @@ class _Scorer(ABC):
 
 class _Reconstruction(_Scorer):
     def __init__(self, head_dim: int, state: Elimination) -> None:
-        super().__init__(head_dim, len(state.left))
+        super().__init__(head_dim, state.weight[0])
         self.state = state
 
     def single_losses(self) -> Float[Tensor, " I"]:
@@ -178,9 +187,9 @@ class _Signed(_Scorer):
     """½ mean (Σ_c s_rc)²: effects of what goes are added before they are squared."""
 
     def __init__(self, head_dim: int, effects: Float[Tensor, "P I"], scale: float) -> None:
-        super().__init__(head_dim, effects.shape[1])
+        super().__init__(head_dim, effects[0])
         self.effects, self.scale = effects, scale
-        self.gone = torch.zeros(len(effects), dtype=effects.dtype)
+        self.gone = torch.zeros_like(effects[:, 0])
 
     def single_losses(self) -> Float[Tensor, " I"]:
         grown = (self.gone[:, None] + self.effects).square().mean(0) - self.gone.square().mean()
@@ -197,7 +206,7 @@ class _Signed(_Scorer):
 
 class _Additive(_Scorer):
     def __init__(self, head_dim: int, scores: Float[Tensor, " I"]) -> None:
-        super().__init__(head_dim, len(scores))
+        super().__init__(head_dim, scores)
         self.scores = scores
 
     def single_losses(self) -> Float[Tensor, " I"]:
@@ -210,7 +219,7 @@ class _Additive(_Scorer):
 def _scorer(scoring: Scoring, kind: str) -> _Scorer:
     layer, statistics = scoring.layer, scoring.statistics
     layout = dict(layer.sublayers)[kind]
-    weight = layer.projection(layout.out).weight.detach().double().cpu()
+    weight = layer.projection(layout.out).weight.detach().double()
     size = layer.head_dim if kind == "attention" else 1
     norm = weight.square().sum(0)
     moment = statistics.second_moment.diagonal()
@@ -237,7 +246,7 @@ def _scorer(scoring: Scoring, kind: str) -> _Scorer:
             return _Additive(size, _rank(importance) * _rank(_own_norm(layer, kind, norm)))
         case "learned":
             assert scoring.gates is not None
-            return _Additive(size, torch.sigmoid(scoring.gates).repeat_interleave(size) / size)
+            return _Additive(size, torch.sigmoid(scoring.gates.to(norm)).repeat_interleave(size) / size)
         case "sparse_then_prune":
             return _Additive(size, _own_norm(layer, kind, weight.abs().sum(0), power=1))
 
@@ -248,7 +257,7 @@ def _own_norm(layer: Layer, kind: str, outgoing: Float[Tensor, " I"], *, power: 
     total = outgoing.clone()
     into = layout.into if kind == "feed_forward" else layout.into[2:]  # a head's own content comes through its values
     for name in into:
-        rows = layer.projection(name).weight.detach().double().cpu().abs().pow(power).sum(1)
+        rows = layer.projection(name).weight.detach().double().abs().pow(power).sum(1)
         if len(rows) != len(total):
             repeats = len(total) // len(rows)
             rows = rows.unflatten(0, (-1, layer.head_dim)).repeat_interleave(repeats, 0).flatten()

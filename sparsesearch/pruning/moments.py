@@ -114,12 +114,12 @@ class _Sums:
 
     def finished(self, tokens: int, items: int, num_probes: int) -> SublayerStatistics:
         return SublayerStatistics(
-            second_moment=(self.moment / tokens).cpu(),
-            mean=(self.total / tokens).cpu(),
+            second_moment=self.moment / tokens,
+            mean=self.total / tokens,
             # Σ over tokens of ½ E_r[(g·δ)²] per item = ½ tr(F E[δδᵀ]) with F = (tokens / items) · mean of g gᵀ
-            sensitivity=(self.outer / (items * num_probes)).cpu(),
-            fisher=torch.stack(self.signed).cpu(),
-            taylor=torch.stack(self.first_order).cpu(),
+            sensitivity=self.outer / (items * num_probes),
+            fisher=torch.stack(self.signed),
+            taylor=torch.stack(self.first_order),
             items=items,
         )
 

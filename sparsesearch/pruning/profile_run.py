@@ -92,19 +92,8 @@ def profile_pruning(
                 tensors |= menu_tensors(prefix, options, count=count, nested=kind == "feed_forward")
             chosen.append((index, layer, kind, menus["reconstruction"]))
     progress("pruning menus", len(layers), len(layers))
-    batches = list(request.measured_batches)
-    dense = dense_rows(model, batches)
-    for number, (index, layer, kind, options) in enumerate(chosen):
-        progress("measure single cuts", number, len(chosen))
-        picked = _picked(options, request.menu.measured_options)
-        found = [
-            _measured(model, layer, kind, options[i], statistics[_out_path(layer, kind)], request.menu, batches, dense)
-            for i in picked
-        ]
-        prefix = f"{index:03d}.{kind}.measured."
-        tensors[prefix + "index"] = torch.tensor(picked, dtype=torch.int32)
-        tensors[prefix + "loss"] = torch.tensor(found, dtype=torch.float64)
-    progress("measure single cuts", len(chosen), len(chosen))
+    dense = dense_rows(model, list(request.measured_batches))
+    tensors |= _measured_tensors(model, request, chosen, statistics, dense, progress)
     manifest = {
         "base_model": describe_layers(model, request.name),
         "layers": [_shape(layer) for layer in layers],
@@ -118,6 +107,28 @@ def profile_pruning(
         "versions": provenance_versions(),
     }
     return save_profile(out, manifest, tensors)
+
+
+def _measured_tensors(
+    model: PreTrainedModel,
+    request: PruningRequest,
+    chosen: Sequence[tuple[int, Layer, str, list[Option]]],
+    statistics: dict[str, SublayerStatistics],
+    dense: list[tuple[Tensor, bool]],
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Some options of every sublayer, each made alone and measured."""
+    tensors: dict[str, Tensor] = {}
+    for number, (index, layer, kind, options) in enumerate(chosen):
+        progress("measure single cuts", number, len(chosen))
+        picked, own = _picked(options, request.menu.measured_options), statistics[_out_path(layer, kind)]
+        batches = list(request.measured_batches)
+        found = [_measured(model, layer, kind, options[i], own, request.menu, batches, dense) for i in picked]
+        prefix = f"{index:03d}.{kind}.measured."
+        tensors[prefix + "index"] = torch.tensor(picked, dtype=torch.int32)
+        tensors[prefix + "loss"] = torch.tensor(found, dtype=torch.float64)
+    progress("measure single cuts", len(chosen), len(chosen))
+    return tensors
 
 
 def describe_layers(model: PreTrainedModel, name: str) -> BaseModelInfo:
@@ -138,14 +149,14 @@ def describe_layers(model: PreTrainedModel, name: str) -> BaseModelInfo:
 def one_shot_fit(layer: Layer, kind: str, statistics: SublayerStatistics, kept: Tensor, *, bias: bool) -> Fitted:
     """Refit one projection on dense inputs alone: what the reconstruction criterion predicts the loss of."""
     projection = layer.projection(dict(layer.sublayers)[kind].out)
-    weight = projection.weight.detach().double().cpu()
+    weight = projection.weight.detach().double()
     moment, mean = statistics.second_moment, statistics.mean
     if not (bias or projection.bias is not None):
         new = refit(weight, kept, moment, weight @ moment)
         return Fitted(new.to(projection.weight), None)
     covariance = moment - torch.outer(mean, mean)
     new = refit(weight, kept, covariance, weight @ covariance)
-    own = 0.0 if projection.bias is None else projection.bias.detach().double().cpu()
+    own = 0.0 if projection.bias is None else projection.bias.detach().double()
     return Fitted(new.to(projection.weight), (own + (weight - new) @ mean).to(projection.weight))
 
 
@@ -175,11 +186,12 @@ def _measured(
 ) -> float:
     """Distance from dense with this cut alone, refitted."""
     count = layer.num_heads if kind == "attention" else layer.num_channels
-    left = torch.tensor(sorted(set(range(count)) - set(option.removed)), dtype=torch.long)
+    device = statistics.mean.device
+    left = torch.tensor(sorted(set(range(count)) - set(option.removed)), dtype=torch.long, device=device)
     if kind == "attention":
-        left = (left[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
+        left = (left[:, None] * layer.head_dim + torch.arange(layer.head_dim, device=device)).flatten()
     with installed(layer) as install:
-        install(dict(layer.sublayers)[kind], one_shot_fit(layer, kind, statistics, left, bias=menu.bias))
+        install(dict(layer.sublayers)[kind].out, one_shot_fit(layer, kind, statistics, left, bias=menu.bias))
         return mean_distance(model, batches, dense)
 
 

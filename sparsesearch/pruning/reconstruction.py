@@ -17,13 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 RIDGE = 1e-3
-"""Share of the mean variance added to every input's. On needle-7m refitted on 32k tokens, 1e-2 lost 0.002 nats less than 1e-3 held out."""
+"""Share of the mean variance added to every input's where no data are set aside to choose it on."""
 
 
-def damped(covariance: Float[Tensor, "I I"]) -> Float[Tensor, "I I"]:
-    """A covariance that can be inverted."""
+def damped(covariance: Float[Tensor, "I I"], ridge: float | None = None) -> Float[Tensor, "I I"]:
+    """A covariance that can be inverted: `ridge` (else `RIDGE`) times the mean variance is added to every variance."""
+    share = RIDGE if ridge is None else ridge
     scale = covariance.diagonal().mean().clamp(min=1e-30)
-    return covariance + RIDGE * scale * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return covariance + share * scale * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
 @dataclass
@@ -82,6 +83,7 @@ def refit(
     kept: Tensor,
     inputs_cross: Float[Tensor, "I I"],
     target_cross: Float[Tensor, "O I"],
+    ridge: float | None = None,
 ) -> Float[Tensor, "O I"]:
     """Weights on the kept inputs that best reproduce a target, pulled towards the present ones where data say nothing.
 
@@ -92,6 +94,7 @@ def refit(
         kept: positions of the inputs that stay.
         inputs_cross: mean of x xᵀ (or covariance).
         target_cross: mean of target xᵀ (or covariance).
+        ridge: share of the mean variance; `RIDGE` by default.
     """
     result = torch.zeros_like(weight, dtype=torch.float64)
     if not len(kept):
@@ -99,6 +102,6 @@ def refit(
     own = weight[:, kept].double()
     gram = inputs_cross[kept][:, kept].double()
     right = target_cross[:, kept].double() - own @ gram
-    change = torch.linalg.solve(damped(gram), right.t()).t()
+    change = torch.cholesky_solve(right.t(), torch.linalg.cholesky(damped(gram, ridge))).t()
     result[:, kept] = own + change
     return result

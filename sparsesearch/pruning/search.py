@@ -187,18 +187,7 @@ def plan_from_cut(
     return Plan(
         **{**attention, **more},
         lengths_tokens=question.lengths,
-        budgets=tuple(
-            BudgetRecord(
-                metric=budget.metric,
-                bound=budget.bound,
-                predicted={
-                    str(length): float(share)
-                    for length, share in zip(question.lengths, table.scores.cost_of(budget.metric, choice), strict=True)
-                },
-                cost_model=question.cost_model.name if budget.metric == "latency" and question.cost_model else None,
-            )
-            for budget in question.budgets
-        ),
+        budgets=tuple(_recorded(budget, question, table, choice) for budget in question.budgets),
         certificate=None
         if solution is None
         else Certificate(
@@ -210,6 +199,19 @@ def plan_from_cut(
         ),
         provenance={"calibration": manifest.calibration, "seed": manifest.seed, "versions": manifest.versions},
         pruning=cut_of(profile, question, table, choice),
+    )
+
+
+def _recorded(
+    budget: Budget, question: PruningQuestion, table: PruningTable, choice: Int[ndarray, " U"]
+) -> BudgetRecord:
+    """A budget, and what a choice is predicted to take of it."""
+    shares = table.scores.cost_of(budget.metric, choice)
+    return BudgetRecord(
+        metric=budget.metric,
+        bound=budget.bound,
+        predicted={str(length): float(share) for length, share in zip(question.lengths, shares, strict=True)},
+        cost_model=question.cost_model.name if budget.metric == "latency" and question.cost_model else None,
     )
 
 

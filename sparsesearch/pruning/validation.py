@@ -1,6 +1,6 @@
 """How far the pruning criteria can be trusted: rank agreement with the loss change that is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from sparsesearch.errors import SpecError
 from sparsesearch.pruning.live import narrowed
 from sparsesearch.pruning.menus import CRITERIA
 from sparsesearch.pruning.quality import Batch, dense_rows, mean_distance
-from sparsesearch.pruning.record import PruningProfile
+from sparsesearch.pruning.record import Kind, PruningProfile
 from sparsesearch.pruning.search import PruningQuestion, PruningTable, cut_of, pruning_table
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.solve import solve
@@ -74,18 +74,24 @@ def validate_criteria(
         choices.append(choice)
         whole.append({"params": float(table.scores.cost_of("params", choice)[0]), "distance": found})
     progress("validate criteria", num_plans, num_plans)
-    tau = {}
-    for name in names:
-        single = [losses[name][(i, kind)][place] for i, kind, place in cells]
-        sums = [
-            sum(losses[name][sublayer][int(place)] for sublayer, place in zip(table.sublayers, choice, strict=True))
-            for choice in choices
-        ]
-        tau[name] = {
-            "single": float(kendalltau(single, truth).statistic),
-            "whole": float(kendalltau(sums, [plan["distance"] for plan in whole]).statistic),
+    tau = {
+        name: {
+            "single": float(kendalltau([losses[name][(i, kind)][place] for i, kind, place in cells], truth).statistic),
+            "whole": float(kendalltau(_sums(losses[name], table, choices), [p["distance"] for p in whole]).statistic),
         }
+        for name in names
+    }
     return CriterionAgreement(tau, truth, whole)
+
+
+def _sums(
+    losses: Mapping[tuple[int, Kind], Sequence[float]], table: PruningTable, choices: Sequence[Int[ndarray, " U"]]
+) -> list[float]:
+    """What a criterion says whole cuts cost."""
+    return [
+        sum(losses[sublayer][int(place)] for sublayer, place in zip(table.sublayers, choice, strict=True))
+        for choice in choices
+    ]
 
 
 def _draw(table: PruningTable, rng: np.random.Generator) -> Int[ndarray, " U"]:

@@ -52,6 +52,7 @@ def render(
         ("The search", _pareto(pareto, pareto_y_label)),
         ("Predicted and measured", tables.predictions_table(plan, metrics, variant) + tables.seconds_table(metrics)),
         ("Where answers are found", tables.needle_table(metrics, variant)),
+        ("Task by task", tables.task_table(metrics, variant)),
         ("Provenance", tables.provenance(plan, metrics, profile_summary or {})),
     ]
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)

@@ -167,6 +167,25 @@ def needle_table(metrics: Metrics, variant: str) -> str:
     )
 
 
+def task_table(metrics: Metrics, variant: str) -> str:
+    """Every long-context task by itself, dense beside the plan; nothing where none was judged."""
+    parts = []
+    for length, tasks in sorted(metrics.tasks.items()):
+        rows = ""
+        for task, cells in tasks.items():
+            own, dense = cells[variant], cells["dense"]
+            kept = "" if own.retention is None else f"{own.retention:.3f} <small>± {own.retention_error:.3f}</small>"
+            remark = " <small>dense answers little</small>" if metrics.says_little(length, task) else ""
+            rows += (
+                f'<tr><th scope="row">{escape(task.replace("_", " "))}{remark}</th><td>{_meter(dense.accuracy)}</td>'
+                f"<td>{_meter(own.accuracy)}</td><td>{_difference(own.accuracy_minus_dense)}</td><td>{kept}</td></tr>"
+            )
+        names = (f"{length} tokens", "dense", variant, "difference", "retained")
+        head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in names)
+        parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+    return "".join(parts)
+
+
 def provenance(plan: Plan, metrics: Metrics, profile_summary: Mapping[str, Any]) -> str:
     """Everything needed to make the same figures again."""
     info = plan.base_model

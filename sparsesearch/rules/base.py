@@ -144,7 +144,11 @@ class Rule(BaseModel):
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
     ) -> Int16[Tensor, "*#unit M N"]:
         """How each tile is seen: 1 key by key, n as the means of n neighbouring keys each, 0 not at all. Tiles at 1 are those of `select`."""
-        return self.select(grid, q, k).short()
+        return self.levels_of(self.select(grid, q, k), grid)
+
+    def levels_of(self, tiles: Bool[Tensor, "*unit M N"], grid: BlockGrid) -> Int16[Tensor, "*unit M N"]:
+        """The levels that follow from the tiles of `select`, where these say it all."""
+        return tiles.short()
 
     def work(
         self, levels: Int16[Tensor, "*unit M N"], grid: BlockGrid, steps: int | None = None

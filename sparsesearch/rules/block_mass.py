@@ -42,10 +42,14 @@ class BlockMass(Rule):
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
     ) -> Bool[Tensor, "*unit M N"]:
         """The heaviest tiles of each row."""
-        layout = layout_of(grid, self.label)
+        layout_of(grid, self.label)
         if q is None or k is None:
             raise SpecError("block_mass must be given this call's queries and keys; use it in prefill only.")
-        mass = tile_mass(q, k, grid)
+        return self.heaviest(tile_mass(q, k, grid), grid)
+
+    def heaviest(self, mass: Float[Tensor, "*unit M N"], grid: BlockGrid) -> Bool[Tensor, "*unit M N"]:
+        """The choice from the mass of every tile, wherever that was computed."""
+        layout = layout_of(grid, self.label)
         free = ~dense_pairs(grid, self.order).to(mass.device)
         present = segments_in_blocks(layout, self.order, grid.block_tokens).to(mass.device)
         owner = present.float().argmax(-1)  # a mixed block counts for its first segment

@@ -14,7 +14,8 @@ class CachedRest(RestRule):
     """At a refresh step dense attention, which leaves ρ = Σ_S e / Σ e per query and head, and Δ = O - ρ·O_S;  a steps later O = ρ_a·O_S + Δ.
 
     ρ_a = min(ρ + a·drift, 1): in the published runs the computed tiles' share of the softmax grows from step to step. The first step of a
-    range, then every `every`-th one refreshes. Keeps T x (head_dim + 1) numbers per head between steps: `bytes_per_head`.
+    range, then every `every`-th one refreshes. Keeps T x (head_dim + 1) numbers per head between steps: `bytes_per_head`. Several calls of one step
+    (guidance) must share a batch or carry names, as in diffusers' cache contexts: a residual is kept per name.
 
     Source: Chen et al. 2025, Re-ttention, arXiv:2505.22918, section 4 and public code (every 5th of the steps dense, drift 0.04 per step, the
     window's ratio and residual kept). Differs: any static rule instead of the window; the sum is clipped at 1; the share is kept in fp32.

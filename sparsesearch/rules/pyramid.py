@@ -93,6 +93,11 @@ class Pyramid(Rule):
         return torch.where(exact, torch.ones_like(levels), levels)
 
     @property
+    def coarse_levels(self) -> list[int]:
+        """Levels above 1 that have a share."""
+        return [level for level, share in zip(LEVELS, self.shares, strict=True) if level > 1 and share > 0]
+
+    @property
     def label(self) -> str:
         """Shares, how they are counted, and the order."""
         return f"{self.kind}(shares={_as_text(self.shares)},by={self.by},order={self.order})"

@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float, Int16
+from jaxtyping import Bool, Float, Int16
 from pydantic import Field
 from torch import Tensor
 
@@ -29,11 +29,8 @@ class TaylorRest(RestRule):
     kind: Literal["taylor_rest"] = "taylor_rest"
     terms: Literal[0, 1] = Field(1, description="0: mean keys alone; 1: and the first-order term")
 
-    def levels(
-        self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
-    ) -> Int16[Tensor, "*#unit M N"]:
-        """The inner rule's tiles at 1, all others at one mean per block."""
-        tiles = self.select(grid, q, k)
+    def levels_of(self, tiles: Bool[Tensor, "*unit M N"], grid: BlockGrid) -> Int16[Tensor, "*unit M N"]:
+        """The tiles at 1, all others at one mean per block."""
         pooled = grid.reachable(tiles.device) & ~tiles
         return tiles.short() + pooled.short() * grid.block_tokens
 

@@ -26,10 +26,11 @@ from sparsesearch.rules.base import Rule
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
-from sparsesearch.runtime.attention import attend_heads, pick_heads
+from sparsesearch.runtime.attention import attend_heads
 from sparsesearch.runtime.binding import LayerBinding, binding_of, kv_partition
 from sparsesearch.runtime.handles import KeyValues
 from sparsesearch.runtime.mask_code import MaskCode
+from sparsesearch.runtime.rule_attention import pick_heads
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 from sparsesearch.runtime.stores import SLACK_TOKENS, Call, EmptyStore, FullStore, MeanStore, RingStore, Store
 

@@ -28,7 +28,7 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Fitted:
-    """An output projection after compensation: all columns, those of removed inputs zero; and a bias or None."""
+    """A projection after compensation: all rows and columns, those of removed inputs zero; and a bias or None."""
 
     weight: Float[Tensor, "O I"]
     bias: Float[Tensor, " O"] | None
@@ -203,7 +203,7 @@ def sliced_weights(cut: Cut, fitted: Mapping[str, Fitted], layers: tuple[Layer, 
 
     Args:
         cut: what goes.
-        fitted: compensated output projections by path; the model's own where there is none.
+        fitted: compensated projections by path; the model's own where there is none.
         layers: of the dense model.
     """
     found: dict[str, Tensor] = {}
@@ -226,18 +226,24 @@ def _sliced(
 ) -> dict[str, Tensor]:
     found = {}
     for name, kept in rows.items():
-        projection = layer.projection(name)
-        found[f"{layer.path}.{name}.weight"] = projection.weight.detach()[kept.to(projection.weight.device)]
-        if projection.bias is not None:
-            found[f"{layer.path}.{name}.bias"] = projection.bias.detach()[kept.to(projection.bias.device)]
+        path, own = f"{layer.path}.{name}", _fitted_or_own(layer, name, fitted)
+        found[f"{path}.weight"] = own.weight[kept.to(own.weight.device)]
+        if own.bias is not None:
+            found[f"{path}.bias"] = own.bias[kept.to(own.bias.device)]
     out = layer.projection(layout.out)
-    path = f"{layer.path}.{layout.out}"
-    new = fitted.get(path) or Fitted(out.weight.detach(), None if out.bias is None else out.bias.detach())
+    path, new = f"{layer.path}.{layout.out}", _fitted_or_own(layer, layout.out, fitted)
     if len(columns):
         found[f"{path}.weight"] = new.weight[:, columns.to(new.weight.device)].to(out.weight.dtype).contiguous()
     if new.bias is not None:
         found[f"{path}.bias"] = new.bias.to(out.weight.dtype)
     return found
+
+
+def _fitted_or_own(layer: Layer, name: str, fitted: Mapping[str, Fitted]) -> Fitted:
+    own = layer.projection(name)
+    return fitted.get(f"{layer.path}.{name}") or Fitted(
+        own.weight.detach(), None if own.bias is None else own.bias.detach()
+    )
 
 
 def _positions(heads: tuple[int, ...], head_dim: int) -> Tensor:

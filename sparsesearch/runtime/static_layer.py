@@ -14,12 +14,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsesearch.errors import SparseSearchError
 from sparsesearch.kernels.cache_ops import append_token, fill_prompt
+from sparsesearch.kernels.plain_calls import as_called
 from sparsesearch.rules.base import Rule
-from sparsesearch.runtime.attention import attend_heads, pick_heads
+from sparsesearch.runtime.attention import attend_heads
 from sparsesearch.runtime.backends import serving_kernel
 from sparsesearch.runtime.binding import LayerBinding, group_heads
 from sparsesearch.runtime.handles import KeyValues
 from sparsesearch.runtime.mask_code import MaskCode, Span, spans_of
+from sparsesearch.runtime.rule_attention import pick_heads
 from sparsesearch.runtime.static_reads import Queries, Reads
 from sparsesearch.runtime.static_regions import Layout
 
@@ -170,7 +172,7 @@ class StaticPlanLayer(CacheLayerMixin):
             numbers: Tensor = self.binding.remembered(
                 ("prompt", lines, k.device), lambda: torch.tensor(lines, dtype=torch.int32, device=k.device)
             )
-            fill_prompt(
+            as_called(fill_prompt)(
                 k, v, self.keys, self.values, self.layout.start, *self.layout.limits, numbers[0], numbers[1], self.seen,
                 self.binding.block_tokens, self.kernel,
             )  # fmt: skip

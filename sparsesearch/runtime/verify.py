@@ -56,13 +56,20 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(directory: str | Path, *, prompt_tokens: int | None = None, trust_remote_code: bool = False) -> VerifyReport:
+def verify(
+    directory: str | Path,
+    *,
+    prompt_tokens: int | None = None,
+    trust_remote_code: bool = False,
+    intended: Plan | None = None,
+) -> VerifyReport:
     """Check plan copies, weights and results of a patched checkpoint, in float32 on the CPU.
 
     Args:
         directory: the checkpoint.
         prompt_tokens: length of the random prompt; 4 tiles and 5 tokens by default.
         trust_remote_code: run code that comes with the checkpoint.
+        intended: the plan that config.json should carry; by default the one in the file beside it.
 
     Raises:
         ArtifactError: it is no patched checkpoint, or a file is missing, damaged or edited.
@@ -71,7 +78,7 @@ def verify(directory: str | Path, *, prompt_tokens: int | None = None, trust_rem
     place = locate(directory)
     if not isinstance(place, Path) or not place.is_dir():
         raise ArtifactError(f"{directory} must be a local checkpoint directory, but is not. Check the path.")
-    plan, problems = _plans(place)
+    plan, problems = _plans(place, intended)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(place), dtype=torch.float32, trust_remote_code=trust_remote_code
     )
@@ -107,7 +114,7 @@ def verify(directory: str | Path, *, prompt_tokens: int | None = None, trust_rem
     )
 
 
-def _plans(directory: Path) -> tuple[Plan, list[str]]:
+def _plans(directory: Path, intended: Plan | None) -> tuple[Plan, list[str]]:
     """The plan in the config, and how its copy differs."""
     try:
         config: dict[str, Any] = json.loads(read_text(directory / "config.json"))
@@ -126,7 +133,7 @@ def _plans(directory: Path) -> tuple[Plan, list[str]]:
     copy = directory / PLAN_FILE
     if not copy.is_file():
         problems.append(f"{PLAN_FILE} is missing")
-    elif (other := Plan.load(copy).sha256) != plan.sha256:
+    elif (other := (intended or Plan.load(copy)).sha256) != plan.sha256:
         problems.append(f"{PLAN_FILE} ({other[:12]}) is not the plan in config.json ({plan.sha256[:12]})")
     return plan, problems
 

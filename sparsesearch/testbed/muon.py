@@ -46,6 +46,14 @@ class Muon:
         }
         self.momentum, self.weight_decay = momentum, weight_decay
 
+    def averages(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every matrix with its momentum, a view that can be read into a file and written back."""
+        return [
+            (parameter, self._average[shape][place])
+            for shape, group in self._groups.items()
+            for place, parameter in enumerate(group)
+        ]
+
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Update every matrix and drop its gradient."""

@@ -35,13 +35,21 @@ def model():
 def test_rows_say_what_was_measured(model):
     plan = mixture_plan(describe(model, "tiny"), density=0.5, kv_fraction=0.6, block_tokens=16)
     request = Request(lengths=(70,), decode_tokens=200, batches=(1, 2), steps=3, compiled=False)
+    seen: list[dict] = []
     bench = _Bench(
-        model, plan, request, {"copy_bytes_per_s": 1e10}, load_cost_model("roofline:h200"), lambda row: None, "triton"
+        model,
+        plan,
+        request,
+        {"ceilings": {"copy_bytes_per_s": 1e10}, "rows": []},
+        load_cost_model("roofline:h200"),
+        seen.append,
+        "triton",
     )
     with torch.inference_mode():
         bench.prefill(70)
         bench.backend = "torch"
         bench.decode()
+    assert len(seen) == len(bench.rows) == 6
     prefill, *decode, fit = bench.rows
     counted = TileCount()
     ids = bench._prompt(70)

@@ -94,7 +94,7 @@ def test_weightings_lie_between_nothing_and_what_was_measured(made: DenoisingPro
 
 def test_the_descent_finds_the_best_powers_of_a_bowl() -> None:
     def bowl(weighting: Weighting) -> float:
-        return (weighting.range - 0.5) ** 2 + (weighting.layer - 1.0) ** 2 + (weighting.head - 0.25) ** 2
+        return (weighting.range - 0.5) ** 2 + (weighting.layer - 1.0) ** 2 + (weighting.rest - 0.25) ** 2
 
     tried = list(descend(bowl, Weighting(0, 0, 0), evaluations=60))
     assert min(tried, key=bowl) == Weighting(0.5, 1, 0.25)

@@ -122,3 +122,14 @@ def test_several_passes_are_averaged(run: Run, made: DenoisingProfile, tmp_path:
         profile_transformer(run.model, twice, request_of(run), tmp_path / "one")
     with pytest.raises(SpecError, match="3 times"):
         profile_transformer(run.model, twice, request_of(run, passes=3), tmp_path / "three")
+
+
+def test_maps_that_cannot_be_held_are_refused_before_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsesearch.profiling.denoising.run.MOST_MASS_BYTES", 1000.0)
+    before = run.calls
+    with pytest.raises(SpecError, match="video_geometric"):
+        profile(run, tmp_path / "p")
+    assert run.calls == before + 1
+    assert "_diffusers_hook" not in run.model.__dict__

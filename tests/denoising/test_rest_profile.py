@@ -30,6 +30,7 @@ candidates:
   - {kind: rectified_rest, of: {kind: pooled_mass, keep: 0.25, order: "tile(2,4,4)"}}
   - {kind: pyramid, shares: 0.2/0.2/0.2/0.4}
   - {kind: cached_rest, every: 4, of: {kind: diagonal_band, reach: {b: 0.1}}}
+  - {kind: cached_rest, every: 4, of: {kind: calibrated_tiles, keep: 0.25, order: "tile(2,4,4)"}}
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,44 @@ def test_minference_heads(tmp_path: Path) -> None:
     assert written[0] == MINFERENCE[0]
     assert written[1]["2"] == ["vertical_and_slash", 1000, 6096, 1]
     assert written[1]["3"] == MINFERENCE[1]["3"][:4]
+
+
+def test_every_shape_of_minferences_released_files(tmp_path: Path) -> None:
+    """As its released files differ: one budget or dozens, windows, scores of any number type, heads left out, more numbers, vLLM's table."""
+    budgets = [
+        (1000, 6096),
+        (100, 800),
+        (30, 800),
+        (100, 750),
+        (500, 700),
+        (3500, 100),
+        (512, 2048),
+        (1000, 4096),
+        (13388, 18384),
+    ]
+    model = MODEL.model_copy(update={"num_heads": (9, 9), "num_kv_heads": (3, 3)})
+    target = replace(TARGET, base_model=model)
+    layers: list[dict[str, list[Any]]] = [
+        {str(head): ["vertical_and_slash", *budget, 1.5e-3 * head] for head, budget in enumerate(budgets)},
+        {
+            "0": ["stream_llm", 100, 800, 1],
+            "4": ["vertical_and_slash", 1000, 6096, 0.97, 12],
+            "8": ["block_sparse", 1000, 6096, 1],
+        },
+    ]
+    plain = read_plan(write_json(tmp_path / "list.json", layers), "minference", target)
+    first, second = ([*plain.module_rules(module)] for module in model.modules)
+    assert first == [slash(*budget) for budget in budgets]
+    assert second[0] == stream(100, 800)
+    assert second[8] == PooledTopk(keep=LengthLaw(a=6400), sink=0)
+    assert second[1:8] == [slash(1000, 6096)] * 7, "heads that the search left out run its default"
+    table = {str(number): layer for number, layer in enumerate(layers)}
+    nested = {"dual_chunk_attention_config": {"chunk_size": 8192, "sparse_attention_config": table}, "hidden_size": 4}
+    for number, content in enumerate((table, {"sparse_attention_config": table}, nested)):
+        again = read_plan(write_json(tmp_path / f"table{number}.json", content), "minference", target)
+        assert again.assignments == plain.assignments
+    with pytest.raises(ArtifactError, match="list over layers"):
+        read_plan(write_json(tmp_path / "gap.json", {"0": layers[0], "2": layers[1]}), "minference", target)
 
 
 def test_moa_windows(tmp_path: Path) -> None:

@@ -151,3 +151,13 @@ def test_unequal_sample_counts(tiny: Callable[..., PreTrainedModel], tmp_path: P
     sets = {64: calibration(64), 80: calibration(80, 3)}
     with pytest.raises(SpecError, match="same number of samples"):
         profile_model(model, Request(describe(model, "t"), SearchSpace.parse(SPACE, where="t"), sets), tmp_path / "p")
+
+
+@pytest.mark.parametrize("name", ["hylra", "rals"])
+def test_objectives_of_reuse_name_their_command(
+    tiny: Callable[..., PreTrainedModel], tmp_path: Path, name: str
+) -> None:
+    model = tiny("llama")
+    profile = profile_model(model, request_for(model, (70,)), tmp_path / "profile")
+    with pytest.raises(SpecError, match=f"search-reuse PROFILE --objective {name}"):
+        objective_loss(profile, name, "query_head", answer_weight=1.0)

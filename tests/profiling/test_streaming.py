@@ -9,11 +9,13 @@ from test_run import SPACE, calibration
 from transformers import PreTrainedModel
 
 from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError
+from sparsesearch.profiling.layer_stack import LayerStack
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.profiling.streamed_model import StreamedModel, open_streamed
 from sparsesearch.profiling.streaming import profile_streamed
 from sparsesearch.runtime.fingerprint import describe
+from sparsesearch.runtime.loading import load_weights
 from sparsesearch.search_space import SearchSpace
 
 LENGTHS = (70, 96)
@@ -103,3 +105,25 @@ def test_refusals(tiny: object, tmp_path: Path) -> None:
         open_streamed("weights.gguf")
     with pytest.raises(SpecError, match="dtype"):
         open_streamed("needle-7m", dtype="int3")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_that_accelerate_offloads(architecture: str, tiny: object, tmp_path: Path) -> None:
+    """Weights that come and go by accelerate's hooks: layers are swept all the same, and scored alike."""
+    accelerate = pytest.importorskip("accelerate")
+    model: PreTrainedModel = tiny(architecture)  # type: ignore[operator]
+    info = describe(model, "tiny")
+    truth = profile_model(model, request_for(info), tmp_path / "whole")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert any(p.is_meta for p in model.parameters())
+    assert LayerStack.of(model, info.modules) is not None
+    same_scores(profile_model(model, request_for(info), tmp_path / "offloaded"), truth)
+
+
+def test_device_maps_by_name(tiny: object, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model: PreTrainedModel = tiny("llama")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "model")
+    mapped = load_weights(tmp_path / "model", device_map="auto")
+    truth = profile_model(model, request_for(describe(model, "tiny")), tmp_path / "whole")
+    same_scores(profile_model(mapped, request_for(describe(mapped, "tiny")), tmp_path / "mapped"), truth)

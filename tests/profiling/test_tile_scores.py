@@ -7,6 +7,7 @@ import torch
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.reference import tile_attention
+from sparsesearch.profiling import tile_scores
 from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, late_from, score_layer, tile_mass
 from sparsesearch.rules import Rule, rule_kinds
 
@@ -37,7 +38,14 @@ def layer(length: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, win
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
-def test_every_sum_equals_the_oracle(length: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_sum_equals_the_oracle(length: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strip by strip as on a CPU, and three strips at a time as on a GPU."""
+    monkeypatch.setattr(
+        tile_scores,
+        "_row_groups",
+        lambda grid, like: (slice(a, min(a + rows, grid.num_q_blocks)) for a in range(0, grid.num_q_blocks, rows)),
+    )
     data, grid = layer(length), BlockGrid(length, length, 32)
     tiles = choose_tiles(RULES, data, grid)
     scores = score_layer(RULES, tiles, data, grid)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from pruning_models import CLASSES, DECODERS, batches_for, ragged_cut, tiny_model
+from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
 import sparsesearch
@@ -19,6 +20,7 @@ from sparsesearch.pruning.live import narrowed
 from sparsesearch.pruning.models import load_prunable
 from sparsesearch.pruning.profile_run import describe_layers
 from sparsesearch.pruning.quality import output_rows
+from sparsesearch.pruning.verify import is_pruned, verify_pruned
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.shrink import layer_cut
@@ -162,3 +164,49 @@ def test_refusals(saved, tmp_path):
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "sparsesearch_cut": {}}))
     with pytest.raises(ArtifactError, match="widths"):
         AutoModel.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", sorted(CLASSES))
+@pytest.mark.parametrize("mode", ["physical", "logical"])
+def test_verify_accepts_what_apply_wrote_and_finds_what_was_changed(family, mode, saved, tmp_path):
+    model, base = saved(family)
+    plan = plan_for(model, ragged_cut(model))
+    export_pruned(plan, base, tmp_path / "out", mode=mode)
+    assert is_pruned(tmp_path / "out")
+    found = verify_pruned(tmp_path / "out")
+    assert found.problems == ()
+    removed = sum(len(own.removed_heads) for own in plan.pruning.layers.values())
+    assert (found.layout, found.heads_removed) == ("per layer" if mode == "physical" else "logical", removed)
+    other = Cut(layers={**plan.pruning.layers, 3: layer_cut(layers_of(model)[3], channels=(0, 1, 2))})
+    (tmp_path / "out" / "sparse_plan.json").unlink()
+    plan_for(model, other).save(tmp_path / "out" / "sparse_plan.json")
+    assert any("layer 3" in problem for problem in verify_pruned(tmp_path / "out").problems)
+
+
+def test_verify_compares_rules_and_the_uniform_layout(saved, tmp_path):
+    model, base = saved("llama")
+    layers = layers_of(model)
+    cut = Cut(layers={i: layer_cut(layer, heads=(0, 1), channels=tuple(range(16))) for i, layer in enumerate(layers)})
+    export_pruned(plan_for(model, cut), base, tmp_path / "out")
+    found = verify_pruned(tmp_path / "out")
+    assert (found.layout, found.problems) == ("stock", ())
+    assert found.decode_error <= found.tolerance
+
+
+def test_uniform_widths_are_what_llama_cpp_converts(saved, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model, base = saved("llama")
+    layers = layers_of(model)
+    cut = Cut(layers={i: layer_cut(layer, heads=(0, 1), channels=tuple(range(16))) for i, layer in enumerate(layers)})
+    found = export_pruned(plan_for(model, cut), base, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found.layout == "stock"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)
+    assert config["intermediate_size"] == 32
+    assert "sparsesearch" not in json.dumps(config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(layers))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # safetensors' own
+            assert names.get_name(name, (".weight", ".bias")) is not None, name
+            assert not name.endswith(".bias"), "stock Llama has no biases"

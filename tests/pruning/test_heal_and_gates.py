@@ -1,5 +1,7 @@
 """Distillation and learned masks: they lower what they minimise, resume exactly, and leave the rest alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pruning_models import batches_for, tiny_model
@@ -7,16 +9,16 @@ from pruning_models import batches_for, tiny_model
 from sparsesearch.cut import Cut
 from sparsesearch.errors import ArtifactError
 from sparsesearch.plan import Plan
-from sparsesearch.pruning import heal
+from sparsesearch.pruning import heal_state
 from sparsesearch.pruning.export import export_pruned
 from sparsesearch.pruning.gates import learn_gates
-from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
+from sparsesearch.pruning.heal import HealRequest, generated_batches, heal_checkpoint
 from sparsesearch.pruning.profile_run import describe_layers
 from sparsesearch.runtime.loading import load_model
 from sparsesearch.runtime.shrink import layer_cut
 from sparsesearch.runtime.sublayers import layers_of
 
-REQUEST = HealRequest(steps=6, length_tokens=128, batch=2, num_sequences=4, save_every=2, learning_rate=2e-4)
+REQUEST = HealRequest(steps=6, length_tokens=128, batch=2, num_sequences=4, save_every=2, generated=4)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,10 @@ def pruned(tmp_path_factory):
     return out
 
 
-def test_healing_lowers_the_distance_and_resumes_to_the_same_bytes(pruned, tmp_path, monkeypatch):
-    whole = heal_checkpoint(pruned, "needle-7m", tmp_path / "whole", REQUEST)
+@pytest.mark.parametrize(("optimiser", "rate"), [("adamw", 2e-4), ("muon", 5e-4)])
+def test_healing_lowers_the_distance_and_resumes_to_the_same_bytes(optimiser, rate, pruned, tmp_path, monkeypatch):
+    request = replace(REQUEST, optimiser=optimiser, learning_rate=rate)
+    whole = heal_checkpoint(pruned, "needle-7m", tmp_path / "whole", request)
     assert whole.distance_after < whole.distance_before
     assert whole.loss_dense < whole.loss_before
     assert whole.recovered > 0
@@ -44,23 +48,32 @@ def test_healing_lowers_the_distance_and_resumes_to_the_same_bytes(pruned, tmp_p
         if arguments[-1] == 4:
             raise KeyboardInterrupt
 
-    save = heal._State.save
+    save = heal_state.HealState.save
     with monkeypatch.context() as patch:
-        patch.setattr(heal._State, "save", dies)
+        patch.setattr(heal_state.HealState, "save", dies)
         with pytest.raises(KeyboardInterrupt):
-            heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", REQUEST)
+            heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", request)
     assert not (tmp_path / "parts").exists()
     with pytest.raises(ArtifactError, match="--resume"):
-        heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", REQUEST)
+        heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", request)
     with pytest.raises(ArtifactError, match="seed=0"):
-        heal_checkpoint(
-            pruned, "needle-7m", tmp_path / "parts", HealRequest(**{**vars(REQUEST), "seed": 1}), resume=True
-        )
-    again = heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", REQUEST, resume=True)
+        heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", replace(request, seed=1), resume=True)
+    again = heal_checkpoint(pruned, "needle-7m", tmp_path / "parts", request, resume=True)
     assert again == whole
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
     assert not (tmp_path / "parts.heal").exists()
+
+
+def test_the_teacher_writes_what_is_trained_on_and_the_same_again():
+    model, tokenizer = load_model("needle-7m")
+    request = replace(REQUEST, generated=3, length_tokens=40)
+    state = torch.get_rng_state()
+    once, again = (generated_batches(model, tokenizer, request) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are as before"
+    assert [batch["input_ids"].shape for batch in once] == [(1, 40)] * 3
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(once, again, strict=True))
+    assert not torch.equal(once[0]["input_ids"], once[1]["input_ids"])
 
 
 def test_gates_move_towards_the_target_and_weights_stay(tmp_path):

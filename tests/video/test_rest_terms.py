@@ -15,6 +15,7 @@ from sparsesearch.kernels.rest_terms import merge, pooled_state
 from sparsesearch.layout import Layout, video_layout
 from sparsesearch.order import parse_order
 from sparsesearch.rules import LengthLaw, Rule, parse_rule
+from sparsesearch.rules.block_mass import BlockMass
 from sparsesearch.rules.cached_rest import CachedRest
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.diagonal_band import DiagonalBand
@@ -139,6 +140,22 @@ def test_equals_the_formula(layout: Layout, kv_heads: int, backend: Backend) -> 
             one = [x[batch, h][there] for x, h in ((q, head), (k, head * kv_heads // 8), (v, head * kv_heads // 8))]
             expected = oracle(one[0], one[1], one[2], grid, rule)[back.cpu()]
             assert torch.allclose(result[batch, head].double().cpu(), expected, atol=atol), rule.label
+
+
+@pytest.mark.parametrize("layout", [video_layout(3, 3, 7), video_layout(2, 5, 7, text_last=5)])
+def test_exact_mass_by_the_kernel_chooses_as_the_rule_does(layout: Layout) -> None:
+    """On a device one dense launch gives the log-sum-exp and a kernel the tiles' mass; grouped keys, a rest term over it, another order."""
+    rules: tuple[Rule, ...] = (
+        BlockMass(keep=0.3),
+        Dense(),
+        TaylorRest(of=BlockMass(keep=0.3), terms=0),
+        BlockMass(keep=0.5, order=parse_order("tile(2,2,4)")),
+    )
+    q, k, v = tensors(layout, 4, 2)
+    grid = grid_of(layout)
+    found = attend(q, k, v, grid, rules, scale=SCALE, backend="triton")
+    expected = attend(q.cpu(), k.cpu(), v.cpu(), grid, rules, scale=SCALE, backend="torch")
+    assert torch.allclose(found.cpu(), expected, atol=2e-5 if DEVICE == "cpu" else 5e-3)
 
 
 @pytest.mark.parametrize("shape", [(63, 63), (64, 130), (17, 200)])

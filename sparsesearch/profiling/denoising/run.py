@@ -4,7 +4,7 @@ The model samples as ever; a probe on its attention sees queries, keys and value
 with steps, layers or sequences.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from sparsesearch.artifacts import sha256_file, write_bytes
@@ -23,6 +22,7 @@ from sparsesearch.layout import Layout
 from sparsesearch.order import Order
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.profiling.denoising.menu import FlatCall, OrderGroup, video_grid
+from sparsesearch.profiling.denoising.observe import Observer, Progress, Sampler, real_tokens, silent
 from sparsesearch.profiling.denoising.record import DenoisingProfile, StepsManifest
 from sparsesearch.profiling.denoising.request import StepsRequest
 from sparsesearch.profiling.denoising.rest_errors import RestErrors, must_run
@@ -31,17 +31,12 @@ from sparsesearch.profiling.record import provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
-from sparsesearch.runtime.denoisers import apply_denoiser, projections_of
+from sparsesearch.rules.taylor_rest import TaylorRest
+from sparsesearch.runtime.denoisers import projections_of
 from sparsesearch.runtime.diffusion.attention import LayerCall
 
-Sampler = Callable[[], Tensor]
-"""Samples from the calibration inputs through the model under study and returns the final latents, one row per sequence."""
-Progress = Callable[[str, int, int], None]
+MOST_MASS_BYTES = 32e9
 Calibrated = dict[str, tuple[dict[str, tuple[Rule, ...]], ...]]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """The default progress callback."""
 
 
 def profile_transformer(
@@ -77,7 +72,7 @@ def profile_transformer(
     running = plan or uniform_plan(
         request.base_model, Dense(), block_tokens=request.space.block_tokens, lengths_tokens=(1,)
     )
-    study = _Study(model, sampler, request, running, store, progress, scheduler)
+    study = _Study(model, request, store, Observer(model, sampler, request, running, store.folder, progress, scheduler))
     calibrated = study.calibrate()
     return study.score(calibrated, None if plan is None else plan.sha256)
 
@@ -87,13 +82,15 @@ class _Study:
     """One profiling run."""
 
     model: Any
-    sampler: Sampler
     request: StepsRequest
-    running: Plan
     store: ShardStore
-    progress: Progress
-    scheduler: Any
-    layout: Layout | None = None
+    observer: Observer
+
+    @property
+    def layout(self) -> Layout:
+        """Tokens of the sequences; known once they were seen."""
+        assert self.observer.layout is not None
+        return self.observer.layout
 
     def calibrate(self) -> Calibrated:
         """Turn the space's templates into one rule per range and head, from the mean attention mass."""
@@ -103,16 +100,18 @@ class _Study:
             return {}
 
         def masses(seen: LayerCall) -> dict[str, Tensor]:
+            self._check_mass_bytes(len(orders))
             flat = FlatCall.of(seen)
             found = {}
             for order in orders:
                 q, k, _ = flat.ordered(order)
-                mass = tile_masses(q, k, scale=seen.scale, block_tokens=self.request.space.block_tokens)
+                mass = tile_masses(
+                    q, k, scale=seen.scale, block_tokens=self.request.space.block_tokens, real_tokens=real_tokens(seen)
+                )
                 found[f"{order}"] = mass.view(*seen.q.shape[:2], *mass.shape[1:]).mean(0)
             return found
 
-        shards = self._observe("masses", masses)
-        assert self.layout is not None
+        shards = self.observer.shards("masses", masses)
         modules, grid = self.request.base_model.modules, video_grid(self.layout, self.request.space.block_tokens)
         calibrated: dict[str, list[dict[str, tuple[Rule, ...]]]] = {rule.label: [] for rule in templates}
         every = tuple(step for steps in self.request.captured for step in steps)
@@ -126,6 +125,19 @@ class _Study:
         repeated = len(self.request.captured) if self.request.bitmaps == "run" else 1
         return {label: tuple(tables) * repeated for label, tables in calibrated.items()}
 
+    def _check_mass_bytes(self, num_orders: int) -> None:
+        """Masses of all tiles of all heads are held for every captured step; refuse before hours are spent on what cannot be held."""
+        request = self.request
+        blocks = video_grid(self.layout, request.space.block_tokens).num_q_blocks
+        steps = sum(len(captured) for captured in request.captured)
+        needed = 4.0 * blocks**2 * request.base_model.geometry.total_heads * num_orders * steps
+        if needed > MOST_MASS_BYTES:
+            raise SpecError(
+                f"calibrated bitmaps need the mass of every tile, {needed / 1e9:.0f} GB for {blocks} x {blocks} tiles of "
+                f"{request.base_model.geometry.total_heads} heads in {num_orders} orders at {steps} steps, but at most "
+                f"{MOST_MASS_BYTES / 1e9:.0f} GB are held. Take a space without them, such as video_geometric, or larger blocks."
+            )
+
     def score(self, calibrated: Calibrated, plan_sha256: str | None) -> DenoisingProfile:
         """Errors of all candidates at every captured step."""
         weights = projections_of(self.model)
@@ -133,11 +145,10 @@ class _Study:
         chosen: dict[tuple[int, str], list[OrderGroup]] = {}
         candidates = self.request.space.candidates
 
-        def rules_of(index: int, seen: LayerCall) -> Sequence[Rule]:
+        def rules_of(index: int, seen: LayerCall, step: int) -> Sequence[Rule]:
             if not candidates[index].needs_calibration:
                 return (candidates[index],) * seen.q.shape[1]
-            assert seen.call.step is not None
-            return calibrated[candidates[index].label][place_of[seen.call.step[0]]][seen.path]
+            return calibrated[candidates[index].label][place_of[step]][seen.path]
 
         lengths = [end - first for first, end in self.request.ranges]
         captured = {step: lengths[place] for step, place in place_of.items()}
@@ -145,19 +156,16 @@ class _Study:
 
         def errors(seen: LayerCall) -> dict[str, Tensor]:
             assert seen.call.step is not None
-            assert self.layout is not None
             key = (place_of[seen.call.step[0]], seen.path)
             if key not in chosen:
                 chosen[key] = self._groups(*key, calibrated, seen.q.shape[1], str(seen.q.device))
             return self._errors(seen, chosen[key], weights[seen.path], rests)
 
-        shards = self._observe("errors", errors, rests.before)
-        assert self.layout is not None
+        shards = self.observer.shards("errors", errors, rests.before)
         return self._merge(shards, calibrated, plan_sha256)
 
     def _groups(self, place: int, module: str, calibrated: Calibrated, heads: int, device: str) -> list[OrderGroup]:
         """Candidates by order, with the tiles of the static ones."""
-        assert self.layout is not None
         grid = video_grid(self.layout, self.request.space.block_tokens)
         by_order: dict[Order, list[int]] = {}
         for index, rule in enumerate(self.request.space.candidates):
@@ -186,7 +194,9 @@ class _Study:
         flat, rules = FlatCall.of(seen), self.request.space.candidates
         per_head = weight.float().view(-1, heads, size)
         gram = torch.einsum("ohd,ohe->hde", per_head, per_head)
-        dense = F.scaled_dot_product_attention(seen.q, seen.k, seen.v, scale=seen.scale)
+        real = real_tokens(seen)
+        q_real, k_real, v_real = (x[:, :, :real] for x in (seen.q, seen.k, seen.v))
+        dense = F.scaled_dot_product_attention(q_real, k_real, v_real, scale=seen.scale)
         whole = F.linear(dense.transpose(1, 2).flatten(2).float(), weight.float())
         norm = whole.square().sum((1, 2))
         error = torch.zeros(heads, len(rules), device=seen.q.device)
@@ -197,15 +207,17 @@ class _Study:
             masks = group.tiles(q, k, batch, seen.scale)
             found = tile_errors(
                 q, k, v, masks, gram.repeat(batch, 1, 1), scale=seen.scale, block_tokens=group.grid.block_tokens,
-                query_blocks=subset,
+                query_blocks=subset, terms=[_terms(rules[index]) for index in group.indices], real_tokens=real,
             )  # fmt: skip
             scored = 1.0 if subset is None else group.grid.num_q_blocks / len(subset)
             relative = found.error.view(batch, heads, -1) * scored / norm[:, None, None]
             error[:, group.indices] = relative.mean(0)
-            tiles[:, group.indices] = masks.sum((-1, -2)).float().view(batch, heads, -1).mean(0)
+            for place, index in enumerate(group.indices):
+                levels = rules[index].levels_of(masks[:, place], group.grid)
+                tiles[:, index] = rules[index].work(levels, group.grid).view(batch, heads).mean(0)
         for index, rule in enumerate(rules):
             if rule.rest == "mean_value":
-                delta = seen.v.float().mean(2, keepdim=True) - dense.float()
+                delta = v_real.float().mean(2, keepdim=True) - dense.float()
                 wrong = torch.einsum("bhtd,hde,bhte->bh", delta, gram, delta)
                 error[:, index] = (wrong / norm[:, None]).mean(0)
         if rests.indices:
@@ -217,74 +229,6 @@ class _Study:
         if count is None or count >= grid.num_q_blocks:
             return None
         return torch.linspace(0, grid.num_q_blocks - 1, count).round().long()
-
-    def _observe(
-        self,
-        name: str,
-        measure: Callable[[LayerCall], dict[str, Tensor]],
-        before: Callable[[LayerCall], None] | None = None,
-    ) -> dict[int, dict[str, Tensor]]:
-        """Sample once and measure every layer at the captured steps that have no shard yet; then the shards of all of them.
-
-        `before` is shown every call, before it is measured.
-        """
-        steps = [step for captured in self.request.captured for step in captured]
-        paths = {step: self.store.folder / "shards" / name / f"{step:04d}.safetensors" for step in steps}
-        missing = {step for step in steps if not paths[step].exists()}
-        sums: dict[int, dict[str, Tensor]] = {step: {} for step in missing}
-        passes, taken = dict.fromkeys(missing, 0), set[int]()
-
-        def probe(seen: LayerCall) -> None:
-            step = self._step_of(seen)
-            if step in taken:
-                raise SpecError(
-                    f"the sampler came to step {step} more than {self.request.passes} times. Prompts one after another and guidance in "
-                    "calls of its own count each: set `passes` of the request."
-                )
-            if before is not None:
-                before(seen)
-            if step not in missing:
-                return
-            for key, value in measure(seen).items():
-                full = f"{seen.path}/{key}"
-                sums[step][full] = value if full not in sums[step] else sums[step][full] + value
-            if seen.path == self.request.base_model.modules[-1]:
-                passes[step] += 1
-                if passes[step] == self.request.passes:
-                    self._write(paths[step], sums.pop(step))
-                    taken.add(step)
-                    self.progress(name, len(steps) - len(missing) + len(taken), len(steps))
-
-        if missing:
-            with apply_denoiser(self.model, self.running, scheduler=self.scheduler) as applied:
-                applied.probe(probe)
-                self.sampler()
-            if missing - taken:
-                raise SpecError(
-                    f"the sampler must come to steps {sorted(missing)} {self.request.passes} times, but did not for {sorted(missing - taken)}."
-                )
-        if self.layout is None:
-            with safe_open(paths[steps[0]], "pt") as shard:
-                self.layout = Layout.model_validate_json(shard.metadata()["layout"])
-        return {step: load_file(path) for step, path in paths.items()}
-
-    def _step_of(self, seen: LayerCall) -> int:
-        """The step of a call, which must be one of the request's run over the same tokens as ever."""
-        if seen.call.step is None or seen.call.step[1] != self.request.num_steps:
-            raise SpecError(
-                f"the sampler must take the {self.request.num_steps} steps of the request and tell them, but the call says {seen.call.step}."
-            )
-        if seen.call.key_lengths is not None or self.layout not in (None, seen.call.layout):
-            raise SpecError(
-                "calibration inputs must have one size and no padding, but these differ. Use prompts of full length."
-            )
-        self.layout = seen.call.layout
-        return seen.call.step[0]
-
-    def _write(self, path: Path, sums: dict[str, Tensor]) -> None:
-        assert self.layout is not None
-        means = {key: (value / self.request.passes).cpu().contiguous() for key, value in sums.items()}
-        write_bytes(path, save(means, metadata={"layout": self.layout.model_dump_json()}))
 
     def _merge(
         self, shards: dict[int, dict[str, Tensor]], calibrated: Calibrated, plan_sha256: str | None
@@ -307,7 +251,6 @@ class _Study:
             "sensitivity": torch.ones(len(request.ranges), len(modules), max(request.base_model.num_heads)),
         }
         write_bytes(self.store.folder / "scores.safetensors", save(tensors))
-        assert self.layout is not None
         manifest = StepsManifest(
             base_model=request.base_model,
             layout=self.layout,
@@ -329,3 +272,8 @@ class _Study:
         profile.save_manifest(self.store.folder)
         self.store.clear()
         return profile
+
+
+def _terms(rule: Rule) -> int | None:
+    """What stands for the tiles that a candidate does not compute, as `tile_errors` takes it."""
+    return rule.terms if isinstance(rule, TaylorRest) else None

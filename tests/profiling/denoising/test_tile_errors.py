@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsesearch.block_mask import BlockGrid, expand
-from sparsesearch.kernels.reference import masked_attention
+from sparsesearch.kernels.reference import level_attention, masked_attention
 from sparsesearch.profiling.denoising import tile_errors as module
 from sparsesearch.profiling.denoising.tile_errors import tile_errors, tile_masses
 
@@ -41,6 +41,32 @@ def test_equal_to_running_every_candidate(
             assert float(found.error[unit, candidate]) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         norm = float((dense.float() @ weight[unit].T).square().sum())
         assert float(found.norm[unit]) == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 1e9])
+@pytest.mark.parametrize(("units", "tokens", "block"), [(1, 1, 16), (3, 63, 16), (2, 100, 32)])
+def test_means_in_place_of_tiles(
+    units: int, tokens: int, block: int, piece_bytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates with and without means side by side, against the oracle of levels and the first-order term written out."""
+    monkeypatch.setattr(module, "PIECE_BYTES", piece_bytes)
+    q, k, v = tensors(units, tokens, 8)
+    blocks, terms = -(-tokens // block), [None, 0, 1, None]
+    tiles, grid = choices(units, blocks, 4), BlockGrid(tokens, tokens, block, causal=False)
+    gram = torch.eye(8).expand(units, 8, 8)
+    found = tile_errors(q, k, v, tiles, gram, scale=0.3, block_tokens=block, terms=terms).error
+    pieces = [slice(j * block, min((j + 1) * block, tokens)) for j in range(blocks)]
+    for unit in range(units):
+        dense = masked_attention(q[unit], k[unit], v[unit], torch.ones(tokens, tokens, dtype=torch.bool), scale=0.3)[0]
+        spread = sum((k[unit, p] - k[unit, p].mean(0)).T @ v[unit, p] for p in pieces)
+        for candidate, order in enumerate(terms):
+            levels = torch.where(tiles[unit, candidate], 1, 0 if order is None else block)
+            out, lse = level_attention(q[unit], k[unit], v[unit], levels, grid, scale=0.3)
+            if order == 1:
+                kept = masked_attention(q[unit], k[unit], v[unit], expand(levels == 1, grid), scale=0.3)[1]
+                out = out + (1 - (kept - lse).exp())[:, None] * 0.3 * (q[unit] @ spread) / tokens
+            wanted = float((out - dense).square().sum())
+            assert float(found[unit, candidate]) == pytest.approx(wanted, rel=1e-3, abs=1e-6)
 
 
 def test_some_query_blocks_only() -> None:

@@ -1,0 +1,130 @@
+"""The optimiser of healing, and its unfinished state on disk."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsesearch.artifacts import read_json, write_bytes, write_json
+from sparsesearch.errors import ArtifactError
+from sparsesearch.testbed.muon import Muon
+
+_FORMAT, _VERSION = "sparsesearch.heal-state", "1.1"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+VECTOR_RATE = 1e-3
+"""Peak rate of norms and biases under Muon, which AdamW trains."""
+
+
+class HealOptimiser:
+    """AdamW, or Muon for the matrices and AdamW for vectors; no weight decay.
+
+    Args:
+        trained: parameter name -> parameter.
+        kind: `muon` or `adamw`.
+        learning_rate: peak, of the matrices under Muon, of everything under AdamW.
+    """
+
+    def __init__(self, trained: dict[str, nn.Parameter], kind: str, learning_rate: float) -> None:
+        self.trained, self.learning_rate = trained, learning_rate
+        matrices = {name: p for name, p in trained.items() if kind == "muon" and p.ndim == 2}
+        self.muon = Muon(matrices.values()) if matrices else None
+        self._vectors = {name: p for name, p in trained.items() if name not in matrices}
+        self._vector_rate = VECTOR_RATE if kind == "muon" else learning_rate
+        self._adam = torch.optim.AdamW(self._vectors.values(), lr=self._vector_rate, weight_decay=0.0)
+
+    def step(self, share: float) -> None:
+        """Clip, step at a share of the peak rates, and drop the gradients."""
+        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
+        for group in self._adam.param_groups:
+            group["lr"] = self._vector_rate * share
+        self._adam.step()
+        if self.muon is not None:
+            self.muon.step(self.learning_rate * share)
+        self._adam.zero_grad()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and moments by name."""
+        found = {f"model.{name}": parameter.detach() for name, parameter in self.trained.items()}
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        for name, parameter in self._vectors.items():
+            found |= {f"{key}.{name}": self._adam.state[parameter][key] for key in _MOMENTS}
+        for parameter, average in () if self.muon is None else self.muon.averages():
+            found[f"momentum.{names[id(parameter)]}"] = average
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take up what `tensors` gave after a step."""
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(tensors[f"model.{name}"])
+        for name, parameter in self._vectors.items():
+            moments: dict[str, Tensor] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in _MOMENTS}
+            self._adam.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        for parameter, average in () if self.muon is None else self.muon.averages():
+            average.copy_(tensors[f"momentum.{names[id(parameter)]}"])
+
+
+def trained_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Everything but the embeddings, which no cut touched; only these need gradients from now on."""
+    embeddings = {
+        id(parameter)
+        for module in (student.get_input_embeddings(), student.get_output_embeddings())
+        if module is not None
+        for parameter in module.parameters()
+    }
+    for parameter in student.parameters():
+        parameter.requires_grad_(id(parameter) not in embeddings)
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class HealState:
+    """Weights, optimiser moments and step of an unfinished run, below a folder.
+
+    Attributes:
+        folder: where.
+        request: the run's request, a dataclass; another one cannot continue it.
+    """
+
+    folder: Path
+    request: Any
+
+    @classmethod
+    def open(cls, folder: Path, request: Any, *, resume: bool) -> "HealState":
+        """A state that may be begun or continued.
+
+        Raises:
+            ArtifactError: one is there and `resume` is off, or it belongs to another request.
+        """
+        path = folder / "state.json"
+        if path.exists() and not resume:
+            raise ArtifactError(f"{folder} holds an unfinished healing. Pass --resume, or remove it.")
+        if path.exists():
+            begun = read_json(path, format=_FORMAT, schema_version=_VERSION)["request"]
+            for key, value in asdict(request).items():
+                if begun.get(key) != value:
+                    raise ArtifactError(
+                        f"{folder} was begun with {key}={begun.get(key)}, but got {value}. Repeat the first command."
+                    )
+        return cls(folder, request)
+
+    def save(self, optimiser: HealOptimiser, step: int) -> None:
+        """Write the state after a step; the one before goes when the new one is whole."""
+        write_bytes(self.folder / f"state-{step}.safetensors", save(optimiser.tensors()))
+        content = {"request": asdict(self.request), "step": step}
+        write_json(self.folder / "state.json", content, format=_FORMAT, schema_version=_VERSION)
+        for old in self.folder.glob("state-*.safetensors"):
+            if old.name != f"state-{step}.safetensors":
+                old.unlink()
+
+    def restore(self, optimiser: HealOptimiser) -> int:
+        """Steps done so far."""
+        if not (self.folder / "state.json").exists():
+            return 0
+        step = int(read_json(self.folder / "state.json", format=_FORMAT, schema_version=_VERSION)["step"])
+        optimiser.restore(load_file(self.folder / f"state-{step}.safetensors"), step)
+        return step

@@ -1,0 +1,91 @@
+"""Plans beside their baselines: what is measured is what the plans are, and equal times are compared at equal times."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pruning"))
+from pruning_models import batches_for, tiny_model
+
+from sparsesearch.bench.cuts import (
+    CUTS_ONLY,
+    JOINT,
+    RULES_ONLY,
+    CutBench,
+    CutRow,
+    at_equal_time,
+    measure_cuts,
+    record_of,
+    rival_plans,
+)
+from sparsesearch.bench.priced_here import PricedHere
+from sparsesearch.cost import load_cost_model
+from sparsesearch.cut import Compensation
+from sparsesearch.errors import SpecError
+from sparsesearch.pruning.live import narrowed
+from sparsesearch.pruning.prices import dense_work
+from sparsesearch.pruning.profile_run import PruningRequest, profile_pruning
+from sparsesearch.pruning.quality import dense_rows, mean_distance
+from sparsesearch.pruning.search import PruningQuestion
+from sparsesearch.search.budget import Budget
+from sparsesearch.search_space import PruningMenu
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    model = tiny_model("llama")
+    batches = batches_for(model)
+    menu = PruningMenu(channel_multiple=16, measured_options=1)
+    request = PruningRequest("tiny", menu, batches, batches[:1], {"data": "random"}, num_probes=2)
+    return model, profile_pruning(model, request, tmp_path_factory.mktemp("cuts"))
+
+
+def test_rows_say_what_is_left_and_how_far_it_is_from_dense(profiled):
+    model, profile = profiled
+    refit = Compensation(data="text", length_tokens=33, num_samples=3, seed=0, bias=True)
+    question = PruningQuestion((Budget("params", 0.75),), (33,), "reconstruction", compensation=refit)
+    plans = {(name, "params=0.75"): plan for name, plan in rival_plans(profile, question).items()}
+    assert len(plans) == 8
+    held_out = batches_for(model)  # what plans are refitted on: random tokens teach nothing about others
+    bench = CutBench(held_out, batches_for(model), held_out[0], timed_tokens=33, rounds=2)
+    rows = {row.plan: row for row in measure_cuts(model, profile, plans, bench)}
+    assert all(row.params <= 0.75 and row.flops < 1 and row.forward_s > 0 for row in rows.values())
+    assert rows["searched"].distance < rows["searched, not refitted"].distance
+    bare = "uniform magnitude, not refitted"
+    dense = dense_rows(model, held_out)
+    with narrowed(model, plans[(bare, "params=0.75")].pruning):
+        assert rows[bare].distance == pytest.approx(mean_distance(model, held_out, dense), rel=1e-6)
+    assert record_of(model, profile, list(rows.values()))["rows"][0]["plan"] == "searched"
+
+
+def test_only_named_baselines_and_no_unknown_ones(profiled):
+    _, profile = profiled
+    question = PruningQuestion((Budget("params", 0.75),), (33,), "reconstruction")
+    assert list(rival_plans(profile, question, names=["magnitude"])) == ["magnitude"]
+    with pytest.raises(SpecError, match="magnitude"):
+        rival_plans(profile, question, names=["magnitudes"])
+
+
+def test_kinds_are_compared_at_the_joint_plans_time():
+    def row(plan, seconds, distance):
+        return CutRow(plan, "latency", 1.0, 1.0, distance, None, seconds, 1.0)
+
+    rows = [
+        row(JOINT, 2.0, 0.1), row(CUTS_ONLY, 1.0, 0.4), row(CUTS_ONLY, 3.0, 0.1), row(RULES_ONLY, 2.5, 0.2), row(RULES_ONLY, 4.0, 0.1)
+    ]  # fmt: skip
+    (found,) = at_equal_time(rows)
+    assert found[CUTS_ONLY] == pytest.approx(0.2)
+    assert found[RULES_ONLY] is None, "that kind was never so fast"
+
+
+def test_products_are_timed_here_and_attention_is_scaled_to_them():
+    base = load_cost_model("cpu")
+    assert not hasattr(base, "linear_s")
+    priced = PricedHere(base, num_heads=4, head_dim=32, tokens=128)
+    assert priced.linear_s(128, 64, 32) > 0
+    assert priced.linear_s(128, 64, 32) == priced.linear_s(128, 64, 32), "timed once"
+    one, two = (dense_work(tokens, 32, 1) for tokens in (128, 256))
+    ratio = priced.unit_latency_s(two) / priced.unit_latency_s(one)
+    assert ratio == pytest.approx(base.unit_latency_s(two) / base.unit_latency_s(one))
+    assert priced.latency_s([one, two]).tolist() == pytest.approx([priced.unit_latency_s(w) for w in (one, two)])
