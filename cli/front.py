@@ -10,8 +10,11 @@ from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sparsesearch.cost import CostModel
-    from sparsesearch.equal_latency.record import EqualLatency
+    from sparsesearch.equal_latency.record import Entry, EqualLatency
+    from sparsesearch.evaluate import SuiteSpec
 
 
 def front(
@@ -39,6 +42,10 @@ def front(
     cost_model: Annotated[
         str | None, typer.Option(help="With --at, what prices the searches; the device's own by default.")
     ] = None,
+    suite: o.Suite = None,
+    task_format: o.TaskFormat = "completion",
+    shots: o.Shots = 0,
+    task_sequences: o.TaskSequences = 24,
     plot: Annotated[Path | None, typer.Option(help="Also draw the front of the longest length as SVG.")] = None,
     lengths: o.Lengths = "2048",
     num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
@@ -60,6 +67,7 @@ def front(
         found = _at_latency(
             live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model,
             lengths=o.parsed_lengths(lengths), num_sequences=num_sequences, seed=seed,
+            suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),
         )  # fmt: skip
         _show(found, out, plot, json)
         return
@@ -126,6 +134,7 @@ def _at_latency(
     lengths: list[int],
     num_sequences: int,
     seed: int,
+    suite: "SuiteSpec | None",
 ) -> "EqualLatency":
     from sparsesearch.equal_latency.compare import Setting, compare_at_latency
     from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
@@ -146,6 +155,8 @@ def _at_latency(
             _priced(cost_model, live),
             [sample for each in parts[:-1] for sample in each.samples],
             parts[-1].samples,
+            suite=suite,
+            tokenizer=tokenizer,  # type: ignore[arg-type]
             data={each.description: each.id for each in parts},
             command=o.command_line(),
             progress=progress,
@@ -205,7 +216,30 @@ def _show(found: "EqualLatency", out: Path, plot: Path | None, json: bool) -> No
             ["family", "time / dense", "density", "KL", f"KL minus {found.families[0]}'s", "needle", "text loss", "prefill (ms)"],
             rows,
         )  # fmt: skip
+        _show_tasks(target, row)
     lines(f"written: {out}")
+
+
+def _show_tasks(target: str, row: "Mapping[str, Entry]") -> None:
+    """Share of dense's accuracy that every family keeps, task by task; tasks that dense hardly answers in brackets."""
+    tasks = list(next(iter(row.values())).tasks)
+    if not tasks:
+        return
+    content = []
+    for task in tasks:
+        cells = [entry.tasks[task] for entry in row.values()]
+        dense = cells[0].accuracy.mean - cells[0].accuracy_minus_dense.mean
+        name = task if task in next(iter(row.values())).answered else f"({task})"
+        content.append(
+            [name, f"{dense:.3f}", *(f"{c.accuracy.mean:.3f} ± {c.accuracy.standard_error:.3f}" for c in cells)]
+        )
+    kept = []
+    for entry in row.values():
+        answered = entry.answered.values()
+        whole = sum(c.accuracy.mean - c.accuracy_minus_dense.mean for c in answered)
+        kept.append(f"{sum(c.accuracy.mean for c in answered) / whole:.3f}" if whole else "")
+    content.append(["kept, over tasks without brackets", "1", *kept])
+    table(f"tasks at {target} of dense's time: accuracy", ["task", "dense", *row], content)
 
 
 def register(app: typer.Typer) -> None:

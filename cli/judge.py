@@ -61,6 +61,10 @@ def evaluate(
     from sparsesearch.runtime.loading import load_model
 
     paths = plans or []
+    if paths and pipelines.is_pipeline_plan(paths[0]):
+        raise typer.BadParameter(
+            "must name a YAML file with held-out prompts, steps and size for plans of a pipeline.", param_hint="--run"
+        )
     if not paths and model is None:
         raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
     opened = {path.stem if len(paths) > 1 else "plan": Plan.load(path) for path in paths}

@@ -133,9 +133,11 @@ def profile(
     """Score every candidate rule in every head. Under torchrun, processes share the sequences between them."""
     if pipelines.is_pipeline(model):
         pipelines.profile(
-            model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume, json=json
+            model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume,
+            dry_run=dry_run, json=json,
         )  # fmt: skip
         return
+    pipelines.only_for_pipelines(f"{model} is none", run=run, sensitivity=sensitivity, under=under)
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
     from sparsesearch.profiling.world import World, own_device
@@ -152,6 +154,7 @@ def profile(
             wanted,
             num_samples=num_samples,
             num_probes=num_probes,
+            stream=stream,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )

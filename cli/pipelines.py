@@ -33,6 +33,39 @@ def is_metrics(path: Path) -> bool:
 FRAMES = ".frames.safetensors"
 
 
+def only_for_pipelines(what: str, **given: object) -> None:
+    """Refuse options that mean nothing elsewhere: nothing is ignored in silence.
+
+    Raises:
+        BadParameter: one of them was given.
+    """
+    for name, value in given.items():
+        if value not in (None, "none"):
+            raise typer.BadParameter(
+                f"is for diffusers pipelines, and {what}.", param_hint=f"--{name.replace('_', '-')}"
+            )
+
+
+def not_for_pipelines(**given: object) -> None:
+    """The other way round.
+
+    Raises:
+        BadParameter: one of them was given.
+    """
+    for name, value in given.items():
+        if value not in (None, False, (), []):
+            raise typer.BadParameter("is not for diffusers pipelines.", param_hint=f"--{name.replace('_', '-')}")
+
+
+def is_pipeline_plan(path: Path) -> bool:
+    """Whether a plan was made for a transformer of diffusers, or PLAN is a folder of such plans."""
+    if path.is_dir():
+        return True
+    from sparsesearch.plan import Plan
+
+    return "component" in Plan.load(path).provenance
+
+
 def profile(
     model: str,
     out: Path,
@@ -44,6 +77,7 @@ def profile(
     device: str,
     dtype: str,
     resume: bool,
+    dry_run: bool,
     json: bool,
 ) -> None:
     """Score every candidate in every head of every transformer, while the run is sampled."""
@@ -56,6 +90,12 @@ def profile(
             "must name a YAML file with prompts, steps and size for a diffusers pipeline.", param_hint="--run"
         )
     what, menu = SamplingRun.load(run), SearchSpace.load(space)
+    if dry_run:
+        from sparsesearch.denoising.pipeline_estimate import estimate
+
+        needs = estimate(Path(model), what, menu, sensitivity=sensitivity)
+        emit_json(needs) if json else pairs(f"a profile of {model} needs", needs)
+        return
     plans = None if under is None else load_plans(under)
     live = load_pipeline(Path(model), device=o.present_device(device), dtype=dtype)
     with progress_bar() as progress:

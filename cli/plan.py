@@ -119,11 +119,16 @@ def search(
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
     if pipelines.is_profile(profile):
+        pipelines.not_for_pipelines(
+            workload=workload, dtype=dtype, model_shape=model_shape, unit=unit, pareto=pareto, uniform=uniform
+        )
         pipelines.search(
             profile, budget, out, space=space, objective=objective, max_ranges=max_ranges, max_orders=max_groups_per_layer,
             refine=refine, model=model, device=device or "cpu", json=json,
         )  # fmt: skip
         return
+    vdit = objective if objective == "sparse_vdit" else None
+    pipelines.only_for_pipelines(f"{profile} is the profile of none", max_ranges=max_ranges, objective=vdit)
     if prune.has_cuts(profile):
         prune.search_cuts(
             profile, budget, out, criterion=criterion, device=device, refit_samples=refit_samples, uniform=uniform,

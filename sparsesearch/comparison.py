@@ -240,7 +240,10 @@ class TileShares:
     def of(self, rule: Rule) -> float | None:
         """One head's share."""
         if rule not in self._known:
-            self._known[rule] = None if rule.dynamic else density(rule.select(self._grid), self._grid)
+            if rule.dynamic:
+                self._known[rule] = 1.0 if rule.keeps_all(self._grid) else None
+            else:
+                self._known[rule] = density(rule.select(self._grid), self._grid)
         return self._known[rule]
 
     def mean(self, rules: Sequence[Rule]) -> float | None:

@@ -127,6 +127,7 @@ class _Bench:
         self.model, self.plan, self.request, self.record, self.progress = model, plan, request, record, progress
         self.cost_model, self.device, self.backend = cost_model, model.device, backend
         self.rows: list[Row] = record["rows"]
+        self._one: Any = None  # a cache that holds one prompt already
 
     def _record(self, **row: Any) -> Row:
         self.rows.append(row)
@@ -211,10 +212,9 @@ class _Bench:
                 attention = self._enter(stack, variant)
                 room = tokens + self.request.steps + 8
                 emptied(self.device)
-                one = self._filled(variant, attention, room)
-                bytes_each = _cache_bytes(one)
+                self._one = self._filled(variant, attention, room)
+                bytes_each = _cache_bytes(self._one)
                 fits[variant] = 1 + max(0, int((free_bytes(self.device) - _MARGIN_BYTES) // bytes_each))
-                del one
                 sizes = [batch or fits[variant] for batch in self.request.batches]
                 for size in dict.fromkeys(size for size in sizes if size <= fits[variant]):
                     self._fitting(variant, attention, size, room, bytes_each)
@@ -251,9 +251,10 @@ class _Bench:
 
     def _steps(self, variant: str, attention: Any, batch: int, room: int, bytes_each: int) -> None:
         """Time decoding steps; all sequences of a batch are copies of one, which costs what different ones cost."""
+        cache, self._one = self._one, None
         emptied(self.device)
         tokens = self.request.decode_tokens
-        cache = self._filled(variant, attention, room)
+        cache = self._filled(variant, attention, room) if cache is None else cache
         if batch > 1:  # layer by layer, so that only one layer is there twice
             repeated(cache, batch) if variant == "dense" else cache.batch_repeat_interleave(batch)
         if attention is not None:

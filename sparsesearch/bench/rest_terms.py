@@ -67,9 +67,13 @@ RESTS: dict[str, dict[str, Any]] = {
 }
 
 
-def candidates(keeps: tuple[float, ...] = KEEPS) -> Iterator[tuple[str, str, Rule]]:
-    """Base, rest and rule of every row."""
+def candidates(
+    keeps: tuple[float, ...] = KEEPS, kinds: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, str, Rule]]:
+    """Base, rest and rule of every row; only bases of some kinds if they are named."""
     for base in BASES:
+        if kinds is not None and base["kind"] not in kinds:
+            continue
         name = " ".join(str(value) for key, value in base.items() if key != "stride")
         for size in SIZES.get(base["kind"], [{"keep": keep} for keep in keeps]):
             rule = {**base, **size}
@@ -77,14 +81,14 @@ def candidates(keeps: tuple[float, ...] = KEEPS) -> Iterator[tuple[str, str, Rul
                 if "cached" in rest and base["kind"] in ("pooled_mass", "block_mass", "cluster_mass"):
                     continue
                 yield name, rest, parse_rule({**data, "of": rule} if data else rule, where="bench")
-    for keep in keeps:
-        data = {"kind": "cluster_mass", "keep": keep, "query_clusters": 32, "key_clusters": 64}
-        yield "cluster_mass cluster", "drop", parse_rule(data, where="bench")
-    for order in ("identity", "tile(4,4,4)"):
-        for shares in PYRAMIDS:
-            yield f"pyramid {order}", "means of 2, 4, 8", parse_rule(
-                {"kind": "pyramid", "shares": shares, "order": order}, where="bench"
-            )  # fmt: skip
+    if kinds is None or "cluster_mass" in kinds:
+        for keep in keeps:
+            data = {"kind": "cluster_mass", "keep": keep, "query_clusters": 32, "key_clusters": 64}
+            yield "cluster_mass cluster", "drop", parse_rule(data, where="bench")
+    if kinds is None or "pyramid" in kinds:
+        for order, shares in itertools.product(("identity", "tile(4,4,4)"), PYRAMIDS):
+            data = {"kind": "pyramid", "shares": shares, "order": order}
+            yield f"pyramid {order}", "means of 2, 4, 8", parse_rule(data, where="bench")
 
 
 def run(
@@ -93,6 +97,7 @@ def run(
     clips: int = 1,
     steps: tuple[int, ...] = STEPS_SEEN,
     keeps: tuple[float, ...] = KEEPS,
+    kinds: tuple[str, ...] | None = None,
     mode: Mode = "t2v",
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
@@ -104,7 +109,7 @@ def run(
     """
     bed = load_bed(device)
     weights = output_weights(bed.transformer)
-    sums = {rule.label: torch.zeros(2, dtype=torch.double) for _, _, rule in candidates(keeps)}
+    sums = {rule.label: torch.zeros(2, dtype=torch.double) for _, _, rule in candidates(keeps, kinds)}
     for step in steps:
         seen = _calls(bed, mode, step, clips, layers, held_out=True)
         before = _calls(bed, mode, step - AGE, clips, layers, held_out=True)
@@ -113,10 +118,10 @@ def run(
             progress(f"step {step}, {path}")
             call = seen[path]
             dense = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
-            for _, _, rule in candidates(keeps):
+            for _, _, rule in candidates(keeps, kinds):
                 sums[rule.label] += torch.tensor(_measure(rule, call, before[path], mass[path], weights[path], dense))
     rows = []
-    for base, rest, rule in candidates(keeps):
+    for base, rest, rule in candidates(keeps, kinds):
         work, error = (sums[rule.label] / (len(layers) * len(steps))).tolist()
         rows.append({"base": base, "rest": rest, "work": work, "error": error, "rule": rule.label})
     return {
@@ -132,7 +137,11 @@ def run(
 def _provenance(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         return provenance()
-    return {"device": device, "torch": torch.__version__, "command": " ".join(sys.argv)}
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "command": " ".join(["python -m sparsesearch.bench.rest_terms", *sys.argv[1:]]),
+    }
 
 
 def _calls(
@@ -208,6 +217,7 @@ def main() -> None:
         "--steps", default=",".join(map(str, STEPS_SEEN)), help="sampling steps whose noise levels are looked at"
     )
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares of tiles of the rules that have one")
+    parser.add_argument("--kinds", help="kinds of the bases, separated by commas; all by default")
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--mode", choices=("t2v", "i2v"), default="t2v")
     parser.add_argument("--device", default="cpu")
@@ -215,7 +225,7 @@ def main() -> None:
     given = parser.parse_args()
     record = run(
         layers=tuple(int(layer) for layer in given.layers.split(",")), steps=tuple(int(step) for step in given.steps.split(",")),
-        keeps=tuple(float(keep) for keep in given.keeps.split(",")), clips=given.clips, mode=given.mode, device=given.device,
+        keeps=tuple(float(keep) for keep in given.keeps.split(",")), kinds=None if given.kinds is None else tuple(given.kinds.split(",")), clips=given.clips, mode=given.mode, device=given.device,
         progress=lambda said: print(said, file=sys.stderr),
     )  # fmt: skip
     given.json.write_text(json.dumps(record, indent=1))

@@ -23,7 +23,6 @@ from sparsesearch.layout import Layout, video_layout
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.record import DenoisingProfile
 from sparsesearch.profiling.denoising.request import StepsRequest
-from sparsesearch.profiling.denoising.rest_errors import must_run
 from sparsesearch.runtime.diffusion.live import describe_transformer
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.testbed.model import MODEL, VideoBed, load_bed
@@ -118,7 +117,7 @@ class _Study:
     def spaces(self) -> dict[str, SearchSpace]:
         found = {name: SearchSpace.load(name) for name in ("sparse_vdit", "svg")}
         whole = SearchSpace.load(OURS)
-        static = tuple(rule for rule in whole.candidates if not (rule.dynamic or must_run(rule)))
+        static = tuple(rule for rule in whole.candidates if not (rule.dynamic or rule.adds_rest))
         found[OURS] = replace(whole, candidates=static)
         if len(static) < len(whole.candidates):
             found[WITH_RESTS] = whole
@@ -153,7 +152,7 @@ class _Study:
     @cached_property
     def sliced(self) -> DenoisingProfile:
         """Our menu in many slices of steps, bitmaps those of the whole run."""
-        count = self.request.slices
+        count = min(self.request.slices, self.request.steps)
         ends = tuple((place + 1) / count for place in range(count))
         changes: dict[str, Any] = {"space": self.spaces[OURS], "ends": ends, "captured_per_range": 1, "bitmaps": "run"}
         with self.timed("profile of slices"):

@@ -19,6 +19,8 @@ from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import ApplyPlan, Comparison
 from sparsesearch.evaluate.run import compare_all, provenance, summary
+from sparsesearch.evaluate.suite import judge_tasks
+from sparsesearch.evaluate.task_metrics import SuiteSpec, TaskMetrics
 from sparsesearch.evaluate.timing import Part, prefill_seconds
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.record import Profile
@@ -26,7 +28,7 @@ from sparsesearch.runtime.live import apply
 from sparsesearch.workload import Workload
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
 MOST_CORRECTIONS = 3
@@ -76,6 +78,8 @@ def compare_at_latency(
     needles: Sequence[Sample],
     text: Sequence[Sample],
     *,
+    suite: SuiteSpec | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     data: Mapping[str, str] | None = None,
     apply: ApplyPlan = apply,
     command: str | None = None,
@@ -90,6 +94,8 @@ def compare_at_latency(
         cost_model: prices the searches; its errors cost measurements, not correctness.
         needles: held-out sequences with answers, all of one length; prompts for timing come from them.
         text: held-out plain sequences of that length.
+        suite: long-context tasks that are judged besides; they need the model's tokenizer.
+        tokenizer: the model's.
         data: description of each data set -> its id, for the record.
         apply: how a plan is put on the model.
         command: how this was started, for the record.
@@ -108,6 +114,10 @@ def compare_at_latency(
     times = clock(plans, setting.final_rounds, setting.part)
     walls = times if setting.part == "prefill" else clock(plans, setting.rounds, "prefill")
     found, density = compare_all(model, plans, [*needles, *text], apply, progress, "judge")
+    tasks: dict[str, dict[str, TaskMetrics]] = {}
+    if suite is not None and tokenizer is not None:
+        length = workload.prompt_tokens
+        tasks = judge_tasks(model, tokenizer, plans, suite, [length], apply=apply, progress=progress)[length]
     quality = {name: summary(needles, own, found["dense"], density[name]) for name, own in found.items()}
 
     def entry(target: float, family: str) -> Entry:
@@ -124,6 +134,7 @@ def compare_at_latency(
             rules=rung.plan.kind_counts(),
             quality=quality[name],
             excess=excess(found[name], found[first], len(needles)),
+            tasks={task: cells[name] for task, cells in tasks.items()},
         )
 
     return EqualLatency(
@@ -140,6 +151,7 @@ def compare_at_latency(
         targets={
             f"{target:g}": {family: entry(target, family) for family in setting.families} for target in setting.targets
         },
+        suite=suite,
         data=dict(data or {}),
         provenance=provenance(model, setting.seed, command),
     )

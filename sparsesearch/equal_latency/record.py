@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.errors import ArtifactError, first_problem
-from sparsesearch.evaluate import Estimate, VariantMetrics
+from sparsesearch.evaluate import Estimate, SuiteSpec, TaskMetrics, VariantMetrics
+from sparsesearch.evaluate.task_metrics import SAYS_LITTLE_BELOW
 
 FORMAT = "sparsesearch.equal_latency"
 SCHEMA_VERSION = "1.0"
@@ -33,6 +34,16 @@ class Entry(_Frozen):
         description="metric -> this family's loss minus the first family's, paired over sequences; positive is worse. `kl`: over all "
         "positions; `kl_answer`; `heldout_loss`; `needle_error`: share of questions missed"
     )
+    tasks: dict[str, TaskMetrics] = Field(default={}, description="long-context task -> what was found")
+
+    @property
+    def answered(self) -> dict[str, TaskMetrics]:
+        """The tasks that dense answers often enough for a plan's share of it to mean something."""
+
+        def dense(found: TaskMetrics) -> float:
+            return found.accuracy.mean - found.accuracy_minus_dense.mean
+
+        return {task: found for task, found in self.tasks.items() if dense(found) >= SAYS_LITTLE_BELOW}
 
 
 class EqualLatency(_Frozen):
@@ -49,6 +60,7 @@ class EqualLatency(_Frozen):
     dense_prefill_s: float
     dense_quality: VariantMetrics
     targets: dict[str, dict[str, Entry]] = Field(description="share of dense's time -> family -> what was found")
+    suite: SuiteSpec | None = Field(None, description="which long-context tasks were judged besides, and how")
     data: dict[str, str]
     provenance: dict[str, Any]
 

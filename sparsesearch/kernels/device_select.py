@@ -53,13 +53,18 @@ class _Job:
         return slice(self.first, self.first + len(self.heads))
 
 
+def acting_rules(rules: Sequence[Rule], grid: BlockGrid) -> tuple[Rule, ...]:
+    """The rules, dense in the place of dynamic ones that choose nothing here: for a single query, and where their laws keep all."""
+    return tuple(Dense() if rule.dynamic and (grid.q_len == 1 or rule.keeps_all(grid)) else rule for rule in rules)
+
+
 class Selector:
     """How the query heads of one layer choose their tiles on one grid.
 
     Made once per layer and shape: what does not depend on queries and keys lies on the device, and a call only launches kernels.
 
     Args:
-        rules: one per query head, static or dynamic; a dynamic one is dense for a single query, as in decoding.
+        rules: one per query head, static or dynamic.
         grid: the sequence's blocks.
         num_kv_heads: KV heads; query heads are a multiple.
         device: where queries and keys will be.
@@ -67,7 +72,8 @@ class Selector:
 
     def __init__(self, rules: Sequence[Rule], grid: BlockGrid, num_kv_heads: int, device: torch.device | str) -> None:
         self.grid, self.group, self.device = grid, len(rules) // num_kv_heads, device
-        acting = [Dense() if rule.dynamic and grid.q_len == 1 else rule for rule in rules]
+        acting = acting_rules(rules, grid)
+        self._num_dense = sum(one.dynamic and not other.dynamic for one, other in zip(rules, acting, strict=True))
         fixed = tuple(dict.fromkeys(rule for rule in acting if not rule.dynamic))
         self.bank = _static_bank(fixed, grid, str(device))
         row_of = [fixed.index(rule) if not rule.dynamic else 0 for rule in acting]
@@ -128,6 +134,8 @@ class Selector:
                         target.copy_((given or {})[head])
                 case _:
                     self._by_rule(job, q, k, scale, out)
+        if watchers and self._num_dense:
+            _seen(grid, grid.reachable(self.device).expand(self._num_dense, -1, -1))
         return BankedTiles(self.bank, chosen, self.row_of_head)
 
     def _pooled_topk(self, rule: PooledTopk, job: _Job, q: Tensor, k: Tensor, out: Tensor) -> None:

@@ -28,8 +28,6 @@ from sparsesearch.rules.cluster_mass import ClusterMass
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.zero import Zero
 
-_ADDED = ("pooled", "taylor", "rectified", "cached")
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -193,11 +191,11 @@ class _Launch:
 
     def _chosen_run(self, chosen: Chosen | None) -> Float[Tensor, "B H S D"]:
         # rectified weights need no log-sum-exp
-        need_lse = any(rule.rest in _ADDED and rule.rest != "rectified" for rule in self.rules)
+        need_lse = any(rule.adds_rest and rule.rest != "rectified" for rule in self.rules)
         choice = tuple(self.rules) if chosen is None else chosen.tiles
         result = self._prefill(self.q, self.k, self.v, choice, need_lse=need_lse)
         for rule in dict.fromkeys(self.rules):
-            if rule.rest in _ADDED:
+            if rule.adds_rest:
                 heads = [head for head, own in enumerate(self.rules) if own == rule]
                 self._add_rest(rule, heads, result, chosen)
         return result.out
@@ -239,7 +237,7 @@ class _Launch:
         shape = (len(self.spans), grid.num_q_blocks, grid.num_k_blocks)
         every = torch.stack([one.expand(shape) for one in levels], 1) == 1
         tiles = [HeadTiles(every[row], tuple(range(len(self.rules)))) for row in range(len(self.spans))]
-        wanted = {head: levels[head].expand(shape) for head, rule in enumerate(self.rules) if rule.rest in _ADDED}
+        wanted = {head: levels[head].expand(shape) for head, rule in enumerate(self.rules) if rule.adds_rest}
         chosen = Chosen(tiles, wanted)
         if places:  # all heads of an order by content have it
             q_places, k_places = (torch.stack(own, 1) for own in zip(*places, strict=True))

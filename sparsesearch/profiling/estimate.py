@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from sparsesearch.calibration import check_context
 from sparsesearch.errors import SpecError
 from sparsesearch.presets import preset_names, preset_path
+from sparsesearch.profiling.losses import CHUNK_LOGITS, LEAST_ROWS
 from sparsesearch.search_space import SearchSpace
 
 _MIB = 1 << 20
-# Tensors of [S, hidden] that autograd keeps per layer of a decoder (norms, projections, gated MLP at 2.75 x hidden three times), counted on
+# Tensors of [S, hidden] that autograd keeps of one layer of a decoder (norms, projections, gated MLP at 2.75 x hidden three times), counted on
 # Llama: 6 of the attention's size and 3 of the MLP's.
 _ACTIVATIONS_PER_LAYER = 6 + 3 * 2.75
 
@@ -26,10 +27,13 @@ def estimate(
     *,
     num_samples: int,
     num_probes: int,
+    stream: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Parameters, peak memory, disk and time of a profile; time by a short matrix product on this machine's CPU.
+
+    For a decoder whose layers are a plain chain, in fp32: one layer's graph at a time, its inputs in memory, or on disk if `stream`.
 
     Raises:
         SpecError: the source has no configuration to read (a GGUF file, or no model at all), or a length exceeds its context.
@@ -42,10 +46,15 @@ def estimate(
     text = config.get_text_config()
     layers, heads, hidden = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
     longest, candidates, passes = max(lengths), len(space.candidates), 3 + 2 * (num_probes + 2)
-    activations = 4 * layers * longest * hidden * _ACTIVATIONS_PER_LAYER
-    captured = 4 * layers * longest * hidden * (4 + num_probes + 2)
+    state = 4 * longest * hidden  # [S, hidden]
+    losses = num_probes + 2
+    graph = state * (_ACTIVATIONS_PER_LAYER + 4 + 3 * losses)  # q, k, v, o; gradients before, after and at attention
     strip = 4 * heads * space.block_tokens * (longest + candidates * hidden // heads) * 2
-    logits = 4 * longest * text.vocab_size * 3
+    logits = 4 * text.vocab_size * min(longest, max(LEAST_ROWS, CHUNK_LOGITS // text.vocab_size)) * 4
+    inputs = state * (layers + 1)
+    outside = text.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    weights = outside + (parameters - outside) // layers if stream else parameters
+    waiting = inputs * num_samples * len(lengths) if stream else 0
     per_sample = 4 * layers * heads * (candidates * (num_probes + 5) + 2 * (longest // space.block_tokens) ** 2)
     flops = sum(
         num_samples
@@ -61,8 +70,8 @@ def estimate(
         "candidates": candidates,
         "lengths_tokens": list(lengths),
         "samples_per_length": num_samples,
-        "peak_memory_mib": round((4 * parameters + activations + captured + strip + logits) / _MIB),
-        "disk_mib": round(per_sample * num_samples * len(lengths) / _MIB, 1),
+        "peak_memory_mib": round((4 * weights + (0 if stream else inputs) + graph + max(strip, logits)) / _MIB),
+        "disk_mib": round((per_sample * num_samples * len(lengths) + waiting) / _MIB, 1),
         "time_s_on_this_cpu": round(flops / _cpu_flops_per_s()),
     }
 

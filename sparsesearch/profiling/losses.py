@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_CHUNK_LOGITS = 1 << 28  # logits at a time: 1 GiB in fp32, of which the losses hold about four copies
-_LEAST_ROWS = 256
+CHUNK_LOGITS = 1 << 28  # logits at a time: 1 GiB in fp32, of which the losses hold about four copies
+LEAST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def head_gradients(
         num_probes: Fisher probes.
         generator: of labels and signs.
     """
-    step = max(_LEAST_ROWS, _CHUNK_LOGITS // vocab_size)
+    step = max(LEAST_ROWS, CHUNK_LOGITS // vocab_size)
     chunks = []
     for first in range(0, len(hidden), step):
         rows = hidden[first : first + step].detach().requires_grad_()

@@ -119,6 +119,11 @@ class Rule(BaseModel):
         return self.rest in ("zero", "mean_value")
 
     @property
+    def adds_rest(self) -> bool:
+        """Whether a term is added to the computed tiles' output."""
+        return self.rest != "drop" and not self.replaces_output
+
+    @property
     def ready(self) -> bool:
         """Whether the rule can choose: not a template that waits for its calibration."""
         return not self.needs_calibration or getattr(self, "bitmap", None) is not None
@@ -158,6 +163,13 @@ class Rule(BaseModel):
         `steps` is the length of the range of denoising steps over which the rule holds, where that matters.
         """
         return torch.where(levels > 0, 1.0 / levels.clamp(min=1), 0.0).sum((-1, -2))
+
+    def keeps_all(self, grid: BlockGrid) -> bool:
+        """Whether a dynamic rule computes every reachable tile of this grid whatever the queries and keys are.
+
+        A law a + b·N says so at short lengths: below a, choosing costs more than it saves, and the runtime then runs the head dense.
+        """
+        return False
 
     def left_behind(
         self,

@@ -51,6 +51,10 @@ class BoundsTopk(Rule):
         count = max(1, self.keep.blocks(grid)) if decoding else self.keep.row_blocks(grid, q.device)
         return reachable & (top_k(scores, count) | always)
 
+    def keeps_all(self, grid: BlockGrid) -> bool:
+        """A prompt, unless it is chosen for."""
+        return grid.q_len > 1 and not self.prefill
+
     @classmethod
     def examples(cls) -> list[Self]:
         """One block, a middle budget of the paper, a sparse prompt."""

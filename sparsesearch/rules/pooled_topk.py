@@ -42,6 +42,11 @@ class PooledTopk(Rule):
         scores = scores.masked_fill(always, torch.inf).masked_fill(~reachable, -torch.inf)
         return reachable & (top_k(scores, self.keep.row_blocks(grid, q.device)) | always)
 
+    def keeps_all(self, grid: BlockGrid) -> bool:
+        """Where every row's budget is all that it can reach."""
+        reach = grid.q_blocks() + 1 if grid.causal else grid.num_k_blocks
+        return bool((self.keep.row_blocks(grid) >= reach).all())
+
     @classmethod
     def examples(cls) -> list[Self]:
         """One block, a share of the row, no sink."""

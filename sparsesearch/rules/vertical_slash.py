@@ -56,6 +56,10 @@ class VerticalSlash(Rule):
         mass = probe_mass(q, k, grid, self.probe)
         return mass.sum(-2), diagonal_sums(mass, tail_grid(grid, self.probe))
 
+    def keeps_all(self, grid: BlockGrid) -> bool:
+        """Where columns or diagonals alone cover the grid."""
+        return max(self.vertical.blocks(grid), self.slash.blocks(grid)) >= grid.num_k_blocks
+
     @classmethod
     def examples(cls) -> list[Self]:
         """Smallest, MInference-like, elastic."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import BankedTiles, build_on_device
-from sparsesearch.kernels.device_select import Selector
+from sparsesearch.kernels.device_select import Selector, acting_rules, watchers
 from sparsesearch.kernels.dispatch import run_schedule, schedule_for, tile_shape, workers_of
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.kernels.schedule import Span as Place
@@ -29,8 +29,8 @@ def places_of(spans: Sequence[Span], batch_size: int) -> tuple[Place, ...] | Non
     for span in spans:
         if span.k_start or isinstance(span.q_slots, Tensor) or isinstance(span.k_slots, Tensor):
             return None
-        rows = range(batch_size)[span.rows] if isinstance(span.rows, slice) else span.rows
-        places += [Place(span.grid, row, span.q_slots.start or 0, span.k_slots.start or 0) for row in rows]
+        first_q, first_k = span.q_slots.start or 0, span.k_slots.start or 0
+        places += [Place(span.grid, row, first_q, first_k) for row in span.rows_among(batch_size)]
     return tuple(places)
 
 
@@ -64,15 +64,17 @@ class LayerCall:
         self.binding, self.rules, self.places, self.kernel = binding, rules, places, kernel
         self.heads = tuple(range(len(rules))) if layer_heads is None else tuple(layer_heads)
         rows = iter(places)
-        self._spans = [(span.grid, tuple(next(rows) for _ in range(rows_of(span, len(q))))) for span in spans]
+        self._spans = [(span.grid, tuple(next(rows) for _ in span.rows_among(len(q)))) for span in spans]
         self._shape = tile_shape(kernel, q.shape[-1], binding.block_tokens)
         self._selectors: dict[BlockGrid, Selector] = {}
         self._fixed: TileSchedule | None = None
+        grids = tuple(dict.fromkeys(place.grid for place in places))
         if any(rule.dynamic for rule in rules):
-            grids = dict.fromkeys(place.grid for place in places)
             self._selectors = {grid: Selector(rules, grid, k.shape[1], q.device) for grid in grids}
-        else:
-            self._fixed = schedule_for(q, k, places, rules, kernel)
+        acting = {acting_rules(rules, grid) for grid in grids}
+        same = acting.pop()
+        if not acting and not any(rule.dynamic for rule in same) and binding.leaves is None:
+            self._fixed = schedule_for(q, k, places, same, kernel)
 
     def __call__(
         self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T D"], scale: float
@@ -84,7 +86,9 @@ class LayerCall:
 
     def schedule(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], scale: float) -> TileSchedule:
         """The tiles that this call computes."""
-        return self._fixed if self._fixed is not None else self.schedule_of(self.choose(q, k, scale))
+        if self._fixed is not None and not (watchers and self._selectors):
+            return self._fixed
+        return self.schedule_of(self.choose(q, k, scale))
 
     def schedule_of(self, tiles: Sequence[BankedTiles]) -> TileSchedule:
         """The schedule of what `choose` returned."""
@@ -150,17 +154,12 @@ def layer_call(
 ) -> LayerCall:
     """See `LayerCall`; those of the layer's last few shapes are kept with its binding."""
     some = None if layer_heads is None else (tuple(layer_heads), rules)  # hashing rules takes longer than a launch
-    counts = tuple(rows_of(span, len(q)) for span in spans)
+    counts = tuple(len(span.rows_among(len(q))) for span in spans)
     key = (places, counts, some, q.shape, k.shape, q.dtype, q.device, kernel)
     made: LayerCall = binding.remembered(
         key, lambda: LayerCall(binding, rules, layer_heads, spans, places, q, k, kernel)
     )
     return made
-
-
-def rows_of(span: Span, batch_size: int) -> int:
-    """Batch rows of a span."""
-    return len(range(batch_size)[span.rows]) if isinstance(span.rows, slice) else len(span.rows)
 
 
 def _put_means(out: Tensor, rules: tuple[Rule, ...], v: Tensor, places: tuple[Place, ...]) -> None:

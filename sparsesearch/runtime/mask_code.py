@@ -113,6 +113,10 @@ class Span:
     k_start: int
     grid: BlockGrid
 
+    def rows_among(self, batch_size: int) -> Sequence[int]:
+        """Its batch rows, as numbers."""
+        return range(batch_size)[self.rows] if isinstance(self.rows, slice) else self.rows
+
 
 def spans_of(
     code: MaskCode | None,

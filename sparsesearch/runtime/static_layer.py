@@ -298,8 +298,4 @@ class StaticPlanLayer(CacheLayerMixin):
 
 def _rows_of(spans: Sequence[Span], batch: int) -> list[tuple[int, Span]]:
     """Each sequence's row, with its span."""
-    return [
-        (row, span)
-        for span in spans
-        for row in (range(batch)[span.rows] if isinstance(span.rows, slice) else span.rows)
-    ]
+    return [(row, span) for span in spans for row in span.rows_among(batch)]

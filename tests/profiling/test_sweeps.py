@@ -63,8 +63,8 @@ def test_sweeps_equal_one_graph(
     for layer, inputs in enumerate(truth):
         same(found[layer], inputs)
     # in chunks, labels are drawn from another stream: what draws nothing still agrees
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", chunk)
-    monkeypatch.setattr(losses, "_LEAST_ROWS", 16)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(losses, "LEAST_ROWS", 16)
     again = swept(any_tiny, stack, one, OnDisk(tmp_path / "kept"))
     for layer, inputs in enumerate(truth):
         for name in ("q", "k", "v", "answer", "answer_ce"):

@@ -18,7 +18,7 @@ from sparsesearch.runtime.loading import load_model
 from sparsesearch.runtime.shrink import layer_cut
 from sparsesearch.runtime.sublayers import layers_of
 
-REQUEST = HealRequest(steps=6, length_tokens=128, batch=2, num_sequences=4, save_every=2, generated=4)
+REQUEST = HealRequest(steps=6, length_tokens=64, batch=2, num_sequences=4, save_every=2, generated=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Menus, measured corrections, the search over sublayers, and compensation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +178,16 @@ def test_criteria_are_ranked_against_the_truth(llama):
     assert found.tau["reconstruction"]["single"] > 0.3
     assert found.tau["reconstruction"]["whole"] > 0.3
     assert {"params", "distance"} == set(found.whole[0])
+
+
+def test_sums_of_scores_need_no_steps(llama):
+    _, profile = llama
+    for index, kind in profile.sublayers():
+        if kind == "feed_forward":
+            for criterion in ("magnitude", "sparse_then_prune"):
+                menu = profile.options(index, kind, criterion)
+                single = dict(zip((len(o.removed) for o in menu), (o.loss for o in menu), strict=True))
+                assert all(set(small.removed) <= set(large.removed) for small, large in pairwise(menu))
+                assert list(single.values()) == sorted(single.values())
+                rates = [menu[i + 1].loss - menu[i].loss for i in range(len(menu) - 1)]
+                assert rates == sorted(rates), "each further step costs more than the one before"

@@ -10,11 +10,17 @@ from runtime_plans import RULES, cycled_plan, group_plan, left_padded, oracle_lo
 import sparsesearch
 from sparsesearch.bench.rules import no_host_wait
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.comparison import explain
 from sparsesearch.errors import UnsupportedKernelError
+from sparsesearch.evaluate.density import TileCount, achieved_density, counting
+from sparsesearch.kernels.device_select import acting_rules
+from sparsesearch.plan import uniform_plan
+from sparsesearch.rules import parse_rule
 from sparsesearch.runtime import backends
 from sparsesearch.runtime.backends import serving_kernel
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
+from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.runtime.mask_code import mask_code, spans, spans_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,6 +108,45 @@ def test_tiles_chosen_by_kernels_are_those_of_the_rule(generator, name, grid, de
         else:
             expected = own.select(grid, q[head] * 0.25, k[head // 2])
         assert torch.equal(tiles[head], expected), head
+
+
+LAWS = [
+    {"kind": "pooled_topk", "keep": {"a": 96, "b": 0.1}},
+    {"kind": "vertical_slash", "vertical": 16, "slash": {"a": 80, "b": 0.1}},
+    {"kind": "bounds_topk", "keep": 16},
+]
+
+
+@pytest.mark.parametrize("data", LAWS, ids=lambda data: data["kind"])
+@pytest.mark.parametrize("length", [17, 80, 95, 96, 97, 112, 113, 160])
+def test_rules_whose_laws_keep_all_choose_nothing(generator, data, length):
+    """A law says so exactly where the choice is everything, whatever queries and keys are."""
+    one, grid = parse_rule(data, where="tests"), BlockGrid(length, length, 16)
+    q, k = torch.randn(2, length, 8, generator=generator), torch.randn(2, length, 8, generator=generator)
+    everything = bool((one.select(grid, q, k) == grid.reachable()).all())
+    if one.kind == "vertical_slash":  # columns and diagonals may cover the grid together
+        assert everything or not one.keeps_all(grid)
+    else:
+        assert everything == one.keeps_all(grid)
+    assert acting_rules((one,), grid)[0].dynamic != one.keeps_all(grid)
+
+
+def test_a_short_prompt_runs_dense_by_its_law(tiny):
+    """No choice is made, none is reported missing, and the prompt is what dense attention makes of it."""
+    model = tiny("llama").to(DEVICE)
+    law = parse_rule(LAWS[0], where="tests")
+    plan = uniform_plan(describe(model, "tests"), law, block_tokens=16, lengths_tokens=(64, 160))
+    ids = left_padded([80], 64)[0].to(DEVICE)
+    count = TileCount()
+    with torch.no_grad():
+        expected = model(ids).logits
+        with sparsesearch.apply(model, plan, backend="triton"):
+            close(model(ids).logits, expected)
+            with counting(plan, count):
+                model(ids)
+    assert achieved_density(plan, 80, count) == 1
+    found = explain(plan, "0:0")
+    assert found.densities == {64: 1.0, 160: None}
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -100,4 +100,4 @@ class RestErrors:
 
 def must_run(rule: Rule) -> bool:
     """Whether a candidate's output is no softmax over tiles, or their means, of one order."""
-    return not rule.replaces_output and (rule.rest not in ("drop", "taylor") or rule.token_order.by_content)
+    return (rule.adds_rest and rule.rest != "taylor") or rule.token_order.by_content

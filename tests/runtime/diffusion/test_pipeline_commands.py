@@ -158,6 +158,32 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         load_plans(tmp_path / "plans", "transformer")
 
 
+def test_options_of_one_kind_of_model_are_refused_for_the_other(folder: Path, tmp_path: Path) -> None:
+    for options in (
+        ["--pareto", tmp_path / "front.csv"],
+        ["--workload", "prompt=8,generate=8"],
+        ["--unit", "kv_group"],
+    ):
+        refused = call("search", folder / "profile", "--budget", "density=0.6", "-o", tmp_path / "x", *options, code=2)
+        assert "not for diffusers pipelines" in refused.stderr
+    for options in (["--run", folder / "run.yaml"], ["--sensitivity", "layer"], ["--under", tmp_path]):
+        refused = call("profile", "needle-7m", "-o", tmp_path / "p", *options, code=2)
+        assert "is for diffusers pipelines" in refused.stderr
+    call("search", folder / "profile", "--budget", "density=0.6", "-o", tmp_path / "plans")
+    for plans in (tmp_path / "plans", tmp_path / "plans" / "transformer.json"):
+        assert "--run" in call("eval", plans, code=2).stderr
+
+
+def test_a_dry_run_counts_what_would_be_sampled(folder: Path, tmp_path: Path) -> None:
+    given = ("--run", folder / "run.yaml", "--space", folder / "space.yaml", "--sensitivity", "layer")
+    found = json.loads(call("profile", folder / "wan", *given, "-o", tmp_path / "p", "--dry-run", "--json").stdout)
+    assert found["transformers"] == "transformer, transformer_2"
+    assert (found["layers"], found["heads"], found["samples_of_the_run"]) == (4, 8, 2)
+    assert found["of_them_replays_for_sensitivities"] == 4 * 2
+    assert found["runs"] == 1 + 2 * 2 + 8
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
