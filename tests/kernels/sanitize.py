@@ -18,14 +18,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+SHAPES = Path(__file__).with_name("small_shapes.py")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
-def check(tool: str, *, timeout_s: float) -> dict[str, Any]:
+def check(tool: str, *, timeout_s: float, quick: bool) -> dict[str, Any]:
     """Run the shapes under one tool; its summary, and the messages it repeats, counted by kernel."""
     # torch's caching allocator would hide accesses beyond a tensor; compiled kernels come from the cache of a run before this one
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = ["compute-sanitizer", "--tool", tool, sys.executable, str(Path(__file__).with_name("small_shapes.py"))]
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, str(SHAPES), *["--quick"] * quick]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
         log, status = done.stdout + done.stderr, done.returncode
@@ -56,15 +57,16 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS[:3]))
     parser.add_argument("--timeout-s", type=float, default=300.0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--no-warm", action="store_true", help="the kernels are in Triton's cache already")
     given = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer must be on PATH; it comes with the CUDA toolkit.")
     if not given.no_warm:
-        subprocess.run([sys.executable, str(Path(__file__).with_name("small_shapes.py"))], check=True)
+        subprocess.run([sys.executable, str(SHAPES)], check=True)
     rows = []
     for tool in given.tools:
-        rows.append(check(tool, timeout_s=given.timeout_s))
+        rows.append(check(tool, timeout_s=given.timeout_s, quick=given.quick))
         print(json.dumps(rows[-1], indent=1), flush=True)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
