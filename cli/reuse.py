@@ -17,7 +17,8 @@ def search_reuse(
         typer.Option(help="reuse: least loss in a budget. hylra, rals: the published ones, on overlap alone."),
     ] = "reuse",
     budget: Annotated[
-        list[str] | None, typer.Option(help="density=0.25; for --objective reuse.", metavar="METRIC=SHARE")
+        list[str] | None,
+        typer.Option(help="density=0.25 or latency=0.5x; for --objective reuse.", metavar="METRIC=SHARE"),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
     space: Annotated[str | None, typer.Option(help="Choose among this space's rules only (name or YAML file).")] = None,
@@ -36,6 +37,9 @@ def search_reuse(
     max_refreshes: Annotated[int, typer.Option(help="rals: refreshing layers after the first.", min=0)] = 2,
     passes: Annotated[int, typer.Option(help="Most rounds of profiling; the later ones under the plan.", min=1)] = 3,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences per length.", min=1)] = 6,
+    cost_model: Annotated[
+        str | None, typer.Option(help="Prices latency budgets: cpu, h200, roofline:b200 or a file.")
+    ] = None,
     model: o.OptionalModel = None,
     device: o.Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
@@ -46,11 +50,12 @@ def search_reuse(
     from dataclasses import asdict
 
     from sparsesearch import calibration
+    from sparsesearch.cost import load_cost_model
     from sparsesearch.errors import ArtifactError
-    from sparsesearch.index_reuse import ReuseQuestion
     from sparsesearch.index_reuse import search_reuse as run
     from sparsesearch.profiling.record import Profile
     from sparsesearch.profiling.reuse import reuse_menu
+    from sparsesearch.reuse_lanes import ReuseQuestion
     from sparsesearch.runtime.loading import load_model
     from sparsesearch.search.budget import parse_budgets
     from sparsesearch.search_space import SearchSpace
@@ -67,7 +72,10 @@ def search_reuse(
         unit=unit or ("kv_group" if objective == "reuse" else "layer"),
         space=None if space is None else SearchSpace.load(space),
     )
-    question = ReuseQuestion(menu, objective, budgets, threshold=threshold, max_refreshes=max_refreshes)
+    priced = None if cost_model is None else load_cost_model(cost_model)
+    question = ReuseQuestion(
+        menu, objective, budgets, threshold=threshold, max_refreshes=max_refreshes, cost_model=priced
+    )
     name = model or opened.manifest.base_model.name_or_path
     live, tokenizer = load_model(name, device=o.present_device(device))
     samples = {

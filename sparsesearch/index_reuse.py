@@ -6,10 +6,10 @@ Three objectives. `reuse`: least predicted loss within a budget, on measured los
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 from transformers import PreTrainedModel
 
@@ -21,45 +21,14 @@ from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT
 from sparsesearch.profiling.proxies import reference_candidate
 from sparsesearch.profiling.reuse import HeadMap, ReuseMenu, ReuseScores, map_heads, score_reuse
 from sparsesearch.profiling.run import silent
+from sparsesearch.reuse_lanes import Resource, ReuseQuestion, lanes_of, resources
 from sparsesearch.rules import Rule
 from sparsesearch.rules.reuse import Reuse
-from sparsesearch.search.budget import Budget
 from sparsesearch.search.layer_budget import LaneSolution, solve_lanes
 from sparsesearch.search.layer_dp import NONE, Lane, LanePath
 from sparsesearch.search.overlap_paths import ReusePath, hylra_path, rals_path
 
-ReuseObjective = Literal["reuse", "hylra", "rals"]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ReuseQuestion:
-    """What is asked.
-
-    Attributes:
-        menu: candidates, emitters, span and unit. The published objectives use the first emitter alone.
-        objective: see the module.
-        budgets: on density; for `reuse`.
-        answer_weight: of the answer proxy, as in `proxies.objective_loss`.
-        threshold: least overlap of a reuse, for `hylra`.
-        max_refreshes: refreshing layers after layer 0, for `rals`.
-    """
-
-    menu: ReuseMenu
-    objective: ReuseObjective = "reuse"
-    budgets: tuple[Budget, ...] = ()
-    answer_weight: float = 1.0
-    threshold: float = 0.85
-    max_refreshes: int = 2
-
-    def __post_init__(self) -> None:
-        if self.objective == "reuse" and not self.budgets:
-            raise SpecError("the objective reuse must have a budget. Pass --budget density=0.25.")
-        if self.objective != "reuse" and self.menu.unit != "layer":
-            raise SpecError(f"{self.objective} decides per layer. Pass --unit layer.")
-        for budget in self.budgets:
-            if budget.metric != "density":
-                raise SpecError(f"index reuse must be searched under density budgets, but got {budget}.")
 
 
 @dataclass(frozen=True)
@@ -156,58 +125,17 @@ def _solve(
         return _published_plan(question, heads, path), path.total
     lengths = tuple(sorted(scores))
     lanes = lanes_of(question, heads, scores, norms)
-    rows = [
-        (budget, place) for budget in question.budgets for place, length in enumerate(lengths)
-        if budget.lengths is None or length in budget.lengths
-    ]  # fmt: skip
-    if not rows:
+    limited = resources(question, lengths)
+    if not limited:
         raise SpecError("some budget must name a profiled length, but none does.")
     dense = sum(lane.cost[:, 0].sum(0) for lane in lanes)
-    limit = (
-        np.array([min((b.bound for b, p in rows if p == place), default=1.0) for place in range(len(lengths))]) * dense
-    )
+    bounds = [
+        min(budget.bound for budget in question.budgets if budget.metric == metric and budget.holds_at(length))
+        for metric, length in limited
+    ]
+    limit = np.array(bounds) * dense
     solution = solve_lanes(lanes, limit)
-    return _plan(question, heads, lanes, solution, lengths, solution.cost / dense), solution.loss
-
-
-def lanes_of(
-    question: ReuseQuestion,
-    heads: HeadMap,
-    scores: dict[int, ReuseScores],
-    norms: dict[int, tuple[float, float]],
-) -> list[Lane]:
-    """The additive problem: one lane per KV group, or one for whole layers; costs are tiles, one resource per length."""
-    menu, layers = question.menu, question.menu.num_layers
-    groups = [heads.lanes[:, lane] for lane in range(menu.num_groups)]
-    members: list[list[Int[ndarray, " L"]]] = [[group] for group in groups] if menu.unit == "kv_group" else [groups]
-    allowed = np.array([[source in menu.pairs(target) for target in range(layers)] for source in range(layers)])
-    every, lanes = np.arange(layers), []
-    for member in members:
-        loss: Float[ndarray, "L O"] = np.zeros((layers, len(menu.rules)))
-        reuse: Float[ndarray, "L E L"] = np.zeros((layers, len(menu.emitters), layers))
-        costs, reuse_costs = [], []
-        for length, one in sorted(scores.items()):
-            for name, norm, weight in zip(
-                ("text", "answer"), norms[length], (1.0, question.answer_weight), strict=True
-            ):
-                loss = loss + sum(getattr(one, name)[every, group] for group in member) * (weight / norm)
-                own = getattr(one, f"reuse_{name}")
-                reuse = reuse + sum(own[:, :, every, group] for group in member) * (weight / norm)
-            costs.append(sum(one.tiles[every, group] for group in member))
-            reuse_costs.append(sum(one.reuse_tiles[:, :, every, group] for group in member))
-        for place, rule in enumerate(menu.rules):
-            if rule.kind in ("dense", "dense_source"):
-                loss[:, place] = 0.0  # dense differs from itself by rounding only
-        lanes.append(
-            Lane(
-                loss=loss,
-                cost=np.stack(costs, -1),
-                emitters=menu.emitters,
-                reuse_loss=np.where(allowed[:, None], reuse, np.inf),
-                reuse_cost=np.stack(reuse_costs, -1),
-            )
-        )
-    return lanes
+    return _plan(question, heads, lanes, solution, limited, solution.cost / dense), solution.loss
 
 
 def overlap_path(question: ReuseQuestion, scores: ReuseScores) -> ReusePath:
@@ -237,18 +165,25 @@ def _plan(
     heads: HeadMap,
     lanes: Sequence[Lane],
     solution: LaneSolution,
-    lengths: tuple[int, ...],
+    limited: Sequence[Resource],
     used: Float[ndarray, " P"],
 ) -> Plan:
     plan = _written(question, heads, solution.paths, {"answer_weight": question.answer_weight})
-    shares = dict(zip(map(str, lengths), used.tolist(), strict=True))
+    shares = dict(zip(limited, used.tolist(), strict=True))
     return plan.model_copy(
         update={
             "budgets": tuple(
                 BudgetRecord(
-                    metric="density",
+                    metric=budget.metric,
                     bound=budget.bound,
-                    predicted={k: v for k, v in shares.items() if budget.lengths is None or int(k) in budget.lengths},
+                    predicted={
+                        str(length): share
+                        for (metric, length), share in shares.items()
+                        if metric == budget.metric and budget.holds_at(length)
+                    },
+                    cost_model=None
+                    if budget.metric == "density" or question.cost_model is None
+                    else question.cost_model.name,
                 )
                 for budget in question.budgets
             ),

@@ -1,5 +1,6 @@
 """Plans with reuse, from profile to replay, on a tiny model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 
 import sparsesearch
 from sparsesearch.calibration import Calibration, Sample
+from sparsesearch.cost import UnitWork
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
-from sparsesearch.index_reuse import ReuseQuestion, overlap_path, search_reuse
+from sparsesearch.index_reuse import overlap_path, search_reuse
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.reuse import ReuseScores, reuse_menu
+from sparsesearch.profiling.reuse import ReuseScores, map_heads, reuse_menu, score_reuse
 from sparsesearch.profiling.run import Request, profile_model
+from sparsesearch.reuse_lanes import ReuseQuestion, lanes_of, resources
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.search.budget import Budget
 from sparsesearch.search_space import SearchSpace
@@ -127,3 +130,45 @@ def test_questions_that_cannot_be_are_refused(asked: tuple[Any, Any]) -> None:
         ReuseQuestion(menu, budgets=(Budget("kv_fraction", 0.5),))
     with pytest.raises(BudgetInfeasibleError, match="Raise the budget"):
         search_reuse(model, ReuseQuestion(menu, budgets=(Budget("density", 0.01),)), {LENGTH: samples()}, passes=1)
+
+
+class DearChoosing:
+    """Attention by tiles; choosing them costs as much as dense attention."""
+
+    name, device, measured, decode_call_s = "dear", "none", False, 0.0
+
+    def unit_latency_s(self, work: UnitWork) -> float:
+        blocks = -(-work.kv_len // work.block_tokens)
+        dense = work.query_heads * blocks * (blocks + 1) / 2
+        tiles = {"dense": dense, "tiles": work.tiles}.get(work.kind, 0.0)
+        return tiles + (dense if work.estimator in ("pooled_topk", "dense_source") else 0.0)
+
+    def latency_s(self, works: Sequence[UnitWork]) -> np.ndarray:
+        return np.array([self.unit_latency_s(work) for work in works])
+
+    def decode_latency_s(self, works: object) -> np.ndarray:
+        raise NotImplementedError
+
+
+def test_seconds_of_choosing_are_saved_by_reuse_alone(asked: tuple[Any, Any]) -> None:
+    """Tiles cost the same whoever chose them, so a density budget cannot see what a reuse saves; seconds can."""
+    model, profile = asked
+    menu = reuse_menu(profile, [0.3], span=3, unit="kv_group")
+    heads = map_heads(model, menu, samples())
+    scores = {LENGTH: score_reuse(model, menu, heads, samples())}
+    asked_for = ReuseQuestion(menu, budgets=(Budget("latency", 0.7), Budget("density", 0.9)), cost_model=DearChoosing())
+    assert resources(asked_for, (LENGTH,)) == [("latency", LENGTH), ("density", LENGTH)]
+    lane = lanes_of(asked_for, heads, scores, {LENGTH: (1.0, 1.0)})[0]
+    dynamic = [place for place, rule in enumerate(menu.rules) if rule.kind == "pooled_topk"]
+    static = [place for place, rule in enumerate(menu.rules) if rule.kind == "sink_window"]
+    dense = lane.cost[:, 0]
+    assert np.allclose(dense[:, 0], dense[:, 1]), "a dense head's seconds are its tiles here"
+    assert np.allclose(lane.cost[:, dynamic, 0], lane.cost[:, dynamic, 1] + dense[:, None, 0])
+    assert np.allclose(lane.cost[:, static, 0], lane.cost[:, static, 1])
+    assert np.allclose(lane.reuse_cost[..., 0], lane.reuse_cost[..., 1]), "a reuse chooses nothing"
+    plan, _ = search_reuse(model, asked_for, {LENGTH: samples()}, passes=1)
+    assert {record.metric for record in plan.budgets} == {"latency", "density"}
+    assert plan.budgets[0].cost_model == "dear"
+    assert all(value <= record.bound * (1 + 1e-9) for record in plan.budgets for value in record.predicted.values())
+    with pytest.raises(SpecError, match="--cost-model"):
+        ReuseQuestion(menu, budgets=(Budget("latency", 0.5),))

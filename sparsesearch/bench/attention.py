@@ -3,7 +3,8 @@
     python -m sparsesearch.bench.attention --json out.json
 
 R = t / (density · t_dense), t_dense of the fastest dense kernel (cuDNN, forced): 1 means that a skipped block costs nothing and a computed
-one costs what it costs the fastest dense kernel. Density counts tiles of 128 x 128.
+one costs what it costs the fastest dense kernel. Density counts tiles of 128 x 128. Every row holds the relative error of its output
+against fp64 (`fp64`), cuDNN's included.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsesearch.bench.fp64 import exact_rows, relative_error
 from sparsesearch.bench.predicted import shipped_costs
 from sparsesearch.bench.timing import ceilings, median_s, provenance
 from sparsesearch.block_mask import BlockGrid
@@ -31,6 +33,7 @@ from sparsesearch.rules.sink_window import SinkWindow
 PlanName = Literal["dense", "mixed", "sparse", "stream", "equal", "unequal"]
 PLANS: tuple[PlanName, ...] = ("dense", "mixed", "sparse", "stream", "equal", "unequal")
 BLOCK_TOKENS = 128
+LONG = 32768
 
 
 def plan_rules(name: PlanName, num_heads: int, length: int) -> tuple[Rule, ...]:
@@ -76,7 +79,7 @@ def run(
     """Time every case and return rows, ceilings and provenance.
 
     Args:
-        lengths: sequence lengths, batch 1.
+        lengths: sequence lengths, batch 1. Beyond LONG, only our first backend and cuDNN are timed.
         head_dims: head widths, bf16.
         plans: see `plan_rules`.
         causal: which masks; the full mask is timed up to 32k.
@@ -101,12 +104,13 @@ def run(
     for head_dim in head_dims:
         for is_causal in causal:
             for length in lengths:
-                if not is_causal and length > 32768:
+                if not is_causal and length > LONG:
                     continue
                 case = _Case(length, head_dim, num_heads, num_kv_heads, is_causal, budget_s)
                 case.dense(record)
+                ours = backends if length <= LONG else backends[:1]
                 for name in plans:
-                    case.sparse(name, backends, is_causal and length in flex_lengths, record)
+                    case.sparse(name, ours, is_causal and length in flex_lengths, record)
                 del case
                 torch.cuda.empty_cache()
     return {"format": "sparsesearch.bench.attention", "provenance": provenance(command), "ceilings": top, "rows": rows}
@@ -135,17 +139,24 @@ class _Case:
         """cuDNN, forced, and FlashAttention-2; the first is what R divides by."""
         length, head_dim, num_heads = self.grid.q_len, self.q.shape[-1], self.q.shape[1]
         flop = 4 * num_heads * length * length * head_dim / (2 if self.grid.causal else 1)
+        exact = self._exact(plan_rules("dense", num_heads, length))
+
+        def attend() -> Tensor:
+            return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=self.grid.causal, enable_gqa=True)
+
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
+            if name == "flash2" and length > LONG:
+                continue
             with sdpa_kernel(backend):
-                seconds = median_s(
-                    lambda: F.scaled_dot_product_attention(
-                        self.q, self.k, self.v, is_causal=self.grid.causal, enable_gqa=True
-                    ),
-                    budget_s=self.budget_s,
-                )
+                error = relative_error(attend(), exact)
+                seconds = median_s(attend, budget_s=self.budget_s)
             if name == "cudnn":
                 self.dense_s = seconds
-            record({**self.shape, "kernel": name, "plan": "dense", "density": 1.0, "seconds": seconds, "flop": flop})
+            row = {"kernel": name, "plan": "dense", "density": 1.0, "seconds": seconds, "flop": flop}
+            record(self.shape | row | {"fp64_error": error})
+
+    def _exact(self, rules: tuple[Rule, ...]) -> Tensor:
+        return exact_rows(self.q, self.k, self.v, rules, self.grid, scale=self.q.shape[-1] ** -0.5)
 
     def sparse(
         self,
@@ -158,16 +169,19 @@ class _Case:
         rules = plan_rules(name, self.q.shape[1], self.grid.q_len)
         spans = (Span(self.grid),)
         scale = self.q.shape[-1] ** -0.5
+        exact = self._exact(rules)
         density = None
         for backend in backends:
             row: dict[str, Any] = {**self.shape, "kernel": backend, "plan": name}
             try:
                 schedule = schedule_for(self.q, self.k, spans, rules, backend)
                 density = schedule.density
-                seconds = median_s(
-                    lambda: run_schedule(self.q, self.k, self.v, schedule, scale=scale, kernel=backend),  # noqa: B023
-                    budget_s=self.budget_s,
-                )
+
+                def attend() -> Tensor:
+                    return run_schedule(self.q, self.k, self.v, schedule, scale=scale, kernel=backend)[0]  # noqa: B023
+
+                row["fp64_error"] = relative_error(attend(), exact)
+                seconds = median_s(attend, budget_s=self.budget_s)
                 record(row | self._costs(schedule, seconds) | self._predicted(schedule, backend))
             except (
                 RuntimeError,
@@ -177,7 +191,7 @@ class _Case:
         if flex and density is not None:
             row = {**self.shape, "kernel": "flex", "plan": name}
             try:
-                record(row | self._flex(rules, density))
+                record(row | self._flex(rules, density, exact))
             except RuntimeError as error:  # inductor's own kinds included
                 record(row | {"error": f"{type(error).__name__}: {error}"[:400]})
 
@@ -199,17 +213,22 @@ class _Case:
         heads = {"num_kv_heads": self.k.shape[1], "head_dim": self.k.shape[3]}
         return {"predicted_s": self.costs.attention_s(schedule, **heads)}
 
-    def _flex(self, rules: tuple[Rule, ...], density: float) -> dict[str, Any]:
+    def _flex(self, rules: tuple[Rule, ...], density: float, exact: Tensor) -> dict[str, Any]:
         from torch.nn.attention.flex_attention import flex_attention
 
         mask = block_mask(rules, self.grid)
         compiled: Any = torch.compile(flex_attention, dynamic=False)
-        seconds = median_s(
-            lambda: compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True), budget_s=self.budget_s
-        )
+
+        def attend() -> Tensor:
+            out: Tensor = compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True)
+            return out
+
+        error = relative_error(attend(), exact)
+        seconds = median_s(attend, budget_s=self.budget_s)
         blocks = density * self.q.shape[1] * int(self.grid.reachable().sum())
         flop = 4 * blocks * BLOCK_TOKENS**2 * self.q.shape[-1]
-        return {"density": density, "seconds": seconds, "flop": flop, "R": seconds / (density * self.dense_s)}
+        costs = {"density": density, "seconds": seconds, "flop": flop, "R": seconds / (density * self.dense_s)}
+        return costs | {"fp64_error": error}
 
 
 def _causal_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:

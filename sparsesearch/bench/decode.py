@@ -1,12 +1,15 @@
 """Decoding on a device: bytes of keys and values over time, ragged against uniform heads, beside the copy bandwidth of the same run.
 
-python -m sparsesearch.bench.decode --json out.json
+The copy bandwidth is that of 4 GB, where starting and ending do not count. They do count for the tens of microseconds that a small cache
+takes, so each size has two more rows: a copy of as many bytes (half read, half written), and a kernel that only reads them.
+
+    python -m sparsesearch.bench.decode --json out.json
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.predicted import shipped_costs
 from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.bench.triton_read import read_both
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.kernels.decode import ragged_decode
 
@@ -91,6 +95,12 @@ def _one_shape(
     case = {"batch": batch, "length": length}
     costs = shipped_costs()
     for share in kept:
+        num_bytes = round(share * batch * num_kv_heads * length) * head_dim * 4
+        for kernel, seconds in _ceilings_of(caches, num_bytes, budget_s):
+            record(
+                case | {"kernel": kernel, "lengths": "uniform", "kept": share, "bytes": num_bytes, "seconds": seconds}
+            )
+    for share in kept:
         for kind in ("uniform", "ragged"):
             lens = _lengths(kind, share, batch, num_kv_heads, length)
             seconds = median_s(partial(ragged, lens), budget_s=budget_s) / CACHE_COPIES
@@ -105,6 +115,23 @@ def _one_shape(
         seconds = median_s(dense, budget_s=budget_s) / CACHE_COPIES
     row = {"kernel": "cudnn", "lengths": "uniform", "kept": 1.0, "bytes": batch * num_kv_heads * length * head_dim * 4}
     record(case | row | {"seconds": seconds})
+
+
+def _ceilings_of(caches: list[list[Tensor]], num_bytes: int, budget_s: float) -> Iterator[tuple[str, float]]:
+    """Time to copy as many bytes (read and written) as the keys and values have, and time to read them only."""
+    flat = [k.view(-1).view(torch.int32) for k, _ in caches], [v.view(-1).view(torch.int32) for _, v in caches]
+    half = num_bytes // 8  # numbers of four bytes, in the keys and in the values each
+
+    def copy() -> None:
+        for source, target in zip(flat[0], flat[1][1:] + flat[1][:1], strict=True):
+            torch.add(source[:half], 0, out=target[:half])
+
+    def read() -> None:
+        for keys, values in zip(*flat, strict=True):
+            read_both(keys[:half], values[:half])
+
+    for kernel, work in (("copy", copy), ("read", read)):
+        yield kernel, median_s(work, budget_s=budget_s) / CACHE_COPIES
 
 
 def _lengths(kind: str, share: float, batch: int, num_kv_heads: int, length: int) -> Tensor:

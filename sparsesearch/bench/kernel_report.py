@@ -9,16 +9,16 @@ Table = tuple[str, list[str], list[list[object]]]
 
 
 def attention_tables(rows: Iterable[dict[str, Any]]) -> list[Table]:
-    """One table per head width and mask: R, speed-up over dense and TFLOP/s of each kernel, plan and length."""
+    """One table per head width and mask: time, R, TFLOP/s and error of each kernel, plan and length."""
     tables: list[Table] = []
     for key, own in _grouped(rows, "head_dim", "causal").items():
         head_dim, causal = key
-        names = ["tokens", "plan", "density", "kernel", "ms", "R", "TFLOP/s", "of matmul"]
+        names = ["tokens", "plan", "density", "kernel", "ms", "R", "TFLOP/s", "of matmul", "fp64 error"]
         body = [
             [row["length"], row["plan"], row.get("density"), row["kernel"], row["seconds"] * 1e3, row.get("R"), row["tflop_per_s"],
-             row["ceiling_share"]]
+             row["ceiling_share"], row.get("fp64_error")]
             if "seconds" in row
-            else [row["length"], row["plan"], None, row["kernel"], row["error"], None, None, None]
+            else [row["length"], row["plan"], None, row["kernel"], row["error"], None, None, None, None]
             for row in own
         ]  # fmt: skip
         tables.append((f"head_dim {head_dim}, {'causal' if causal else 'full'}", names, body))

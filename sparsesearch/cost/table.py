@@ -4,27 +4,22 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.cost.base import DecodeWork, UnitWork
-from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
+from sparsesearch.cost.stored import Frozen, StoredModel
+from sparsesearch.errors import SpecError, nearest
 
 FORMAT = "sparsesearch.cost_model"
 SCHEMA_VERSION = "1.1"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Curve(_Frozen):
+class Curve(Frozen):
     """Seconds per query head at some sequence lengths, for one head_dim."""
 
     head_dim: int = Field(ge=1)
@@ -46,7 +41,7 @@ class Curve(_Frozen):
         return _power_law(tokens, self.tokens, self.seconds)
 
 
-class TileCost(_Frozen):
+class TileCost(Frozen):
     """Tile attention of one query head: call_s + rows·row_s + tiles·tile_s."""
 
     head_dim: int = Field(ge=1)
@@ -56,7 +51,7 @@ class TileCost(_Frozen):
     tile_s: float = Field(gt=0, description="per computed tile")
 
 
-class DecodeCost(_Frozen):
+class DecodeCost(Frozen):
     """Decoding attention of one query head in one sequence: head_s + keys·key_s. Keys are read per query head."""
 
     head_dim: int = Field(ge=1)
@@ -64,8 +59,11 @@ class DecodeCost(_Frozen):
     key_s: float = Field(gt=0, description="per cached key that is read")
 
 
-class CostTable(_Frozen):
+class CostTable(StoredModel):
     """Everything that was measured on a device."""
+
+    format: ClassVar[str] = FORMAT
+    schema_version: ClassVar[str] = SCHEMA_VERSION
 
     name: str
     device: str
@@ -78,25 +76,6 @@ class CostTable(_Frozen):
     decode: tuple[DecodeCost, ...] = Field(min_length=1)
     fit: dict[str, float] = Field(description="errors on the fitted and on held-out runs, and the noise of repeats")
     provenance: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write the JSON atomically, with its checksum."""
-        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a cost model file.
-
-        Raises:
-            ArtifactError: it is missing, truncated, foreign, edited, of a newer major version, or inconsistent.
-        """
-        content = read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION)
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise ArtifactError(
-                f"{path}: {first_problem(error)} Make it again with `sparsesearch calibrate`."
-            ) from error
 
 
 @dataclass(frozen=True)

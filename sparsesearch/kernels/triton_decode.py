@@ -1,16 +1,20 @@
 """Decoding: one query per head against ragged keys, read once, at the memory's pace.
 
-Every (sequence, KV head) pair has its own number of keys. Their key blocks are laid end to end and cut into equal shares, one per worker,
-wherever that falls (split-KV as in Flash-Decoding, Dao et al. 2023; even shares over ragged heads as in stream-K, Osama et al. 2023,
-arXiv:2301.03598). Workers find their share from the lengths, on the device: lengths may change from one replay of a CUDA graph to the next.
-The query heads of a pair share one pass over its keys. Worker w leaves its part of pair p in slot w + p, which is unique because a step
-to the next part moves to the next worker or to the next pair; a second kernel merges them by their log-sum-exp.
+Every (sequence, KV head) pair has its own number of keys. Their key blocks are laid end to end, an idle one before each pair for what it
+costs to begin one, and cut into equal shares, one per worker, wherever that falls (split-KV as in Flash-Decoding, Dao et al. 2023; even
+shares over ragged heads as in stream-K, Osama et al. 2023, arXiv:2301.03598). Workers find their share from the lengths, on the device:
+lengths may change from one replay of a CUDA graph to the next. The query heads of a pair share one pass over its keys. Worker w leaves its
+part of pair p in slot w + p, which is unique because a step to the next part moves to the next worker or to the next pair; a second kernel
+merges them by their log-sum-exp.
+
+On Hopper both kernels are launched while the one before still runs (programmatic dependent launch) and wait for its results on the device.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -18,51 +22,72 @@ NO_KEY = tl.constexpr(-1.0e25)
 MASKED = tl.constexpr(-1.0e30)
 
 BLOCK_KEYS = 64  # 128 leave room for one block per multiprocessor instead of three: half the loads in flight
-WORKERS_PER_SM = 3
+UNIT_KEYS = 64  # a share that ends inside a block pays for a whole one in latency
+IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
+IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
+MANY_HEADS = 256
 
 
 @triton.jit
-def _shares(kv_lens, num_pairs, PAIRS: tl.constexpr, BN: tl.constexpr):
-    """Key blocks of each pair and where they end when all are laid end to end."""
+def _units(kv_lens, num_pairs, workers, PAIRS: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, IDLE: tl.constexpr):
+    """Keys of each pair, where its units end when all are laid end to end; busy workers, units of each, and how many have one more."""
     pairs = tl.arange(0, PAIRS)
-    blocks = (tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0) + BN - 1) // BN
-    return pairs, blocks, tl.cumsum(blocks, 0)
+    lens = tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0)
+    units = tl.where(lens > 0, (lens + UNIT - 1) // UNIT + IDLE, 0)
+    total = tl.sum(units, 0)
+    # no worker between two busy ones is idle: the merge reads them all
+    busy = tl.maximum(tl.minimum(workers, (total * UNIT + BN - 1) // BN), 1)
+    share = total // busy
+    return pairs, lens, tl.cumsum(units, 0), busy, share, total - share * busy
+
+
+@triton.jit
+def _owner(unit, share, longer):
+    """The worker that has a unit; the first `longer` workers have share + 1."""
+    inside = longer * (share + 1)
+    return tl.where(unit < inside, unit // (share + 1), longer + (unit - inside) // tl.maximum(share, 1))
 
 
 @triton.jit
 def ragged_decode_parts(
     q, k, v, kv_start, kv_lens, table, parts, lse_parts, num_pairs, k_stride, v_stride, table_stride, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
-    PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, IDLE: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One worker's share of all key blocks. Grid: workers."""
-    worker = tl.program_id(0).to(tl.int64)
-    pairs, blocks, ends = _shares(kv_lens, num_pairs, PAIRS, BN)
-    total_blocks = tl.sum(blocks, 0).to(tl.int64)
-    busy = tl.minimum(
-        tl.num_programs(0), total_blocks
-    )  # no worker between two busy ones is idle: the merge reads them all
-    at = (worker * total_blocks // tl.maximum(busy, 1)).to(tl.int32)
-    stop = tl.where(worker < busy, ((worker + 1) * total_blocks // tl.maximum(busy, 1)).to(tl.int32), at)
+    """One worker's share of all keys. Grid: workers."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    worker = tl.program_id(0)
+    pairs, lens, ends, busy, share, longer = _units(kv_lens, num_pairs, tl.num_programs(0), PAIRS, BN, UNIT, IDLE)
+    if PAIRS <= IN_REGISTERS:  # loaded with the lengths: one wait for memory instead of two
+        starts = tl.load(kv_start + pairs, mask=pairs < num_pairs, other=0)
+    at = worker * share + tl.minimum(worker, longer)
+    stop = at + tl.where(worker < busy, share + (worker < longer).to(tl.int32), 0)
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D)
     keys = tl.arange(0, BN)
     scale2 = scale * LOG2E
     while at < stop:
         pair = tl.sum((ends <= at).to(tl.int32), 0)
-        pair_end = tl.sum(tl.where(pairs == pair, ends, 0), 0)
-        pair_first = pair_end - tl.sum(tl.where(pairs == pair, blocks, 0), 0)
+        own = pairs == pair
+        pair_end = tl.sum(tl.where(own, ends, 0), 0)
+        kv_len = tl.sum(tl.where(own, lens, 0), 0)
+        pair_first = pair_end - (kv_len + UNIT - 1) // UNIT  # of its keys: the idle units come before
         until = tl.minimum(pair_end, stop)
-        kv_len = tl.load(kv_lens + pair)
-        start = tl.load(kv_start + pair)
+        end = tl.minimum((until - pair_first) * UNIT, kv_len)
+        if PAIRS <= IN_REGISTERS:
+            start = tl.sum(tl.where(own, starts, 0), 0)
+        else:
+            start = tl.load(kv_start + pair)
         real = (rows < GROUP)[:, None] & (cols < DV)[None, :]
         q_tile = tl.load(q + (pair * GROUP + rows).to(tl.int64)[:, None] * DV + cols[None, :], mask=real, other=0.0)
         m = tl.full([ROWS], NO_KEY, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, D], tl.float32)
-        for block in range(at - pair_first, until - pair_first):
-            pos = block * BN + keys
-            loaded = pos < kv_len
+        for first in range(tl.maximum(at - pair_first, 0) * UNIT, end, BN):
+            pos = first + keys
+            loaded = pos < end
             row = start + pos
             if PAGE > 0:
                 page = tl.load(table + pair.to(tl.int64) * table_stride + pos // PAGE, mask=loaded, other=0).to(
@@ -83,49 +108,59 @@ def ragged_decode_parts(
             )
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
             m = m_new
-        slot = worker + pair
-        tl.store(lse_parts + slot * ROWS + rows, m * LN2 + tl.log(total))
-        tl.store(parts + (slot * ROWS + rows)[:, None] * D + cols[None, :], acc / total[:, None])
+        slot = worker.to(tl.int64) + pair
+        total = tl.maximum(total, 1e-30)  # a share of idle units only, which nobody reads
+        tl.store(lse_parts + slot * GROUP + rows, m * LN2 + tl.log(total), mask=rows < GROUP)
+        part = parts + (slot * GROUP + rows)[:, None] * D + cols[None, :]
+        tl.store(part, acc / total[:, None], mask=(rows < GROUP)[:, None])
         at = until
 
 
 @triton.jit
 def merge_decode_parts(
     out, lse, kv_lens, parts, lse_parts, num_pairs, workers,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
-    CHUNK: tl.constexpr, COLS: tl.constexpr,
+    GROUP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
+    UNIT: tl.constexpr, IDLE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """O = Σ exp(lse_i - lse) O_i over the workers that had a part of one pair. Grid: (query heads, D / COLS)."""
+    if EARLY:
+        gdc_launch_dependents()
     head = tl.program_id(0)
     pair = head // GROUP
-    pairs, blocks, ends = _shares(kv_lens, num_pairs, PAIRS, BN)
-    total_blocks = tl.maximum(tl.sum(blocks, 0).to(tl.int64), 1)
-    busy = tl.minimum(workers, total_blocks)
-    end = tl.sum(tl.where(pairs == pair, ends, 0), 0).to(tl.int64)
-    first = end - tl.sum(tl.where(pairs == pair, blocks, 0), 0)
-    # worker w starts at ⌊w·n/W⌋, so block b belongs to worker ⌈(b + 1)·W/n⌉ - 1
-    lo = ((first + 1) * busy + total_blocks - 1) // total_blocks - 1
-    hi = tl.where(end > first, (end * busy + total_blocks - 1) // total_blocks, lo)
-    row = head - pair * GROUP
+    pairs, lens, ends, _, share, longer = _units(kv_lens, num_pairs, workers, PAIRS, BN, UNIT, IDLE)
+    end = tl.sum(tl.where(pairs == pair, ends, 0), 0)
+    first = end - (tl.sum(tl.where(pairs == pair, lens, 0), 0) + UNIT - 1) // UNIT
+    lo = _owner(first, share, longer)
+    hi = tl.where(end > first, _owner(end - 1, share, longer) + 1, lo)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     steps = tl.arange(0, CHUNK)
-    top = -float("inf")
-    for start in range(lo, hi, CHUNK):
-        part = (start + steps + pair) * ROWS + row
-        top = tl.maximum(top, tl.max(tl.load(lse_parts + part, mask=start + steps < hi, other=-float("inf")), 0))
+    if (
+        EARLY
+    ):  # the lengths are older than the parts: whoever wrote them was done before any worker let this kernel start
+        gdc_wait()
+    top = NO_KEY
     total = 0.0
     acc = tl.zeros([COLS], tl.float32)
     for start in range(lo, hi, CHUNK):
-        part = (start + steps + pair) * ROWS + row
+        part = (start + steps + pair).to(tl.int64) * GROUP + head - pair * GROUP
         real = start + steps < hi
-        weight = tl.exp(tl.load(lse_parts + part, mask=real, other=-float("inf")) - top)
+        part_lse = tl.load(lse_parts + part, mask=real, other=MASKED)
         tile = tl.load(parts + part[:, None] * D + cols[None, :], mask=real[:, None], other=0.0)
-        acc += tl.sum(weight[:, None] * tile, 0)
-        total += tl.sum(weight, 0)
+        new_top = tl.maximum(top, tl.max(part_lse, 0))
+        weight = tl.exp(part_lse - new_top)
+        decay = tl.exp(top - new_top)
+        acc = acc * decay + tl.sum(weight[:, None] * tile, 0)
+        total = total * decay + tl.sum(weight, 0)
+        top = new_top
     seen = total > 0
     acc = acc / tl.where(seen, total, 1.0)
     tl.store(lse + head, tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), -float("inf")))
     tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
+
+
+def workers_per_sm(num_heads: int) -> int:
+    """Three blocks keep most loads in flight; with many query heads two are faster, which leave room for the merge to start early (H200)."""
+    return 3 if num_heads < MANY_HEADS else 2
 
 
 def launch(
@@ -134,27 +169,34 @@ def launch(
 ) -> None:  # fmt: skip
     """Run both kernels. Shapes as in `decode.ragged_decode`."""
     num_pairs = kv_lens.numel()
+    early = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    group = q.shape[0] * q.shape[1] // num_pairs
     fixed = constants(
-        group=q.shape[0] * q.shape[1] // num_pairs, head_dim=q.shape[-1], num_pairs=num_pairs,
-        page_tokens=0 if table is None else page_tokens, fp32=q.dtype == torch.float32,
+        group=group, head_dim=q.shape[-1], num_pairs=num_pairs, page_tokens=0 if table is None else page_tokens,
+        fp32=q.dtype == torch.float32, early=early,
     )  # fmt: skip
-    rows, padded = int(fixed["ROWS"]), int(fixed["D"])
-    parts = q.new_empty(workers + num_pairs, rows, padded, dtype=torch.float32)
-    lse_parts = q.new_empty(workers + num_pairs, rows, dtype=torch.float32)
+    padded = int(fixed["D"])
+    parts = q.new_empty(workers + num_pairs, group, padded, dtype=torch.float32)
+    lse_parts = q.new_empty(workers + num_pairs, group, dtype=torch.float32)
     pages = kv_lens if table is None else table
+    options = OPTIONS | ({"launch_pdl": True} if early else {})
     ragged_decode_parts[(workers,)](
         q, k, v, kv_start, kv_lens, pages, parts, lse_parts, num_pairs, k.stride(0), v.stride(0), pages.stride(0), scale,
-        **fixed, **OPTIONS,
+        **fixed, **options,
     )  # fmt: skip
-    shared = {name: value for name, value in fixed.items() if name not in ("PAGE", "PRECISION")}
-    cols = min(padded, 32)
+    shared = {name: value for name, value in fixed.items() if name not in ("ROWS", "PAGE", "PRECISION")}
+    # few heads: their columns are shared out too; parts are read in as many rows at once as a pair longer than the others may have
+    cols = padded if q.shape[0] * q.shape[1] >= MANY_HEADS else min(padded, 32)
+    chunk = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
     merge_decode_parts[(q.shape[0] * q.shape[1], padded // cols)](
-        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=64, COLS=cols, num_warps=4, enable_fp_fusion=True
+        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=chunk, COLS=cols, **(options | {"num_stages": 1})
     )  # fmt: skip
 
 
-def constants(*, group: int, head_dim: int, num_pairs: int, page_tokens: int, fp32: bool) -> dict[str, int | str]:
-    """Compile-time arguments of `ragged_decode_parts`; page_tokens 0 means no table."""
+def constants(
+    *, group: int, head_dim: int, num_pairs: int, page_tokens: int, fp32: bool, early: bool
+) -> dict[str, int | str]:
+    """Compile-time arguments of `ragged_decode_parts`; page_tokens 0 means no table, `early` that it may start before its turn."""
     return {
         "GROUP": group,
         "ROWS": max(16, triton.next_power_of_2(group)),
@@ -162,8 +204,11 @@ def constants(*, group: int, head_dim: int, num_pairs: int, page_tokens: int, fp
         "D": max(16, triton.next_power_of_2(head_dim)),
         "DV": head_dim,
         "PAIRS": triton.next_power_of_2(num_pairs),
+        "UNIT": UNIT_KEYS,
+        "IDLE": IDLE_UNITS,
         "PAGE": page_tokens,
         "PRECISION": "ieee" if fp32 else "tf32",
+        "EARLY": early,
     }
 
 

@@ -42,7 +42,8 @@ class PrunedApply:
             with apply(model, plan, allow_other_weights=self._allow):
                 yield
             return
-        check_geometry(plan.base_model, attention_sites(model))
+        if not _all_dense(plan):  # what a cut needs is checked where it is made, for encoders too
+            check_geometry(plan.base_model, attention_sites(model))
         if not self._allow:
             check_weights(plan.base_model, model)
         fitted = self._refit(model, plan.sha256, plan.pruning)
@@ -70,7 +71,7 @@ def attention_after_cut(plan: Plan, described: Callable[[], BaseModelInfo]) -> P
         plan: with removals.
         described: tells the narrower model's modules and head counts.
     """
-    if all(rule.kind == "dense" for _, _, rule in plan.heads()):
+    if _all_dense(plan):
         return None
     info, cut = described(), plan.pruning
     rules: dict[str, Rule] = {}
@@ -96,3 +97,7 @@ def attention_after_cut(plan: Plan, described: Callable[[], BaseModelInfo]) -> P
             "pruning": None,
         }
     )
+
+
+def _all_dense(plan: Plan) -> bool:
+    return all(rule.kind == "dense" for _, _, rule in plan.heads())

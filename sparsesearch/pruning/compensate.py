@@ -12,7 +12,7 @@ stream, and the projections that lose no input are refitted too.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def compensate(
     for index in range(first, last + 1):
         progress("compensate", index - first, last + 1 - first)
         layer = layers[index]
-        dense = [_run(layer, stream.dense, stream.kwargs[index]) for stream in streams]
+        dense = [replace(_run(layer, stream.dense, stream.kwargs[index]), entering={}) for stream in streams]
         with installed(layer) as install:
             for kind, layout in layer.sublayers if index in cut.layers else ():
                 kept = _kept(cut, index, kind, layer)

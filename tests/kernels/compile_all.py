@@ -71,7 +71,9 @@ def decode(page_tokens: int) -> CompileReport:
         "table": "*i32",
         "scale": "fp32",
     }
-    constants = triton_decode.constants(group=4, head_dim=128, num_pairs=8, page_tokens=page_tokens, fp32=False)
+    constants = triton_decode.constants(
+        group=4, head_dim=128, num_pairs=8, page_tokens=page_tokens, fp32=False, early=True
+    )
     return compile_report(kernel, types, constants, options=triton_decode.OPTIONS)
 
 

@@ -74,6 +74,19 @@ def test_pages_are_gathered() -> None:
     _assert_close(got, _expected(q, k, v, keys, 0.2))
 
 
+@pytest.mark.parametrize("workers", [1, 3, 7, 40, 132])
+def test_shares_of_any_number_of_workers(workers: int) -> None:
+    """Cuts inside pairs and inside the idle units between them; more workers than keys."""
+    from sparsesearch.kernels import triton_decode
+
+    lens = [1, 0, 33, 16, 0, 129, 15, 300]
+    q, k, v, starts, kv_lens = _case(lens, batch=2, heads=12, head_dim=16, seed=workers)
+    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan, device=DEVICE)
+    triton_decode.launch(q, k, v, starts, kv_lens, None, out, lse, scale=0.3, page_tokens=64, workers=workers)
+    keys = [torch.arange(int(a), int(a) + n) for a, n in zip(starts, lens, strict=True)]
+    _assert_close((out, lse), _expected(q, k, v, keys, 0.3))
+
+
 def test_no_key_gives_zero() -> None:
     q, k, v, starts, kv_lens = _case([5, 9], batch=1, heads=2, head_dim=16)
     out, lse = ragged_decode(q, k, v, starts, kv_lens * 0, scale=1.0)

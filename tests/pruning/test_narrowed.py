@@ -9,7 +9,10 @@ from pydantic import ValidationError
 
 from sparsesearch.cut import LayerCut
 from sparsesearch.errors import PlanMismatchError, UnsupportedModelError
+from sparsesearch.plan import Plan
+from sparsesearch.pruning.apply import PrunedApply
 from sparsesearch.pruning.live import narrowed
+from sparsesearch.pruning.profile_run import describe_layers
 from sparsesearch.pruning.quality import output_rows
 from sparsesearch.runtime.sublayers import layers_of
 
@@ -32,6 +35,21 @@ def test_narrow_equals_zeroed_and_is_undone(family):
     assert float((found - dense).abs().max()) > 100 * tolerance
     assert torch.equal(output_rows(model, batch)[0], dense)
     assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
+@torch.no_grad()
+def test_a_plan_that_only_removes_runs_on_every_kind_of_model(family):
+    model = tiny_model(family)
+    cut, (batch, *_) = ragged_cut(model), batches_for(model)
+    plan = Plan(
+        base_model=describe_layers(model, "tiny"), block_tokens=16, unit="query_head", lengths_tokens=(64,), rules={},
+        assignments={}, pruning=cut,
+    )  # fmt: skip
+    with narrowed(model, cut):
+        expected = output_rows(model, batch)[0]
+    with PrunedApply([])(model, plan):
+        assert torch.equal(output_rows(model, batch)[0], expected)
 
 
 def test_a_cut_of_another_model_is_refused_untouched():

@@ -232,3 +232,45 @@ def test_bad_thresholds_are_refused() -> None:
         hylra_path(np.ones((2, 2)), 1.5)
     with pytest.raises(SpecError, match="max_refreshes"):
         rals_path(np.ones((2, 2)), -1)
+
+
+def deep_lanes(layers: int, count: int, resources: int) -> list[Lane]:
+    """Lanes that resemble a profile: losses fall with cost, reuse spans a few layers."""
+    rng, menu, span = np.random.default_rng(6), 24, 6
+    lanes = []
+    for _ in range(count):
+        share = np.clip(
+            np.geomspace(0.02, 0.9, menu - 1)[None, :, None] * rng.lognormal(0, 0.2, (layers, menu - 1, resources)),
+            0.003,
+            1,
+        )
+        cost = np.concatenate([np.ones((layers, 1, resources)), share], 1)
+        sensitivity, steepness = rng.lognormal(0, 1.5, (layers, 1)), rng.uniform(0.3, 1.5, (layers, 1))
+        loss = sensitivity * (cost.mean(-1) ** -steepness - 1) * rng.lognormal(0, 0.3, (layers, menu))
+        loss[:, 0] = 0.0
+        reuse, spent = np.full((layers, 1, layers), np.inf), np.zeros((layers, 1, layers, resources))
+        for source in range(layers):
+            for target in range(source + 1, min(layers, source + span + 1)):
+                fit = rng.lognormal(-0.3, 0.4) * (1 + 0.05 * (target - source))
+                reuse[source, 0, target] = (sensitivity[target] * (0.1 ** -steepness[target] - 1)).item() * fit
+                spent[source, 0, target] = 0.1 * rng.lognormal(0, 0.05, resources)
+        lanes.append(Lane(loss, cost, (0,), reuse, spent))
+    return lanes
+
+
+@pytest.mark.parametrize("layers", [32, 80])
+def test_deep_models_under_two_limits_take_seconds(layers: int) -> None:
+    lanes = deep_lanes(layers, 8, 2)
+    limit = np.array([0.2, 0.22]) * layers * len(lanes)
+    found = solve_lanes(lanes, limit)
+    assert found.gap <= 1e-4
+    assert (found.cost <= limit * (1 + 1e-9)).all()
+    assert sum(path.loss(lane) for path, lane in zip(found.paths, lanes, strict=True)) == pytest.approx(found.loss)
+    assert any((path.source != NONE).any() for path in found.paths)
+    assert found.lower_bound <= found.loss
+
+
+def test_limits_that_hold_alone_but_not_together_are_infeasible() -> None:
+    lane = Lane(np.zeros((1, 2)), np.array([[[1.0, 9.0], [9.0, 1.0]]]), (), np.zeros((1, 0, 1)), np.zeros((1, 0, 1, 2)))
+    with pytest.raises(BudgetInfeasibleError, match="Raise the budget"):
+        solve_lanes([lane], np.array([2.0, 2.0]))

@@ -3,24 +3,19 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from sparsesearch.artifacts import read_json, write_json
-from sparsesearch.errors import ArtifactError, SpecError, first_problem
+from sparsesearch.cost.stored import Frozen, StoredModel
+from sparsesearch.errors import SpecError
 
 FORMAT = "sparsesearch.device_cost_model"
 SCHEMA_VERSION = "1.1"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Peaks(_Frozen):
+class Peaks(Frozen):
     """Rates that the device sustains, and the time of an empty kernel in a CUDA graph."""
 
     matmul_flop_per_s: float = Field(gt=0)
@@ -29,7 +24,7 @@ class Peaks(_Frozen):
     launch_s: float = Field(ge=0)
 
 
-class TileKernelCost(_Frozen):
+class TileKernelCost(Frozen):
     """The tile kernel in one configuration.
 
     seconds = launch_s + longest(busy, power, memory) + (merge_s + pieces·piece_s if tiles were cut)
@@ -54,7 +49,7 @@ class TileKernelCost(_Frozen):
     piece_s: float = Field(ge=0, description="per piece")
 
 
-class Points(_Frozen):
+class Points(Frozen):
     """Seconds at rising amounts (bytes, elements, tokens); a straight line between two in log-log."""
 
     amounts: tuple[float, ...] = Field(min_length=1)
@@ -79,7 +74,7 @@ class Points(_Frozen):
         return float(s * (t / s) ** (math.log(amount / a) / math.log(b / a)))
 
 
-class Correction(_Frozen):
+class Correction(Frozen):
     """A number over rising amounts, straight between two in the logarithm of the amount and constant beyond the ends."""
 
     amounts: tuple[float, ...] = Field(min_length=1)
@@ -98,7 +93,7 @@ class Correction(_Frozen):
         return float(np.interp(math.log(max(amount, 1e-9)), np.log(self.amounts), self.values))
 
 
-class DecodeCost(_Frozen):
+class DecodeCost(Frozen):
     """Ragged decoding of one layer: by its bytes of keys and values and its (sequence, KV head) pairs, and a line through the same points."""
 
     head_dim: int = Field(ge=1)
@@ -108,7 +103,7 @@ class DecodeCost(_Frozen):
     byte_s: float = Field(gt=0)
 
 
-class LinearCost(_Frozen):
+class LinearCost(Frozen):
     """A linear layer of one size: rows of the input -> seconds."""
 
     outputs: int = Field(ge=1)
@@ -116,7 +111,7 @@ class LinearCost(_Frozen):
     points: Points
 
 
-class EstimatorCost(_Frozen):
+class EstimatorCost(Frozen):
     """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds of a call of `heads` query heads.
 
     The host's launches dominate, so fewer heads take as long; more take proportionally longer.
@@ -127,8 +122,11 @@ class EstimatorCost(_Frozen):
     points: Points
 
 
-class DeviceTable(_Frozen):
+class DeviceTable(StoredModel):
     """Everything that was measured."""
+
+    format: ClassVar[str] = FORMAT
+    schema_version: ClassVar[str] = SCHEMA_VERSION
 
     name: str
     device: str
@@ -162,25 +160,6 @@ class DeviceTable(_Frozen):
         description="errors on the micro-runs and, left out in turn, on ones the fit had not seen"
     )
     provenance: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write the JSON atomically, with its checksum."""
-        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a cost model file.
-
-        Raises:
-            ArtifactError: it is missing, truncated, foreign, edited, of a newer major version, or inconsistent.
-        """
-        content = read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION)
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise ArtifactError(
-                f"{path}: {first_problem(error)} Make it again with `sparsesearch calibrate`."
-            ) from error
 
     def tile_kernel(self, head_dim: int, tile_keys: int) -> TileKernelCost:
         """The configuration that was measured.

@@ -1,0 +1,139 @@
+"""The whole comparison on a tiny model, with a clock that counts computed tiles; and the parts of a timed evaluation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsesearch.bench.families import random_samples
+from sparsesearch.calibration import Calibration
+from sparsesearch.cost import load_cost_model
+from sparsesearch.equal_latency import compare
+from sparsesearch.equal_latency.compare import Setting, compare_at_latency
+from sparsesearch.equal_latency.record import EqualLatency
+from sparsesearch.errors import SpecError, UnsupportedModelError
+from sparsesearch.evaluate.head import Head
+from sparsesearch.evaluate.predicted import predicted_seconds
+from sparsesearch.evaluate.timing import prefill_seconds
+from sparsesearch.plan import Plan, uniform_plan
+from sparsesearch.profiling.record import Profile
+from sparsesearch.profiling.run import Request, profile_model
+from sparsesearch.report.equal_latency import equal_latency_plot
+from sparsesearch.rules import LengthLaw
+from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.runtime.fingerprint import describe
+from sparsesearch.runtime.live import apply
+from sparsesearch.search_space import SearchSpace
+
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    config = transformers.AutoConfig.for_model(
+        "llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=64, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def profile(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    samples = random_samples(64, LENGTH, 1, seed=0)
+    request = Request(describe(model, "tiny"), SearchSpace.load("mixture"), {LENGTH: Calibration(samples, "random")}, 1)
+    return profile_model(model, request, tmp_path_factory.mktemp("profile") / "profile")
+
+
+def window(model: PreTrainedModel, tokens: int) -> Plan:
+    rule = SinkWindow(sink=64, window=LengthLaw(a=tokens))
+    return uniform_plan(describe(model, "tiny"), rule, block_tokens=64, lengths_tokens=(LENGTH,))
+
+
+def test_families_meet_and_are_compared_pairwise(
+    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Time is 0.2 + 0.8 times the share of tiles: what the cost model says of this tiny model does not matter."""
+
+    def counted(head: Head, prompts: Any, plans: Mapping[str, Plan | None], **_: Any) -> dict[str, tuple[float, ...]]:
+        from sparsesearch.comparison import TileShares
+
+        def share(plan: Plan | None) -> float:
+            return 1.0 if plan is None else TileShares(plan, LENGTH).mean([rule for _, _, rule in plan.heads()]) or 0.0
+
+        return {name: (0.2 + 0.8 * share(plan),) * 3 for name, plan in plans.items()}
+
+    monkeypatch.setattr(compare, "prefill_seconds", counted)
+    judged = random_samples(64, LENGTH, 4, seed=1)
+    setting = Setting((0.6,), ("mixture", "MoA", "uniform window"), rounds=1, final_rounds=3, tolerance=0.05)
+    found = compare_at_latency(model, profile, setting, load_cost_model("roofline:h100"), judged[:2], judged[2:])
+    row = found.targets["0.6"]
+    assert list(row) == list(found.families) == ["mixture", "MoA", "uniform window"]
+    assert row["mixture"].at_target
+    for entry in row.values():
+        assert entry.share >= 0.6 * 0.95, "nobody gets an easier target than the first"
+        assert set(entry.excess) == {"kl", "kl_answer", "needle_error", "heldout_loss"}
+    assert row["mixture"].excess["kl"].mean == 0.0
+    own, theirs = row["mixture"].quality.kl_text.mean, row["MoA"].quality.kl_text.mean
+    assert row["MoA"].excess["kl"].mean == pytest.approx(theirs - own, abs=1e-12)
+    found.save(tmp_path / "found.json")
+    assert EqualLatency.load(tmp_path / "found.json") == found
+    assert equal_latency_plot(found).startswith("<svg")
+
+
+def test_attention_is_a_part_of_the_prefill(model: PreTrainedModel) -> None:
+    prompt = random_samples(64, LENGTH, 1, seed=2)[0].input_ids[None]
+    plans = {"dense": None, "window": window(model, 64)}
+    before = dict(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)
+    attention = prefill_seconds(Head(model), prompt, plans, rounds=3, apply=apply, part="attention")
+    whole = prefill_seconds(Head(model), prompt, plans, rounds=3, apply=apply)
+    assert dict(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS) == before
+    for name in plans:
+        assert len(attention[name]) == len(whole[name]) == 3
+        assert 0 < min(attention[name]) < max(whole[name])
+
+
+def test_attention_that_no_interface_knows_cannot_be_timed(model: PreTrainedModel) -> None:
+    kept = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):
+            prefill_seconds(
+                Head(model),
+                torch.zeros(1, 8, dtype=torch.long),
+                {"dense": None},
+                rounds=1,
+                apply=apply,
+                part="attention",
+            )
+    finally:
+        model.set_attn_implementation(kept)
+
+
+def test_predictions_of_either_kind_of_cost_model(model: PreTrainedModel) -> None:
+    variants = {"dense": None, "window": window(model, 64)}
+    summed = predicted_seconds(model, variants, 4096, load_cost_model("cpu"))
+    replayed = predicted_seconds(model, variants, 4096, load_cost_model("h200"))
+    assert all(set(found) == {"attention_s"} for found in summed.values())
+    assert all(0 < found["attention_s"] < found["prefill_s"] for found in replayed.values())
+    for found in (summed, replayed):
+        assert found["window"]["attention_s"] < found["dense"]["attention_s"]
+    assert predicted_seconds(model, {"dense": None}, 4096, load_cost_model("cpu")) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": (1.5,)}, "between 0 and 1"),
+        ({"families": ("mixture",)}, "at least two"),
+        ({"rounds": 0}, "rounds >= 1"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Setting(**change)
