@@ -261,10 +261,10 @@ def test_verify_calls_an_all_dense_plan_a_problem(base, tmp_path):
 
 def test_verify_finds_a_wrong_kernel(base, tmp_path, monkeypatch):
     """The comparison with the oracle can fail."""
-    from sparsesearch.runtime import attention
+    from sparsesearch.runtime import rule_attention
 
-    out, right = export(base, tmp_path).path, attention.attend_tiles
-    monkeypatch.setattr(attention, "attend_tiles", lambda *args, **options: 1.01 * right(*args, **options))
+    out, right = export(base, tmp_path).path, rule_attention.attend_tiles
+    monkeypatch.setattr(rule_attention, "attend_tiles", lambda *args, **options: 1.01 * right(*args, **options))
     assert any("prefill differs" in problem for problem in verify(out).problems)
 
 
