@@ -55,7 +55,11 @@ def test_the_record_holds_every_variant(made: tuple[Path, dict[str, Any]]) -> No
 def test_the_best_way_is_that_of_the_least_replayed_error(made: tuple[Path, dict[str, Any]]) -> None:
     _, record = made
     least = {name: min(way["log10_error"].values()) for name, way in record["searches"].items()}
-    ours = {name: error for name, error in least.items() if name.startswith("video_mixture")}
+    ours = {
+        name: error
+        for name, error in least.items()
+        if name.startswith("video_mixture") and name != f"{WITH_RESTS} {DENSITY}"
+    }
     assert ours[f"video_mixture, best {DENSITY}"] == min(ours.values())
     assert ours[f"video_mixture, again {DENSITY}"] <= ours[f"video_mixture {DENSITY}"]
     pair = record["paired_db"][f"video_mixture {DENSITY} - uniform {DENSITY}"]

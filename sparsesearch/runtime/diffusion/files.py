@@ -11,4 +11,9 @@ def is_diffusers_directory(path: Path) -> bool:
     if (path / "model_index.json").is_file():
         return True
     config = path / "config.json"
-    return config.is_file() and "_class_name" in json.loads(read_text(config))
+    if not config.is_file():
+        return False
+    try:
+        return "_class_name" in json.loads(read_text(config))
+    except json.JSONDecodeError:
+        return False  # whoever loads it says what is wrong with it
