@@ -1,6 +1,7 @@
 """Ctrl-C in `profile`: exit 130, finished layers are kept, and --resume ends in the same bytes."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,15 @@ import pytest
 from sparsesearch.profiling.shards import ShardStore
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C is heard, also where whoever started the tests had it ignored, as shells do for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("written_before", [1, 11])
 def test_interrupted_profile_resumes_to_the_same_bytes(
     corridor: Path, run: Any, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_before: int
