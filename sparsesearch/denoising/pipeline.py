@@ -66,11 +66,6 @@ class PipelineIndex(BaseModel):
         return {name: DenoisingProfile.load(folder / name / "dense") for name in self.components}
 
 
-def is_pipeline_profile(folder: Path) -> bool:
-    """Whether a directory holds a profile of a diffusers pipeline."""
-    return (folder / INDEX).is_file()
-
-
 def load_pipeline(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
     """Load a diffusers pipeline without plans that it may carry; parts that its index leaves out stay out.
 
