@@ -1,8 +1,7 @@
 """Putting a plan on a live model, and taking it off again without a trace."""
 
 import functools
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -16,9 +15,10 @@ from sparsesearch.runtime.binding import LayerBinding, bind, binding_of, binding
 from sparsesearch.runtime.configuration import implementation_of, json_implementation, sparse_implementation
 from sparsesearch.runtime.fingerprint import AttentionSite, attention_sites, weights_sha256
 from sparsesearch.runtime.prepare import forget_selections, prepare_call, release_selections
+from sparsesearch.runtime.removable import Removable
 
 
-class AppliedPlan:
+class AppliedPlan(Removable):
     """A plan on a model. Use it as a context manager, or keep it and call `remove`, which may be called twice.
 
     Attributes:
@@ -82,14 +82,6 @@ class AppliedPlan:
                 self.model.config.__dict__.pop(key, None)
             else:
                 setattr(self.model.config, key, value)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 _MISSING = object()

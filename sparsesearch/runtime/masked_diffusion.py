@@ -6,8 +6,7 @@ first and the generation behind it. The caller says at which step a forward pass
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +23,7 @@ from sparsesearch.runtime.configuration import implementation_of
 from sparsesearch.runtime.denoising_call import Call
 from sparsesearch.runtime.diffusion.attention import Probe, SparseLayer
 from sparsesearch.runtime.fingerprint import weights_sha256
+from sparsesearch.runtime.removable import Removable
 
 NAME = "sparsesearch_masked_diffusion"
 _LAYER = "sparsesearch_masked_layer"
@@ -141,7 +141,7 @@ def describe_masked(denoiser: MaskedDenoiser, name_or_path: str) -> BaseModelInf
     )
 
 
-class AppliedMasked:
+class AppliedMasked(Removable):
     """A plan on a masked diffusion model. Use it as a context manager, or keep it and call `remove`, which may be called twice.
 
     Attributes:
@@ -184,14 +184,6 @@ class AppliedMasked:
         for site in self._sites:
             site.module.__dict__.pop(_LAYER, None)
         self.denoiser.model.set_attn_implementation(self._implementation)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def masked_attention_call(

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from sparsesearch.runtime.diffusion.call import install, uninstall
 from sparsesearch.runtime.diffusion.families import family_of
 from sparsesearch.runtime.diffusion.specialise import specialise
 from sparsesearch.runtime.fingerprint import parameters_sha256
+from sparsesearch.runtime.removable import Removable
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def describe_transformer(model: Any, name_or_path: str) -> BaseModelInfo:
     )
 
 
-class AppliedTransformer:
+class AppliedTransformer(Removable):
     """A plan on a diffusers transformer. Use it as a context manager, or keep it and call `remove`, which may be called twice.
 
     Attributes:
@@ -148,16 +148,8 @@ class AppliedTransformer:
             module.set_processor(before)
         uninstall(self.model)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
-
-
-class AppliedPipeline:
+class AppliedPipeline(Removable):
     """Plans on the transformers of a pipeline.
 
     Attributes:
@@ -176,14 +168,6 @@ class AppliedPipeline:
         """Restore all transformers."""
         for applied in self.components.values():
             applied.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def apply_diffusers(
