@@ -35,7 +35,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _require_places(kwargs)
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            say("[red]interrupted[/]: what was finished is on disk; commands that take --resume continue from there.")
+            say(
+                "[red]interrupted[/]: what was finished is on disk; profile and heal continue with --resume, tune with --join."
+            )
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             told = _told(error)
