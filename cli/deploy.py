@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from sparsesearch.plan import Plan
 
 
+FOR_REMOVALS = ("logical", "device")
+"""Options of `apply` that mean something only for plans that remove."""
+
+
 def apply(
+    context: typer.Context,
     plan: o.PlanFile,
     model: o.Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
@@ -39,6 +44,7 @@ def apply(
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""
     if pipelines.is_pipeline(model):
+        o.refuse_given(context, "is not for diffusers pipelines", "revision", "trust_remote_code", *FOR_REMOVALS)
         taken = {"overwrite": overwrite, "allow_other_weights": allow_other_weights, "json": json}
         pipelines.apply(plan, Path(model), out, component=component, **taken)
         return
@@ -46,11 +52,14 @@ def apply(
     from sparsesearch.runtime.export import export
 
     opened = Plan.load(plan)
+    o.refuse_given(context, f"is for diffusers pipelines, and {model} is none", "component")
     if opened.pruning is not None:
+        o.refuse_given(context, "is not for plans that remove", "revision", "trust_remote_code")
         prune.apply_cuts(
             opened, model, out, logical=logical, overwrite=overwrite, allow_other_weights=allow_other_weights, device=device, json=json
         )  # fmt: skip
         return
+    o.refuse_given(context, f"is for removals, and {plan} has none", *FOR_REMOVALS)
     export(
         opened,
         model,

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -18,31 +19,69 @@ EXTRAS = {
     "datasets": "data",
 }
 """Packages that only some commands need -> the extra that brings them."""
+PLACES = ("out", "pareto", "junit", "plot", "runs", "folder")
+"""Parameters that name what a command writes."""
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Show a known error as one sentence on stderr and exit with its code; anything else keeps its traceback."""
+    """Show a known error as one sentence on stderr and exit with its code; anything else keeps its traceback.
+
+    Where results are to go is tried first, so that hours of work do not end at a folder that cannot be written.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _require_places(kwargs)
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            say("[red]interrupted[/]: what was finished is on disk; commands that take --resume continue from there.")
+            say(
+                "[red]interrupted[/]: what was finished is on disk; profile and heal continue with --resume, tune with --join."
+            )
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            from sparsesearch.errors import SparseSearchError
-
-            package = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
-            if package in EXTRAS:
-                say(f"[red]error[/]: this needs {package}: pip install 'sparsesearch\\[{EXTRAS[package]}]'.")
-                raise typer.Exit(1) from error
-            if not isinstance(error, SparseSearchError):
+            told = _told(error)
+            if told is None:
                 raise
-            say(f"[red]error[/]: {_escaped(str(error))}")
-            raise typer.Exit(error.exit_code) from error
+            message, code = told
+            say(f"[red]error[/]: {_escaped(message)}")
+            raise typer.Exit(code) from error
 
     return run
+
+
+def _require_places(given: dict[str, Any]) -> None:
+    from sparsesearch.artifacts import require_writable
+
+    for name in PLACES:
+        if isinstance(given.get(name), Path):
+            require_writable(given[name])
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """The sentence and the exit code for an error that is no defect of ours; None for a defect."""
+    from sparsesearch.errors import SparseSearchError
+
+    if isinstance(error, SparseSearchError):
+        return str(error), error.exit_code
+    if isinstance(error, ImportError):
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        return None if extra is None else (f"this needs {error.name}: pip install 'sparsesearch[{extra}]'.", 1)
+    reason = " ".join(str(error).split())
+    match type(error).__name__:  # by name: a command that never loads torch must not load it to fail
+        case "SafetensorError":
+            return f"a safetensors file must be whole, but is damaged ({reason}). Fetch or make it again.", 1
+        case "OutOfMemoryError":
+            return (
+                f"the work must fit into the device's memory, but does not: {reason} Take shorter lengths or a smaller batch.",
+                1,
+            )
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{error.filename} must be usable, but {error.strerror or reason}. Check the path, its permissions and the disk.",
+            1,
+        )
+    return None
 
 
 @contextmanager

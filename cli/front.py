@@ -61,7 +61,7 @@ def front(
     opened = Profile.load(profile)
     names = None if families is None else [name.strip() for name in families.split(";")]
     live, tokenizer = load_model(
-        model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype
+        model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype, with_plan=False
     )
     if at is not None:
         found = _at_latency(

@@ -69,7 +69,7 @@ def evaluate(
         raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
     opened = {path.stem if len(paths) > 1 else "plan": Plan.load(path) for path in paths}
     name = model or next(iter(opened.values())).base_model.name_or_path
-    live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype)
+    live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype, with_plan=False)
     applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))
     with progress_bar() as progress:
         metrics = run_all(
@@ -235,7 +235,8 @@ def check(
     opened = Plan.load(plan)
     recorded = None if baseline is None else Metrics.load(baseline)
     thresholds = _thresholds(recovery=recovery, max_kl=max_kl, max_slowdown=max_slowdown)
-    live, tokenizer = load_model(model or opened.base_model.name_or_path, device=o.present_device(device))
+    name = model or opened.base_model.name_or_path
+    live, tokenizer = load_model(name, device=o.present_device(device), with_plan=False)
     with progress_bar() as progress:
         result = run(
             opened,

@@ -235,7 +235,7 @@ def _profiled(
             streamed = open_streamed(model, **loading)
             request = request_of(streamed.info, streamed.model.config, load_tokenizer(model, **origin))
             return profile_streamed(streamed, request, out, resume=resume, progress=progress)
-        live, tokenizer = load_model(model, device_map=device_map, **loading)
+        live, tokenizer = load_model(model, device_map=device_map, with_plan=False, **loading)
         request = request_of(describe(live, model), live.config, tokenizer)
         return profile_model(live, request, out, resume=resume, progress=progress, world=world)
 
@@ -263,7 +263,8 @@ def validate_proxy(
     if prune.only_cuts(profile):
         return
     opened = Profile.load(profile)
-    live, tokenizer = load_model(model or opened.manifest.base_model.name_or_path, device=o.present_device(device))
+    name = model or opened.manifest.base_model.name_or_path
+    live, tokenizer = load_model(name, device=o.present_device(device), with_plan=False)
     length = max(opened.manifest.lengths)
     held_out = calibration.load(
         "needle", tokenizer, length_tokens=length, num_samples=num_sequences, seed=seed, split="heldout"

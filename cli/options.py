@@ -111,6 +111,23 @@ def parsed_suite(
     )
 
 
+def refuse_given(context: typer.Context, why: str, *names: str) -> None:
+    """Refuse options that mean nothing for the input at hand: nothing is ignored in silence.
+
+    Args:
+        context: the command's, which knows what was given and what is a default.
+        why: ends the sentence, such as "is for diffusers pipelines, and p is the profile of none".
+        names: parameters of the command.
+
+    Raises:
+        BadParameter: one of them was given, on the command line, in the environment or in --config.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"{why}.", param_hint=f"--{name.replace('_', '-')}")
+
+
 def command_line() -> str:
     """How this run was started, for the record."""
     return shlex.join(["sparsesearch", *sys.argv[1:]])

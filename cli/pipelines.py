@@ -46,17 +46,6 @@ def only_for_pipelines(what: str, **given: object) -> None:
             )
 
 
-def not_for_pipelines(**given: object) -> None:
-    """The other way round.
-
-    Raises:
-        BadParameter: one of them was given.
-    """
-    for name, value in given.items():
-        if value not in (None, False, (), []):
-            raise typer.BadParameter("is not for diffusers pipelines.", param_hint=f"--{name.replace('_', '-')}")
-
-
 def is_pipeline_plan(path: Path) -> bool:
     """Whether a plan was made for a transformer of diffusers, or PLAN is a folder of such plans."""
     if path.is_dir():

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from sparsesearch.profiling.record import Profile
 
 
+FOR_REMOVALS = ("criterion", "refit_samples", "uniform", "lengths")
+NOT_FOR_PIPELINES = ("workload", "decode", "dtype", "model_shape", "unit", "answer_weight", "pareto")
+NOT_FOR_REMOVALS = (
+    *("space", "workload", "decode", "dtype", "max_groups_per_layer", "model_shape", "unit", "objective"),
+    *("answer_weight", "refine", "model", "pareto"),
+)
+"""Options of `search` that mean something only, or nothing, for a kind of profile."""
+
+
 def search(
+    context: typer.Context,
     profile: o.ProfileDir,
     budget: Annotated[
         list[str],
@@ -119,22 +129,22 @@ def search(
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
     if pipelines.is_profile(profile):
-        pipelines.not_for_pipelines(
-            workload=workload, dtype=dtype, model_shape=model_shape, unit=unit, pareto=pareto, uniform=uniform
-        )
+        o.refuse_given(context, "is not for diffusers pipelines", *NOT_FOR_PIPELINES, *FOR_REMOVALS)
         pipelines.search(
             profile, budget, out, space=space, objective=objective, max_ranges=max_ranges, max_orders=max_groups_per_layer,
             refine=refine, model=model, device=device or "cpu", json=json,
         )  # fmt: skip
         return
-    vdit = objective if objective == "sparse_vdit" else None
-    pipelines.only_for_pipelines(f"{profile} is the profile of none", max_ranges=max_ranges, objective=vdit)
+    for_pipelines = f"is for diffusers pipelines, and {profile} is the profile of none"
+    o.refuse_given(context, for_pipelines, "max_ranges", *(["objective"] if objective == "sparse_vdit" else []))
     if prune.has_cuts(profile):
+        o.refuse_given(context, f"is not for removals, which {profile} covers", *NOT_FOR_REMOVALS)
         prune.search_cuts(
             profile, budget, out, criterion=criterion, device=device, refit_samples=refit_samples, uniform=uniform,
             lengths=lengths, json=json,
         )  # fmt: skip
         return
+    o.refuse_given(context, f"is for removals, and {profile} covers none", *FOR_REMOVALS)
     opened = Profile.load(profile)
     question = _question(
         opened, budget, workload, space, unit, device, dtype, model_shape, objective=objective, answer_weight=answer_weight,
@@ -190,7 +200,7 @@ def _refined(profile: "Profile", question: "Question", model: str | None, evalua
     from sparsesearch.refinement import refine
     from sparsesearch.runtime.loading import load_model
 
-    live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path)
+    live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path, with_plan=False)
     samples = calibration.load(
         "needle", tokenizer, length_tokens=max(profile.manifest.lengths), num_samples=6, seed=seed + 1
     ).samples
@@ -300,16 +310,22 @@ def explain(
             ["module", "density", "rules"],
             [[m, d, ", ".join(f"{k} {n}" for k, n in kinds)] for m, d, kinds in found.layers],
         )
+        for name, summary in found.parts:
+            lines(f"{name}: {summary}")
     else:
         entries(f"{found.module}:{found.head}", {found.rule: [found.meaning, found.source]})
+        if found.removed:
+            lines("the plan removes this head: nothing of the above runs")
+        if found.decode_rule != found.rule:
+            lines(f"while decoding: {found.decode_rule}")
         table("parameters", ["name", "value", "meaning"], found.parameters)
         table("density", ["length", "share of dense"], list(found.densities.items()))
-        metrics = list(found.alternatives[0].cost) if found.alternatives else []
-        table(
-            "alternatives",
-            ["rule", "loss", *metrics, "chosen"],
-            [[a.rule, a.loss, *a.cost.values(), "*" if a.chosen else ""] for a in found.alternatives],
-        )
+        if found.alternatives:
+            table(
+                "alternatives",
+                ["rule", "loss", *found.alternatives[0].cost, "chosen"],
+                [[a.rule, a.loss, *a.cost.values(), "*" if a.chosen else ""] for a in found.alternatives],
+            )
 
 
 def register(app: typer.Typer) -> None:

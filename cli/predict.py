@@ -37,6 +37,10 @@ def predict(
     from sparsesearch.workload import parse_workloads
 
     opened = Plan.load(plan)
+    if opened.pruning is not None:
+        raise SpecError(
+            f"{plan} must keep every weight to be predicted, but removes some. Apply it, and time the checkpoint with `sparsesearch bench model`."
+        )
     with usage("--workload"):
         workloads = parse_workloads(workload)
     costs = load_cost_model(device)

@@ -77,7 +77,7 @@ def search_reuse(
         menu, objective, budgets, threshold=threshold, max_refreshes=max_refreshes, cost_model=priced
     )
     name = model or opened.manifest.base_model.name_or_path
-    live, tokenizer = load_model(name, device=o.present_device(device))
+    live, tokenizer = load_model(name, device=o.present_device(device), with_plan=False)
     samples = {
         length: calibration.load("needle", tokenizer, length_tokens=length, num_samples=num_samples, seed=seed).samples
         for length in opened.manifest.lengths

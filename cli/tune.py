@@ -36,6 +36,7 @@ def tune(
     json: o.Json = False,
 ) -> None:
     """Improve the exact front by true evaluations. Many workers, here and elsewhere, may join one study."""
+    import optuna
     import pandas as pd
 
     from sparsesearch.artifacts import write_bytes
@@ -44,6 +45,7 @@ def tune(
     from sparsesearch.studies.storage import create_study, open_study
     from sparsesearch.studies.tune import StudyDescription, front_rows, plan_of, warm_start
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     place, study_name = storage or str(out / "study.journal"), join or name
     if join is None:
         bounds = o.parsed_shares(densities, "--densities")

@@ -59,6 +59,24 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path) -> None:
+    """Refuse a place where nothing can be written, before the work whose result is to go there; nothing is created.
+
+    Raises:
+        ArtifactError: its nearest existing ancestor is a file, or may not be written.
+    """
+    folder = path.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    reason = None
+    if not folder.is_dir():
+        reason = f"{folder} is a file"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{folder} may not be written"
+    if reason is not None:
+        raise ArtifactError(f"{path} must be writable, but {reason}. Choose another folder with -o.")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes atomically."""
     with atomic_file(path) as file:

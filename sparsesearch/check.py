@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparsesearch.errors import RegressionError, SpecError
-from sparsesearch.evaluate import Estimate, Metrics, VariantMetrics, evaluate
+from sparsesearch.evaluate import Estimate, Metrics, SuiteSpec, VariantMetrics, evaluate
 from sparsesearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -153,14 +153,37 @@ def check(
         evaluation: further arguments of `evaluate`, such as `num_sequences`, `seed` and `suite`; the baseline's suite is repeated.
 
     Raises:
-        SpecError: the baseline has several plans and none is this one, or shares no length with this check.
+        SpecError: the baseline has several plans and none is this one, shares no length with this check, or judged other tasks; or the
+            model runs a plan already.
     """
     chosen = lengths or (baseline.lengths_tokens if baseline is not None else plan.lengths_tokens)
     recorded = None if baseline is None else baseline_variant(baseline, plan)
-    if evaluation.get("suite") is None and baseline is not None:
-        evaluation["suite"] = baseline.suite
+    if baseline is not None:
+        evaluation["suite"] = _repeated_suite(evaluation.get("suite"), baseline.suite)
     metrics = evaluate(model, tokenizer, {VARIANT: plan}, lengths=chosen, **evaluation)
     return judge(metrics, VARIANT, thresholds or Thresholds(), baseline=baseline, baseline_name=recorded)
+
+
+def _repeated_suite(asked: SuiteSpec | None, recorded: SuiteSpec | None) -> SuiteSpec | None:
+    """The baseline's suite, or the one asked for where its figures can be compared with it.
+
+    Raises:
+        SpecError: it lacks recorded tasks, whose regression would pass unseen, or puts them otherwise.
+    """
+    if asked is None or recorded is None:
+        return asked or recorded
+    left_out = sorted(set(recorded.tasks) - set(asked.tasks))
+    if left_out:
+        raise SpecError(
+            f"--suite must repeat the baseline's tasks, but leaves out {', '.join(left_out)}. Leave --suite out."
+        )
+    for name in ("format", "shots"):
+        mine, theirs = getattr(asked, name), getattr(recorded, name)
+        if mine != theirs:
+            raise SpecError(
+                f"--{name} must be the baseline's, {theirs}, to be compared with it, but is {mine}. Leave --suite out."
+            )
+    return asked
 
 
 def judge(
@@ -177,7 +200,7 @@ def judge(
     allows too much rather than too little, so a failure is a regression and not noise.
 
     Raises:
-        SpecError: the baseline shares no length with the metrics, or time is bounded but was not measured.
+        SpecError: the baseline shares no length with the metrics, time is bounded but was not measured, or nothing is bounded at all.
     """
     rows: list[CheckRow] = []
     for length in metrics.lengths_tokens:
@@ -190,6 +213,10 @@ def judge(
         raise SpecError(
             f"the baseline must share a length with this check, but has {list(baseline.lengths_tokens)} and the check "
             f"{list(metrics.lengths_tokens)}. Give --lengths."
+        )
+    if not rows:
+        raise SpecError(
+            "a gate must have a bound, but none was asked for: it would pass anything. Set recovery or max_kl."
         )
     return CheckResult(tuple(rows), metrics)
 

@@ -33,7 +33,7 @@ class PlanDiff:
         changes: heads whose rule differs, in model order.
         moves: (kind before, kind after) -> heads, most frequent first.
         density: static tiles of a and of b over those of dense; None where a dynamic rule decides at run time.
-        other_fields: plan fields besides rules and assignments that differ, as (name, a, b).
+        other_fields: plan fields besides rules and assignments that differ, as (name, a, b); what is long is summed up.
     """
 
     length_tokens: int
@@ -46,7 +46,7 @@ class PlanDiff:
     @property
     def identical(self) -> bool:
         """Whether both plans compute the same."""
-        return not self.changes and not any(name == "block_tokens" for name, _, _ in self.other_fields)
+        return not self.changes and not {name for name, _, _ in self.other_fields} & {"block_tokens", *_PARTS}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class HeadExplanation:
         parameters: (name, value, meaning) of each parameter.
         densities: length in tokens -> share of dense's tiles; None where the data decide.
         shares_kv_with: (head, rule) of the other query heads that read the same KV head.
+        decode_rule: label of the rule for generated tokens.
+        removed: whether the plan takes the head out of the model, so that no rule applies.
         alternatives: the profile's candidates for this head, least loss first; empty without scores.
     """
 
@@ -73,6 +75,8 @@ class HeadExplanation:
     parameters: tuple[tuple[str, str, str], ...]
     densities: dict[int, float | None]
     shares_kv_with: tuple[tuple[int, str], ...]
+    decode_rule: str
+    removed: bool
     alternatives: tuple["Alternative", ...] = ()
 
 
@@ -96,6 +100,7 @@ class PlanExplanation:
         densities: length in tokens -> share of dense's tiles over all heads; None where the data decide.
         layers: (module, share of dense's tiles at the longest length or None, kinds of its heads).
         dense_heads: addresses `module:head` of the heads left dense: those that the search found it could not cut.
+        parts: what the plan holds besides `kinds`, as (field, summary): rules of decoding, steps, removals.
     """
 
     num_heads: int
@@ -103,6 +108,7 @@ class PlanExplanation:
     densities: dict[int, float | None]
     layers: tuple[tuple[str, float | None, tuple[tuple[str, int], ...]], ...]
     dense_heads: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...]
 
 
 def diff(plan_a: Plan, plan_b: Plan) -> PlanDiff:
@@ -167,6 +173,7 @@ def _explain_plan(plan: Plan) -> PlanExplanation:
             for module in plan.base_model.modules
         ),
         tuple(f"{module}:{head}" for module, head, rule in plan.heads() if rule.kind == "dense"),
+        tuple((name, summary(plan)) for name, summary in _PARTS.items() if getattr(plan, name)),
     )
 
 
@@ -189,6 +196,8 @@ def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None)
         ),
         {length: TileShares(plan, length).of(rule) for length in plan.lengths_tokens},
         tuple((other, rules[other].label) for other in mates),
+        plan.decode_rule(module, head).label,
+        plan.pruning is not None and index in plan.pruning.layers and head in plan.pruning.layers[index].removed_heads,
         () if scores is None else _alternatives(scores, module, head, rule),
     )
 
@@ -256,7 +265,34 @@ class TileShares:
 def _other_fields(plan_a: Plan, plan_b: Plan) -> tuple[tuple[str, str, str], ...]:
     names = ("block_tokens", "unit", "lengths_tokens", "budgets")
     pairs = [(name, str(getattr(plan_a, name)), str(getattr(plan_b, name))) for name in names]
-    return tuple(pair for pair in pairs if pair[1] != pair[2])
+    found = [pair for pair in pairs if pair[1] != pair[2]]
+    for name, summary in _PARTS.items():
+        if getattr(plan_a, name) != getattr(plan_b, name):
+            before, after = summary(plan_a), summary(plan_b)
+            found.append((name, before, after if after != before else f"{after}, but others"))
+    return tuple(found)
+
+
+def _decoding(plan: Plan) -> str:
+    own = sum(plan.decode_rule(module, head) != rule for module, head, rule in plan.heads())
+    return f"{own} of {plan.base_model.geometry.total_heads} query heads follow another rule"
+
+
+def _steps(plan: Plan) -> str:
+    schedule = plan.schedule
+    return "one table for all steps" if schedule is None else f"{schedule.num_steps} in {len(schedule.ranges)} ranges"
+
+
+def _removals(plan: Plan) -> str:
+    layers = () if plan.pruning is None else tuple(plan.pruning.layers.values())
+    heads, channels = sum(len(cut.removed_heads) for cut in layers), sum(len(cut.removed_channels) for cut in layers)
+    return (
+        f"{heads} query heads and {channels} FFN channels go, from {len(layers)} layers" if layers else "nothing goes"
+    )
+
+
+_PARTS = {"decode": _decoding, "schedule": _steps, "pruning": _removals}
+"""Fields of a plan beside its assignments that change what runs -> how each is summed up."""
 
 
 def _counted(rules: Sequence[Rule]) -> tuple[tuple[str, int], ...]:

@@ -74,15 +74,6 @@ class ModelShape:
         embeddings = self.head_parameters * (1 if self.tied_embeddings else 2)
         return self.num_layers * (self.layer_matmul_parameters + norms) + embeddings + self.hidden_size
 
-    @property
-    def decode_parameters(self) -> int:
-        """Weights that every decoding step reads: all layers and the output projection; of the input embedding only one row."""
-        return self.num_parameters - (0 if self.tied_embeddings else self.head_parameters)
-
-    def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
-        """Keys and values of one token in the dense cache of all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
-
     def config_settings(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `AutoConfig.for_model(model_type, ...)`."""
         return {

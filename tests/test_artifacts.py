@@ -18,6 +18,7 @@ from sparsesearch.artifacts import (
     parse_json,
     read_json,
     read_text,
+    require_writable,
     sha256_file,
     sha256_text,
     write_bytes,
@@ -153,3 +154,19 @@ def test_a_files_schema_asks_for_the_stamps(tmp_path: Path) -> None:
     for stamp in ("format", "schema_version", "sha256"):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({key: value for key, value in stored.items() if key != stamp}, schema)
+
+
+def test_a_place_is_tried_without_being_made(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "folders" / "file.json")
+    require_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for below in ("file/x.json", "file/folder/x.json"):
+        with pytest.raises(ArtifactError, match=r"file is a file\. Choose another folder with -o"):
+            require_writable(tmp_path / below)
+
+
+def test_a_folder_that_may_not_be_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts.os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(ArtifactError, match="may not be written"):
+        require_writable(tmp_path / "file.json")

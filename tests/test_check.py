@@ -7,9 +7,10 @@ import pytest
 import torch
 from embedded_model import embedded, silence, silencing
 
-from sparsesearch.check import CheckResult, Thresholds, baseline_variant, check, judge
+from sparsesearch.check import CheckResult, Thresholds, _repeated_suite, baseline_variant, check, judge
 from sparsesearch.errors import RegressionError, SpecError
-from sparsesearch.evaluate import Metrics
+from sparsesearch.evaluate import Metrics, SuiteSpec
+from sparsesearch.runtime.live import apply
 
 LAST_LAYER = [(7, head) for head in range(8)]
 
@@ -56,7 +57,7 @@ def _failed(result: CheckResult) -> list[str]:
         ({}, {"loss": 2.0 / 0.98}, []),
         ({}, {"loss": 2.05}, ["held-out loss"]),
         ({"recovery": 0.9}, {"needle": 0.91, "loss": 2.2}, []),
-        ({"recovery": None}, {"needle": 0.0, "loss": 9.0}, []),
+        ({"recovery": None, "max_kl": 1.0}, {"needle": 0.0, "loss": 9.0}, []),
         ({"max_kl": 0.025}, {"kl": 0.025}, []),
         ({"max_kl": 0.025}, {"kl": 0.026}, ["KL to dense"]),
         ({"max_slowdown": 1.05}, {"prefill_s": 1.05}, []),
@@ -96,6 +97,30 @@ def test_a_baseline_of_other_lengths_is_refused() -> None:
 def test_time_must_be_measured_to_be_bounded() -> None:
     with pytest.raises(SpecError, match="timing_rounds >= 1"):
         _judged(Thresholds(max_slowdown=1.0), prefill_s=None)
+
+
+def test_a_gate_without_bounds_is_refused() -> None:
+    with pytest.raises(SpecError, match="must have a bound"):
+        _judged(Thresholds(recovery=None))
+
+
+def test_a_suite_must_repeat_what_the_baseline_judged() -> None:
+    recorded = SuiteSpec(tasks=("needle", "tracking"), format="chat")
+    assert _repeated_suite(None, recorded) == recorded
+    wider = SuiteSpec(tasks=("needle", "tracking", "kv_recall"), format="chat", num_sequences=48)
+    assert _repeated_suite(wider, recorded) == wider
+    assert _repeated_suite(wider, None) == wider
+    with pytest.raises(SpecError, match="leaves out tracking"):
+        _repeated_suite(SuiteSpec(tasks=("needle",), format="chat"), recorded)
+    with pytest.raises(SpecError, match="--format must be the baseline's, chat"):
+        _repeated_suite(SuiteSpec(tasks=("needle", "tracking")), recorded)
+
+
+def test_a_model_that_runs_the_plan_is_no_dense_to_compare_with() -> None:
+    model, tokenizer = embedded()
+    plan = silencing(*LAST_LAYER)
+    with apply(model, plan), pytest.raises(SpecError, match="must run dense"):
+        check(plan, model, tokenizer, lengths=[128], num_sequences=3, num_needles=1, timing_rounds=0)
 
 
 def test_the_baselines_variant_is_found_by_hash_name_or_being_alone() -> None:

@@ -5,6 +5,7 @@ import pytest
 from embedded_model import INFO, plan_of
 
 from sparsesearch.comparison import HeadExplanation, PlanExplanation, diff, explain
+from sparsesearch.cut import Cut, LayerCut
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import LengthLaw
@@ -13,6 +14,7 @@ from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
 from sparsesearch.scores import ScoreTable
 from sparsesearch.shapes import units_of
+from sparsesearch.step_schedule import StepSchedule
 
 WINDOW = SinkWindow(sink=0, window=LengthLaw(a=64))  # the diagonal: 8 of 36 tiles at 512
 WIDER = SinkWindow(sink=64, window=LengthLaw(a=128))
@@ -51,6 +53,33 @@ def test_diff_says_what_else_differs() -> None:
     found = diff(plan_of({}), plan_of({}, block_tokens=128))
     assert found.other_fields == (("block_tokens", "64", "128"),)
     assert not found.identical
+
+
+def test_rules_of_decoding_steps_and_removals_are_seen() -> None:
+    place = {(5, 5): WINDOW}  # so that every plan has the rule
+    decode = {INFO.modules[2]: ("dense", *[WINDOW.label] * 7)}
+    schedule = StepSchedule.of(4, [(0, 2, {INFO.modules[0]: (WINDOW.label,) * 8})])
+    cut = Cut(
+        layers={1: LayerCut(num_heads=8, num_kv_heads=4, num_channels=96, removed_heads=(2, 3), removed_channels=(5,))}
+    )
+    plain = plan_of(place)
+    for changed, name, summary in (
+        (plan_of(place, decode=decode), "decode", "7 of 64 query heads follow another rule"),
+        (plan_of(place, schedule=schedule), "schedule", "4 in 1 ranges"),
+        (plan_of(place, pruning=cut), "pruning", "2 query heads and 1 FFN channels go, from 1 layers"),
+    ):
+        found = diff(plain, changed)
+        assert not found.identical
+        assert [(field, after) for field, _, after in found.other_fields] == [(name, summary)]
+        whole = explain(changed)
+        assert isinstance(whole, PlanExplanation)
+        assert whole.parts == ((name, summary),)
+    assert explain(plain).parts == ()  # type: ignore[union-attr]
+    head = explain(plan_of(place, decode=decode), "2:1")
+    assert isinstance(head, HeadExplanation)
+    assert (head.rule, head.decode_rule, head.removed) == ("dense", WINDOW.label, False)
+    assert explain(plan_of(place, pruning=cut), "1:3").removed  # type: ignore[union-attr]
+    assert not explain(plan_of(place, pruning=cut), "1:4").removed  # type: ignore[union-attr]
 
 
 def test_plans_for_different_models_are_not_compared() -> None:

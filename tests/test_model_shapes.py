@@ -30,16 +30,6 @@ def test_parameters_are_those_of_the_model_that_transformers_builds(name):
         assert attention.k_proj.weight.shape == (shape.num_kv_heads * shape.head_dim, shape.hidden_size)
 
 
-def test_bytes_of_a_cached_token():
-    assert model_shape("llama3-8b").kv_bytes_per_token() == 128 * 1024
-
-
-def test_weights_read_per_step_leave_out_an_input_embedding_of_its_own():
-    llama, smol = model_shape("llama3-8b"), model_shape("smollm2-135m")
-    assert llama.num_parameters - llama.decode_parameters == 128256 * 4096
-    assert smol.decode_parameters == smol.num_parameters
-
-
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(SpecError, match="llama3-8b"):
         model_shape("lama3-8b")

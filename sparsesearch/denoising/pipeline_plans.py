@@ -11,7 +11,7 @@ from sparsesearch.denoising.corridor import Corridor
 from sparsesearch.denoising.judge import Judgement, Variant, static_density
 from sparsesearch.denoising.pipeline import PipelineIndex, Visits, sample_dense
 from sparsesearch.denoising.planning import find_step_plan
-from sparsesearch.denoising.ranges import find_range_plan
+from sparsesearch.denoising.ranges import find_ranges, range_plan
 from sparsesearch.denoising.sampling_run import SamplingRun
 from sparsesearch.denoising.threshold import OBJECTIVE, find_threshold_plan
 from sparsesearch.errors import SpecError
@@ -68,7 +68,8 @@ def search_pipeline(
         if objective == OBJECTIVE:
             plan = find_threshold_plan(profile, density, space=space)
         elif max_ranges is not None:
-            plan = find_range_plan(profile, density, max_ranges=max_ranges, max_orders=max_orders, space=space)
+            ranges = find_ranges(profile, density, max_ranges=max_ranges, max_orders=max_orders, space=space)
+            plan = range_plan(profile, density, ranges, space=space)
         elif corridors:
             plan = corridors[name].search(profile, density, space=space, evaluations=evaluations).plan
         else:

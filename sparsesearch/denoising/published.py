@@ -48,7 +48,8 @@ def sparsed_plan(
         raise SpecError(f"skip must leave a sparse step among {num_steps}, but is {skip}. Take fewer dense steps.")
     rule = BlockMass(keep=keep, per_segment=True)
     table = {m: (rule.label,) * n for m, n in zip(base_model.modules, base_model.num_heads, strict=True)}
-    return _scheduled(base_model, [rule], table, first, num_steps, (first,), layout, block_tokens)
+    schedule = StepSchedule.of(num_steps, [(first, num_steps, table)], (first,))
+    return _scheduled(base_model, [rule], schedule, layout, block_tokens)
 
 
 def adaspa_plan(
@@ -95,9 +96,8 @@ def adaspa_plan(
         keeps = [round(1 - float(share), 6) for share in shares]
         rules |= {keep: BlockMass(keep=keep) for keep in keeps}
         table[module] = tuple(rules[keep].label for keep in keeps)
-    return _scheduled(
-        base_model, list(rules.values()), table, refresh[0], num_steps, tuple(refresh), seen_layout[0], block_tokens
-    )
+    schedule = StepSchedule.of(num_steps, [(refresh[0], num_steps, table)], tuple(refresh))
+    return _scheduled(base_model, list(rules.values()), schedule, seen_layout[0], block_tokens)
 
 
 def light_forcing_plan(
@@ -128,17 +128,8 @@ def light_forcing_plan(
         {m: (rule.label,) * n for m, n in zip(base_model.modules, base_model.num_heads, strict=True)} for rule in rules
     ]
     chunks = [(c + 1, c + 2 if c + 2 < num_chunks else None) for c in range(len(rules))]
-    ranges = [(0, num_steps, table) for table in tables]
-    return Plan(
-        base_model=base_model,
-        block_tokens=block_tokens,
-        unit="query_head",
-        lengths_tokens=(layout.num_tokens,),
-        rules={rule.label: rule for rule in rules},
-        assignments={},
-        schedule=StepSchedule.of(num_steps, ranges, chunks=chunks),
-        layout=layout,
-    )
+    schedule = StepSchedule.of(num_steps, [(0, num_steps, table) for table in tables], chunks=chunks)
+    return _scheduled(base_model, rules, schedule, layout, block_tokens)
 
 
 def least_error_plan(profile: DenoisingProfile, labels: Sequence[str]) -> Plan:
@@ -218,15 +209,9 @@ def _recall(rule: BlockMass, seen: LayerCall, block_tokens: int) -> Float[Tensor
 
 
 def _scheduled(
-    base_model: BaseModelInfo,
-    rules: Sequence[Rule],
-    table: dict[str, tuple[str, ...]],
-    first: int,
-    num_steps: int,
-    refresh: tuple[int, ...],
-    layout: Layout,
-    block_tokens: int,
+    base_model: BaseModelInfo, rules: Sequence[Rule], schedule: StepSchedule, layout: Layout, block_tokens: int
 ) -> Plan:
+    """A plan that is dense wherever its schedule says nothing."""
     return Plan(
         base_model=base_model,
         block_tokens=block_tokens,
@@ -234,6 +219,6 @@ def _scheduled(
         lengths_tokens=(layout.num_tokens,),
         rules={rule.label: rule for rule in rules},
         assignments={},
-        schedule=StepSchedule.of(num_steps, [(first, num_steps, table)], refresh),
+        schedule=schedule,
         layout=layout,
     )

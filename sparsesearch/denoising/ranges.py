@@ -81,18 +81,15 @@ def find_ranges(
     return solve_steps(table, density, max_ranges=max_ranges, max_groups=max_orders, time_limit_s=SOLVER_LIMIT_S)
 
 
-def find_range_plan(
+def range_plan(
     profile: DenoisingProfile,
     density: float,
+    found: StepSolution,
     *,
-    max_ranges: int,
-    max_orders: int | None = None,
-    weight: Float[Tensor, "R L H"] | None = None,
     space: SearchSpace | None = None,
     objective: str = "relative output error, weighted by sensitivity; ranges of steps by interval DP",
 ) -> Plan:
-    """`find_ranges` as a plan."""
-    found = find_ranges(profile, density, max_ranges=max_ranges, max_orders=max_orders, weight=weight, space=space)
+    """What `find_ranges` found, as a plan; profile, density and space are those it was found with."""
     start, columns = profile.manifest.ranges[0][0], np.array(candidate_columns(profile, space))
     return write_step_plan(
         profile,

@@ -22,7 +22,7 @@ from sparsesearch.evaluate.suite import judge_tasks
 from sparsesearch.evaluate.task_metrics import SuiteSpec
 from sparsesearch.evaluate.timing import prefill_seconds
 from sparsesearch.plan import Plan
-from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.live import apply, require_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ def evaluate(
         model_name: what the model is called in the record; by default where it was loaded from.
 
     Raises:
-        SpecError: a variant is called `dense`, no length is given or one exceeds the model's context, or the data do not suffice.
+        SpecError: a variant is called `dense`, the model runs a plan already, no length is given or one exceeds the model's context, or the data do not suffice.
     """
     if "dense" in plans:
         raise SpecError("no plan may be called 'dense': dense is always judged beside the plans. Choose another name.")
@@ -87,6 +87,7 @@ def evaluate(
             f"at least one length and one sequence must be judged, but got {list(lengths)}, {num_sequences}."
         )
     calibration.check_context(model.config, lengths)
+    require_dense(model)
     variants: dict[str, Plan | None] = {"dense": None, **plans}
     results: dict[int, dict[str, VariantMetrics]] = {}
     used: dict[str, str] = {}

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparsesearch.errors import PlanMismatchError, SparseSearchError
+from sparsesearch.errors import PlanMismatchError, SparseSearchError, SpecError
 from sparsesearch.plan import BaseModelInfo, Plan
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.backends import checked_backend
@@ -122,6 +122,19 @@ def attach(model: PreTrainedModel, plan: Plan) -> AppliedPlan:
     return _applied(model, plan, sites, "auto", True)
 
 
+def require_dense(model: PreTrainedModel) -> None:
+    """Refuse a model that runs a plan where dense is what plans are compared with.
+
+    Raises:
+        SpecError: one is bound to it, by a patched checkpoint or by `apply`.
+    """
+    if any(not binding.all_dense for module in model.modules() if (binding := binding_of(module)) is not None):
+        raise SpecError(
+            "the model must run dense to be what plans are compared with, but runs a plan. Load it with "
+            "`load_model(..., with_plan=False)`, or leave the `with apply(...)` block first."
+        )
+
+
 def check_geometry(info: BaseModelInfo, sites: tuple[AttentionSite, ...]) -> None:
     """Compare a plan's model with what is there.
 
@@ -164,7 +177,7 @@ def check_weights(info: BaseModelInfo, model: PreTrainedModel) -> None:
     if found is not None and stated is not None and found != stated:
         raise PlanMismatchError(
             f"the plan was made for the weights of {info.name_or_path!r} ({stated[:12]}), but these are others ({found[:12]}). "
-            "Give the right model, or pass allow_other_weights=True (a fine-tuned copy, for instance)."
+            "Give the right model, or pass --allow-other-weights (allow_other_weights=True) for a fine-tuned copy."
         )
 
 

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError, nearest
 from sparsesearch.presets import preset_names, preset_path
+from sparsesearch.runtime.attention import NAME
+from sparsesearch.runtime.configuration import plan_content
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -54,8 +64,9 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    with_plan: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in evaluation mode, with its tokenizer. A patched checkpoint comes with its plan active.
+    """Load a causal language model in evaluation mode, with its tokenizer.
 
     Args:
         source: hub id, local directory, GGUF file (dequantised), or `needle-7m`.
@@ -64,9 +75,11 @@ def load_model(
         device_map: spread it over devices instead, by accelerate: `auto`, `balanced`, `sequential`.
         trust_remote_code: run code that comes with the checkpoint.
         revision: of a hub id.
+        with_plan: whether a patched checkpoint comes with its plan active. False loads what it was made from: what plans are searched on and
+            compared with must be dense, or every difference from "dense" would be zero.
 
     Raises:
-        ArtifactError: it is missing, incomplete, or cannot be reached.
+        ArtifactError: it is missing, incomplete, damaged, or cannot be reached.
         SpecError: unknown dtype.
         UnsupportedModelError: it is no causal language model of a known architecture.
     """
@@ -77,6 +90,7 @@ def load_model(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        with_plan=with_plan,
     )
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
 
@@ -101,6 +115,7 @@ def load_weights(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    with_plan: bool = True,
 ) -> PreTrainedModel:
     """Like `load_model`, without the tokenizer."""
     if dtype not in DTYPES:
@@ -114,14 +129,34 @@ def load_weights(
         # packed GGUF loading would choose an attention of its own
         options |= {"gguf_file": place.name, "attn_implementation": "sdpa"}
         place = place.parent
+    elif not with_plan:
+        options["config"] = _without_plan(_load(AutoConfig, source, place, **options))
     if device_map is not None:
         _require_accelerate(device_map)
         options["device_map"] = device_map
-    model: PreTrainedModel = _load(AutoModelForCausalLM, source, place, **options)
+    model: PreTrainedModel
+    model, found = _load(AutoModelForCausalLM, source, place, output_loading_info=True, **options)
+    if found["missing_keys"]:  # transformers would fill them with random numbers and say so in its log alone
+        missing = sorted(found["missing_keys"])
+        raise ArtifactError(
+            f"{source} must hold every weight of a {type(model).__name__}, but lacks {len(missing)}, {missing[0]} first. "
+            "Fetch the model again, or give a checkpoint with its language-model head."
+        )
     if device_map is None:
         model.to(device)  # type: ignore[arg-type]
     model.train(False)
     return model
+
+
+def _without_plan(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the model that a patched checkpoint was made from; the attention is transformers' choice again."""
+    if plan_content(config) is not None:
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part.__dict__.pop(NAME, None)
+                part.__dict__.pop("attn_implementation", None)
+                part._attn_implementation = None
+    return config
 
 
 def _refuse_diffusers(place: Path | str) -> None:
@@ -136,13 +171,23 @@ def _refuse_diffusers(place: Path | str) -> None:
 
 def _load(kind: Any, source: str | Path, place: Path | str, **options: Any) -> Any:
     """`kind.from_pretrained`, with errors that say what to do."""
-    what = "tokenizer" if kind is AutoTokenizer else "model"
+    what = {AutoTokenizer: "tokenizer", AutoConfig: "config"}.get(kind, "model")
     given = {key: value for key, value in options.items() if value is not None}
     try:
         return kind.from_pretrained(str(place), **given)
     except json.JSONDecodeError as error:
         raise ArtifactError(
             f"{source}: a JSON file of the {what} is damaged ({error}). Fetch the model again."
+        ) from error
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{source}: a weight file is damaged ({_first_line(error)}). Fetch or make the model again."
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ArtifactError(
+            f"{source}: the weights must have the shapes that config.json says, but have others. Fetch or make the model again."
         ) from error
     except (OSError, HFValidationError, struct.error) as error:
         if isinstance(place, Path):
@@ -154,7 +199,9 @@ def _load(kind: Any, source: str | Path, place: Path | str, **options: Any) -> A
     except ValueError as error:
         message = _first_line(error)
         if "trust_remote_code" in message or "custom code" in message:
-            raise ArtifactError(f"{source} carries its own code. Read it, then pass trust_remote_code=True.") from error
+            raise ArtifactError(
+                f"{source} carries its own code. Read it, then pass --trust-remote-code (trust_remote_code=True)."
+            ) from error
         raise UnsupportedModelError(
             f"{source}: the {what} is of a kind that transformers cannot load here: {message}"
         ) from error

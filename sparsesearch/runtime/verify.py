@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsesearch.artifacts import read_text
 from sparsesearch.errors import ArtifactError
@@ -18,7 +18,7 @@ from sparsesearch.runtime.binding import binding_of
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.export import PLAN_FILE
 from sparsesearch.runtime.fingerprint import weights_sha256
-from sparsesearch.runtime.loading import locate
+from sparsesearch.runtime.loading import load_weights, locate
 from sparsesearch.runtime.oracle import oracle_logits
 
 _DECODED_TOKENS = 8
@@ -79,10 +79,7 @@ def verify(
     if not isinstance(place, Path) or not place.is_dir():
         raise ArtifactError(f"{directory} must be a local checkpoint directory, but is not. Check the path.")
     plan, problems = _plans(place, intended)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(place), dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
-    model.train(False)
+    model = load_weights(place, dtype="float32", trust_remote_code=trust_remote_code)
     bindings = [binding for module in model.modules() if (binding := binding_of(module)) is not None]
     heads = [rule for binding in bindings for rule in binding.rules]
     patched = sum(rule.kind != "dense" for rule in heads)

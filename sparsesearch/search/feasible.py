@@ -178,7 +178,8 @@ def _repaired(
 def _explain(problem: Knapsack, budgets: Sequence[Budget], together: LeastScale) -> str:
     """Which value each budget would need. A budget that is never the tightest one at any point is not at fault."""
     verdict = "no plan fits" if together.bound > 1.0 else "no plan was found that fits"
-    asked = f"{verdict} {' and '.join(str(budget) for budget in budgets)}"
+    asking = [budget for budget in budgets if not _full(budget)] or budgets
+    asked = f"{verdict} {' and '.join(str(budget) for budget in asking)}"
     owner = np.array(problem.owner)
     tight = {index: budgets[index] for index in sorted(set(problem.owner))}
     if len(tight) == 1:

@@ -88,11 +88,6 @@ class Knapsack:
         restored[self.unit] = self.candidate[np.arange(len(choice)), choice]
         return restored
 
-    def adopt(self, restored: Int[ndarray, " U"]) -> Int[ndarray, " U"] | None:
-        """The inverse of `restore`; None when the plan uses a candidate that was removed."""
-        match = self.candidate == restored[self.unit][:, None]
-        return np.asarray(match.argmax(1)) if match.any(1).all() else None
-
 
 def knapsack_of(table: ScoreTable, budgets: Sequence[Budget], *, loss: Float[ndarray, "U C"] | None = None) -> Knapsack:
     """State a table and its budgets as a knapsack.

@@ -99,14 +99,6 @@ def rals_path(overlap: Float[ndarray, "L L"], max_refreshes: int) -> ReusePath:
     return _path(overlap, start, used)
 
 
-def without_layers(overlap: Float[ndarray, "L L"], layers: tuple[int, ...]) -> Float[ndarray, "L L"]:
-    """Overlaps such that the given layers neither reuse nor are reused ("rollback" layers of RALS, which stay dense and leave nothing)."""
-    cut = overlap.copy()
-    cut[list(layers), :] = 0.0
-    cut[:, list(layers)] = 0.0
-    return cut
-
-
 def _check(overlap: Float[ndarray, "L L"]) -> None:
     if overlap.ndim != 2 or overlap.shape[0] != overlap.shape[1] or not len(overlap):
         raise SpecError(f"overlap must be a square matrix, one row per layer, but has shape {overlap.shape}.")

@@ -3,6 +3,9 @@
 import multiprocessing
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import optuna
@@ -12,6 +15,9 @@ from sparsesearch.studies.liveness import Liveness, own_identity
 from sparsesearch.studies.storage import open_study
 from sparsesearch.studies.tune import PlanObjective, StudyDescription
 from sparsesearch.studies.work import Progress, silent, work
+
+_PATIENCE_S = 10.0
+_INTERRUPTED = 130
 
 
 def join(
@@ -55,8 +61,9 @@ def run_workers(
     context = multiprocessing.get_context("spawn")  # a forked CUDA context or thread pool does not work
     arguments = (storage, name, num_trials, device, liveness)
     others = [context.Process(target=_worker, args=arguments, daemon=True) for _ in range(num_workers - 1)]
-    for process in others:
-        process.start()
+    with _unheeded_interrupts():
+        for process in others:
+            process.start()
     try:
         join(storage, name, num_trials=num_trials, device=device, liveness=liveness, progress=progress)
         for process in others:
@@ -64,6 +71,8 @@ def run_workers(
     except BaseException:
         for process in others:
             process.terminate()
+        for process in others:
+            process.join(timeout=_PATIENCE_S)  # so that each hands its trial back
         raise
     failed = [process.exitcode for process in others if process.exitcode]
     if failed:
@@ -73,11 +82,28 @@ def run_workers(
         )
 
 
+@contextmanager
+def _unheeded_interrupts() -> Iterator[None]:
+    """Processes started here ignore Ctrl-C, which a terminal sends to all of them: the first one ends the others."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _worker(storage: str, name: str, num_trials: int, device: str, liveness: Liveness | None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    join(storage, name, num_trials=num_trials, device=device, liveness=liveness)
+    try:
+        join(storage, name, num_trials=num_trials, device=device, liveness=liveness)
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: the second would interrupt the tidying up
     raise KeyboardInterrupt

@@ -138,7 +138,7 @@ class PlanObjective:
     def load(cls, description: StudyDescription, *, device: str = "cpu") -> Self:
         """Load the model and measure dense on the held-out sequences."""
         description.open_profiles()
-        model, tokenizer = load_model(description.model, device=device)
+        model, tokenizer = load_model(description.model, device=device, with_plan=False)
         return cls(description, model, tokenizer)
 
     @cached_property

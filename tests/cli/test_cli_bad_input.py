@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from sparsesearch import artifacts
 from sparsesearch.artifacts import read_json, write_json
@@ -20,7 +21,7 @@ PLAN = {"format": "sparsesearch.plan", "schema_version": "1.0"}
 
 
 @pytest.fixture(scope="session")
-def bad(corridor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bad(corridor: Path, run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("bad")
     space = (corridor / "space.yaml").read_text()
@@ -63,13 +64,36 @@ def bad(corridor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("unfinished", "damaged"):
         shutil.copytree(corridor / "profile", folder / name)
     (folder / "unfinished" / "profile.json").unlink()
+    (folder / "removals").mkdir()
+    (folder / "removals" / "pruning.json").write_text("{}")
     scores = folder / "damaged" / "scores-256.safetensors"
     scores.write_bytes(scores.read_bytes()[:-1])
     shutil.copytree(folder / "other", folder / "config")
     (folder / "config" / "config.json").write_text('{"model_type": ')
     shutil.copytree(folder / "other", folder / "unweighted")
     (folder / "unweighted" / "model.safetensors").unlink()
+    shutil.copytree(folder / "other", folder / "cut")
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    shutil.copytree(folder / "other", folder / "lacking")
+    shutil.copytree(folder / "other", folder / "reshaped")
+    _rewrite(folder / "lacking" / "model.safetensors", lambda tensor: None)
+    _rewrite(folder / "reshaped" / "model.safetensors", lambda tensor: tensor[:-1].contiguous())
+    run("apply", corridor / "plan.json", "needle-7m", "-o", folder / "patched")
+    shutil.copytree(folder / "patched", folder / "torn")
+    (folder / "torn" / "model.safetensors").unlink()
+    (folder / "torn" / "model.safetensors").write_bytes(b"\0" * 7)
     return folder
+
+
+def _rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Write a weight file again with one tensor changed or, for None, left out."""
+    weights = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    changed = change(weights.pop(name))
+    if changed is not None:
+        weights[name] = changed
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _other_model(folder: Path) -> None:
@@ -150,6 +174,14 @@ CASES: dict[str, tuple[str, int, str]] = {
     "set without a value": ("--set search.budget rules", 2, r"must look like"),
     "set names no option": ("--set search.bugdet=density=0.5 rules", 2, r"Did you mean 'budget'"),
     "unknown log level": ("--log-level loud rules", 2, r"debug, info, warning or error"),
+    "option not for removals": ("search {bad}/removals --budget params=0.9x -o {out}/plan.json --refine 2", 2, r"--refine: is not for removals"),
+    "option for removals": (SEARCH + "density=0.5 --uniform", 2, r"--uniform: is for removals, and .*profile covers none"),
+    "option for removals, at its default": (SEARCH + "density=0.5 --criterion measured", 2, r"--criterion: is for removals"),
+    "option for removals, from --set": ("--set search.uniform=true " + SEARCH + "density=0.5", 2, r"--uniform: is for removals"),
+    "option for pipelines": (SEARCH + "density=0.5 --max-ranges 2", 2, r"--max-ranges: is for diffusers pipelines"),
+    "objective for pipelines": (SEARCH + "density=0.5 --objective sparse_vdit", 2, r"--objective: is for diffusers pipelines"),
+    "apply with an option for removals": ("apply {good}/plan.json needle-7m -o {out}/patched --logical", 2, r"--logical: is for removals"),
+    "apply with an option for pipelines": ("apply {good}/plan.json needle-7m -o {out}/patched --component x", 2, r"--component: is for diffusers"),
     # budgets
     "budget zero": (SEARCH + "density=0", 2, r"0 < density <= 1 must hold"),
     "budget above one": (SEARCH + "density=1.5", 2, r"0 < density <= 1 must hold"),
@@ -174,6 +206,11 @@ CASES: dict[str, tuple[str, int, str]] = {
     "model config is damaged": ("profile {bad}/config -o {out}/profile", 1, r"could not be loaded"),
     "model has no weights": ("profile {bad}/unweighted -o {out}/profile", 1, r"could not be loaded: .*model.safetensors"),
     "hub model cannot be reached": ("--offline profile no-one/no-such-model -o {out}/profile", 1, r"no-one/no-such-model.*Check the name"),
+    "model weights are cut off": ("profile {bad}/cut -o {out}/profile", 1, r"cut: a weight file is damaged.*Fetch or make"),
+    "model lacks a weight": ("profile {bad}/lacking -o {out}/profile", 1, r"lacks 1, model.layers.1.mlp.down_proj.weight first"),
+    "model weights have other shapes": ("profile {bad}/reshaped -o {out}/profile", 1, r"must have the shapes that config.json says"),
+    "patched weights are torn": ("verify {bad}/torn", 1, r"torn: a weight file is damaged"),
+    "patched checkpoint without weights": ("verify {bad}/unweighted", 1, r"must carry a plan under 'sparsesearch'"),
     "no patched checkpoint": ("verify {bad}/other", 1, r"sparsesearch apply"),
     "no checkpoint at all": ("verify {bad}/none", 1, r"none must exist"),
     # places that are taken
@@ -184,6 +221,14 @@ CASES: dict[str, tuple[str, int, str]] = {
     "checkpoint exists": ("apply {good}/plan.json needle-7m -o {good}", 1, r"--overwrite"),
     "quickstart folder is taken": ("quickstart -o {good}", 1, r"must be empty"),
     "checkpoint on a file": ("apply {good}/plan.json needle-7m -o {good}/plan.json", 1, r"is a file"),
+    "profile on a file": ("profile needle-7m -o {good}/plan.json --lengths 160", 1, r"plan.json must be usable, but Not a directory"),
+    "quickstart on a file": ("quickstart -o {good}/plan.json", 1, r"plan.json must be usable, but Not a directory"),
+    "quickstart below a file": ("quickstart -o {good}/plan.json/q", 1, r"plan.json is a file. Choose another folder with -o"),
+    "study below a file": ("tune {good}/profile -o {good}/plan.json/study", 1, r"plan.json is a file. Choose another folder with -o"),
+    "metrics below a file": ("eval {good}/plan.json -o {good}/plan.json/m.json", 1, r"plan.json is a file. Choose another folder with -o"),
+    "front below a file": ("front {good}/profile -o {good}/plan.json/f.json", 1, r"plan.json is a file. Choose another folder with -o"),
+    "junit below a file": ("check {good}/plan.json --junit {good}/plan.json/j.xml", 1, r"plan.json is a file. Choose another folder with -o"),
+    "pareto below a file": (SEARCH + "density=0.5 --pareto {good}/plan.json/p.csv", 1, r"plan.json is a file. Choose another folder with -o"),
     "output below a file": (SEARCH.replace("{out}", "{good}/plan.json") + "density=0.5", 1, r"must be writable, but"),
 }  # fmt: skip
 

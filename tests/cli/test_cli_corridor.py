@@ -109,6 +109,25 @@ def test_apply_then_verify_then_load(corridor: Path, run: Any, run_json: Any, tm
     assert "is sound" in run("verify", out).stdout
 
 
+def test_the_gate_compares_a_patched_checkpoint_with_dense(corridor: Path, run_json: Any, tmp_path: Path) -> None:
+    """It carries the plan: taken as the dense model, it would differ from itself in nothing, and pass."""
+    run_json("apply", corridor / "plan.json", "needle-7m", "-o", tmp_path / "patched")
+    gate = (
+        "check",
+        corridor / "plan.json",
+        "--lengths",
+        "160",
+        "--num-sequences",
+        "3",
+        "--num-needles",
+        "1",
+        "--max-kl",
+        "1e-4",
+    )
+    base, patched = (run_json(*gate, "--model", model, code=4) for model in ("needle-7m", tmp_path / "patched"))
+    assert patched == base
+
+
 def test_verify_finds_weights_that_changed(corridor: Path, run: Any, tmp_path: Path) -> None:
     run("apply", corridor / "plan.json", "needle-7m", "-o", tmp_path / "patched")
     weights = tmp_path / "patched" / "model.safetensors"

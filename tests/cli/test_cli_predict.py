@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from sparsesearch.cut import Cut, LayerCut
+from sparsesearch.plan import Plan
+
 PLAN = Path(__file__).parents[2] / "profiles" / "needle-7m-plan.json"
 WORK = ("--workload", "prompt=8192,generate=64,batch=2")
 
@@ -21,6 +24,14 @@ def test_json_has_both_sides_of_every_workload(run_json: Any) -> None:
     assert first["plan"]["kv_bytes"] < first["dense"]["kv_bytes"]
     assert len(first["plan"]["layers"]) == 8
     assert second["plan"]["tpot_s"] is None
+
+
+def test_a_plan_that_removes_weights_is_refused(run: Any, tmp_path: Path) -> None:
+    """Its layers are smaller than those that would be priced."""
+    plan = Plan.load(PLAN)
+    cut = Cut(layers={0: LayerCut(num_heads=8, num_kv_heads=4, num_channels=96, removed_channels=(1,))})
+    plan.model_copy(update={"pruning": cut}).save(tmp_path / "cut.json")
+    assert "must keep every weight" in run("predict", tmp_path / "cut.json", "--device", "h200", *WORK, code=1).stderr
 
 
 def test_a_datasheet_says_that_it_was_not_measured(run: Any) -> None:

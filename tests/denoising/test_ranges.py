@@ -12,7 +12,7 @@ from tiny_run import STEPS, Run, make_run, profile
 
 from sparsesearch.denoising.judge import static_density
 from sparsesearch.denoising.planning import find_step_plan, plan_density, write_step_plan
-from sparsesearch.denoising.ranges import ends_of, find_range_plan, find_ranges, spread_sensitivity
+from sparsesearch.denoising.ranges import ends_of, find_ranges, range_plan, spread_sensitivity
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.denoising.threshold import find_threshold_plan
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
@@ -72,7 +72,7 @@ def test_bitmaps_of_the_run_are_the_same_in_all_slices(fine: DenoisingProfile) -
 
 @pytest.mark.parametrize("max_ranges", [1, 2, 3])
 def test_the_plan_has_the_loss_density_and_ranges_it_says(changing: DenoisingProfile, max_ranges: int) -> None:
-    plan = find_range_plan(changing, 0.4, max_ranges=max_ranges)
+    plan = range_plan(changing, 0.4, find_ranges(changing, 0.4, max_ranges=max_ranges))
     assert (0 if plan.schedule is None else len(plan.schedule.ranges)) <= max_ranges
     density = static_density(plan, changing.manifest.layout, STEPS)
     assert density is not None
@@ -113,7 +113,7 @@ def test_more_ranges_lose_less_and_one_is_the_plain_search(changing: DenoisingPr
 
 
 def test_orders_per_layer_can_be_limited(changing: DenoisingProfile) -> None:
-    plan = find_range_plan(changing, 0.4, max_ranges=2, max_orders=1)
+    plan = range_plan(changing, 0.4, find_ranges(changing, 0.4, max_ranges=2, max_orders=1))
     for step in range(STEPS):
         for module in changing.manifest.base_model.modules:
             rules = plan.at_step(step).module_rules(module)
@@ -123,7 +123,7 @@ def test_orders_per_layer_can_be_limited(changing: DenoisingProfile) -> None:
 def test_bitmaps_that_differ_cannot_be_merged(run: Run, tmp_path: Path) -> None:
     apart = profile(run, tmp_path / "p", captured_per_range=1)
     with pytest.raises(SpecError, match="bitmaps: run"):
-        find_range_plan(apart, 0.5, max_ranges=1)
+        range_plan(apart, 0.5, find_ranges(apart, 0.5, max_ranges=1))
 
 
 def test_sensitivities_of_long_ranges_hold_for_their_slices(fine: DenoisingProfile) -> None:
@@ -139,7 +139,8 @@ def test_sensitivities_of_long_ranges_hold_for_their_slices(fine: DenoisingProfi
 
 def test_the_plan_runs(run: Run, fine: DenoisingProfile) -> None:
     replay = Replay.of(run.model, run)
-    errors = [float(replay.error(find_range_plan(fine, d, max_ranges=2)).mean()) for d in (0.3, 0.8)]
+    plans = [range_plan(fine, d, find_ranges(fine, d, max_ranges=2)) for d in (0.3, 0.8)]
+    errors = [float(replay.error(plan).mean()) for plan in plans]
     assert errors[0] > errors[1] > 0
 
 

@@ -1,8 +1,13 @@
 import pytest
 import torch
 
+import sparsesearch
 from sparsesearch.errors import ArtifactError, SpecError
-from sparsesearch.runtime.loading import load_model
+from sparsesearch.plan import uniform_plan
+from sparsesearch.rules.zero import Zero
+from sparsesearch.runtime.binding import binding_of
+from sparsesearch.runtime.fingerprint import describe
+from sparsesearch.runtime.loading import load_model, load_weights
 
 
 def test_embedded_model_by_name():
@@ -50,3 +55,18 @@ def test_damaged_gguf_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF\x03")
     with pytest.raises(ArtifactError, match=r"m\.gguf"):
         load_model(tmp_path / "m.gguf")
+
+
+def test_a_patched_checkpoint_loads_as_what_it_was_made_from(tmp_path, needle_7m):
+    plan = uniform_plan(describe(needle_7m, "needle-7m"), Zero(), block_tokens=32, lengths_tokens=(64,))
+    sparsesearch.export(plan, "needle-7m", tmp_path / "patched")
+    ids = torch.arange(70)[None] + 5
+    with torch.no_grad():
+        dense = needle_7m(ids).logits
+        patched = load_weights(tmp_path / "patched")
+        assert not torch.equal(patched(ids).logits, dense)
+        plain = load_weights(tmp_path / "patched", with_plan=False)
+        assert torch.equal(plain(ids).logits, dense)
+    assert all(binding_of(module) is None for module in plain.modules())
+    plain.save_pretrained(tmp_path / "plain")
+    assert "sparsesearch" not in (tmp_path / "plain" / "config.json").read_text()

@@ -9,7 +9,7 @@ import pytest
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.search.layer_budget import solve_lanes
 from sparsesearch.search.layer_dp import NONE, Lane, LanePath, priced_path
-from sparsesearch.search.overlap_paths import hylra_path, rals_path, without_layers
+from sparsesearch.search.overlap_paths import hylra_path, rals_path
 
 NUM_INSTANCES = 2000
 
@@ -86,12 +86,6 @@ def _published(overlap: np.ndarray, cap: int) -> tuple[float, float]:
                 new[state] = max(new.get(state, (-1.0, 0.0)), (min(least, value), total + value))
         states = new
     return max(states.values())
-
-
-def test_rollback_layers_neither_reuse_nor_are_reused() -> None:
-    overlap = np.full((6, 6), 0.9)
-    found = hylra_path(without_layers(overlap, (2,)), 0.5)
-    assert found.source.tolist() == [0, 0, 2, 3, 3, 3]
 
 
 @lru_cache

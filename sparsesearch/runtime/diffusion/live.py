@@ -257,7 +257,7 @@ def check_transformer_weights(info: BaseModelInfo, model: nn.Module) -> None:
     if found is not None and stated is not None and found != stated:
         raise PlanMismatchError(
             f"the plan was made for the weights of {info.name_or_path!r} ({stated[:12]}), but these are others ({found[:12]}). "
-            "Give the right model, or pass allow_other_weights=True (a fine-tuned copy, for instance)."
+            "Give the right model, or pass --allow-other-weights (allow_other_weights=True) for a fine-tuned copy."
         )
 
 
