@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -109,7 +110,7 @@ class FusedStep:
 def attend_other(module: Any, cache: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Float[Tensor, "B one H D"]:
     """Take one token into a cache of transformers', and attend as the model is set to."""
     keys, values = cache.update(k, v)
-    attention: Any = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, None)
+    attention: Any = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, sdpa_attention_forward)
     out: Tensor = attention(module, q, keys, values, mask, dropout=0.0, scaling=module.scaling)[0]
     return out
 

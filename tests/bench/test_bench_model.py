@@ -10,8 +10,11 @@ from typer.testing import CliRunner
 
 import sparsesearch
 from sparsesearch.bench.dense_baseline import dense, repeated
-from sparsesearch.bench.model import FORMAT, Request, _Bench, run
+from sparsesearch.bench.model import FORMAT, Request, run
+from sparsesearch.bench.model_decode import measure_decode
+from sparsesearch.bench.model_prefill import measure_prefill
 from sparsesearch.bench.model_report import figure, rows_of
+from sparsesearch.bench.model_session import Session
 from sparsesearch.bench.random_model import mixture_plan, random_model
 from sparsesearch.cost import load_cost_model
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
@@ -36,7 +39,7 @@ def test_rows_say_what_was_measured(model):
     plan = mixture_plan(describe(model, "tiny"), density=0.5, kv_fraction=0.6, block_tokens=16)
     request = Request(lengths=(70,), decode_tokens=200, batches=(1, 2), steps=3, compiled=False)
     seen: list[dict] = []
-    bench = _Bench(
+    session = Session(
         model,
         plan,
         request,
@@ -46,13 +49,13 @@ def test_rows_say_what_was_measured(model):
         "triton",
     )
     with torch.inference_mode():
-        bench.prefill(70)
-        bench.backend = "torch"
-        bench.decode()
-    assert len(seen) == len(bench.rows) == 6
-    prefill, *decode, fit = bench.rows
+        measure_prefill(session, 70)
+        measure_decode(replace(session, backend="torch"))
+    rows = session.record["rows"]
+    assert len(seen) == len(rows) == 6
+    prefill, *decode, fit = rows
     counted = TileCount()
-    ids = bench._prompt(70)
+    ids = session.prompt(70)
     with sparsesearch.apply(model, plan, backend="torch"), counting(plan, counted), torch.no_grad():
         model(ids)
     assert prefill["density"] == pytest.approx(achieved_density(plan, 70, counted), abs=0.02)
@@ -68,8 +71,9 @@ def test_rows_say_what_was_measured(model):
     assert decode[3]["kv_read_bytes"] == 2 * decode[2]["kv_read_bytes"]
     assert all(row["predicted_attention_s"] > 0 for row in (prefill, *decode))
     assert fit["largest_batch"]["plan"] >= fit["largest_batch"]["dense"] >= 1
-    record = {"model": "tiny", "rows": bench.rows, "provenance": {"device": "CPU"}}
+    record = {"model": "tiny", "rows": rows, "provenance": {"device": "CPU"}}
     assert [len(body) for _, _, body in rows_of(json.loads(json.dumps(record)))] == [1, 4]
+    assert not any(row["fused"] for row in decode), "on a CPU no kernel serves"
     assert figure(record).count("<svg") == 1
 
 
