@@ -32,5 +32,15 @@ def num_programs(lines: int, tiling: Tiling) -> int:
 
 
 def tiling_for(lines: int, inner: int, num_rows: int) -> Tiling:
-    """How a product of this size is cut (H200, `python -m sparsesearch.bench.skinny`)."""
-    return Tiling(columns=32, inner=256, stages=4, warps=2)
+    """How a product with so many lines of weights is cut."""
+    return next(tiling for most, tiling in TILINGS if most is None or lines <= most)
+
+
+TILINGS: tuple[tuple[int | None, Tiling], ...] = (
+    (2112, Tiling(16, 256, 4, 1)),
+    (5120, Tiling(32, 256, 4, 2)),
+    (16384, Tiling(32, 256, 4, 2)),
+    (65536, Tiling(64, 256, 3, 4)),
+    (None, Tiling(64, 256, 3, 4)),
+)
+"""For up to so many lines: enough programs for every multiprocessor where lines are few, long steps where there are many."""
