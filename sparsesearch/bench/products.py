@@ -17,18 +17,16 @@ from torch import Tensor
 
 from sparsesearch.bench.timing import ceilings, median_s, provenance
 from sparsesearch.kernels import triton_skinny
-from sparsesearch.kernels.skinny_tiling import TILINGS, Tiling, tiling_for
+from sparsesearch.kernels.skinny_tiling import Tiling, tiling_for
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 """(lines of weights, inner columns) of Llama-3-8B: queries with keys and values, output, gate with up, down, and the vocabulary."""
-CONSIDERED = (
-    *(tiling for _, tiling in TILINGS),
-    Tiling(16, 512, 4, 1, 32),
-    Tiling(32, 128, 8, 2),
-    Tiling(32, 256, 4, 2, 0),
-    Tiling(32, 512, 3, 2, 32),
-    Tiling(64, 128, 6, 4),
-)
+CONSIDERED = {
+    1: (Tiling(4, 2048, 3, 4, 0), Tiling(8, 1024, 4, 4, 0), Tiling(8, 1024, 4, 4, 16), Tiling(16, 512, 4, 4, 0)),
+    8: (Tiling(16, 256, 6, 1, 0), Tiling(16, 256, 6, 1, 16), Tiling(32, 256, 4, 2, 0), Tiling(32, 512, 3, 2, 0)),
+    16: (Tiling(16, 512, 4, 1, 16), Tiling(32, 256, 4, 4, 0), Tiling(64, 128, 4, 4, 0), Tiling(128, 128, 4, 4, 0)),
+}
+"""Tilings for up to so many rows."""
 _WEIGHT_BYTES = 1 << 30
 
 
@@ -36,7 +34,7 @@ def run(
     *,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     rows: Sequence[int] = (1, 8, 16),
-    tilings: Sequence[Tiling] = (),
+    tilings: bool = False,
     budget_s: float = 0.05,
     command: list[str] | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -45,8 +43,8 @@ def run(
 
     Args:
         shapes: (lines of weights, inner columns), bf16.
-        rows: of the input.
-        tilings: to try; none: the one that ships.
+        rows: of the input; keys of `CONSIDERED` if these are tried.
+        tilings: all that were considered, or else the one that ships.
         budget_s: device time per case.
         command: recorded as the command line.
         progress: called with each finished row.
@@ -61,9 +59,7 @@ def run(
     return {"format": "sparsesearch.bench.products", "provenance": provenance(command), "ceilings": top, "rows": found}
 
 
-def _one_shape(
-    lines: int, inner: int, rows: Sequence[int], tilings: Sequence[Tiling], budget_s: float
-) -> Iterator[dict[str, Any]]:
+def _one_shape(lines: int, inner: int, rows: Sequence[int], tilings: bool, budget_s: float) -> Iterator[dict[str, Any]]:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -79,7 +75,7 @@ def _one_shape(
 
         case = {"lines": lines, "inner": inner, "rows": count}
         yield case | {"kernel": "cublas", "seconds": median_s(cublas, budget_s=budget_s) / len(weights)}
-        for tiling in tilings or (tiling_for(lines, inner, count),):
+        for tiling in CONSIDERED[count] if tilings else (tiling_for(lines, inner, count),):
 
             def ours(tiling: Tiling = tiling, x: Tensor = x, out: Tensor = out) -> None:
                 for weight in weights:
@@ -109,7 +105,7 @@ def main() -> None:
         sys.stderr.write(json.dumps(row) + "\n")
 
     given = parser.parse_args()
-    record = run(tilings=CONSIDERED if given.tilings else (), progress=show)
+    record = run(tilings=given.tilings, progress=show)
     given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 

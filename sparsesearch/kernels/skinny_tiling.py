@@ -33,14 +33,32 @@ def num_programs(lines: int, tiling: Tiling) -> int:
 
 def tiling_for(lines: int, inner: int, num_rows: int) -> Tiling:
     """How a product with so many lines of weights is cut."""
-    return next(tiling for most, tiling in TILINGS if most is None or lines <= most)
+    if num_rows == 1:
+        ways = ONE_ROW if inner >= _LONG else ONE_SHORT_ROW
+    else:
+        ways = EIGHT_ROWS if num_rows <= 8 else SIXTEEN_ROWS
+    return next(tiling for most, tiling in ways if most is None or lines <= most)
 
 
-TILINGS: tuple[tuple[int | None, Tiling], ...] = (
-    (2112, Tiling(16, 256, 4, 1)),
-    (5120, Tiling(32, 256, 4, 2)),
-    (16384, Tiling(32, 256, 4, 2)),
-    (65536, Tiling(64, 256, 3, 4)),
-    (None, Tiling(64, 256, 3, 4)),
+Ways = tuple[tuple[int | None, Tiling], ...]
+"""A tiling for up to so many lines: enough programs for every multiprocessor where lines are few."""
+
+_LONG = 2048
+ONE_ROW: Ways = (
+    (5120, Tiling(8, 1024, 4, 4, 16)),
+    (None, Tiling(4, 2048, 3, 4, 0)),
 )
-"""For up to so many lines: enough programs for every multiprocessor where lines are few, long steps where there are many."""
+ONE_SHORT_ROW: Ways = ((None, Tiling(8, 512, 4, 4, 4)),)
+EIGHT_ROWS: Ways = (
+    (2112, Tiling(16, 256, 4, 1, 8)),
+    (5120, Tiling(32, 512, 3, 2, 0)),
+    (16384, Tiling(16, 256, 6, 1, 16)),
+    (65536, Tiling(32, 512, 3, 2, 0)),
+    (None, Tiling(32, 256, 4, 2, 0)),
+)
+SIXTEEN_ROWS: Ways = (
+    (2112, Tiling(16, 256, 4, 1, 8)),
+    (5120, Tiling(64, 128, 6, 4, 0)),
+    (16384, Tiling(32, 256, 4, 4, 0)),
+    (None, Tiling(64, 128, 4, 4, 0)),
+)

@@ -1,7 +1,7 @@
 """Linears of a few rows, as fast as their weights are read.
 
-Each program owns some output columns and walks along their weights once; the weights are the first operand of the matrix instruction, so that
-up to 8 rows of input cost what one does. What a decoder does before and after a linear is folded in, and no launch is spent on it:
+Each program owns some output columns and walks along their weights once. A single row is multiplied without matrix instructions; of several
+rows the weights are the first operand, so that up to 8 rows of input cost about what one does. What a decoder does before and after a linear is folded in, and no launch is spent on it:
 
     before  RMS norm: whoever wrote the input wrote `scaled` = input · gain and its sums of squares per tile beside it; the norm is then a
             factor per row on the product, since (x / rms(x) · g) W = (x · g) W / rms(x)
@@ -40,7 +40,7 @@ def skinny_linear(
     x, w, bias, add, squares, gain, out, scaled, squares_out, num_rows, num_cols, inner_stride, num_parts, eps,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PAIRED: tl.constexpr, NORMED: tl.constexpr,
     BIASED: tl.constexpr, ADDED: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BN rows of weights against all rows of x. Grid: tiles of columns."""
     if EARLY:
@@ -61,49 +61,63 @@ def skinny_linear(
         per_line: tl.constexpr = LINE_BYTES // (w.dtype.element_ty.primitive_bitwidth // 8)
         far = tl.arange(0, AHEAD) * per_line
         ask_for(tl.where(within[:, None] & (far < inner)[None, :], w_at[:, None] + far[None, :], w + far[None, :]))
-    if EARLY:
-        gdc_wait()
+    own = tile * (BN // 2) + tl.arange(0, BN // 2) if PAIRED else cols
     rows = tl.arange(0, ROWS)
     present = rows < num_rows
-    w_tile_at = w_at[:, None] + steps[None, :]
-    x_tile_at = x + rows[None, :] * inner + steps[:, None]
-    acc = tl.zeros([BN, ROWS], tl.float32)
-    for first in range(0, inner, BK):
-        if EVEN:
-            w_tile = tl.load(w_tile_at + first, eviction_policy="evict_first")
-            x_tile = tl.load(x_tile_at + first, mask=present[None, :], other=0.0)
-        else:
-            left = first + steps < inner
-            w_tile = tl.load(w_tile_at + first, mask=within[:, None] & left[None, :], other=0.0)
-            x_tile = tl.load(x_tile_at + first, mask=left[:, None] & present[None, :], other=0.0)
-        acc = tl.dot(w_tile, x_tile, acc, input_precision=PRECISION)
-    if NORMED:
-        parts = tl.arange(0, PARTS)
-        part = tl.load(
-            squares + rows[:, None] * num_parts + parts[None, :],
-            mask=present[:, None] & (parts < num_parts)[None, :],
-            other=0.0,
-        )
-        acc = acc * tl.rsqrt(tl.sum(part, 1) / inner + eps)[None, :]
-    if BIASED:
-        acc += tl.load(bias + lines, mask=within, other=0.0).to(tl.float32)[:, None]
-    if PAIRED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, ROWS]), [0, 2, 1]))
-        result = gate * tl.sigmoid(gate) * up
-        own = tile * (BN // 2) + tl.arange(0, BN // 2)
-    else:
-        result = acc
-        own = cols
     at = rows.to(tl.int64)[None, :] * num_cols + own[:, None]
     real = present[None, :] & (own < num_cols)[:, None]
+    # all that the end needs is asked for before the long way through the weights
+    if BIASED:
+        shift = tl.load(bias + lines, mask=within, other=0.0)
+    if SCALED:
+        factor = tl.load(gain + own, mask=own < num_cols, other=0.0)
+    if EARLY:
+        gdc_wait()
+    if NORMED:
+        parts = tl.arange(0, PARTS)
+        written = present[:, None] & (parts < num_parts)[None, :]
+        part = tl.load(squares + rows[:, None] * num_parts + parts[None, :], mask=written, other=0.0)
     if ADDED:
-        result += tl.load(add + at, mask=real, other=0.0).to(tl.float32)
-    rounded = result.to(out.dtype.element_ty)
+        residual = tl.load(add + at, mask=real, other=0.0)
+    w_tile_at = w_at[:, None] + steps[None, :]
+    if ROWS == 1:  # the matrix instruction would compute eight
+        sums = tl.zeros([BN, BK], tl.float32)
+        for first in tl.range(0, inner, BK, num_stages=STAGES):
+            if EVEN:
+                w_tile = tl.load(w_tile_at + first, eviction_policy="evict_first")
+                x_line = tl.load(x + first + steps)
+            else:
+                left = first + steps < inner
+                w_tile = tl.load(w_tile_at + first, mask=within[:, None] & left[None, :], other=0.0)
+                x_line = tl.load(x + first + steps, mask=left, other=0.0)
+            sums += w_tile.to(tl.float32) * x_line.to(tl.float32)[None, :]
+        acc = tl.reshape(tl.sum(sums, 1), [BN, 1])
+    else:
+        x_tile_at = x + rows[None, :] * inner + steps[:, None]
+        acc = tl.zeros([BN, ROWS], tl.float32)
+        for first in range(0, inner, BK):
+            if EVEN:
+                w_tile = tl.load(w_tile_at + first, eviction_policy="evict_first")
+                x_tile = tl.load(x_tile_at + first, mask=present[None, :], other=0.0)
+            else:
+                left = first + steps < inner
+                w_tile = tl.load(w_tile_at + first, mask=within[:, None] & left[None, :], other=0.0)
+                x_tile = tl.load(x_tile_at + first, mask=left[:, None] & present[None, :], other=0.0)
+            acc = tl.dot(w_tile, x_tile, acc, input_precision=PRECISION)
+    if NORMED:
+        acc = acc * tl.rsqrt(tl.sum(part, 1) / inner + eps)[None, :]
+    if BIASED:
+        acc += shift.to(tl.float32)[:, None]
+    if PAIRED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, ROWS]), [0, 2, 1]))
+        acc = gate * tl.sigmoid(gate) * up
+    if ADDED:
+        acc += residual.to(tl.float32)
+    rounded = acc.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=real)
     if SCALED:
         kept = tl.where(real, rounded.to(tl.float32), 0.0)
-        factor = tl.load(gain + own, mask=own < num_cols, other=0.0).to(tl.float32)
-        tl.store(scaled + at, (kept * factor[:, None]).to(out.dtype.element_ty), mask=real)
+        tl.store(scaled + at, (kept * factor.to(tl.float32)[:, None]).to(out.dtype.element_ty), mask=real)
         tl.store(squares_out + rows * tl.num_programs(0) + tile, tl.sum(kept * kept, 0), mask=present)
 
 
@@ -158,7 +172,7 @@ def constants(
 ) -> dict[str, int | bool | str]:  # fmt: skip
     """Compile-time arguments of `skinny_linear`."""
     return {
-        "ROWS": 8 if num_rows <= 8 else 16,
+        "ROWS": 1 if num_rows == 1 else 8 if num_rows <= 8 else 16,
         "BN": tiling.columns,
         "BK": tiling.inner,
         "PARTS": triton.next_power_of_2(num_parts),
@@ -171,6 +185,7 @@ def constants(
         "PRECISION": "ieee" if fp32 else "tf32",
         "EARLY": early,
         "AHEAD": tiling.ahead if early else 0,
+        "STAGES": tiling.stages,
     }
 
 

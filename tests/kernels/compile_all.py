@@ -22,7 +22,7 @@ from sparsesearch.kernels import (
     triton_skinny,
 )
 from sparsesearch.kernels.compile_report import CompileReport, compile_report
-from sparsesearch.kernels.skinny_tiling import TILINGS
+from sparsesearch.kernels.skinny_tiling import EIGHT_ROWS, ONE_ROW, ONE_SHORT_ROW, SIXTEEN_ROWS
 
 
 def hopper(
@@ -147,15 +147,16 @@ def step() -> Iterator[tuple[str, CompileReport]]:
     linear, scale, rotate = triton_skinny.skinny_linear, triton_skinny.scale_rows, triton_rotate.rotate_heads
     types = dict.fromkeys(linear.arg_names, "i32") | dict.fromkeys(linear.arg_names[:8], "*bf16")
     types |= {"squares": "*fp32", "squares_out": "*fp32", "eps": "fp32"}
-    for most, tiling in TILINGS:
-        for rows in (8, 16):
-            for paired in (False, True):
+    for rows, ways in ((1, ONE_ROW), (1, ONE_SHORT_ROW), (8, EIGHT_ROWS), (16, SIXTEEN_ROWS)):
+        for most, tiling in ways:
+            for use in ("norm before", "gate", "norm after"):
+                after = use == "norm after"
                 constants = triton_skinny.constants(
-                    tiling, num_rows=rows, num_parts=256, paired=paired, normed=True, biased=True, added=not paired, scaled=not paired,
+                    tiling, num_rows=rows, num_parts=256, paired=use == "gate", normed=not after, biased=True, added=after, scaled=after,
                     even=True, fp32=False, early=True,
                 )  # fmt: skip
                 options = triton_skinny.options(tiling, early=False)
-                yield f"skinny {most} {rows} paired={paired}", compile_report(linear, types, constants, options=options)
+                yield f"skinny {most} {rows} {use}", compile_report(linear, types, constants, options=options)
     types = dict.fromkeys(scale.arg_names, "*bf16") | {"squares": "*fp32", "num_cols": "i32"}
     yield "step scale", compile_report(scale, types, {"COLS": 4096, "EARLY": True}, options={"num_warps": 8})
     types = dict.fromkeys(rotate.arg_names, "*i32") | dict.fromkeys((*rotate.arg_names[:8], "weights"), "*bf16")

@@ -76,7 +76,7 @@ def _fill(kernel: bool) -> tuple[Any, ...]:
 def _linear() -> tuple[Any, ...]:
     squares = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     rows = _normal(3, 40), _normal(66, 40, seed=1), _normal(66, seed=2), _normal(3, 33, seed=3)
-    return *rows, squares, _normal(33, seed=4), 1e-5, True
+    return *rows, squares, _normal(33, seed=4), 1.0, True  # also of squares that a replay draws below zero
 
 
 def _turn() -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import build_tiny
 from runtime_plans import cycled_plan, group_plan, left_padded
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
@@ -159,11 +158,11 @@ def test_what_is_not_served_falls_back_and_says_why():
                 DecodeStep(model, cache, first_position=PROMPT, fused=True)
 
 
-def test_only_known_parts_are_recognised():
+def test_only_known_parts_are_recognised(tiny):
     unknown = {"gpt2": "has", "phi": "has", "mistral": "sliding window"}
     for architecture, reason in unknown.items():
         with pytest.raises(UnsupportedModelError, match=reason):
-            recognise(build_tiny(architecture))
+            recognise(tiny(architecture))
     for change, reason in (
         (lambda layer: layer.mlp.register_forward_hook(lambda *_: None), "or hooks"),
         (lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()), "GELU, not SiLU"),
