@@ -50,15 +50,15 @@ ONE_ROW: Ways = (
 )
 ONE_SHORT_ROW: Ways = ((None, Tiling(8, 512, 4, 4, 4)),)
 EIGHT_ROWS: Ways = (
-    (2112, Tiling(16, 256, 4, 1, 8)),
+    (2112, Tiling(16, 256, 4, 2, 8)),
     (5120, Tiling(32, 512, 3, 2, 0)),
     (16384, Tiling(16, 256, 6, 1, 16)),
     (65536, Tiling(32, 512, 3, 2, 0)),
     (None, Tiling(32, 256, 4, 2, 0)),
 )
 SIXTEEN_ROWS: Ways = (
-    (2112, Tiling(16, 256, 4, 1, 8)),
-    (5120, Tiling(64, 128, 6, 4, 0)),
+    (2112, Tiling(16, 256, 4, 2, 8)),
+    (5120, Tiling(64, 128, 5, 4, 0)),
     (16384, Tiling(32, 256, 4, 4, 0)),
     (None, Tiling(64, 128, 4, 4, 0)),
 )
