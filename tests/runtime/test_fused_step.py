@@ -147,7 +147,7 @@ def test_what_is_not_served_falls_back_and_says_why():
         cache = sparsesearch.sparse_cache(model, max_tokens=80)
         model(ids, **{CACHE_KEYWORD: cache})
         with_kernels(cache)
-        assert not DecodeStep(model, cache, first_position=PROMPT).is_fused
+        assert not DecodeStep(model, cache, first_position=PROMPT, fused=None).is_fused
         with pytest.raises(UnsupportedModelError, match="at most 16 rows"):
             DecodeStep(model, cache, first_position=PROMPT, fused=True)
     if not ON_GPU:
