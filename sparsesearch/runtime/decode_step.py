@@ -64,7 +64,7 @@ class DecodeStep:
         *,
         first_position: int | Int[Tensor, " B"],
         compiled: bool = False,
-        fused: bool | None = False,
+        fused: bool | None = None,
         graph: bool | None = None,
         backend: str = "inductor",
     ) -> None:
