@@ -102,7 +102,6 @@ def rotate_append(
     lens: Tensor,
     slots: Tensor,
     block_tokens: int,
-    weights: Tensor | None,
 ) -> Tensor:
     """Rotate the new token's queries and keys, and take its keys and values into a ragged cache.
 
@@ -124,7 +123,6 @@ def rotate_append(
         lens: rows a new token sees.
         slots: slots so far.
         block_tokens: side of a tile.
-        weights: read by whoever comes after the attention: asked for now, while the memory has nothing else to do.
 
     Returns:
         Queries [B, H, D].
@@ -135,7 +133,7 @@ def rotate_append(
     q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
     cache = (start, room, sinks, windows, seen, lens, slots)
     with torch.cuda.device(qkv.get_device()):
-        triton_rotate.launch(qkv, cos, sin, q_gain, k_gain, eps, q, keys, values, cache, weights, block_tokens)
+        triton_rotate.launch(qkv, cos, sin, q_gain, k_gain, eps, q, keys, values, cache, block_tokens)
     return q
 
 
@@ -158,7 +156,6 @@ def _rotate_append_shape(
     lens: Tensor,
     slots: Tensor,
     block_tokens: int,
-    weights: Tensor | None,
 ) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_heads, keys.shape[1])
 
@@ -172,14 +169,13 @@ def rotate(
     k_gain: Tensor | None,
     eps: float,
     num_heads: int,
-    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like `rotate_append`, for caches of other kinds: queries [B, H, D], keys and values [B, G, D]."""
     from sparsesearch.kernels import triton_rotate
 
-    q, k, v = _rotate_shapes(qkv, cos, sin, q_gain, k_gain, eps, num_heads, weights)
+    q, k, v = _rotate_shapes(qkv, cos, sin, q_gain, k_gain, eps, num_heads)
     with torch.cuda.device(qkv.get_device()):
-        triton_rotate.launch(qkv, cos, sin, q_gain, k_gain, eps, q, k, v, None, weights, 16)
+        triton_rotate.launch(qkv, cos, sin, q_gain, k_gain, eps, q, k, v, None, 16)
     return q, k, v
 
 
@@ -192,7 +188,6 @@ def _rotate_shapes(
     k_gain: Tensor | None,
     eps: float,
     num_heads: int,
-    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, head_dim = cos.shape
     kv_heads = (qkv.shape[1] // head_dim - num_heads) // 2

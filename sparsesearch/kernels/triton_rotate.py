@@ -6,11 +6,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparsesearch.kernels.triton_cache import count_token, place_token
-from sparsesearch.kernels.triton_skinny import ask_for, starts_early
-
-LINE_BYTES = 128
-LINES = 512
-"""Lines of the coming weights that one program asks for."""
+from sparsesearch.kernels.triton_skinny import starts_early
 
 
 @triton.jit
@@ -47,72 +43,67 @@ def put_halves(at, low, high, heads_kept, ROWS: tl.constexpr, D: tl.constexpr, H
 
 @triton.jit
 def rotate_heads(
-    qkv, cos, sin, q_gain, k_gain, q_out, keys, values, start, room, sinks, windows, seen, lens, slots, weights, num_lines,
-    num_pairs, num_kv_heads, eps, GROUP: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    qkv, cos, sin, q_gain, k_gain, q_out, keys, values, start, room, sinks, windows, seen, lens, slots,
+    num_kv_heads, eps, GROUP: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORMED: tl.constexpr, CACHED: tl.constexpr,
-    EARLY: tl.constexpr, LINES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Queries, and the new key and value of one pair. Grid: (sequence, KV head) pairs, then pieces of the weights that come next."""
+    """Queries, and the new key and value of one pair. Grid: (sequence, KV head) pairs."""
     if EARLY:
         gdc_launch_dependents()
     pair = tl.program_id(0)
-    if pair < num_pairs:
-        batch = (pair // num_kv_heads).to(tl.int64)
-        head = pair % num_kv_heads
-        if CACHED:  # the step before, or the prompt, has written these; no kernel of this layer has
-            position = tl.load(seen + pair)
-            window = tl.load(windows + pair)
-            sink = tl.load(sinks + pair)
-            limit = tl.where(window > 0, tl.load(room + pair), -0x40000000)  # without a window, place is negative
-            first = tl.load(start + pair)
-        if EARLY:
-            gdc_wait()
-        row = qkv + batch * (num_kv_heads * (GROUP + 2) * D)
-        cos_at = cos + batch * D
-        sin_at = sin + batch * D
-        q_low, q_high = rotated(row + head * GROUP * D, q_gain, cos_at, sin_at, eps, GROUP, MEMBERS, D, HALF, NORMED)
-        own_k = row + (num_kv_heads * GROUP + head) * D
-        k_low, k_high = rotated(own_k, k_gain, cos_at, sin_at, eps, 1, 1, D, HALF, NORMED)
-        cols = tl.arange(0, WIDE)
-        value = tl.load(own_k + num_kv_heads * D + cols, mask=cols < D, other=0.0)
-        put_halves(q_out + pair.to(tl.int64) * GROUP * D, q_low, q_high, GROUP, MEMBERS, D, HALF)
-        if CACHED:
-            place = place_token(keys, values, position, sink, window, first, BLOCK, ROWS, WIDE, D)
-            kept = place < limit
-            at = (first + place) * D
-            put_halves(keys + at, k_low, k_high, tl.where(kept, 1, 0), 1, D, HALF)
-            # a scalar mask and a vector do not meet in the interpreter
-            tl.store(values + at + cols, value, mask=cols < tl.where(kept, D, 0))
-            count_token(seen, lens, slots, pair, position, place, kept)
-        else:
-            put_halves(keys + pair.to(tl.int64) * D, k_low, k_high, 1, 1, D, HALF)
-            tl.store(values + pair.to(tl.int64) * D + cols, value, mask=cols < D)
-    elif LINES > 0:
-        line = (pair - num_pairs).to(tl.int64) * LINES + tl.arange(0, LINES)
-        ask_for(weights + tl.minimum(line, num_lines - 1) * (128 // (weights.dtype.element_ty.primitive_bitwidth // 8)))
+    batch = (pair // num_kv_heads).to(tl.int64)
+    head = pair % num_kv_heads
+    if CACHED:  # the step before, or the prompt, has written these; no kernel of this layer has
+        position = tl.load(seen + pair)
+        window = tl.load(windows + pair)
+        sink = tl.load(sinks + pair)
+        limit = tl.where(window > 0, tl.load(room + pair), -0x40000000)  # without a window, place is negative
+        first = tl.load(start + pair)
+    if EARLY:
+        gdc_wait()
+    row = qkv + batch * (num_kv_heads * (GROUP + 2) * D)
+    cos_at = cos + batch * D
+    sin_at = sin + batch * D
+    q_low, q_high = rotated(row + head * GROUP * D, q_gain, cos_at, sin_at, eps, GROUP, MEMBERS, D, HALF, NORMED)
+    own_k = row + (num_kv_heads * GROUP + head) * D
+    k_low, k_high = rotated(own_k, k_gain, cos_at, sin_at, eps, 1, 1, D, HALF, NORMED)
+    cols = tl.arange(0, WIDE)
+    value = tl.load(own_k + num_kv_heads * D + cols, mask=cols < D, other=0.0)
+    put_halves(q_out + pair.to(tl.int64) * GROUP * D, q_low, q_high, GROUP, MEMBERS, D, HALF)
+    if CACHED:
+        place = place_token(keys, values, position, sink, window, first, BLOCK, ROWS, WIDE, D)
+        kept = place < limit
+        at = (first + place) * D
+        put_halves(keys + at, k_low, k_high, tl.where(kept, 1, 0), 1, D, HALF)
+        # a scalar mask and a vector do not meet in the interpreter
+        tl.store(values + at + cols, value, mask=cols < tl.where(kept, D, 0))
+        count_token(seen, lens, slots, pair, position, place, kept)
+    else:
+        put_halves(keys + pair.to(tl.int64) * D, k_low, k_high, 1, 1, D, HALF)
+        tl.store(values + pair.to(tl.int64) * D + cols, value, mask=cols < D)
 
 
 def launch(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None, eps: float, q_out: Tensor, keys: Tensor,
-    values: Tensor, cache: tuple[Tensor, ...] | None, weights: Tensor | None, block_tokens: int,
+    values: Tensor, cache: tuple[Tensor, ...] | None, block_tokens: int,
 ) -> None:  # fmt: skip
     """Shapes as in `step_ops.rotate_append`; without a cache, `keys` and `values` are the new ones."""
     batch, num_heads, head_dim = q_out.shape
     num_kv_heads = (qkv.shape[1] // head_dim - num_heads) // 2
     early = starts_early(qkv)
-    num_lines = weights.nbytes // LINE_BYTES if early and weights is not None else 0
     limits = cache if cache is not None else (qkv,) * 7
-    rotate_heads[(batch * num_kv_heads + triton.cdiv(num_lines, LINES),)](
+    rotate_heads[(batch * num_kv_heads,)](
         qkv, cos, sin, qkv if q_gain is None else q_gain, qkv if k_gain is None else k_gain, q_out, keys, values, *limits,
-        qkv if weights is None else weights, num_lines, batch * num_kv_heads, num_kv_heads, eps,
+        num_kv_heads, eps,
         **constants(num_heads // num_kv_heads, head_dim, block_tokens, normed=q_gain is not None, cached=cache is not None,
-                    early=early, lines=LINES if num_lines else 0),
+                    early=early),
         **OPTIONS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
 def constants(
-    group: int, head_dim: int, block_tokens: int, *, normed: bool, cached: bool, early: bool, lines: int
+    group: int, head_dim: int, block_tokens: int, *, normed: bool, cached: bool, early: bool
 ) -> dict[str, int | bool]:
     """Compile-time arguments of `rotate_heads`."""
     return {
@@ -126,7 +117,6 @@ def constants(
         "NORMED": normed,
         "CACHED": cached,
         "EARLY": early,
-        "LINES": lines,
     }
 
 

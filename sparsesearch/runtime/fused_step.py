@@ -95,13 +95,13 @@ class FusedStep:
         eps, num_heads = 0.0 if layer.q_norm is None else layer.q_norm.eps, layer.output.weight.shape[1] // cos.shape[1]
         turn = qkv, cos, sin, q_gain, k_gain, eps, num_heads
         if not isinstance(cache, StaticPlanLayer):
-            q, k, v = (x[:, :, None] for x in rotate(*turn, layer.output.weight))
+            q, k, v = (x[:, :, None] for x in rotate(*turn))
             out: Tensor = self._attend(layer.attention, cache, q, k, v, mask)
             return out.reshape(len(qkv), -1)
         reads, scale = cache.reads, layer.attention.scaling
         q = rotate_append(
             *turn, cache.keys, cache.values, cache.layout.start, *cache.layout.limits, cache.seen, reads.lens, cache.slots,
-            cache.binding.block_tokens, layer.output.weight,
+            cache.binding.block_tokens,
         )  # fmt: skip
         values = qkv.view(len(qkv), -1, cos.shape[1])[:, -(cache.seen.numel() // len(qkv)) :]
         return reads.attend(q, values, cache.keys, cache.values, cache.seen, scale, True).view(len(qkv), -1)

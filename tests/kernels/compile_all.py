@@ -159,11 +159,11 @@ def step() -> Iterator[tuple[str, CompileReport]]:
                 yield f"skinny {most} {rows} {use}", compile_report(linear, types, constants, options=options)
     types = dict.fromkeys(scale.arg_names, "*bf16") | {"squares": "*fp32", "num_cols": "i32"}
     yield "step scale", compile_report(scale, types, {"COLS": 4096, "EARLY": True}, options={"num_warps": 8})
-    types = dict.fromkeys(rotate.arg_names, "*i32") | dict.fromkeys((*rotate.arg_names[:8], "weights"), "*bf16")
+    types = dict.fromkeys(rotate.arg_names, "*i32") | dict.fromkeys(rotate.arg_names[:8], "*bf16")
     types |= {"start": "*i64", "slots": "*i64", "eps": "fp32"}
-    types |= dict.fromkeys(("num_lines", "num_pairs", "num_kv_heads"), "i32")
+    types |= {"num_kv_heads": "i32"}
     for cached in (True, False):
-        constants = triton_rotate.constants(4, 128, 128, normed=True, cached=cached, early=True, lines=512)
+        constants = triton_rotate.constants(4, 128, 128, normed=True, cached=cached, early=True)
         yield f"step rotate {cached}", compile_report(rotate, types, constants, options=triton_rotate.OPTIONS)
 
 

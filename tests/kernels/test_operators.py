@@ -103,8 +103,8 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "gathered_decode": (cache_ops.gathered_decode, _decode),
     "skinny_linear": (step_ops.skinny_linear, _linear),
     "scale_rows": (step_ops.scale_rows, lambda: (_normal(3, 40), _normal(40, seed=1))),
-    "rotate": (step_ops.rotate, lambda: (*_turn(), _normal(64, 64))),
-    "rotate_append": (step_ops.rotate_append, lambda: (*_turn(), *_append(True)[2:-1], _normal(64, 64))),
+    "rotate": (step_ops.rotate, _turn),
+    "rotate_append": (step_ops.rotate_append, lambda: (*_turn(), *_append(True)[2:-1])),
     "take_rows": (
         row_copies.take_rows,
         lambda: (_normal(2, 4, 7, 16), _ints(*_HEADS, dtype=torch.int64), _ints(*_ORDER, dtype=torch.int64)),

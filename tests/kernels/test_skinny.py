@@ -88,7 +88,7 @@ def test_rotation(batch, kv_heads, group, head_dim, normed, dtype):
     gains = [normal(head_dim, dtype=dtype, seed=seed) if normed else None for seed in (1, 2)]
     cos, sin = angles(batch, head_dim, dtype)
     q, k, v = qkv.view(batch, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
-    ours = rotate(qkv, cos, sin, *gains, EPS, heads, None)
+    ours = rotate(qkv, cos, sin, *gains, EPS, heads)
     for got, x, gain in zip(ours, (q, k), gains, strict=False):
         close(got, rotated(x, gain, cos, sin))
     assert torch.equal(ours[2], v)
@@ -108,9 +108,9 @@ def test_the_cache_takes_a_rotated_token_as_it_takes_any(ring, dtype):
     for token in range(17):
         qkv = normal(batch, 4 * kv_heads * head_dim, dtype=dtype, seed=token)
         cos, sin = angles(batch, head_dim, dtype)
-        q, k, v = rotate(qkv, cos, sin, None, None, EPS, 2 * kv_heads, None)
+        q, k, v = rotate(qkv, cos, sin, None, None, EPS, 2 * kv_heads)
         append_token(k[:, :, None], v[:, :, None], *caches[0], block, True)
-        ours = rotate_append(qkv, cos, sin, None, None, EPS, 2 * kv_heads, *caches[1], block, None)
+        ours = rotate_append(qkv, cos, sin, None, None, EPS, 2 * kv_heads, *caches[1], block)
         assert torch.equal(ours, q)
         for mine, theirs in zip(*caches, strict=True):
             assert torch.equal(mine, theirs), token
