@@ -6,6 +6,7 @@ from typing import Any
 from sparsesearch.report.plot import Curve, Panel, plot
 
 Table = tuple[str, list[str], list[list[object]]]
+_SHOWN = {"dense": "dense", "dense_fused": "dense", "plan": "plan"}
 
 
 def rows_of(record: dict[str, Any]) -> list[Table]:
@@ -28,15 +29,27 @@ def rows_of(record: dict[str, Any]) -> list[Table]:
         keys = ["length", "dense_s", "plan_s", "speedup", "bound_share", "density", "index_share", "kv_fraction"]
         body = [[*(row[key] for key in keys), row["plan_peak_bytes"] / 1e9] for row in prefill]
         tables.append((f"{record['model']}: time to first token", names, body))
+    captured = [row for row in prefill if "plan_graph_s" in row]
+    if captured:
+        names = ["tokens", "dense (s)", "plan (s)", "speed-up"]
+        body = [
+            [row["length"], row["dense_graph_s"], row["plan_graph_s"], row["dense_graph_s"] / row["plan_graph_s"]]
+            for row in captured
+        ]
+        tables.append((f"{record['model']}: time to first token, both replayed from a CUDA graph", names, body))
     if decode:
         names = ["variant", "batch", "tokens/s", "ms/step", "of byte bound", "GB/sequence", "peak (GB)"]
         body = [
-            [row["variant"], row["batch"], row["tokens_per_s"], row["step_s"] * 1e3, row["bound_share"],
+            [_SHOWN[row["variant"]] + _way(row), row["batch"], row["tokens_per_s"], row["step_s"] * 1e3, row["bound_share"],
              row["cache_bytes_per_sequence"] / 1e9, row["peak_bytes"] / 1e9]
             for row in decode
         ]  # fmt: skip
         tables.append((f"{record['model']}: decoding, {decode[0]['tokens']} tokens in the cache", names, body))
     return tables
+
+
+def _way(row: dict[str, Any]) -> str:
+    return ", fused" if row.get("fused") else ""
 
 
 def figure(record: dict[str, Any]) -> str:
@@ -53,7 +66,7 @@ def figure(record: dict[str, Any]) -> str:
         panels.append(Panel("Time to first token", "log2 of the prompt in k tokens", "speed-up", curves, zero_y=True))
     if decode:
         curves = []
-        for variant, name in (("dense", "dense (cuDNN)"), ("plan", "plan")):
+        for variant, name in (("dense", "dense (cuDNN)"), ("dense_fused", "dense, fused"), ("plan", "plan")):
             own = sorted((row["batch"], row["tokens_per_s"]) for row in decode if row["variant"] == variant)
             curves += [Curve(name, own)] if own else []
         own = sorted({(row["batch"], row["batch"] / row["bound_s"]) for row in decode if row["variant"] == "plan"})

@@ -6,6 +6,39 @@ from torch import Tensor
 
 
 @triton.jit
+def place_token(
+    keys, values, position, sink, window, first, BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr
+):  # fmt: skip
+    """Row of a pair's next token within its region, once the block that it pushes out has made way."""
+    cols = tl.arange(0, D)
+    block = position // BLOCK
+    offset = position % BLOCK
+    tail = sink + window - 1
+    if (
+        (offset == 0) & (block >= sink + window) & (window > 1)
+    ):  # the last block is full: it takes the oldest one's slot
+        slot = sink + (block - 1 - sink) % (window - 1)
+        for row in range(0, BLOCK, ROWS):
+            rows = row + tl.arange(0, ROWS)
+            inside = (rows < BLOCK)[:, None] & (cols < DV)[None, :]
+            source = (first + tail * BLOCK + rows)[:, None] * DV + cols[None, :]
+            target = (first + slot * BLOCK + rows)[:, None] * DV + cols[None, :]
+            tl.store(keys + target, tl.load(keys + source, mask=inside), mask=inside)
+            tl.store(values + target, tl.load(values + source, mask=inside), mask=inside)
+        tl.debug_barrier()  # the new token overwrites the first row that was copied
+    return tl.minimum(block, tail) * BLOCK + offset
+
+
+@triton.jit
+def count_token(seen, lens, slots, pair, position, place, kept):
+    """One more token was seen, and what the next one may see has grown with it if it was kept."""
+    tl.debug_barrier()  # every thread has read the position
+    tl.store(lens + pair, tl.where(kept, place + 1, tl.load(lens + pair)))
+    tl.store(seen + pair, position + 1)
+    tl.store(slots, tl.load(slots) + 1, mask=pair == 0)
+
+
+@triton.jit
 def append(
     k, v, keys, values, start, room, sinks, windows, seen, lens, slots, k_stride_b, k_stride_g, v_stride_b, v_stride_g, num_kv_heads,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -17,34 +50,15 @@ def append(
     cols = tl.arange(0, D)
     real = cols < DV
     position = tl.load(seen + pair)
-    sink = tl.load(sinks + pair)
     window = tl.load(windows + pair)
     first = tl.load(start + pair)
-    block = position // BLOCK
-    offset = position % BLOCK
-    tail = sink + window - 1
-    if (
-        (offset == 0) & (block >= sink + window) & (window > 1)
-    ):  # the last block is full: it takes the oldest one's slot
-        slot = sink + (block - 1 - sink) % (window - 1)
-        for row in range(0, BLOCK, ROWS):
-            rows = row + tl.arange(0, ROWS)
-            inside = (rows < BLOCK)[:, None] & real[None, :]
-            source = (first + tail * BLOCK + rows)[:, None] * DV + cols[None, :]
-            target = (first + slot * BLOCK + rows)[:, None] * DV + cols[None, :]
-            tl.store(keys + target, tl.load(keys + source, mask=inside), mask=inside)
-            tl.store(values + target, tl.load(values + source, mask=inside), mask=inside)
-        tl.debug_barrier()  # the new token overwrites the first row that was copied
-    place = tl.minimum(block, tail) * BLOCK + offset
+    place = place_token(keys, values, position, tl.load(sinks + pair), window, first, BLOCK, ROWS, D, DV)
     kept = place < tl.where(window > 0, tl.load(room + pair), -0x40000000)  # without a window, place is negative
     at = (first + place) * DV + cols
     stored = cols < tl.where(kept, DV, 0)  # a scalar mask and a vector do not meet in the interpreter
     tl.store(keys + at, tl.load(k + batch * k_stride_b + head * k_stride_g + cols, mask=real), mask=stored)
     tl.store(values + at, tl.load(v + batch * v_stride_b + head * v_stride_g + cols, mask=real), mask=stored)
-    tl.debug_barrier()  # every thread has read the position
-    tl.store(lens + pair, tl.where(kept, place + 1, tl.load(lens + pair)))
-    tl.store(seen + pair, position + 1)
-    tl.store(slots, tl.load(slots) + 1, mask=pair == 0)
+    count_token(seen, lens, slots, pair, position, place, kept)
 
 
 def launch(

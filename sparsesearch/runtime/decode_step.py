@@ -5,38 +5,35 @@
     step = DecodeStep(model, cache, first_position=input_ids.shape[1])
     tokens = step.generate(first, 64)
 
-Decoder layers may be compiled: one compiled graph serves all layers of equal structure, because what differs from layer to layer are tensors on
-the cache and on the module, never numbers in the code (regional compilation; the layer's index is not read, see `LayerCache`).
+How a step is computed, from the fastest on:
+
+    fused      Llama-like decoders, bfloat16 (float32 if asked for), at most 16 rows, kernels for attention: `fused_step`. The first step is
+               computed both ways, fused and by the model itself, and both must agree
+    compiled   decoder layers through torch.compile: `compiled_layers`
+    plain      the model as it is
+
 """
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
+from sparsesearch.runtime.compiled_layers import layers_compiled
+from sparsesearch.runtime.fused_step import FusedStep
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 
+_log = logging.getLogger(__name__)
+_AGREEMENT = {torch.bfloat16: 2**-3, torch.float32: 2**-10}
+"""Most that fused logits may differ from the model's own, root mean square over the logits' spread; another formula differs by about 1."""
 _WARM_UPS = 2  # the first run compiles kernels, the second shows that nothing is left to compile
-
-
-class LayerCache:
-    """A cache as one decoder layer sees it: whatever index it asks for, it gets its own."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """What `Cache.update` returns for this layer."""
-        pair: tuple[Any, Any] = self.layer.update(key_states, value_states)
-        return pair
 
 
 class DecodeStep:
@@ -46,13 +43,18 @@ class DecodeStep:
         model: a model that runs a plan (or none, with transformers' own static cache).
         cache: a static cache after its prefill.
         first_position: position of the next token, per row if rows differ: for left-padded prompts their real lengths.
-        compiled: compile decoder layers with torch.compile (regional); fewer and larger kernels, at the price of seconds once.
+        compiled: compile decoder layers with torch.compile (regional) where they are not fused; fewer and larger kernels, at the price of
+            seconds once.
+        fused: use the fused kernels. None: where they serve, on a GPU in bfloat16, and if not, `fallback_reason` says why.
         graph: capture the step into a CUDA graph; needs a GPU.
         backend: of torch.compile.
 
+    Attributes:
+        fallback_reason: why a step is not fused that might have been; None if it is, or was not to be.
+
     Raises:
         SpecError: the cache holds no prompt or is not static, or a graph is wanted on a CPU.
-        UnsupportedModelError: `compiled`, but the model has no plain list of decoder layers.
+        UnsupportedModelError: `fused`, but the kernels do not serve this model; or `compiled`, but it has no plain list of decoder layers.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class DecodeStep:
         *,
         first_position: int | Int[Tensor, " B"],
         compiled: bool = False,
+        fused: bool | None = None,
         graph: bool | None = None,
         backend: str = "inductor",
     ) -> None:
@@ -92,6 +95,9 @@ class DecodeStep:
         for layer in layers:  # rows differ from layer to layer, and one graph is to serve all
             for rows in (layer.keys, layer.values) if ours else ():
                 torch._dynamo.maybe_mark_dynamic(rows, 0)
+        self.fallback_reason: str | None = None
+        self._fused = self._fuse(fused)
+        self._must_fuse, self._is_checked = bool(fused), self._fused is None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: tuple[int, ...] = ()
         self._logits: Tensor | None = None
@@ -109,6 +115,8 @@ class DecodeStep:
             )
         self._left -= 1
         self.tokens.copy_(tokens.view(-1, 1))
+        if not self._is_checked:
+            self._check_fused()
         if not self.graph_wanted:
             self._logits = self._run()
             return self._logits
@@ -126,11 +134,61 @@ class DecodeStep:
             tokens.append(self(tokens[-1]).argmax(-1))
         return torch.stack(tokens, 1)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the fused kernels compute it."""
+        return self._fused is not None
+
+    def _fuse(self, wanted: bool | None) -> FusedStep | None:
+        if wanted is False or (
+            wanted is None and (self.model.device.type, self.model.dtype) != ("cuda", torch.bfloat16)
+        ):
+            return None
+        try:
+            return FusedStep(self.model, self.cache, self.batch, backend=self.backend if self.compiled else None)
+        except UnsupportedModelError as error:
+            if wanted:
+                raise
+            self._fall_back(str(error))
+            return None
+
+    def _fall_back(self, reason: str) -> None:
+        self._fused, self.fallback_reason = None, reason
+        _log.info("the decoding step is not fused: %s", reason)
+
+    def _check_fused(self) -> None:
+        """Compute one step both ways, and take both back.
+
+        Raises:
+            UnsupportedModelError: the model computes something else than its parts show, and the fused step was asked for.
+        """
+        assert self._fused is not None
+        kept = _Kept(self.cache, self.positions)
+        plain = self._by_model(compiled=False).float()
+        kept.restore()
+        ours = self._fused(self.tokens, self.positions).float()
+        kept.restore()
+        self._is_checked = True
+        distance = float((ours - plain).square().mean().sqrt() / plain.std().clamp(min=1e-30))
+        if distance <= _AGREEMENT[self.model.dtype]:
+            return
+        reason = (
+            f"the fused step must compute what {type(self.model).__name__} computes, but its first logits differ by {distance:.2g} of their "
+            "spread. Pass fused=False."
+        )
+        if self._must_fuse:
+            raise UnsupportedModelError(reason)
+        self._fall_back(reason)
+
     def _run(self) -> Float[Tensor, "B V"]:
-        inputs = {"input_ids": self.tokens, "position_ids": self.positions, "attention_mask": self._mask}
-        with _layers_compiled(self.model, self.cache, self.backend) if self.compiled else nullcontext():
-            logits: Tensor = self.model(**inputs, use_cache=True, **{CACHE_KEYWORD: self.cache}).logits[:, -1]
+        logits = self._by_model(self.compiled) if self._fused is None else self._fused(self.tokens, self.positions)
         self.positions.add_(1)
+        return logits
+
+    def _by_model(self, compiled: bool) -> Float[Tensor, "B V"]:
+        inputs = {"input_ids": self.tokens, "position_ids": self.positions, "attention_mask": self._mask}
+        with layers_compiled(self.model, self.cache, self.backend) if compiled else nullcontext():
+            logits: Tensor = self.model(**inputs, use_cache=True, **{CACHE_KEYWORD: self.cache}).logits[:, -1]
         return logits
 
     def _capture(self) -> None:
@@ -187,47 +245,3 @@ def _addresses(cache: Cache) -> tuple[int, ...]:
         if isinstance(layer, StaticPlanLayer):
             found += [layer.seen.data_ptr(), *layer.reads.addresses()]
     return tuple(found)
-
-
-@contextmanager
-def _layers_compiled(model: PreTrainedModel, cache: Cache, backend: str) -> Iterator[None]:
-    """Send each decoder layer through one compiled function, with its own cache in the place of the whole."""
-    layers, config = decoder_layers(model), torch._dynamo.config
-    run = _compiled(backend)
-    try:
-        for layer in layers:
-            own: Any = layer.self_attn
-            layer.forward = functools.partial(_through, run, layer, LayerCache(cache.layers[own.layer_idx]))
-        # the index of a layer stays a number that nobody reads, instead of one graph for each
-        with config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
-            yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-
-def _through(run: Any, layer: nn.Module, own: LayerCache, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return run(layer, hidden, *args, **{**kwargs, CACHE_KEYWORD: own})
-
-
-@functools.cache
-def _compiled(backend: str) -> Any:
-    return torch.compile(_run_layer, backend=backend, fullgraph=True)
-
-
-def _run_layer(layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return type(layer).forward(layer, hidden, *args, **kwargs)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a decoder, outermost list first.
-
-    Raises:
-        UnsupportedModelError: there is no list of layers with `self_attn`.
-    """
-    for part in model.modules():
-        if isinstance(part, nn.ModuleList) and len(part) and all(hasattr(layer, "self_attn") for layer in part):
-            return list(part)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} must have a list of decoder layers to compile them, but has none. Pass compiled=False."
-    )

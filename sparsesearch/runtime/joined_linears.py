@@ -25,6 +25,7 @@ class JoinedLinear(nn.Linear):
     """A linear whose weights lie beside others'. Eager calls compute it alone; compiled ones take their part of the joined product."""
 
     joined: Tensor
+    joined_bias: Tensor | None
     product: _Product
     part: tuple[int, int, bool, bool]
 
@@ -33,16 +34,20 @@ class JoinedLinear(nn.Linear):
         if not torch.compiler.is_compiling():
             return super().forward(input)
         start, stop, first, last = self.part
-        value = F.linear(input, self.joined) if first else self.product.value
+        value = F.linear(input, self.joined, self.joined_bias) if first else self.product.value
         assert value is not None, "the first linear of a group is called first"
         self.product.value = None if last else value
         return value[..., start:stop]
 
 
-def join_linears(model: nn.Module) -> int:
+def join_linears(model: nn.Module, *, biased: bool = False) -> int:
     """Lay the weights of `SAME_INPUT` side by side, in place; the model computes what it computed.
 
-    Only plain linears without bias and of one type are joined; what compiles the layers then needs one product per group.
+    Only plain linears of one type are joined; what compiles the layers then needs one product per group.
+
+    Args:
+        model: any module.
+        biased: join those with biases too: only where all linears of a group are known to have one input (cross attention has not).
 
     Returns:
         How many linears were joined.
@@ -51,11 +56,9 @@ def join_linears(model: nn.Module) -> int:
     for module in model.modules():
         for names in SAME_INPUT:
             linears = [child for name in names if type(child := getattr(module, name, None)) is nn.Linear]
-            if (
-                len(linears) == len(names)
-                and len({_kind(linear) for linear in linears}) == 1
-                and linears[0].bias is None
-            ):
+            if len(linears) != len(names) or len({_kind(linear) for linear in linears}) > 1:
+                continue
+            if biased or linears[0].bias is None:
                 _join(linears)
                 count += len(linears)
     return count
@@ -69,13 +72,18 @@ def _join(linears: Sequence[nn.Linear]) -> None:
     sizes = [linear.out_features for linear in linears]
     with torch.no_grad():
         joined = torch.cat([linear.weight for linear in linears])
+        joined_bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     product, start = _Product(), 0
     for number, (linear, size, part) in enumerate(zip(linears, sizes, joined.split(sizes), strict=True)):
         linear.weight = nn.Parameter(part, requires_grad=linear.weight.requires_grad)
+        if joined_bias is not None:
+            own = joined_bias[start : start + size]
+            linear.bias = nn.Parameter(own, requires_grad=linear.bias.requires_grad)
         linear.__class__ = JoinedLinear
         assert isinstance(linear, JoinedLinear)
         # neither a parameter nor a buffer: it is in no checkpoint
         linear.__dict__.update(
-            joined=joined, product=product, part=(start, start + size, number == 0, number == len(linears) - 1)
-        )
+            joined=joined, joined_bias=joined_bias, product=product,
+            part=(start, start + size, number == 0, number == len(linears) - 1),
+        )  # fmt: skip
         start += size

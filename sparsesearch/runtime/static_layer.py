@@ -4,7 +4,6 @@ It takes the place of transformers' StaticLayer when the first prompt comes, bec
 with it. A prompt, its chunks and later turns are handled on the host, row by row; one new token per row goes through two operators.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsesearch.errors import SparseSearchError
-from sparsesearch.kernels.cache_ops import append_token, fill_prompt
-from sparsesearch.kernels.plain_calls import as_called
-from sparsesearch.rules.base import Rule
+from sparsesearch.kernels.cache_ops import append_token
 from sparsesearch.runtime.attention import attend_heads
 from sparsesearch.runtime.backends import serving_kernel
-from sparsesearch.runtime.binding import LayerBinding, group_heads
+from sparsesearch.runtime.binding import LayerBinding
 from sparsesearch.runtime.handles import KeyValues
-from sparsesearch.runtime.mask_code import MaskCode, Span, spans_of
-from sparsesearch.runtime.rule_attention import pick_heads
+from sparsesearch.runtime.mask_code import MaskCode, spans_of
+from sparsesearch.runtime.static_prompts import attend_chunk, rows_of, take_in_prompt, take_in_rows
 from sparsesearch.runtime.static_reads import Queries, Reads
 from sparsesearch.runtime.static_regions import Layout
 
@@ -118,14 +115,14 @@ class StaticPlanLayer(CacheLayerMixin):
         slots = k.shape[2] if code is None or not self.is_prefilled else code.shape[-1] - 1
         spans = spans_of(code, self.law_tokens, len(q), q.shape[2], slots, self.binding.block_tokens)
         if self.is_prefilled:
-            news = _rows_of(spans, len(q))
-            output = self._attend_chunk(q, k, v, news, scale)
-            self._take_in_rows(k, v, news)
+            news = rows_of(spans, len(q))
+            output = attend_chunk(self, q, k, v, news, scale)
+            take_in_rows(self, k, v, news)
             return output
         self._allocate(q, k, v)
         groups = self.binding.groups if q.shape[2] > 1 else self.binding.decode_groups
         output = attend_heads(groups, self.binding, q, k, v, code, self.law_tokens, scale, None)
-        self._take_in_prompt(k, v, spans)
+        take_in_prompt(self, k, v, spans)
         self.is_prefilled = True
         return output
 
@@ -158,79 +155,6 @@ class StaticPlanLayer(CacheLayerMixin):
         self.layout = self.reads.layout = layout
         self.kernel = serving_kernel(binding.backend, q, k, v, binding.block_tokens) is not None
         self.is_initialized = True
-
-    def _take_in_prompt(self, k: Tensor, v: Tensor, spans: Sequence[Span]) -> None:
-        """Keep what later queries can reach of the first tokens, and list what the next ones will read."""
-        assert self.law_tokens is not None
-        news, batch = _rows_of(spans, len(k)), len(k)
-        counts = dict.fromkeys(range(batch), 0) | {row: span.grid.kv_len for row, span in news}
-        if any(isinstance(span.k_slots, Tensor) for span in spans):  # with gaps
-            self._take_in_rows(k, v, news)
-        else:
-            offsets = dict.fromkeys(range(batch), 0) | {row: span.k_slots.start or 0 for row, span in news}  # type: ignore[union-attr]
-            lines = tuple(counts.values()), tuple(offsets.values())
-            numbers: Tensor = self.binding.remembered(
-                ("prompt", lines, k.device), lambda: torch.tensor(lines, dtype=torch.int32, device=k.device)
-            )
-            as_called(fill_prompt)(
-                k, v, self.keys, self.values, self.layout.start, *self.layout.limits, numbers[0], numbers[1], self.seen,
-                self.binding.block_tokens, self.kernel,
-            )  # fmt: skip
-            for row, span in news if self.reads.queries.has_means else ():
-                self.reads.add_values(row, v[row, :, span.k_slots])
-        self.reads.tabulate(self.binding, self.law_tokens, tuple(counts.values()), self.max_cache_len)
-
-    def _take_in_rows(self, k: Tensor, v: Tensor, news: Sequence[tuple[int, Span]]) -> None:
-        for row, span in news:
-            self._take_in(row, span.grid.q_start, k[row][:, span.q_slots], v[row][:, span.q_slots])
-
-    def _take_in(self, row: int, before: int, k: Float[Tensor, "G s D"], v: Float[Tensor, "G s D"]) -> None:
-        """Keep of one row's new keys and values, which `before` tokens precede, what later queries can reach."""
-        count = before + k.shape[1]
-        for region in self.layout.regions(self.keys, self.values):
-            new_k, new_v = (pick_heads(x[None], region.kv_heads)[0] for x in (k, v))
-            if not region.rings[row].dropped(count):  # all stay where their position puts them
-                region.keys[row, :, before:count], region.values[row, :, before:count] = new_k, new_v
-                continue
-            if before:
-                old_k, old_v = region.ordered(row, before)
-                new_k, new_v = torch.cat([old_k, new_k], 1), torch.cat([old_v, new_v], 1)
-            region.fill(row, count, new_k, new_v, missing=region.rings[row].dropped(before))
-        self.reads.add_values(row, v)
-        self.seen.view(self.layout.batch, -1)[row] = count
-
-    def _attend_chunk(
-        self, q: Tensor, k: Tensor, v: Tensor, news: Sequence[tuple[int, Span]], scale: float
-    ) -> Float[Tensor, "B H S D"]:
-        """Attention of new queries over what each region keeps, laid out in order of position, and the new keys."""
-        size, output = q.shape[1] // k.shape[1], torch.zeros_like(q)
-        for region in self.layout.regions(self.keys, self.values):
-            heads = [head * size + member for head in region.kv_heads for member in range(size)]
-            rules: list[Rule] = [
-                self.binding.rules[head] if region.rule is None and q.shape[2] > 1 else self.binding.kept_by[head]
-                for head in heads
-            ]
-            kept = {row: region.ordered(row, span.grid.q_start) for row, span in news}
-            longest = max((keys.shape[1] for keys, _ in kept.values()), default=0)
-            code = torch.zeros(len(q), longest + q.shape[2], dtype=torch.int32)
-            shape = (len(q), len(region.kv_heads), code.shape[1], q.shape[3])
-            joined_k, joined_v = q.new_zeros(shape), q.new_zeros(shape)
-            for row, span in news:
-                old = kept[row][0].shape[1]
-                code[row, longest - old : longest] = torch.arange(1, old + 1)
-                code[row, longest:][span.q_slots] = torch.arange(old + 1, old + 1 + span.grid.q_len, dtype=torch.int32)
-                for target, part in zip((joined_k, joined_v), kept[row], strict=True):
-                    target[row, :, longest - old : longest] = part
-            for target, new in zip((joined_k, joined_v), (k, v), strict=True):
-                target[:, :, longest:] = pick_heads(new, region.kv_heads)
-            groups = group_heads(rules, range(len(heads)))
-            own = pick_heads(q, heads)
-            part = attend_heads(
-                groups, self.binding, own, joined_k, joined_v, code[:, None, None], self.law_tokens, scale, None, heads
-            )
-            output.index_copy_(1, torch.tensor(heads, device=q.device), part)
-        self.reads.put_means(output, v, news)
-        return output
 
     def get_seq_length(self) -> Any:
         """Slots seen, padding included; a tensor once there is a prompt, as in transformers' static layers."""
@@ -294,8 +218,3 @@ class StaticPlanLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of keys, values and sums held."""
         return self.keys.nbytes + self.values.nbytes + self.reads.sums.nbytes if self.is_initialized else 0
-
-
-def _rows_of(spans: Sequence[Span], batch: int) -> list[tuple[int, Span]]:
-    """Each sequence's row, with its span."""
-    return [(row, span) for span in spans for row in span.rows_among(batch)]

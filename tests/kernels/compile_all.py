@@ -17,9 +17,12 @@ from sparsesearch.kernels import (
     triton_means,
     triton_prefill,
     triton_probe,
+    triton_rotate,
     triton_select,
+    triton_skinny,
 )
 from sparsesearch.kernels.compile_report import CompileReport, compile_report
+from sparsesearch.kernels.skinny_tiling import EIGHT_ROWS, ONE_ROW, ONE_SHORT_ROW, SIXTEEN_ROWS
 
 
 def hopper(
@@ -139,6 +142,31 @@ def probe() -> Iterator[tuple[str, CompileReport]]:
     yield "probe paint", compile_report(paint, types, {"N": 1024}, options={"num_warps": 4})
 
 
+def step() -> Iterator[tuple[str, CompileReport]]:
+    """A fused decoding step's kernels."""
+    linear, scale, rotate = triton_skinny.skinny_linear, triton_skinny.scale_rows, triton_rotate.rotate_heads
+    types = dict.fromkeys(linear.arg_names, "i32") | dict.fromkeys(linear.arg_names[:8], "*bf16")
+    types |= {"squares": "*fp32", "squares_out": "*fp32", "eps": "fp32"}
+    for rows, ways in ((1, ONE_ROW), (1, ONE_SHORT_ROW), (8, EIGHT_ROWS), (16, SIXTEEN_ROWS)):
+        for most, tiling in ways:
+            for use in ("norm before", "gate", "norm after"):
+                after = use == "norm after"
+                constants = triton_skinny.constants(
+                    tiling, num_rows=rows, num_parts=256, paired=use == "gate", normed=not after, biased=True, added=after, scaled=after,
+                    even=True, fp32=False, early=True,
+                )  # fmt: skip
+                options = triton_skinny.options(tiling, early=False)
+                yield f"skinny {most} {rows} {use}", compile_report(linear, types, constants, options=options)
+    types = dict.fromkeys(scale.arg_names, "*bf16") | {"squares": "*fp32", "num_cols": "i32"}
+    yield "step scale", compile_report(scale, types, {"COLS": 4096, "EARLY": True}, options={"num_warps": 8})
+    types = dict.fromkeys(rotate.arg_names, "*i32") | dict.fromkeys(rotate.arg_names[:8], "*bf16")
+    types |= {"start": "*i64", "slots": "*i64", "eps": "fp32"}
+    types |= {"num_kv_heads": "i32"}
+    for cached in (True, False):
+        constants = triton_rotate.constants(4, 128, 128, normed=True, cached=cached, early=True)
+        yield f"step rotate {cached}", compile_report(rotate, types, constants, options=triton_rotate.OPTIONS)
+
+
 def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, keys in hopper_prefill.CONFIGS:
         for causal in (True, False):
@@ -161,6 +189,7 @@ def every() -> Iterator[tuple[str, CompileReport]]:
         yield f"means {head_dim} {block}", means(head_dim, block)
     yield "cache fill", fill()
     yield from probe()
+    yield from step()
 
 
 def main() -> None:

@@ -42,6 +42,10 @@ def check(rows: list[dict[str, Any]]) -> None:
         if kind == "decode":  # three blocks must fit a multiprocessor, or too few loads are in flight
             assert 3 * row["shared_bytes"] <= 232_448, row
             assert 3 * 128 * row["registers"] <= 65_536, row
+        elif (
+            kind == "skinny"
+        ):  # two programs must fit a multiprocessor: the next product's first one beside this one's last
+            assert 2 * row["shared_bytes"] <= 232_448, row
         elif kind in ("gluon", "triton"):
             assert row["wgmma"] >= 4, row
 

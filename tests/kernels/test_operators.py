@@ -9,7 +9,7 @@ from prefill_cases import CASES, make_call
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.kernels import cache_ops, ops, row_copies
+from sparsesearch.kernels import cache_ops, ops, row_copies, step_ops
 from sparsesearch.kernels.device_schedule import build_on_device
 from sparsesearch.kernels.dispatch import run_schedule
 from sparsesearch.kernels.schedule import TileShape, Workers, build_schedule
@@ -73,6 +73,25 @@ def _fill(kernel: bool) -> tuple[Any, ...]:
     return *new, *_pairs(), _ints(45, 33), _ints(0, 12), _ints(0, 0, 0, 0), 16, kernel
 
 
+def _linear() -> tuple[Any, ...]:
+    squares = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    rows = _normal(3, 40), _normal(66, 40, seed=1), _normal(66, seed=2), _normal(3, 33, seed=3)
+    return *rows, squares, _normal(33, seed=4), 1.0, True  # also of squares that a replay draws below zero
+
+
+def _turn() -> tuple[Any, ...]:
+    """Two sequences with 4 query heads and 2 KV heads of 16 columns, and their norms."""
+    return (
+        _normal(2, 128),
+        _normal(2, 16, seed=1),
+        _normal(2, 16, seed=2),
+        _normal(16, seed=3),
+        _normal(16, seed=4),
+        1e-5,
+        4,
+    )
+
+
 _HEADS, _ORDER = (3, 0), (4, 2, 0, 1, 3, 6, 5)
 OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "tile_prefill": (ops.tile_prefill, lambda: _prefill("triton")),
@@ -82,6 +101,10 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "fill_prompt": (cache_ops.fill_prompt, lambda: _fill(True)),
     "fill_prompt on a CPU": (cache_ops.fill_prompt, lambda: _fill(False)),
     "gathered_decode": (cache_ops.gathered_decode, _decode),
+    "skinny_linear": (step_ops.skinny_linear, _linear),
+    "scale_rows": (step_ops.scale_rows, lambda: (_normal(3, 40), _normal(40, seed=1))),
+    "rotate": (step_ops.rotate, _turn),
+    "rotate_append": (step_ops.rotate_append, lambda: (*_turn(), *_append(True)[2:-1])),
     "take_rows": (
         row_copies.take_rows,
         lambda: (_normal(2, 4, 7, 16), _ints(*_HEADS, dtype=torch.int64), _ints(*_ORDER, dtype=torch.int64)),
