@@ -20,7 +20,8 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.rules import Rule
 
-_GROUP_NUMBERS = 1 << 28  # fp32 numbers of the largest tensor that a group of strips makes: one GiB
+_GROUP_NUMBERS = 1 << 27
+"""fp32 numbers of the largest tensor that a group of strips makes, half a GiB; some ten of them live at once."""
 LATE_SHARE = 0.125
 """Of a sequence's queries, the share that stands for decoded ones: their context is nearly the whole prompt."""
 

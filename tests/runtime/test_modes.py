@@ -41,7 +41,8 @@ def setup(request, tiny):
 def check(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt: int, logits: Tensor) -> None:
     """`logits` of the last tokens of `ids`, one row, of which the first `prompt` came as a prompt."""
     exact = oracle_logits(model, plan, ids.to(DEVICE), prompt)[-len(logits) :].float()
-    allowed = (8 if model.dtype == torch.bfloat16 else 2**9) * torch.finfo(model.dtype).eps * exact.abs().max()
+    # bf16 on a CPU: errors of 1.0 to 1.4 eps; at 3 eps, two of three choices are clear
+    allowed = (3 if model.dtype == torch.bfloat16 else 2**9) * torch.finfo(model.dtype).eps * exact.abs().max()
     assert (logits.float() - exact).abs().max() <= allowed
     best = exact.topk(2).values
     clear = best[:, 0] - best[:, 1] > 2 * allowed

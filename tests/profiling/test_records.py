@@ -1,0 +1,36 @@
+"""What profiling large models took, as `python -m sparsesearch.bench.profiling SHAPE --json FILE` recorded it on an H200."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SAMPLES = 8
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
+    assert "H200" in found["device"]
+    return found
+
+
+def test_smollm2_within_a_minute():
+    found = record("profile_smollm2_h200")
+    assert (found["length_tokens"], found["samples"]) == (4096, SAMPLES)
+    assert found["profile_s"] <= 60
+
+
+def test_8b_shape_within_five_minutes():
+    """Fewer samples than eight count for as many times their whole time: fixed costs included, so the projection errs high."""
+    found = record("profile_llama3_8b_h200")
+    assert (found["layers"], found["length_tokens"], found["streamed"]) == (32, 8192, False)
+    assert found["profile_s"] * SAMPLES / min(found["samples"], SAMPLES) <= 300
+    assert found["peak_bytes"] - found["resident_bytes"] <= 12 * 2**30
+
+
+def test_70b_shape_streams_within_20_gb():
+    """Memory does not depend on the number of layers on disk: one is held at a time."""
+    found = record("profile_llama3_70b_streamed_h200")
+    assert found["streamed"]
+    assert found["layers"] >= 2
+    assert found["peak_bytes"] <= 20e9
