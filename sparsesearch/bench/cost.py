@@ -77,7 +77,7 @@ def record(rows: Sequence[Row], model: DeviceCostModel, command: list[str] | Non
 
 def judged_again(earlier: Path, model: DeviceCostModel) -> dict[str, Any]:
     """An earlier record's rows with another model's predictions; who measured them and how stays."""
-    kept = json.loads(earlier.read_text(encoding="utf-8"))
+    kept: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
     rows = kept["rows"]
     judged = {"cost_model": model.name, "plans": plan_summary(rows, model), "models": model_summary(rows, model)}
     return kept | judged | {"provenance": kept["provenance"] | {"predictions": " ".join(sys.argv)}}

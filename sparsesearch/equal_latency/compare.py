@@ -145,6 +145,7 @@ def compare_at_latency(
         tolerance=setting.tolerance,
         cost_model=cost_model.name,
         objective="combined",
+        first=setting.families[0],
         dense_s=median(times["dense"]),
         dense_prefill_s=median(walls["dense"]),
         dense_quality=quality["dense"],
