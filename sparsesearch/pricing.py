@@ -8,6 +8,7 @@ decoding is priced halfway through the generated tokens.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Pricer:
     cost_model: CostModel | None = None
     dtype_bytes: int = 2
 
-    @property
+    @cached_property
     def units(self) -> tuple[Unit, ...]:
         """The rows of every price."""
         return profile_units(self.profile, self.granularity)
@@ -125,7 +126,7 @@ class Pricer:
     def _grid(self, length: int) -> BlockGrid:
         return BlockGrid(length, length, self.profile.manifest.block_tokens)
 
-    @property
+    @cached_property
     def _head_dim(self) -> Float[ndarray, " U"]:
         info = self.profile.manifest.base_model
         size = dict(zip(info.modules, info.head_dim, strict=True))

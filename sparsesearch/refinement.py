@@ -2,7 +2,8 @@
 
 First the search is solved for several weights of the answer proxy and every plan is replayed on calibration sequences. Then, while
 evaluations last, the true loss is expanded around the best plan (`profiling.local_model`), the search is solved on that local model with
-a price on every unit that changes, and the result is replayed. The price is the trust region: undamped steps diverge (needle-7m, density
+a price on every unit that changes, and the result is replayed. Budgets in seconds hold for every replayed plan under the device's replayed
+schedule (`replayed_search`), where that is known. The price is the trust region: undamped steps diverge (needle-7m, density
 0.15: J .078 before, .246 at price 0.02, .103 at 0.5). Where no price helps, the dearest one proposes swaps of a few units, each unit once.
 """
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsesearch.calibration import Sample
-from sparsesearch.errors import SpecError
+from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.plan import Plan
-from sparsesearch.planning import Question, find_choice, write_plan
+from sparsesearch.planning import Question, score_table, write_plan
 from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT, loss_around
 from sparsesearch.profiling.record import Profile
+from sparsesearch.replayed_search import Pass, ReplayedSearch, is_replayed, search_plan
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.solve import Solution, solve
 
@@ -58,6 +60,24 @@ class Refinement:
         self.best: Solution | None = None
         self.best_question = self.question
         self.objective: Float[Tensor, " n"] | None = None
+        self._timed = ReplayedSearch(self.profile, self.question, self.table) if is_replayed(self.question) else None
+        self._passes: dict[bytes, tuple[Pass, list[Pass]]] = {}
+
+    def solve(self, loss: Float[ndarray, "U C"] | None = None) -> Solution:
+        """The least loss within the budgets; budgets in seconds hold under the replayed schedule where the device's layers are known."""
+        if self._timed is None:
+            return solve(self.table, self.question.constraints, loss=loss)
+        best, passes = self._timed.passes(loss)
+        self._passes[best.solution.choice.tobytes()] = best, passes
+        return best.solution
+
+    def written(self) -> Plan:
+        """The best plan as it is saved: with what was proved, replayed on the device's schedule, and tried."""
+        assert self.best is not None
+        provenance = {"refinement": [trial.__dict__ for trial in self.trials]}
+        plan = write_plan(self.profile, self.best_question, self.table, self.best.choice, self.best, provenance)
+        timed = self._passes.get(self.best.choice.tobytes())
+        return plan if self._timed is None or timed is None else self._timed.recorded(plan, *timed)
 
     @property
     def spent(self) -> bool:
@@ -97,7 +117,10 @@ class Refinement:
             self.question.granularity,
         ).change[:, columns]
         for price, frozen in self._trust_regions(around, now):
-            proposal = solve(self.table, self.question.constraints, loss=priced(around, now, price, frozen))
+            try:
+                proposal = self.solve(priced(around, now, price, frozen))
+            except BudgetInfeasibleError:  # no pass came within the replayed seconds from here
+                continue
             local = replace(
                 self.question, objective=f"loss expanded around a replayed plan, price {price:g} per change"
             )
@@ -113,7 +136,7 @@ class Refinement:
         for price in PRICES:
             yield price, frozen
         while not self.spent:
-            swap = solve(self.table, self.question.constraints, loss=priced(around, now, PRICES[-1], frozen)).choice
+            swap = self.solve(priced(around, now, PRICES[-1], frozen)).choice
             if (swap == now).all():
                 return
             yield PRICES[-1], frozen.copy()
@@ -162,22 +185,20 @@ def refine(
         progress: called with ("refine", done, total).
 
     Raises:
-        BudgetInfeasibleError: no plan fits.
+        BudgetInfeasibleError: no plan fits, or none whose replayed seconds do.
         SpecError: decoding is searched separately, which a replay of whole sequences cannot judge.
     """
     if evaluations and question.decode == "separate":
         raise SpecError("refinement replays whole sequences under one rule per head. Search with --decode same.")
-    table, solution = find_choice(profile, question)
     if evaluations == 0:
-        return write_plan(profile, question, table, solution.choice, solution), []
+        return search_plan(profile, question), []
+    table = score_table(profile, question)
     state = Refinement(model, profile, question, table, DenseReference(model, samples), evaluations, progress)
-    state.replay("search", question, solution)
+    state.replay("search", question, state.solve())
     if question.objective == "combined":
         for weight in ANSWER_WEIGHTS:
             other = replace(question, answer_weight=weight)
-            state.replay(f"search, answer weight {weight:g}", other, find_choice(profile, other)[1])
+            state.replay(f"search, answer weight {weight:g}", other, state.solve(score_table(profile, other).loss))
     while not state.spent and state.step(samples[:steps_from]):
         pass
-    provenance = {"refinement": [trial.__dict__ for trial in state.trials]}
-    assert state.best is not None
-    return write_plan(profile, state.best_question, table, state.best.choice, state.best, provenance), state.trials
+    return state.written(), state.trials

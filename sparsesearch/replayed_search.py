@@ -43,15 +43,22 @@ def search_plan(profile: Profile, question: Question) -> Plan:
         BudgetInfeasibleError: no plan keeps the budgets, or none whose replayed seconds do.
     """
     table = score_table(profile, question)
-    timed = any(budget.metric in PRICED_BY_DEVICE for budget in question.budgets)
-    if not timed or not isinstance(question.cost_model, LayerCosts):
+    if not is_replayed(question):
         solution = solve(table, question.constraints)
         return write_plan(profile, question, table, solution.choice, solution)
-    return _Search(profile, question, table).run()
+    search = ReplayedSearch(profile, question, table)
+    best, passes = search.passes()
+    return search.recorded(best.plan, best, passes)
+
+
+def is_replayed(question: Question) -> bool:
+    """Whether seconds are limited, and the cost model knows whole layers."""
+    timed = any(budget.metric in PRICED_BY_DEVICE for budget in question.budgets)
+    return timed and isinstance(question.cost_model, LayerCosts)
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """One search, its plan, and what a replay says of it: for every budget the largest use of its bound, 1 where it is reached."""
 
     solution: Solution
@@ -62,11 +69,12 @@ class _Pass:
 
     @property
     def fits(self) -> bool:
+        """Whether every budget in seconds holds."""
         return all(use <= 1 + 1e-9 for use in self.use)
 
 
-class _Search:
-    """The passes of one question."""
+class ReplayedSearch:
+    """The passes of one question, for which `is_replayed` holds."""
 
     def __init__(self, profile: Profile, question: Question, table: ScoreTable) -> None:
         costs = question.cost_model
@@ -83,13 +91,21 @@ class _Search:
         self.element_bytes: int = question.dtype_bytes or DTYPE_BYTES[manifest.dtype]
         self.dense: list[Layers] = [self._predicted(None, workload) for workload in self.served]
 
-    def run(self) -> Plan:
-        """Search, replay, move the bounds; the best plan that keeps what was asked."""
+    def passes(self, loss: Float[ndarray, "U C"] | None = None) -> tuple[Pass, list[Pass]]:
+        """Search, replay, move the bounds: the best pass whose plan keeps what was asked, and all of them.
+
+        Args:
+            loss: minimised instead of the table's.
+
+        Raises:
+            BudgetInfeasibleError: no plan keeps the budgets, or none whose replayed seconds do.
+        """
+        table = self.table if loss is None else replace(self.table, loss=loss)
         scales = tuple(1.0 for _ in self.question.budgets)
-        best: _Pass | None = None
-        passes: list[_Pass] = []
+        best: Pass | None = None
+        passes: list[Pass] = []
         for _ in range(MOST_PASSES):
-            found = self._pass(scales)
+            found = self._pass(table, scales)
             passes.append(found)
             if found.fits and (best is None or found.solution.loss < best.solution.loss):
                 best = found
@@ -105,16 +121,15 @@ class _Search:
                 "some plan must keep the budgets when its schedule is replayed, but the fastest found uses "
                 f"{min(max(one.use) for one in passes):.3f} of them. Raise the budgets."
             )
-        return self._recorded(best, passes)
+        return best, passes
 
-    def _pass(self, scales: Sequence[float]) -> _Pass:
+    def _pass(self, table: ScoreTable, scales: Sequence[float]) -> Pass:
         scaled = [
             replace(budget, bound=budget.bound * scale if budget.absolute else min(1.0, budget.bound * scale))
             for budget, scale in zip(self.question.budgets, scales, strict=True)
         ]
         others = self.question.constraints[len(self.question.budgets) :]
-        solution = solve(self.table, (*scaled, *others))
-        solution = self._not_slower(solution)
+        solution = self._not_slower(table, solve(table, (*scaled, *others)))
         plan = write_plan(self.profile, self.question, self.table, solution.choice, solution)
         predictions = [self._predicted(plan, workload) for workload in self.served]
         replayed = tuple(self._replayed(budget, predictions) for budget in self.question.budgets)
@@ -122,9 +137,9 @@ class _Search:
             max((value / budget.bound for value in own.values()), default=0.0)
             for own, budget in zip(replayed, self.question.budgets, strict=True)
         )
-        return _Pass(solution, plan, tuple(scales), use, replayed)
+        return Pass(solution, plan, tuple(scales), use, replayed)
 
-    def _moved(self, index: int, found: _Pass, passes: Sequence[_Pass]) -> float:
+    def _moved(self, index: int, found: Pass, passes: Sequence[Pass]) -> float:
         """The next scale of a budget: in proportion, but inside what earlier passes showed to be too tight or too wide."""
         if not found.replayed[index]:
             return found.scales[index]
@@ -139,7 +154,7 @@ class _Search:
             wanted = (low + high) / 2 if np.isfinite(high) and low else wanted
         return float(wanted)
 
-    def _not_slower(self, solution: Solution) -> Solution:
+    def _not_slower(self, table: ScoreTable, solution: Solution) -> Solution:
         """The same plan with every layer dense that a replay finds no faster than dense, where the other budgets allow it."""
         plan = write_plan(self.profile, self.question, self.table, solution.choice, solution)
         own, dense = (self._layer_seconds(predictions) for predictions in (
@@ -151,7 +166,7 @@ class _Search:
         choice[rows] = self.table.dense_index
         if (choice == solution.choice).all() or not self._allowed(choice):
             return solution
-        return solution_of(self.table, choice, solution.lower_bound, solution.solver, None)
+        return solution_of(table, choice, solution.lower_bound, solution.solver, None)
 
     def _allowed(self, choice: Int[ndarray, " U"]) -> bool:
         """Whether a choice keeps the budgets that are not in seconds."""
@@ -211,11 +226,11 @@ class _Search:
         rest_s = prefill_rest_s(self.shape, self.costs, rows=rows, batch=workload.batch) if self.whole else 0.0
         return rest_s + sum(layer.attention_s + layer.index_s for layer in layers)
 
-    def _recorded(self, best: _Pass, passes: Sequence[_Pass]) -> Plan:
-        """The plan, with what was replayed beside what was summed."""
+    def recorded(self, plan: Plan, best: Pass, passes: Sequence[Pass]) -> Plan:
+        """The plan of a pass, with what was replayed beside what was summed."""
         budgets = tuple(
             record.model_copy(update={"replayed": replayed} if replayed else {})
-            for record, replayed in zip(best.plan.budgets, best.replayed, strict=True)
+            for record, replayed in zip(plan.budgets, best.replayed, strict=True)
         )
         history: list[dict[str, Any]] = [
             {
@@ -224,8 +239,8 @@ class _Search:
             }
             for one in passes
         ]
-        return best.plan.model_copy(
-            update={"budgets": budgets, "provenance": best.plan.provenance | {"replayed_passes": history}}
+        return plan.model_copy(
+            update={"budgets": budgets, "provenance": plan.provenance | {"replayed_passes": history}}
         )
 
 

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 
+from sparsesearch import calibration
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.predict import predict
@@ -14,7 +15,9 @@ from sparsesearch.planning import Question, find_choice
 from sparsesearch.presets import preset_path
 from sparsesearch.pricing import shape_of
 from sparsesearch.profiling.record import Profile
+from sparsesearch.refinement import refine
 from sparsesearch.replayed_search import search_plan
+from sparsesearch.runtime.loading import load_model
 from sparsesearch.search.budget import parse_budgets
 from sparsesearch.shapes import ModelGeometry
 from sparsesearch.workload import Workload
@@ -106,3 +109,16 @@ def test_what_no_plan_can_reach_is_refused() -> None:
 def test_layers_of_different_heads_have_no_schedule() -> None:
     with pytest.raises(SpecError, match="same heads"):
         heads_alone("x", ModelGeometry(("a", "b"), (4, 2), (2, 2), (8, 8)))
+
+
+def test_a_refined_plan_keeps_its_seconds_under_the_replayed_schedule() -> None:
+    profile, _, _ = opened()
+    model, tokenizer = load_model("needle-7m")
+    samples = calibration.load("needle", tokenizer, length_tokens=256, num_samples=2, seed=1).samples
+    workload = Workload(2048, batch=16)
+    plan, trials = refine(model, profile, question("latency=0.5x", workload), samples, evaluations=5)
+    assert len(trials) >= 3
+    (record,) = plan.budgets
+    assert record.replayed["workload"] == pytest.approx(attention_share(plan, workload), rel=1e-9)
+    assert record.replayed["workload"] <= 0.5 * (1 + 1e-9)
+    assert plan.provenance["refinement"] == [trial.__dict__ for trial in trials]

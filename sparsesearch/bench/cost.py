@@ -1,8 +1,9 @@
 """How well a cost model predicts this device: held-out heterogeneous layers, and whole models with random weights.
 
-    python -m sparsesearch.bench.cost --json out.json [--cost-model h200]
+    python -m sparsesearch.bench.cost --json out.json [--cost-model h200] [--rows earlier.json]
 
-Without --cost-model the device is calibrated first; the model and its micro-runs are written beside the record.
+Without --cost-model the device is calibrated first; the model and its micro-runs are written beside the record. With --rows nothing is
+measured: another cost model predicts an earlier record's rows, whose provenance stays.
 """
 
 import argparse
@@ -74,6 +75,14 @@ def record(rows: Sequence[Row], model: DeviceCostModel, command: list[str] | Non
     }
 
 
+def judged_again(earlier: Path, model: DeviceCostModel) -> dict[str, Any]:
+    """An earlier record's rows with another model's predictions; who measured them and how stays."""
+    kept: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
+    rows = kept["rows"]
+    judged = {"cost_model": model.name, "plans": plan_summary(rows, model), "models": model_summary(rows, model)}
+    return kept | judged | {"provenance": kept["provenance"] | {"predictions": " ".join(sys.argv)}}
+
+
 def main() -> None:
     """Command line: a line of JSON per row on stderr, the whole record in a file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,7 +90,10 @@ def main() -> None:
     parser.add_argument("--cost-model", help="shipped name or file; calibrates first by default")
     parser.add_argument("--per-shape", type=int, default=5, help="held-out plans per length and head size")
     parser.add_argument("--model-shape", default="llama3-8b", help="model to run end to end; 'none' leaves it out")
+    parser.add_argument("--rows", type=Path, help="earlier record whose rows are predicted again; needs --cost-model")
     given = parser.parse_args()
+    if given.rows is not None and given.cost_model is None:
+        raise SpecError("--rows measures nothing, so the cost model must be known. Pass --cost-model.")
     if given.cost_model is None:
         beside, runs_beside = (given.json.with_suffix(suffix) for suffix in (".model.json", ".runs.json"))
         model: Any = calibrate("cuda", out=beside, runs_out=runs_beside)
@@ -89,10 +101,13 @@ def main() -> None:
         model = load_cost_model(given.cost_model)
     if not isinstance(model, DeviceCostModel):
         raise SpecError(f"--cost-model must be that of an accelerator, but {given.cost_model} is not.")
-    bench = Bench("cuda", model.kernel, torch.bfloat16, seed=1)
-    rows = measured(bench, model=None if given.model_shape == "none" else given.model_shape, per_shape=given.per_shape)
-    content = json.dumps(record(rows, model), indent=1, sort_keys=True)
-    given.json.write_text(content + "\n", encoding="utf-8")
+    if given.rows is not None:
+        found = judged_again(given.rows, model)
+    else:
+        bench = Bench("cuda", model.kernel, torch.bfloat16, seed=1)
+        end_to_end = None if given.model_shape == "none" else given.model_shape
+        found = record(measured(bench, model=end_to_end, per_shape=given.per_shape), model)
+    given.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--num-probes", type=int, default=2, help="of the profile")
     parser.add_argument("--num-sequences", type=int, default=8, help="judged")
     parser.add_argument("--rounds", type=int, default=9, help="of the final measurement")
+    parser.add_argument(
+        "--time-limit", type=float, default=3600, help="seconds per target after which budgets move no more"
+    )
     parser.add_argument("--space", default="mixture")
     parser.add_argument("--cost-model", help="the device's own by default")
     parser.add_argument("--device", default="cuda")
@@ -91,6 +94,7 @@ def main() -> None:
             "attention",
             rounds=max(1, given.rounds // 3),
             final_rounds=given.rounds,
+            time_limit_s=given.time_limit,
         )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(

@@ -71,13 +71,12 @@ class _Climb:
             self._take(rung)
 
     def _take(self, rung: Rung) -> None:
-        too_slow = rung.share > self.target
-        if too_slow:
+        if rung.share > self.target:
             self.slower = rung
         else:
             self.faster = rung
-        if rung.bound <= self.ladder.lowest if too_slow else rung.bound >= 1.0:
-            self.found = rung  # the family ends here
+        if ladder_ends(self.ladder, rung, self.target):
+            self.found = rung
         self.bound = self._next(rung)
 
     def _next(self, rung: Rung) -> float:
@@ -91,6 +90,11 @@ class _Climb:
         """What was found, or the nearest known plan on one side of the target."""
         sides = (self.slower, self.faster) if prefer_slower else (self.faster, self.slower)
         return self.found or next(rung for rung in sides if rung is not None)
+
+
+def ladder_ends(ladder: Ladder, rung: Rung, target: float) -> bool:
+    """Whether the family has no plan nearer to the target than this one, which is its fastest or its slowest."""
+    return rung.bound <= ladder.lowest if rung.share > target else rung.bound >= 1.0
 
 
 def climb(

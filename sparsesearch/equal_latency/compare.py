@@ -11,7 +11,7 @@ import torch
 
 from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
-from sparsesearch.equal_latency.climb import Rung, Times, climb, shares_of
+from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.errors import SpecError
@@ -145,6 +145,7 @@ def compare_at_latency(
         tolerance=setting.tolerance,
         cost_model=cost_model.name,
         objective="combined",
+        first=setting.families[0],
         dense_s=median(times["dense"]),
         dense_prefill_s=median(walls["dense"]),
         dense_quality=quality["dense"],
@@ -201,7 +202,11 @@ def _climbed(
         again = shares_of(clock(plans, setting.final_rounds, setting.part))
         chosen = {name: Rung(rung.bound, rung.plan, again[name]) for name, rung in chosen.items()}
         off = {name for name, rung in chosen.items() if abs(rung.share / target - 1) > setting.tolerance}
-        moving = {name: ladder for name, ladder in ladder_of.items() if name in off}
+        moving = {
+            name: ladder
+            for name, ladder in ladder_of.items()
+            if name in off and not ladder_ends(ladder, chosen[name], target)
+        }
         if not moving or monotonic() > deadline:
             break
     return chosen

@@ -56,6 +56,7 @@ class EqualLatency(_Frozen):
     tolerance: float
     cost_model: str
     objective: str
+    first: str = Field("mixture", description="the family on trial, from which the others' excess is counted")
     dense_s: float = Field(description="dense, same part and batch, median of the final rounds")
     dense_prefill_s: float
     dense_quality: VariantMetrics
@@ -66,8 +67,9 @@ class EqualLatency(_Frozen):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """In the order they were asked for; the others are compared with the first."""
-        return tuple(next(iter(self.targets.values())))
+        """The one on trial, then those that are compared with it."""
+        others = (family for family in next(iter(self.targets.values())) if family != self.first)
+        return (self.first, *others)
 
     def save(self, path: Path) -> None:
         """Write it atomically."""

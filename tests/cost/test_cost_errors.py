@@ -1,9 +1,13 @@
 """The judge of cost models: a perfect one is perfect, a wrong one is not, and the held-out plans are what they claim."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from sparsesearch.bench.cost import judged_again
 from sparsesearch.bench.cost_errors import model_summary, plan_summary, predictors
 from sparsesearch.bench.cost_plans import FAMILIES, HeldOutPlan, held_out_plans
 from sparsesearch.cost.device.model import DeviceCostModel
@@ -82,3 +86,19 @@ def test_a_family_is_neither_nothing_nor_everything(family) -> None:  # type: ig
     ]
     assert 0.01 < np.mean(shares) < 0.7
     assert len(set(shares)) > 1
+
+
+def test_another_models_predictions_keep_the_rows_and_say_who_measured(tmp_path: Path) -> None:
+    rows = rows_of([1.25 * predictors(MODEL)["ours"](plan) for plan in PLANS])
+    earlier = {
+        "provenance": {"device": "that one", "command": "measured"},
+        "rows": rows,
+        "cost_model": "old",
+        "format": "f",
+    }
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    found = judged_again(tmp_path / "earlier.json", MODEL)
+    assert found["rows"] == rows
+    assert found["cost_model"] == MODEL.name
+    assert found["provenance"]["command"] == "measured"
+    assert found["plans"]["ours"]["mape"] == pytest.approx(0.2)
