@@ -1,7 +1,8 @@
 """`sparsesearch bench cuts`: plans that remove beside baselines at the same budget, measured on held-out data and on the clock.
 
 Of a profile of removals alone the baselines are uniform widths and magnitude pruning, with and without the refit that the searched
-plan gets. Of a joint profile they are the plans that only remove and the plans that only thin attention out.
+plan gets, and the criteria that stand for published methods, with it. Of a joint profile they are the plans that only remove and the
+plans that only thin attention out.
 """
 
 import platform
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +33,8 @@ from sparsesearch.pruning.search import PruningQuestion, find_cut, uniform_cut
 
 Progress = Callable[[str, int, int], None]
 JOINT, CUTS_ONLY, RULES_ONLY = "joint", "pruning only", "attention only"
+MODES = ("vtrans", "ofb", "sparse_then_prune")
+"""Criteria that stand for published methods; a profile may have learned masks besides. Their plans get the searched plan's refit."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def rival_plans(
         "uniform magnitude": lambda: uniform_cut(profile, magnitude),
         "uniform magnitude, not refitted": lambda: uniform_cut(profile, replace(magnitude, compensation=None)),
     }
+    modes = [*MODES, "learned"] if profile.has("learned") else MODES
+    makers |= {mode: partial(find_cut, profile, replace(question, criterion=mode)) for mode in modes}
     for name in names or ():
         if name not in makers:
             raise SpecError(f"unknown baseline {name!r}.{nearest(name, list(makers))}")

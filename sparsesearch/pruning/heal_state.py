@@ -51,7 +51,9 @@ class HealOptimiser:
         found = {f"model.{name}": parameter.detach() for name, parameter in self.trained.items()}
         names = {id(parameter): name for name, parameter in self.trained.items()}
         for name, parameter in self._vectors.items():
-            found |= {f"{key}.{name}": self._adam.state[parameter][key] for key in _MOMENTS}
+            # what the output does not depend on (an encoder's pooler) gets no gradient, hence no moments
+            moments = self._adam.state.get(parameter, {})
+            found |= {f"{key}.{name}": moments[key] for key in _MOMENTS if key in moments}
         for parameter, average in () if self.muon is None else self.muon.averages():
             found[f"momentum.{names[id(parameter)]}"] = average
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
@@ -62,6 +64,8 @@ class HealOptimiser:
         for name, parameter in self.trained.items():
             parameter.data.copy_(tensors[f"model.{name}"])
         for name, parameter in self._vectors.items():
+            if f"{_MOMENTS[0]}.{name}" not in tensors:
+                continue
             moments: dict[str, Tensor] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in _MOMENTS}
             self._adam.state[parameter] = {"step": torch.tensor(float(step)), **moments}
         for parameter, average in () if self.muon is None else self.muon.averages():

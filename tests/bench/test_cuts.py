@@ -11,6 +11,7 @@ from pruning_models import batches_for, tiny_model
 from sparsesearch.bench.cuts import (
     CUTS_ONLY,
     JOINT,
+    MODES,
     RULES_ONLY,
     CutBench,
     CutRow,
@@ -46,7 +47,7 @@ def test_rows_say_what_is_left_and_how_far_it_is_from_dense(profiled):
     refit = Compensation(data="text", length_tokens=33, num_samples=3, seed=0, bias=True)
     question = PruningQuestion((Budget("params", 0.75),), (33,), "reconstruction", compensation=refit)
     plans = {(name, "params=0.75"): plan for name, plan in rival_plans(profile, question).items()}
-    assert len(plans) == 8
+    assert len(plans) == 8 + len(MODES)
     held_out = batches_for(model)  # what plans are refitted on: random tokens teach nothing about others
     bench = CutBench(held_out, batches_for(model), held_out[0], timed_tokens=33, rounds=2)
     rows = {row.plan: row for row in measure_cuts(model, profile, plans, bench)}
@@ -65,6 +66,17 @@ def test_only_named_baselines_and_no_unknown_ones(profiled):
     assert list(rival_plans(profile, question, names=["magnitude"])) == ["magnitude"]
     with pytest.raises(SpecError, match="magnitude"):
         rival_plans(profile, question, names=["magnitudes"])
+
+
+def test_every_named_mode_is_a_plan_of_its_own_and_learned_masks_only_where_there_are_some(profiled, tmp_path):
+    model, bare = profiled
+    batches, menu = batches_for(model), PruningMenu(channel_multiple=16, measured_options=1)
+    request = PruningRequest("tiny", menu, batches, batches[:1], {"data": "random"}, num_probes=2, learn_masks=4)
+    question = PruningQuestion((Budget("params", 0.75),), (33,), "reconstruction")
+    plans = rival_plans(profile_pruning(model, request, tmp_path), question, names=[*MODES, "learned"])
+    assert [plan.pruning.scoring["criterion"] for plan in plans.values()] == [*MODES, "learned"]
+    with pytest.raises(SpecError, match="learned"):
+        rival_plans(bare, question, names=["learned"])
 
 
 def test_kinds_are_compared_at_the_joint_plans_time():
