@@ -144,7 +144,6 @@ def test_batches_are_numbers_or_max():
     [("model_llama3_8b_h200", [1024, 4096, 32768], 8), ("model_llama3_8b_128k_h200", [131072], 0)],
 )
 def test_the_shipped_records_stay_readable(name, lengths, decoded):
-    """The longest prompt is of an earlier run: the later one's time was over before it."""
     record = json.loads((Path(__file__).parents[1] / "golden" / f"{name}.json").read_text(encoding="utf-8"))
     assert record["format"] == FORMAT
     (_, columns, body), *others = rows_of(record)

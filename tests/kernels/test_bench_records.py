@@ -49,6 +49,16 @@ def test_every_plan_was_measured_against_the_fastest_dense_kernel() -> None:
                 assert row["R"] == pytest.approx(row["seconds"] / (row["density"] * dense_s), rel=1e-3)
 
 
+def test_errors_are_within_twice_those_of_cudnn() -> None:
+    rows = json.loads((GOLDEN / "attention_h200.json").read_text())["runs"][0]["rows"]
+    dense = [row for row in rows if row["plan"] == "dense"]
+    cudnn = {(r["head_dim"], r["length"], r["causal"]): r["fp64_error"] for r in dense if r["kernel"] == "cudnn"}
+    assert len(cudnn) == 14
+    for row in rows:
+        if row["kernel"] == "gluon":
+            assert 0 < row["fp64_error"] <= 2 * cudnn[row["head_dim"], row["length"], row["causal"]]
+
+
 def test_decode_record_is_complete() -> None:
     record = json.loads((GOLDEN / "decode_h200.json").read_text())
     copy = record["ceilings"]["copy_bytes_per_s"]
@@ -73,7 +83,7 @@ def test_record_as_tables_and_figure() -> None:
         "error": "RuntimeError: x",
     }
     assert "RuntimeError: x" in attention_tables([failed])[0][2][0]
-    figure = attention_figure(record["runs"][1:], device="NVIDIA H200")
+    figure = attention_figure(record["runs"], device="NVIDIA H200")
     assert figure.count("32k tokens") >= 1
     assert "FlexAttention, head_dim 64" in figure
     decode = json.loads((GOLDEN / "decode_h200.json").read_text())["rows"]
