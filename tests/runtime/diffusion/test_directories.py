@@ -11,6 +11,7 @@ import torch
 from test_families import RULES, plan_of
 from tiny_models import wan
 from torch import Tensor
+from typer.testing import CliRunner
 
 import sparsesearch
 from sparsesearch.errors import ArtifactError, PlanMismatchError
@@ -133,16 +134,21 @@ def test_what_does_not_fit_leaves_nothing_behind(source: Path, plans: dict[str, 
     assert CONFIG_KEY not in config
 
 
-def test_apply_writes_a_component(
-    source: Path, plans: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sparsesearch_cli.deploy import apply
+def test_apply_writes_a_component(source: Path, plans: dict[str, Plan], tmp_path: Path) -> None:
+    from sparsesearch_cli.main import app
 
     plans["transformer"].save(tmp_path / "plan.json")
-    apply(tmp_path / "plan.json", str(source), tmp_path / "one")
     plans["transformer_2"].save(tmp_path / "plan_2.json")
-    apply(tmp_path / "plan_2.json", str(tmp_path / "one"), tmp_path / "both", component="transformer_2")
-    assert "DiffusionPipeline.from_pretrained" in capsys.readouterr().out
+    steps = (
+        ("plan.json", source, "one", ()),
+        ("plan_2.json", tmp_path / "one", "both", ("--component", "transformer_2")),
+    )
+    for plan, model, out, component in steps:
+        result = CliRunner().invoke(
+            app, ["apply", str(tmp_path / plan), str(model), "-o", str(tmp_path / out), *component]
+        )
+        assert result.exit_code == 0, result.output
+    assert "DiffusionPipeline.from_pretrained" in result.output
     plain = load(source)
     with sparsesearch.apply_diffusers(plain, plans):
         live = run(plain)
