@@ -142,20 +142,12 @@ def _rotate_append_shape(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    q_gain: Tensor | None,
-    k_gain: Tensor | None,
+    q_gain: object,
+    k_gain: object,
     eps: float,
     num_heads: int,
     keys: Tensor,
-    values: Tensor,
-    start: Tensor,
-    room: Tensor,
-    sinks: Tensor,
-    windows: Tensor,
-    seen: Tensor,
-    lens: Tensor,
-    slots: Tensor,
-    block_tokens: int,
+    *_: object,
 ) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_heads, keys.shape[1])
 
