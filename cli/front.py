@@ -42,6 +42,13 @@ def front(
     cost_model: Annotated[
         str | None, typer.Option(help="With --at, what prices the searches; the device's own by default.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="With --at, start from the budgets that an earlier, perhaps interrupted, run left in --out.",
+        ),
+    ] = False,
     suite: o.Suite = None,
     task_format: o.TaskFormat = "completion",
     shots: o.Shots = 0,
@@ -65,7 +72,7 @@ def front(
     )
     if at is not None:
         found = _at_latency(
-            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model,
+            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model, out=out, resume=resume,
             lengths=o.parsed_lengths(lengths), num_sequences=num_sequences, seed=seed,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),
         )  # fmt: skip
@@ -131,6 +138,8 @@ def _at_latency(
     rounds: int,
     time_limit_s: float,
     cost_model: str | None,
+    out: Path,
+    resume: bool,
     lengths: list[int],
     num_sequences: int,
     seed: int,
@@ -138,6 +147,7 @@ def _at_latency(
 ) -> "EqualLatency":
     from sparsesearch.equal_latency.compare import Setting, compare_at_latency
     from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
+    from sparsesearch.equal_latency.record import EqualLatency
     from sparsesearch.evaluate.run import held_out_parts
 
     if len(lengths) != 1:
@@ -159,6 +169,8 @@ def _at_latency(
             tokenizer=tokenizer,  # type: ignore[arg-type]
             data={each.description: each.id for each in parts},
             command=o.command_line(),
+            begun=EqualLatency.load(out) if resume and out.exists() else None,
+            saved=lambda record: record.save(out),
             progress=progress,
         )
 
@@ -188,7 +200,6 @@ def _show(found: "EqualLatency", out: Path, plot: Path | None, json: bool) -> No
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.report.equal_latency import equal_latency_plot
 
-    found.save(out)
     if plot is not None:
         write_bytes(plot, equal_latency_plot(found).encode())
     if json:

@@ -21,6 +21,7 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.shipped import shipped_for
 from sparsesearch.equal_latency.compare import Setting, compare_at_latency
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
+from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import model_shape
 from sparsesearch.profiling.run import Request, profile_model
@@ -58,6 +59,8 @@ def main() -> None:
         "--time-limit", type=float, default=3600, help="seconds per target after which budgets move no more"
     )
     parser.add_argument("--space", default="mixture")
+    parser.add_argument("--profile", type=Path, help="kept there, and continued if it is there already")
+    parser.add_argument("--resume", action="store_true", help="start from the budgets in --json of an earlier run")
     parser.add_argument("--cost-model", help="the device's own by default")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
@@ -85,8 +88,9 @@ def main() -> None:
         {given.length: Calibration(samples, "random tokens")},
         num_probes=given.num_probes,
     )
+    begun = EqualLatency.load(given.json) if given.resume and given.json.exists() else None
     with tempfile.TemporaryDirectory() as folder:
-        profile = profile_model(model, request, Path(folder) / "profile", progress=progress)
+        profile = profile_model(model, request, given.profile or Path(folder) / "profile", progress=progress)
         setting = Setting(
             given.at,
             given.families,
@@ -98,9 +102,9 @@ def main() -> None:
         )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(
-            model, profile, setting, costs, needles, text, command=" ".join(sys.argv), progress=progress
-        )
-    found.save(given.json)
+            model, profile, setting, costs, needles, text, command=" ".join(sys.argv), begun=begun,
+            saved=lambda record: record.save(given.json), progress=progress,
+        )  # fmt: skip
     for target, row in found.targets.items():
         for family, entry in row.items():
             sys.stderr.write(

@@ -1,18 +1,19 @@
 """Time, adjust, time again, judge: from a profile and a live model to the record of a comparison."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
+from sparsesearch.cost.predict import LayerCosts
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
-from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, ladders
+from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, Replay, ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate
@@ -21,7 +22,7 @@ from sparsesearch.evaluate.reference import ApplyPlan, Comparison
 from sparsesearch.evaluate.run import compare_all, provenance, summary
 from sparsesearch.evaluate.suite import judge_tasks
 from sparsesearch.evaluate.task_metrics import SuiteSpec, TaskMetrics
-from sparsesearch.evaluate.timing import Part, prefill_seconds
+from sparsesearch.evaluate.timing import Part, Stopwatch
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.runtime.live import apply
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 MOST_CORRECTIONS = 3
 """How often families that the final rounds put outside the tolerance are moved again."""
+MOST_PROBES = 5
+"""Plans of a family that are timed before each final measurement."""
+MOST_REPLAYS = 6
+"""Plans of a family whose schedules are replayed before anything is timed."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ def compare_at_latency(
     data: Mapping[str, str] | None = None,
     apply: ApplyPlan = apply,
     command: str | None = None,
+    begun: EqualLatency | None = None,
+    saved: Callable[[EqualLatency], None] = lambda record: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> EqualLatency:
     """Find every family's plans at the targets, and judge all of them on the same sequences.
@@ -99,6 +106,8 @@ def compare_at_latency(
         data: description of each data set -> its id, for the record.
         apply: how a plan is put on the model.
         command: how this was started, for the record.
+        begun: an earlier record of the same comparison, perhaps without its last targets: budgets start from where it ended.
+        saved: given the record so far after every target and every task, so that an interrupted run loses little.
         progress: called with (stage, done, total).
 
     Raises:
@@ -106,56 +115,104 @@ def compare_at_latency(
     """
     prompts = torch.stack([needles[row % len(needles)].input_ids for row in range(setting.batch)])
     workload = Workload(prompts.shape[1], batch=setting.batch)
-    clock = _Clock(Head(model), prompts, apply)
-    ladder_of = ladders(profile, setting.families, workload, cost_model)
-    chosen = {target: _climbed(ladder_of, target, clock, setting, progress) for target in setting.targets}
-    plans: dict[str, Plan | None] = {"dense": None}
-    plans |= {_name(target, family): rung.plan for target, own in chosen.items() for family, rung in own.items()}
-    times = clock(plans, setting.final_rounds, setting.part)
-    walls = times if setting.part == "prefill" else clock(plans, setting.rounds, "prefill")
-    found, density = compare_all(model, plans, [*needles, *text], apply, progress, "judge")
-    tasks: dict[str, dict[str, TaskMetrics]] = {}
-    if suite is not None and tokenizer is not None:
-        length = workload.prompt_tokens
-        tasks = judge_tasks(model, tokenizer, plans, suite, [length], apply=apply, progress=progress)[length]
-    quality = {name: summary(needles, own, found["dense"], density[name]) for name, own in found.items()}
+    search = _Search(
+        ladders(profile, setting.families, workload, cost_model),
+        Stopwatch(Head(model), prompts, apply),
+        setting,
+        Replay(profile, workload, cost_model) if isinstance(cost_model, LayerCosts) else None,
+        progress,
+    )
+    stated: dict[str, Any] = {
+        "model": profile.manifest.base_model.name_or_path,
+        "length_tokens": workload.prompt_tokens,
+        "batch": setting.batch,
+        "part": setting.part,
+        "tolerance": setting.tolerance,
+        "cost_model": cost_model.name,
+        "objective": "combined",
+        "first": setting.families[0],
+        "suite": suite,
+        "data": dict(data or {}),
+        "provenance": provenance(model, setting.seed, command),
+    }
+    record: EqualLatency | None = None
+    for target in setting.targets:
+        settled = search.settled(target, begun.bounds(target) if begun is not None else {})
+        plans = settled.plans
+        walls = settled.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)
+        found, density = compare_all(model, plans, [*needles, *text], apply, progress, f"judge {target:g}x")
+        record = record or EqualLatency(
+            dense_s=median(settled.times["dense"]),
+            dense_prefill_s=median(walls["dense"]),
+            dense_quality=summary(needles, found["dense"], found["dense"], density["dense"]),
+            targets={},
+            **stated,
+        )
+        record = record.with_target(target, _entries(settled, walls, found, density, needles, setting, target))
+        saved(record)
+        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, apply, progress):
+            record = record.with_task(target, task, cells)
+            saved(record)
+    assert record is not None, "a setting has targets"
+    return record
 
-    def entry(target: float, family: str) -> Entry:
-        name, first = _name(target, family), _name(target, setting.families[0])
-        rung, (share, error) = chosen[target][family], _share(times[name], times["dense"])
-        return Entry(
+
+def _tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    suite: SuiteSpec | None,
+    plans: Mapping[str, Plan | None],
+    length: int,
+    apply: ApplyPlan,
+    progress: Progress,
+) -> Iterator[tuple[str, dict[str, TaskMetrics]]]:
+    """Task by task, what every plan answers."""
+    if suite is None or tokenizer is None:
+        return
+    for task in suite.tasks:
+        alone = suite.model_copy(update={"tasks": (task,)})
+        yield task, judge_tasks(model, tokenizer, plans, alone, [length], apply=apply, progress=progress)[length][task]
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The families' plans at one target, and the rounds that say so."""
+
+    rungs: Mapping[str, Rung]
+    times: Times
+
+    @property
+    def plans(self) -> dict[str, Plan | None]:
+        """Dense (None) and every family's plan."""
+        return {"dense": None, **{family: rung.plan for family, rung in self.rungs.items()}}
+
+
+def _entries(
+    settled: _Settled,
+    walls: Times,
+    found: Mapping[str, Comparison],
+    density: Mapping[str, float],
+    needles: Sequence[Sample],
+    setting: Setting,
+    target: float,
+) -> dict[str, Entry]:
+    """What is known of every family once it is timed and judged."""
+    entries = {}
+    for family, rung in settled.rungs.items():
+        share, error = _share(settled.times[family], settled.times["dense"])
+        entries[family] = Entry(
             bound=rung.bound,
             share=share,
             share_error=error,
-            seconds=median(times[name]),
-            prefill_s=median(walls[name]),
+            seconds=median(settled.times[family]),
+            prefill_s=median(walls[family]),
             at_target=abs(share / target - 1) <= setting.tolerance,
             plan_sha256=rung.plan.sha256,
             rules=rung.plan.kind_counts(),
-            quality=quality[name],
-            excess=excess(found[name], found[first], len(needles)),
-            tasks={task: cells[name] for task, cells in tasks.items()},
+            quality=summary(needles, found[family], found["dense"], density[family]),
+            excess=excess(found[family], found[setting.families[0]], len(needles)),
         )
-
-    return EqualLatency(
-        model=profile.manifest.base_model.name_or_path,
-        length_tokens=workload.prompt_tokens,
-        batch=setting.batch,
-        part=setting.part,
-        tolerance=setting.tolerance,
-        cost_model=cost_model.name,
-        objective="combined",
-        first=setting.families[0],
-        dense_s=median(times["dense"]),
-        dense_prefill_s=median(walls["dense"]),
-        dense_quality=quality["dense"],
-        targets={
-            f"{target:g}": {family: entry(target, family) for family in setting.families} for target in setting.targets
-        },
-        suite=suite,
-        data=dict(data or {}),
-        provenance=provenance(model, setting.seed, command),
-    )
+    return entries
 
 
 def excess(found: Comparison, first: Comparison, num_needles: int) -> dict[str, Estimate]:
@@ -171,45 +228,59 @@ def excess(found: Comparison, first: Comparison, num_needles: int) -> dict[str, 
     return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
 
-class _Clock:
-    """Times plans on one batch of prompts."""
+@dataclass(frozen=True)
+class _Search:
+    """What moves the families' budgets."""
 
-    def __init__(self, head: Head, prompts: torch.Tensor, apply: ApplyPlan) -> None:
-        self._head, self._prompts, self._apply = head, prompts, apply
+    ladder_of: Mapping[str, Ladder]
+    stopwatch: Stopwatch
+    setting: Setting
+    replay: Replay | None
+    progress: Progress
 
-    def __call__(self, plans: Mapping[str, Plan | None], rounds: int, part: Part) -> Times:
-        return prefill_seconds(self._head, self._prompts, plans, rounds=rounds, apply=self._apply, part=part)
+    def settled(self, target: float, start: Mapping[str, float]) -> _Settled:
+        """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
+        setting, rungs = self.setting, dict[str, Rung]()
+        start = start or self._replayed_start(target)
+        moving, deadline = self.ladder_of, monotonic() + setting.time_limit_s
+        for _ in range(MOST_CORRECTIONS):
+            rungs |= climb(
+                moving,
+                target,
+                lambda plans: self.stopwatch(plans, rounds=setting.rounds, part=setting.part),
+                favoured=setting.families[0],
+                start=start,
+                tolerance=setting.tolerance / 2,
+                most_tries=MOST_PROBES,
+                deadline=deadline,
+                progress=self.progress,
+            )
+            times = self.stopwatch(_Settled(rungs, {}).plans, rounds=setting.final_rounds, part=setting.part)
+            again = shares_of(times)
+            rungs = {name: replace(rungs[name], share=again[name]) for name in self.ladder_of}
+            moving = {
+                name: ladder for name, ladder in self.ladder_of.items() if self._is_off(rungs[name], ladder, target)
+            }
+            if not moving or monotonic() > deadline:
+                break
+            start = {name: rungs[name].bound * target / rungs[name].share for name in moving}
+        return _Settled(rungs, times)
 
+    def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:
+        """Whether a plan misses the target, and its family may have a nearer one."""
+        return abs(rung.share / target - 1) > self.setting.tolerance and not ladder_ends(ladder, rung, target)
 
-def _climbed(
-    ladder_of: Mapping[str, Ladder], target: float, clock: _Clock, setting: Setting, progress: Progress
-) -> dict[str, Rung]:
-    """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
-    chosen: dict[str, Rung] = {}
-    moving, deadline = dict(ladder_of), monotonic() + setting.time_limit_s
-    for _ in range(MOST_CORRECTIONS):
-        chosen |= climb(
-            moving,
-            target,
-            lambda plans: clock(plans, setting.rounds, setting.part),
-            favoured=setting.families[0],
-            start={name: rung.bound * target / rung.share for name, rung in chosen.items() if name in moving},
-            tolerance=setting.tolerance / 2,
-            deadline=deadline,
-            progress=progress,
-        )
-        plans: dict[str, Plan | None] = {"dense": None, **{name: rung.plan for name, rung in chosen.items()}}
-        again = shares_of(clock(plans, setting.final_rounds, setting.part))
-        chosen = {name: Rung(rung.bound, rung.plan, again[name]) for name, rung in chosen.items()}
-        off = {name for name, rung in chosen.items() if abs(rung.share / target - 1) > setting.tolerance}
-        moving = {
-            name: ladder
-            for name, ladder in ladder_of.items()
-            if name in off and not ladder_ends(ladder, chosen[name], target)
-        }
-        if not moving or monotonic() > deadline:
-            break
-    return chosen
+    def _replayed_start(self, target: float) -> dict[str, float]:
+        """Bounds whose plans take the target's time by replay: what is measured then is a few per cent off, not tens."""
+        replay = self.replay
+        if replay is None or self.setting.part != "attention":
+            return {}
+
+        def clock(plans: Mapping[str, Plan | None]) -> Times:
+            return {name: (1.0 if plan is None else replay(plan),) for name, plan in plans.items()}
+
+        found = climb(self.ladder_of, target, clock, tolerance=self.setting.tolerance, most_tries=MOST_REPLAYS)
+        return {name: rung.bound for name, rung in found.items()}
 
 
 def _share(own: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
@@ -218,7 +289,3 @@ def _share(own: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(ratios) / len(ratios)
     spread = math.fsum((ratio - mean) ** 2 for ratio in ratios) / max(1, len(ratios) - 1)
     return median(own) / median(dense), 1.2533 * math.sqrt(spread / len(ratios))
-
-
-def _name(target: float, family: str) -> str:
-    return f"{family} @ {target:g}"

@@ -11,14 +11,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsesearch.bench.families import random_samples
 from sparsesearch.calibration import Calibration
+from sparsesearch.comparison import TileShares
 from sparsesearch.cost import load_cost_model
 from sparsesearch.equal_latency import compare
 from sparsesearch.equal_latency.compare import Setting, compare_at_latency
+from sparsesearch.equal_latency.ladders import ladders
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.predicted import predicted_seconds
-from sparsesearch.evaluate.timing import prefill_seconds
+from sparsesearch.evaluate.timing import Stopwatch, prefill_seconds
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
@@ -26,8 +28,9 @@ from sparsesearch.report.equal_latency import equal_latency_plot
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.fingerprint import describe
-from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.live import AppliedPlan, apply
 from sparsesearch.search_space import SearchSpace
+from sparsesearch.workload import Workload
 
 LENGTH = 512
 
@@ -55,20 +58,25 @@ def window(model: PreTrainedModel, tokens: int) -> Plan:
     return uniform_plan(describe(model, "tiny"), rule, block_tokens=64, lengths_tokens=(LENGTH,))
 
 
+class CountedTiles:
+    """Time is 0.2 + 0.8 times the share of tiles: what the cost model says of this tiny model does not matter."""
+
+    def __init__(self, *_: Any) -> None:
+        self.calls = 0
+
+    def __call__(self, plans: Mapping[str, Plan | None], **_: Any) -> dict[str, tuple[float, ...]]:
+        self.calls += 1
+        return {name: (0.2 + 0.8 * self.share(plan),) * 3 for name, plan in plans.items()}
+
+    @staticmethod
+    def share(plan: Plan | None) -> float:
+        return 1.0 if plan is None else TileShares(plan, LENGTH).mean([rule for _, _, rule in plan.heads()]) or 0.0
+
+
 def test_families_meet_and_are_compared_pairwise(
     model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Time is 0.2 + 0.8 times the share of tiles: what the cost model says of this tiny model does not matter."""
-
-    def counted(head: Head, prompts: Any, plans: Mapping[str, Plan | None], **_: Any) -> dict[str, tuple[float, ...]]:
-        from sparsesearch.comparison import TileShares
-
-        def share(plan: Plan | None) -> float:
-            return 1.0 if plan is None else TileShares(plan, LENGTH).mean([rule for _, _, rule in plan.heads()]) or 0.0
-
-        return {name: (0.2 + 0.8 * share(plan),) * 3 for name, plan in plans.items()}
-
-    monkeypatch.setattr(compare, "prefill_seconds", counted)
+    monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
     judged = random_samples(64, LENGTH, 4, seed=1)
     setting = Setting((0.6,), ("mixture", "MoA", "uniform window"), rounds=1, final_rounds=3, tolerance=0.05)
     found = compare_at_latency(model, profile, setting, load_cost_model("roofline:h100"), judged[:2], judged[2:])
@@ -84,6 +92,51 @@ def test_families_meet_and_are_compared_pairwise(
     found.save(tmp_path / "found.json")
     assert EqualLatency.load(tmp_path / "found.json") == found
     assert equal_latency_plot(found).startswith("<svg")
+
+
+def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
+    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks: list[CountedTiles] = []
+    monkeypatch.setattr(compare, "Stopwatch", lambda *_: clocks.append(CountedTiles()) or clocks[-1])
+    judged = random_samples(64, LENGTH, 2, seed=1)
+    setting = Setting((0.6, 0.5), ("mixture", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
+    costs, grown = load_cost_model("roofline:h100"), list[EqualLatency]()
+    found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], saved=grown.append)
+    assert [list(record.targets) for record in grown] == [["0.6"], ["0.6", "0.5"]]
+    assert grown[-1] == found
+    again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=found)
+    assert clocks[1].calls < clocks[0].calls, "budgets start where they ended"
+    assert again.bounds(0.5) == found.bounds(0.5)
+    assert found.bounds(0.3) == {}
+
+
+def test_replayed_shares_fall_with_the_budget_and_start_near_the_target(profile: Profile) -> None:
+    costs = load_cost_model("h200")
+    workload = Workload(LENGTH, batch=8)
+    replay = compare.Replay(profile, workload, costs)
+    ladder = ladders(profile, ["uniform window"], workload, costs)["uniform window"]
+    shares = [replay(ladder.at(bound)) for bound in (0.125, 0.5, 1.0)]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1]
+    assert ladder.at(0.5) is not ladder.at(0.25)
+
+
+def test_a_plan_is_put_together_once_however_often_it_is_timed(model: PreTrainedModel) -> None:
+    prompt = random_samples(64, LENGTH, 1, seed=2)[0].input_ids[None]
+    put: list[Plan] = []
+
+    def counting(live: PreTrainedModel, plan: Plan) -> AppliedPlan:
+        put.append(plan)
+        return apply(live, plan)
+
+    stopwatch, narrow, wide = Stopwatch(Head(model), prompt, counting), window(model, 64), window(model, 256)
+    times = stopwatch({"dense": None, "narrow": narrow, "wide": wide}, rounds=3, part="attention")
+    assert {name: len(runs) for name, runs in times.items()} == {"dense": 3, "narrow": 3, "wide": 3}
+    stopwatch({"narrow": narrow}, rounds=2)
+    assert put == [narrow, wide]
+    stopwatch({"wide": wide}, rounds=1, part="attention")
+    assert put == [narrow, wide, wide], "what a call does not name is not kept"
 
 
 def test_attention_is_a_part_of_the_prefill(model: PreTrainedModel) -> None:
