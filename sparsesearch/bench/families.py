@@ -54,6 +54,12 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=1, help="of the profile")
     parser.add_argument("--num-probes", type=int, default=2, help="of the profile")
     parser.add_argument("--num-sequences", type=int, default=8, help="judged")
+    parser.add_argument(
+        "--choose-sequences",
+        type=int,
+        default=4,
+        help="on which the first family chooses among its parts; 0: it does not",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of the final measurement")
     parser.add_argument(
         "--time-limit", type=float, default=3600, help="seconds per target after which budgets move no more"
@@ -82,6 +88,7 @@ def main() -> None:
     model = random_model(shape, device=given.device, dtype=dtype)
     samples = random_samples(shape.vocab_size, given.length, given.num_samples, seed=0)
     judged = random_samples(shape.vocab_size, given.length, 2 * given.num_sequences, seed=1)
+    choose_on = random_samples(shape.vocab_size, given.length, given.choose_sequences, seed=2)
     request = Request(
         describe(model, given.model_shape),
         SearchSpace.load(given.space),
@@ -102,7 +109,7 @@ def main() -> None:
         )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(
-            model, profile, setting, costs, needles, text, command=" ".join(sys.argv), begun=begun,
+            model, profile, setting, costs, needles, text, choose_on=choose_on, command=" ".join(sys.argv), begun=begun,
             saved=lambda record: record.save(given.json), progress=progress,
         )  # fmt: skip
     for target, row in found.targets.items():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,19 @@ from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.predict import LayerCosts
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
-from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, Replay, ladders
+from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, MENUS, Ladder, Replay, ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.head import Head
-from sparsesearch.evaluate.reference import ApplyPlan, Comparison
+from sparsesearch.evaluate.reference import ApplyPlan, Comparison, DenseReference
 from sparsesearch.evaluate.run import compare_all, provenance, summary
 from sparsesearch.evaluate.suite import judge_tasks
 from sparsesearch.evaluate.task_metrics import SuiteSpec, TaskMetrics
 from sparsesearch.evaluate.timing import Part, Stopwatch
+from sparsesearch.measured_front import UNIFORM
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT
 from sparsesearch.profiling.record import Profile
 from sparsesearch.runtime.live import apply
 from sparsesearch.workload import Workload
@@ -83,6 +85,7 @@ def compare_at_latency(
     needles: Sequence[Sample],
     text: Sequence[Sample],
     *,
+    choose_on: Sequence[Sample] = (),
     suite: SuiteSpec | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     data: Mapping[str, str] | None = None,
@@ -101,6 +104,8 @@ def compare_at_latency(
         cost_model: prices the searches; its errors cost measurements, not correctness.
         needles: held-out sequences with answers, all of one length; prompts for timing come from them.
         text: held-out plain sequences of that length.
+        choose_on: calibration sequences, neither profiled nor judged, on which the family on trial chooses among the parts of its space
+            (`ladders.MENUS`) and the rivals whose rules it contains; none: it takes the optimum of its whole space.
         suite: long-context tasks that are judged besides; they need the model's tokenizer.
         tokenizer: the model's.
         data: description of each data set -> its id, for the record.
@@ -122,6 +127,9 @@ def compare_at_latency(
         Replay(profile, workload, cost_model) if isinstance(cost_model, LayerCosts) else None,
         progress,
     )
+    if choose_on:
+        search.menus.update(menu_ladders(profile, setting.families[0], MENUS, workload, cost_model))
+        search.reference = DenseReference(model, choose_on, apply=apply)
     stated: dict[str, Any] = {
         "model": profile.manifest.base_model.name_or_path,
         "length_tokens": workload.prompt_tokens,
@@ -180,6 +188,8 @@ class _Settled:
 
     rungs: Mapping[str, Rung]
     times: Times
+    menu: str | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plans(self) -> dict[str, Plan | None]:
@@ -211,6 +221,8 @@ def _entries(
             rules=rung.plan.kind_counts(),
             quality=summary(needles, found[family], found["dense"], density[family]),
             excess=excess(found[family], found[setting.families[0]], len(needles)),
+            menu=settled.menu if family == setting.families[0] else None,
+            tried=dict(settled.tried) if family == setting.families[0] else {},
         )
     return entries
 
@@ -228,58 +240,95 @@ def excess(found: Comparison, first: Comparison, num_needles: int) -> dict[str, 
     return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Search:
-    """What moves the families' budgets."""
+    """What moves the families' budgets.
+
+    Attributes:
+        menus: parts of the space of the family on trial, by label; none: it is searched whole.
+        reference: judges their plans.
+    """
 
     ladder_of: Mapping[str, Ladder]
     stopwatch: Stopwatch
     setting: Setting
     replay: Replay | None
     progress: Progress
+    menus: dict[str, Ladder] = field(default_factory=dict)
+    reference: DenseReference | None = None
 
     def settled(self, target: float, start: Mapping[str, float]) -> _Settled:
         """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
-        setting, rungs = self.setting, dict[str, Rung]()
-        start = start or self._replayed_start(target)
-        moving, deadline = self.ladder_of, monotonic() + setting.time_limit_s
-        for _ in range(MOST_CORRECTIONS):
-            rungs |= climb(
-                moving,
-                target,
-                lambda plans: self.stopwatch(plans, rounds=setting.rounds, part=setting.part),
-                favoured=setting.families[0],
-                start=start,
-                tolerance=setting.tolerance / 2,
-                most_tries=MOST_PROBES,
-                deadline=deadline,
-                progress=self.progress,
-            )
+        setting, first = self.setting, self.setting.families[0]
+        deadline, own = monotonic() + setting.time_limit_s, dict(self.ladder_of)
+        menu, tried = None, dict[str, float]()
+        if self.reference is None:
+            rungs = self._climb(own, target, start, deadline)
+        else:
+            del own[first]
+            rungs = self._climb({**self.menus, **own}, target, start, deadline)
+            tried = self._judged(rungs, target)
+            menu = min(tried, key=lambda name: tried[name])
+            own = {name: {**own, **self.menus}[menu if name == first else name] for name in setting.families}
+            rungs = {name: rungs[menu if name == first else name] for name in setting.families}
+        for correction in range(MOST_CORRECTIONS):
             times = self.stopwatch(_Settled(rungs, {}).plans, rounds=setting.final_rounds, part=setting.part)
             again = shares_of(times)
-            rungs = {name: replace(rungs[name], share=again[name]) for name in self.ladder_of}
-            moving = {
-                name: ladder for name, ladder in self.ladder_of.items() if self._is_off(rungs[name], ladder, target)
-            }
-            if not moving or monotonic() > deadline:
+            rungs = {name: replace(rungs[name], share=again[name]) for name in setting.families}
+            moving = {name: ladder for name, ladder in own.items() if self._is_off(rungs[name], ladder, target)}
+            if not moving or monotonic() > deadline or correction == MOST_CORRECTIONS - 1:
                 break
-            start = {name: rungs[name].bound * target / rungs[name].share for name in moving}
-        return _Settled(rungs, times)
+            begin = {name: rungs[name].bound * target / rungs[name].share for name in moving}
+            rungs |= self._climb(moving, target, begin, deadline)
+        return _Settled(rungs, times, menu, tried)
+
+    def _climb(
+        self, ladder_of: Mapping[str, Ladder], target: float, start: Mapping[str, float], deadline: float
+    ) -> dict[str, Rung]:
+        """Every ladder's plan at the target's measured time; parts of the space on trial give way as it does."""
+        setting = self.setting
+        unknown = {name: ladder for name, ladder in ladder_of.items() if name not in start}
+        return climb(
+            ladder_of,
+            target,
+            lambda plans: self.stopwatch(plans, rounds=setting.rounds, part=setting.part),
+            favoured=(setting.families[0], *self.menus),
+            start={**self._replayed_start(unknown, target), **start},
+            tolerance=setting.tolerance / 2,
+            most_tries=MOST_PROBES,
+            deadline=deadline,
+            progress=self.progress,
+        )
+
+    def _judged(self, rungs: Mapping[str, Rung], target: float) -> dict[str, float]:
+        """KL + 0.1 x answer KL of every part's and every searched rival's plan that is as fast as the target; of the fastest, if none is."""
+        assert self.reference is not None
+        usable = {name: rung for name, rung in rungs.items() if name != UNIFORM}
+        fast = {name: rung for name, rung in usable.items() if rung.share <= target * (1 + self.setting.tolerance)}
+        if not fast:
+            name = min(self.menus, key=lambda menu: rungs[menu].share)
+            fast = {name: rungs[name]}
+        found = {}
+        for number, (name, rung) in enumerate(fast.items()):
+            self.progress(f"choose {target:g}x, {name}", number, len(fast))
+            score = self.reference.score(rung.plan)
+            found[name] = score["kl_text"] + ANSWER_KL_WEIGHT * score.get("kl_answer", 0.0)
+        return found
 
     def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:
         """Whether a plan misses the target, and its family may have a nearer one."""
         return abs(rung.share / target - 1) > self.setting.tolerance and not ladder_ends(ladder, rung, target)
 
-    def _replayed_start(self, target: float) -> dict[str, float]:
+    def _replayed_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
         """Bounds whose plans take the target's time by replay: what is measured then is a few per cent off, not tens."""
         replay = self.replay
-        if replay is None or self.setting.part != "attention":
+        if replay is None or self.setting.part != "attention" or not ladder_of:
             return {}
 
         def clock(plans: Mapping[str, Plan | None]) -> Times:
             return {name: (1.0 if plan is None else replay(plan),) for name, plan in plans.items()}
 
-        found = climb(self.ladder_of, target, clock, tolerance=self.setting.tolerance, most_tries=MOST_REPLAYS)
+        found = climb(ladder_of, target, clock, tolerance=self.setting.tolerance, most_tries=MOST_REPLAYS)
         return {name: rung.bound for name, rung in found.items()}
 
 

@@ -1,7 +1,7 @@
 """A family's plans in order of their predicted latency: what the search finds within a budget, or windows of every width."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sparsesearch.cost.base import CostModel
@@ -12,13 +12,14 @@ from sparsesearch.model_shapes import heads_alone
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.planning import write_plan
 from sparsesearch.profiling.record import Profile
-from sparsesearch.rules import LengthLaw
+from sparsesearch.rules import LengthLaw, Rule
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.scoring import Question, score_table
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.pareto import feasible_bounds
 from sparsesearch.search.solve import solve
 from sparsesearch.search_space import SearchSpace
+from sparsesearch.shapes import Granularity
 from sparsesearch.workload import Workload
 
 DEFAULT_FAMILIES = ("mixture", "MoA", "MInference", "DuoAttention", UNIFORM)
@@ -56,16 +57,8 @@ class Replay:
 class SearchedLadder:
     """The best plans of a search space, by an exact search under a budget in predicted latency."""
 
-    def __init__(self, profile: Profile, family: str, workload: Workload, cost_model: CostModel) -> None:
-        space, _, granularity = FAMILIES[family]
-        self._profile = profile
-        self._question = Question(
-            budgets=(Budget("latency", 1.0),),
-            space=None if space is None else SearchSpace.load(space),
-            granularity=granularity,
-            cost_model=cost_model,
-            workloads=(workload,),
-        )
+    def __init__(self, profile: Profile, question: Question) -> None:
+        self._profile, self._question = profile, question
         self._table = score_table(profile, self._question)
         self.lowest = feasible_bounds(self._table, "latency", 2, others=self._question.constraints[1:])[0]
         self._solved: dict[float, Plan] = {}
@@ -81,6 +74,42 @@ class SearchedLadder:
         found = solve(self._table, (budget, *self._question.constraints[1:]))
         question = replace(self._question, budgets=(budget,))
         return write_plan(self._profile, question, self._table, found.choice, found)
+
+
+@dataclass(frozen=True)
+class Menu:
+    """A part of the family on trial that is searched by itself, and how much its answers weigh.
+
+    Additive losses flatter some rules: bitmaps are scored on the sequences that they were calibrated on, and heads that attend to nothing
+    lose more together than the sum of what each loses alone. Which part of the space is best at a device and a budget is therefore decided by
+    replaying each part's plan on calibration sequences that were not profiled.
+    """
+
+    bitmaps: bool = True
+    silent_heads: bool = True
+    answer_weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """What it leaves out."""
+        left_out = [
+            name for name, there in (("bitmaps", self.bitmaps), ("silent heads", self.silent_heads)) if not there
+        ]
+        menu = f"without {' and '.join(left_out)}" if left_out else "all rules"
+        return menu if self.answer_weight == 1 else f"{menu}, answers x {self.answer_weight:g}"
+
+    def allows(self, rule: Rule) -> bool:
+        """Whether a rule is in it."""
+        return (self.bitmaps or not rule.needs_calibration) and (self.silent_heads or rule.rest == "drop")
+
+
+MENUS = (
+    Menu(),
+    Menu(answer_weight=3.0),
+    Menu(bitmaps=False),
+    Menu(bitmaps=False, silent_heads=False),
+    Menu(bitmaps=False, silent_heads=False, answer_weight=3.0),
+)
 
 
 class UniformLadder:
@@ -109,12 +138,46 @@ def ladders(profile: Profile, families: Sequence[str], workload: Workload, cost_
     Raises:
         SpecError: unknown family, or the profile lacks a family's candidates.
     """
+    found: dict[str, Ladder] = {}
     for family in families:
-        if family not in (*FAMILIES, UNIFORM):
+        if family == UNIFORM:
+            found[family] = UniformLadder(profile, workload)
+            continue
+        if family not in FAMILIES:
             raise SpecError(f"unknown family {family!r}.{nearest(family, (*FAMILIES, UNIFORM))}")
-    return {
-        family: UniformLadder(profile, workload)
-        if family == UNIFORM
-        else SearchedLadder(profile, family, workload, cost_model)
-        for family in families
-    }
+        space, _, granularity = FAMILIES[family]
+        menu = None if space is None else SearchSpace.load(space)
+        found[family] = SearchedLadder(profile, _question(menu, granularity, workload, cost_model, 1.0))
+    return found
+
+
+def menu_ladders(
+    profile: Profile, family: str, menus: Sequence[Menu], workload: Workload, cost_model: CostModel
+) -> dict[str, Ladder]:
+    """A ladder for every part of a family's space, by label; parts that leave out nothing that was profiled are not repeated."""
+    name, _, granularity = FAMILIES[family]
+    manifest = profile.manifest
+    whole = manifest.candidates if name is None else SearchSpace.load(name).candidates
+    found: dict[str, Ladder] = {}
+    seen = set()
+    for menu in menus:
+        rules = tuple(rule for rule in whole if menu.allows(rule))
+        if (rules, menu.answer_weight) not in seen:
+            seen.add((rules, menu.answer_weight))
+            part = SearchSpace(family, "", menu.label, manifest.block_tokens, granularity, rules)
+            question = _question(part, granularity, workload, cost_model, menu.answer_weight)
+            found[menu.label] = SearchedLadder(profile, question)
+    return found
+
+
+def _question(
+    space: SearchSpace | None, granularity: Granularity, workload: Workload, cost_model: CostModel, answer_weight: float
+) -> Question:
+    return Question(
+        budgets=(Budget("latency", 1.0),),
+        space=space,
+        granularity=granularity,
+        answer_weight=answer_weight,
+        cost_model=cost_model,
+        workloads=(workload,),
+    )

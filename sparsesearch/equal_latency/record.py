@@ -35,6 +35,14 @@ class Entry(_Frozen):
         description="metric -> this family's loss minus the first family's, paired over sequences; positive is worse. `kl`: over all "
         "positions; `kl_answer`; `heldout_loss`; `needle_error`: share of questions missed"
     )
+    menu: str | None = Field(
+        None, description="of the family on trial: which part of its space, or which rival's, gave its plan"
+    )
+    tried: dict[str, float] = Field(
+        default={},
+        description="of the family on trial: part of its space, or rival whose space it contains -> KL + 0.1 x answer KL of that plan, on "
+        "calibration sequences that were neither profiled nor judged",
+    )
     tasks: dict[str, TaskMetrics] = Field(default={}, description="long-context task -> what was found")
 
     @property

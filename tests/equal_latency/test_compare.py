@@ -15,7 +15,7 @@ from sparsesearch.comparison import TileShares
 from sparsesearch.cost import load_cost_model
 from sparsesearch.equal_latency import compare
 from sparsesearch.equal_latency.compare import Setting, compare_at_latency
-from sparsesearch.equal_latency.ladders import ladders
+from sparsesearch.equal_latency.ladders import MENUS, Menu, ladders
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
@@ -109,6 +109,39 @@ def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
     assert clocks[1].calls < clocks[0].calls, "budgets start where they ended"
     assert again.bounds(0.5) == found.bounds(0.5)
     assert found.bounds(0.3) == {}
+
+
+def test_the_family_on_trial_chooses_among_parts_of_its_space_and_its_rivals(
+    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
+    judged, fresh = random_samples(64, LENGTH, 2, seed=1), random_samples(64, LENGTH, 2, seed=2)
+    setting = Setting((0.6,), ("mixture", "MoA", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
+    costs = load_cost_model("roofline:h100")
+    found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=fresh)
+    row = found.targets["0.6"]
+    own = row["mixture"]
+    assert {"all rules", "without bitmaps", "without bitmaps and silent heads", "MoA"} <= set(own.tried)
+    assert own.menu is not None
+    assert own.tried[own.menu] == min(own.tried.values())
+    assert list(row) == ["mixture", "MoA", "uniform window"]
+    assert row["MoA"].menu is None
+    assert row["MoA"].tried == {}
+    again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=judged[:1])
+    seen = again.targets["0.6"]
+    if "MoA" in seen["mixture"].tried:  # judged on what it chose on, it cannot lose to a rival that it could take
+        kl = {name: entry.quality.kl_text.mean + 0.1 * entry.quality.kl_answer.mean for name, entry in seen.items()}
+        assert kl["mixture"] <= kl["MoA"] + 1e-9
+
+
+def test_a_menu_says_what_it_leaves_out() -> None:
+    labels = [menu.label for menu in MENUS]
+    assert len(set(labels)) == len(MENUS)
+    rules = {rule.label: rule for rule in SearchSpace.load("mixture").candidates}
+    quiet = Menu(silent_heads=False)
+    assert not quiet.allows(rules["zero"])
+    assert quiet.allows(rules["fixed_blocks(keep=0.1)"])
+    assert not Menu(bitmaps=False).allows(rules["fixed_blocks(keep=0.1)"])
 
 
 def test_replayed_shares_fall_with_the_budget_and_start_near_the_target(profile: Profile) -> None:
