@@ -328,7 +328,7 @@ class _Search:
         def clock(plans: Mapping[str, Plan | None]) -> Times:
             return {name: (1.0 if plan is None else replay(plan),) for name, plan in plans.items()}
 
-        found = climb(ladder_of, target, clock, tolerance=self.setting.tolerance, most_tries=MOST_REPLAYS)
+        found = climb(ladder_of, target, clock, tolerance=2 * self.setting.tolerance, most_tries=MOST_REPLAYS)
         return {name: rung.bound for name, rung in found.items()}
 
 

@@ -1,12 +1,16 @@
 """A family's plans in order of their predicted latency: what the search finds within a budget, or windows of every width."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.predict import LayerCosts, predict_layers
-from sparsesearch.errors import SpecError, nearest
+from sparsesearch.errors import BudgetInfeasibleError, SpecError, nearest
 from sparsesearch.measured_front import FAMILIES, UNIFORM
 from sparsesearch.model_shapes import heads_alone
 from sparsesearch.plan import Plan, uniform_plan
@@ -14,14 +18,19 @@ from sparsesearch.planning import write_plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import LengthLaw, Rule
 from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.scores import ScoreTable
 from sparsesearch.scoring import Question, score_table
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.pareto import feasible_bounds
 from sparsesearch.search.solve import solve
 from sparsesearch.search_space import SearchSpace
-from sparsesearch.shapes import Granularity
+from sparsesearch.shapes import Granularity, Unit
 from sparsesearch.workload import Workload
 
+USUAL_HEADS = 8
+"""Heads that share a layer's choice in the price of one head, as cost models have it."""
+MOST_CHARGES = 3
+"""Searches that are repeated with the price of choosing dealt anew."""
 DEFAULT_FAMILIES = ("mixture", "MoA", "MInference", "DuoAttention", UNIFORM)
 
 
@@ -62,6 +71,7 @@ class SearchedLadder:
         self._table = score_table(profile, self._question)
         self.lowest = feasible_bounds(self._table, "latency", 2, others=self._question.constraints[1:])[0]
         self._solved: dict[float, Plan] = {}
+        self._shared = SharedChoices.of(profile, question, self._table)
 
     def at(self, bound: float) -> Plan:
         """Solve within max(bound, lowest), once."""
@@ -71,9 +81,85 @@ class SearchedLadder:
         return self._solved[bound]
 
     def _within(self, budget: Budget) -> Plan:
-        found = solve(self._table, (budget, *self._question.constraints[1:]))
+        table = self._table
+        found = solve(table, (budget, *self._question.constraints[1:]))
+        for _ in range(MOST_CHARGES if self._shared is not None else 0):
+            assert self._shared is not None
+            table = self._shared.charged(self._table, found.choice)
+            try:
+                again = solve(table, (budget, *self._question.constraints[1:]))
+            except (
+                BudgetInfeasibleError
+            ):  # with every layer's choosing paid in full; what is measured will move the bound
+                break
+            if (again.choice == found.choice).all():
+                break
+            found = again
         question = replace(self._question, budgets=(budget,))
         return write_plan(self._profile, question, self._table, found.choice, found)
+
+
+@dataclass(frozen=True)
+class SharedChoices:
+    """What choosing costs a layer, dealt to the heads that really choose there.
+
+    A layer's choice is a few launches for all its heads, so the first head costs nearly as much as all of them together. Prices of single
+    heads assume that `USUAL_HEADS` share it; after a search each layer's price is dealt to the heads that the search made dynamic, and the
+    search is repeated, so that dynamic rules gather in the layers where they are worth most.
+
+    Attributes:
+        seconds: rule kind -> seconds of a call for n heads of every sequence, by n from 1.
+        kinds: per candidate, the kind of the rule that chooses, or None.
+        layers: per unit, its layer.
+        heads: per unit, how many query heads it has.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+    kinds: tuple[str | None, ...]
+    layers: Int[ndarray, " U"]
+    heads: Int[ndarray, " U"]
+
+    @classmethod
+    def of(cls, profile: Profile, question: Question, table: ScoreTable) -> "SharedChoices | None":
+        """None where nothing chooses, or the cost model does not know whole layers."""
+        costs, (workload,) = question.cost_model, question.workloads
+        rules = [profile.manifest.candidates[profile.labels.index(label)] for label in table.candidates]
+        kinds = tuple(rule.kind if rule.dynamic and not rule.reuses else None for rule in rules)
+        if not isinstance(costs, LayerCosts) or not any(kinds):
+            return None
+        units = [unit for unit in table.units if isinstance(unit, Unit)]
+        modules = profile.manifest.base_model.modules
+        most = max(profile.manifest.base_model.num_heads)
+        return cls(
+            {
+                kind: tuple(
+                    costs.estimator_s(kind, workload.prompt_tokens, workload.batch * count)
+                    for count in range(1, max(most, USUAL_HEADS) + 1)
+                )
+                for kind in dict.fromkeys(kinds)
+                if kind is not None
+            },
+            kinds,
+            np.array([modules.index(unit.module) for unit in units]),
+            np.array([len(unit.heads) for unit in units]),
+        )
+
+    def charged(self, table: ScoreTable, choice: Int[ndarray, " U"]) -> ScoreTable:
+        """The table with every layer's choosing dealt to the heads that choose under `choice`; a layer without any charges a first one all."""
+        extra = np.zeros_like(table.loss)
+        for kind, seconds in self.seconds.items():
+            columns = np.array([own == kind for own in self.kinds])
+            choosing = np.bincount(self.layers, self.heads * columns[choice], minlength=self.layers.max() + 1).astype(
+                int
+            )
+            dealt = np.array([seconds[max(count, 1) - 1] / max(count, 1) for count in choosing])
+            per_head = dealt[self.layers] - seconds[USUAL_HEADS - 1] / USUAL_HEADS
+            extra[:, columns] += (per_head * self.heads)[:, None]
+        costs = {
+            name: cost + extra[:, :, None] if name in ("latency", "ttft") else cost
+            for name, cost in table.costs.items()
+        }
+        return replace(table, costs=costs)
 
 
 @dataclass(frozen=True)
@@ -87,6 +173,7 @@ class Menu:
 
     bitmaps: bool = True
     silent_heads: bool = True
+    dynamic: bool = True
     answer_weight: float = 1.0
 
     @property
@@ -100,16 +187,21 @@ class Menu:
 
     def allows(self, rule: Rule) -> bool:
         """Whether a rule is in it."""
-        return (self.bitmaps or not rule.needs_calibration) and (self.silent_heads or rule.rest == "drop")
+        silent = rule.rest != "drop"
+        return not (
+            (rule.needs_calibration and not self.bitmaps)
+            or (silent and not self.silent_heads)
+            or (rule.dynamic and not self.dynamic)
+        )
 
 
 MENUS = (
     Menu(),
-    Menu(answer_weight=3.0),
     Menu(bitmaps=False),
     Menu(bitmaps=False, silent_heads=False),
     Menu(bitmaps=False, silent_heads=False, answer_weight=3.0),
 )
+"""Parts without dynamic rules are left to the rivals: windows alone are MoA's."""
 
 
 class UniformLadder:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,7 +16,7 @@ from sparsesearch.comparison import TileShares
 from sparsesearch.cost import load_cost_model
 from sparsesearch.equal_latency import compare
 from sparsesearch.equal_latency.compare import Setting, compare_at_latency
-from sparsesearch.equal_latency.ladders import MENUS, Menu, ladders
+from sparsesearch.equal_latency.ladders import MENUS, Menu, SharedChoices, ladders
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
@@ -29,6 +30,8 @@ from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.runtime.live import AppliedPlan, apply
+from sparsesearch.scoring import Question, score_table
+from sparsesearch.search.budget import Budget
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.workload import Workload
 
@@ -121,7 +124,9 @@ def test_the_family_on_trial_chooses_among_parts_of_its_space_and_its_rivals(
     found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=fresh)
     row = found.targets["0.6"]
     own = row["mixture"]
-    assert {"all rules", "without bitmaps", "without bitmaps and silent heads", "MoA"} <= set(own.tried)
+    assert set(own.tried) <= {*(menu.label for menu in MENUS), "MoA"}
+    assert "all rules" in own.tried
+    assert ("MoA" in own.tried) == (row["MoA"].share <= 0.6 * 1.05), "what is slower is not taken"
     assert own.menu is not None
     assert own.tried[own.menu] == min(own.tried.values())
     assert list(row) == ["mixture", "MoA", "uniform window"]
@@ -142,6 +147,24 @@ def test_a_menu_says_what_it_leaves_out() -> None:
     assert not quiet.allows(rules["zero"])
     assert quiet.allows(rules["fixed_blocks(keep=0.1)"])
     assert not Menu(bitmaps=False).allows(rules["fixed_blocks(keep=0.1)"])
+
+
+def test_a_layer_pays_for_choosing_once(profile: Profile) -> None:
+    """Whatever heads choose, their shares add up to the layer's call; a layer where none chooses asks the first one for all of it."""
+    costs, workload = load_cost_model("h200"), Workload(LENGTH, batch=2)
+    question = Question((Budget("latency", 1.0),), cost_model=costs, workloads=(workload,))
+    table = score_table(profile, question)
+    shared = SharedChoices.of(profile, question, table)
+    assert shared is not None
+    column = table.candidates.index(next(label for label in table.candidates if label.startswith("vertical_slash")))
+    static = [kind is None for kind in shared.kinds]
+    usual = costs.estimator_s("vertical_slash", LENGTH, 8 * 2) / 8
+    choice = np.zeros(8, dtype=int)
+    choice[:3] = column  # three heads of the first layer
+    extra = shared.charged(table, choice).costs["latency"] - table.costs["latency"]
+    assert not extra[:, static].any()
+    assert extra[:3, column, 0] + usual == pytest.approx(costs.estimator_s("vertical_slash", LENGTH, 3 * 2) / 3)
+    assert extra[4:, column, 0] + usual == pytest.approx(costs.estimator_s("vertical_slash", LENGTH, 2))
 
 
 def test_replayed_shares_fall_with_the_budget_and_start_near_the_target(profile: Profile) -> None:

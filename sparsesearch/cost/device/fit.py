@@ -91,7 +91,7 @@ def fitted(
             )
             for kind in sorted({row["name"] for row in _group(rows, "pointwise")})
         },
-        estimators=_estimators(rows),
+        estimators=fit_estimators(rows),
         prefill_relief=Correction(amounts=(1.0,), values=(0.0,)),
         decode_glue_s=Correction(amounts=(1.0,), values=(0.0,)),
         permutation=rising([(row["nbytes"], row["seconds"]) for row in _group(rows, "permutation")]),
@@ -260,7 +260,7 @@ def _linear(rows: Sequence[Row]) -> tuple[LinearCost, ...]:
     )
 
 
-def _estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
+def fit_estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
     """One entry per rule, from the smallest number of heads it was timed with and, where there is another, the largest."""
     own = _group(rows, "estimator")
     heads: dict[str, set[int]] = {}
