@@ -198,6 +198,7 @@ class Menu:
 MENUS = (
     Menu(),
     Menu(bitmaps=False),
+    Menu(silent_heads=False),
     Menu(bitmaps=False, silent_heads=False),
     Menu(bitmaps=False, silent_heads=False, answer_weight=3.0),
 )
