@@ -160,9 +160,10 @@ def _at_latency(
     seed: int,
     suite: "SuiteSpec | None",
 ) -> "EqualLatency":
-    from sparsesearch.equal_latency.compare import Setting, compare_at_latency
+    from sparsesearch.equal_latency.compare import compare_at_latency
     from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
     from sparsesearch.equal_latency.record import EqualLatency
+    from sparsesearch.equal_latency.settle import Setting
     from sparsesearch.evaluate.run import held_out_parts
 
     if len(lengths) != 1:

@@ -19,9 +19,10 @@ from sparsesearch.bench.random_model import random_model
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.shipped import shipped_for
-from sparsesearch.equal_latency.compare import Setting, compare_at_latency
+from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
 from sparsesearch.equal_latency.record import EqualLatency
+from sparsesearch.equal_latency.settle import Setting
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import model_shape
 from sparsesearch.profiling.run import Request, profile_model

@@ -15,9 +15,12 @@ from sparsesearch.calibration import Calibration
 from sparsesearch.comparison import TileShares
 from sparsesearch.cost import load_cost_model
 from sparsesearch.equal_latency import compare
-from sparsesearch.equal_latency.compare import Setting, compare_at_latency
-from sparsesearch.equal_latency.ladders import MENUS, Menu, SharedChoices, ladders
+from sparsesearch.equal_latency.compare import compare_at_latency
+from sparsesearch.equal_latency.ladders import ladders
+from sparsesearch.equal_latency.menus import MENUS, Menu
 from sparsesearch.equal_latency.record import EqualLatency
+from sparsesearch.equal_latency.settle import Replay, Setting
+from sparsesearch.equal_latency.shared_choices import SharedChoices
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.predicted import predicted_seconds
@@ -170,7 +173,7 @@ def test_a_layer_pays_for_choosing_once(profile: Profile) -> None:
 def test_replayed_shares_fall_with_the_budget_and_start_near_the_target(profile: Profile) -> None:
     costs = load_cost_model("h200")
     workload = Workload(LENGTH, batch=8)
-    replay = compare.Replay(profile, workload, costs)
+    replay = Replay(profile, workload, costs)
     ladder = ladders(profile, ["uniform window"], workload, costs)["uniform window"]
     shares = [replay(ladder.at(bound)) for bound in (0.125, 0.5, 1.0)]
     assert shares == sorted(shares)
