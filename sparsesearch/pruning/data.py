@@ -89,9 +89,12 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def _sentences(tokenizer: Any, spec: str, length: int, count: int, seed: int, split: Split) -> list[Batch]:
-    """Different sentences; for calibration, passages make up for what a small corpus lacks."""
+    """Different sentences, none of them in both splits; for calibration, passages make up for what a small corpus lacks."""
     texts = list(documents(spec, split))
-    found = sorted({text for document in texts for text in split_sentences(document)})
+    different = {text for document in texts for text in split_sentences(document)}
+    if split == "calibration":
+        different -= {text for document in documents(spec, "heldout") for text in split_sentences(document)}
+    found = sorted(different)
     if (len(found) < count and split == "heldout") or not found:
         raise SpecError(
             f"{spec} must hold at least {count} different sentences, but its {split} split has {len(found)}. Ask for fewer."

@@ -11,11 +11,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from sparsesearch.cut import Cut
 from sparsesearch.errors import SpecError
+from sparsesearch.plan import Plan
 from sparsesearch.pruning.data import load_batches, stacked
 from sparsesearch.pruning.heal_state import HealOptimiser, HealState, trained_parameters
 from sparsesearch.pruning.models import load_prunable
 from sparsesearch.pruning.quality import Batch, dense_rows, distance, mean_distance, output_rows
+from sparsesearch.pruning.verify import layout_of
 from sparsesearch.runtime.export import COMPANIONS, PLAN_FILE, check_target, complete_or_nothing
 
 _WARMUP_SHARE = 0.05
@@ -54,6 +57,10 @@ class HealRequest:
     num_sequences: int = 16
     save_every: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise SpecError(f"the learning rate must be positive and finite, but got {self.learning_rate:g}.")
 
 
 @dataclass(frozen=True)
@@ -96,10 +103,16 @@ def heal_checkpoint(
 
     Raises:
         ArtifactError: `out` is taken; a state is there and `resume` is off, or it belongs to another request.
+        SpecError: nothing was removed from the checkpoint, or it answers as the teacher does.
     """
     check_target(out, checkpoint, overwrite=False)
+    cut = _cut_of(checkpoint)
     state = HealState.open(out.with_name(f"{out.name}.heal"), request, resume=resume)
     student, tokenizer = load_prunable(checkpoint, device=device, dtype="float32")
+    if layout_of(student, cut) == "logical":
+        raise SpecError(
+            f"{checkpoint} must really be smaller to be healed, but holds zeros, which training would fill. Apply its plan without --logical."
+        )
     dense, reader = load_prunable(teacher, device=device, dtype="float32")
     held_out = load_batches(
         dense, reader or tokenizer, request.data, length_tokens=request.length_tokens,
@@ -107,6 +120,10 @@ def heal_checkpoint(
     )  # fmt: skip
     reference = dense_rows(dense, held_out)
     before = mean_distance(student, held_out, reference), held_out_loss(student, held_out)
+    if before[0] == 0:
+        raise SpecError(
+            f"{checkpoint} must differ from its teacher, but answers exactly as {teacher} does. Give the dense model."
+        )
     train(student, dense, tokenizer or reader, request, state, progress)
     after = mean_distance(student, held_out, reference), held_out_loss(student, held_out)
     with complete_or_nothing(out, overwrite=False) as staging:
@@ -114,10 +131,20 @@ def heal_checkpoint(
     shutil.rmtree(state.folder, ignore_errors=True)
     goal = held_out_loss(dense, held_out)
     if goal is None or before[1] is None or after[1] is None:
-        share = (before[0] - after[0]) / max(before[0], 1e-12)
+        share = (before[0] - after[0]) / before[0]
     else:
         share = (before[1] - after[1]) / max(before[1] - goal, 1e-12)
     return HealReport(request.steps, before[0], after[0], goal, before[1], after[1], share)
+
+
+def _cut_of(checkpoint: Path) -> Cut:
+    """What was removed from a checkpoint."""
+    cut = Plan.load(checkpoint / PLAN_FILE).pruning if (checkpoint / PLAN_FILE).is_file() else None
+    if cut is None:
+        raise SpecError(
+            f"{checkpoint} must be a pruned checkpoint, but nothing was removed from it. Make one with `sparsesearch apply`."
+        )
+    return cut
 
 
 def train(
