@@ -30,6 +30,7 @@ def heal(
         int, typer.Option(help="Sequences the dense model writes itself, to be trained on too.", min=0)
     ] = 256,
     num_sequences: Annotated[int, typer.Option(help="Held-out sequences to print the gain on.", min=1)] = 16,
+    held_out_data: o.HeldOut = None,
     save_every: Annotated[int, typer.Option(help="Steps between states that --resume continues from.", min=1)] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     device: o.Device = "cpu",
@@ -39,19 +40,21 @@ def heal(
     """Distil the dense model into a pruned checkpoint. The gain on held-out data is printed."""
     from dataclasses import asdict
 
+    from sparsesearch.profiling.record import provenance_versions
     from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
 
     with usage("--learning-rate"):
         request = HealRequest(
             steps=steps, data=data, length_tokens=length, batch=batch, optimiser=optimiser, learning_rate=learning_rate,
-            generated=generated, num_sequences=num_sequences, save_every=save_every, seed=seed,
+            generated=generated, num_sequences=num_sequences, save_every=save_every, seed=seed, held_out=held_out_data,
         )  # fmt: skip
     with progress_bar() as progress:
         found = heal_checkpoint(
             checkpoint, teacher, out, request, device=o.present_device(device), resume=resume, progress=progress
         )
     if json:
-        emit_json(asdict(found))
+        origin = {"command": o.command_line(), "device": device, "versions": provenance_versions()}
+        emit_json({**asdict(found), "provenance": {**origin, "request": asdict(request)}})
         return
     columns = ["held-out", "dense", "pruned", "healed", "recovered"]
     rows = [
