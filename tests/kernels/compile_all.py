@@ -168,8 +168,9 @@ def step() -> Iterator[tuple[str, CompileReport]]:
 
 def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, keys in hopper_prefill.CONFIGS:
-        for causal in (True, False):
-            yield f"gluon {head_dim} {keys} causal={causal}", hopper(head_dim, keys, causal=causal)
+        yield f"gluon {head_dim} {keys} causal=True", hopper(head_dim, keys)
+    for head_dim, keys in ((64, 128), (128, 128), (256, 64)):  # of the others ptxas makes the same
+        yield f"gluon {head_dim} {keys} causal=False", hopper(head_dim, keys, causal=False)
     yield "gluon 128 128 fp16", hopper(128, 128, dtype="fp16")
     yield "gluon 64 128 bias", hopper(64, 128, bias=True)
     yield "gluon 128 128 bias", hopper(128, 128, bias=True)

@@ -55,7 +55,8 @@ def decoded(model, ids, cache, *, fused, mask=None, **settings):
         first = mask.sum(1)
     with torch.no_grad():
         model(ids, **{CACHE_KEYWORD: cache}, use_cache=True, **inputs)
-    with_kernels(cache)
+    if fused or ON_GPU:
+        with_kernels(cache)
     step = DecodeStep(model, cache, first_position=first, fused=fused, **settings)
     rows = torch.arange(len(ids), device=DEVICE)
     logits = [step((rows * 7 + 3 * token) % 64).clone() for token in range(STEPS)]
