@@ -1,5 +1,6 @@
 """The first command a user runs, with as little evaluation as it allows."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from sparsesearch.presets import preset_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeded")
 def test_quickstart_leaves_everything_and_says_what_it_found(
     run_json: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quickstart, "TIMED_LENGTH_TOKENS", 1024)  # 4096 take half a minute
     out = tmp_path / "quickstart"
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart, "refine", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert "interrupted" in run("quickstart", "-o", out, "--evaluations", "0", code=130).stderr
+    assert (out / "profile").exists()
     found = run_json("quickstart", "-o", out, "--evaluations", "0", "--num-sequences", "1")
     variants = {"dense", "uniform_window", "plan"}
     for figure in ("needle_accuracy", "heldout_loss", "kl_to_dense", "prefill_s"):
@@ -38,4 +44,4 @@ def test_quickstart_leaves_everything_and_says_what_it_found(
     for file in reference.iterdir():
         assert sha256_file(out / "profile" / file.name) == sha256_file(file)
     assert run_json("verify", out / "patched")["problems"] == []
-    assert "must be empty" in run("quickstart", "-o", out, code=1).stderr
+    assert "holds report.html" in run("quickstart", "-o", out, code=1).stderr
