@@ -38,7 +38,14 @@ RunFile = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        help="needle, tasks:NAMES:FORMAT, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split."
+        help="needle, tasks:NAMES:FORMAT, text, stdlib, a .jsonl/.txt/.parquet file, several joined by +, or a hub dataset name:config:split."
+    ),
+]
+HeldOut = Annotated[
+    str | None,
+    typer.Option(
+        "--held-out",
+        help="Spec of the data to judge on, of its held-out split; that of the calibration data by default.",
     ),
 ]
 NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
