@@ -132,7 +132,8 @@ def refuse_given(context: typer.Context, why: str, *names: str) -> None:
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(f"{why}.", param_hint=f"--{name.replace('_', '-')}")
+            option = next(parameter.opts[-1] for parameter in context.command.params if parameter.name == name)
+            raise typer.BadParameter(f"{why}.", param_hint=option)
 
 
 def command_line() -> str:
