@@ -170,7 +170,11 @@ def main() -> None:
         return
     if given.json is None:
         parser.error("--json is missing.")
-    given.json.write_text(json.dumps(run(), indent=1, sort_keys=True) + "\n")
+    try:
+        record = run()
+    except UnsupportedKernelError as error:
+        parser.exit(1, f"{error}\n")
+    given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
