@@ -149,7 +149,7 @@ def _left(scorer: "_Scorer", group: int, size: int) -> tuple[int, ...]:
 class _Scorer(ABC):
     """Removes inputs of one output projection under one criterion. Heads are runs of `head_dim` inputs.
 
-    Scores stay where the model is: a step that waits for the host costs more there than its arithmetic.
+    What needs the covariance stays where the model is; sums of scores are small and made on the host, where a step costs less than a launch.
     """
 
     def __init__(self, head_dim: int, like: Float[Tensor, " I"]) -> None:
@@ -202,10 +202,10 @@ class _Signed(_Scorer):
     """½ mean (Σ_c s_rc)²: effects of what goes are added before they are squared."""
 
     def __init__(self, head_dim: int, effects: Float[Tensor, "P I"], scale: float) -> None:
-        super().__init__(head_dim, effects[0])
-        self.effects, self.scale = effects, scale
-        self.alone = effects.square().mean(0)
-        self.gone = torch.zeros_like(effects[:, 0])
+        self.effects, self.scale = effects.cpu(), scale
+        super().__init__(head_dim, self.effects[0])
+        self.alone = self.effects.square().mean(0)
+        self.gone = torch.zeros_like(self.effects[:, 0])
 
     def single_losses(self) -> Float[Tensor, " I"]:
         grown = self.alone + 2 * (self.gone @ self.effects) / len(self.effects)
@@ -218,13 +218,13 @@ class _Signed(_Scorer):
     def remove(self, columns: Int[Tensor, " K"]) -> None:
         self.gone = self.gone + self.effects[:, columns].sum(1)
         self.loss = self.scale * self.gone.square().mean()
-        self.left[columns] = False
+        self.left.index_fill_(0, columns, False)
 
 
 class _Additive(_Scorer):
     def __init__(self, head_dim: int, scores: Float[Tensor, " I"]) -> None:
-        super().__init__(head_dim, scores)
-        self.scores = scores
+        self.scores = scores.cpu()
+        super().__init__(head_dim, self.scores)
 
     def single_losses(self) -> Float[Tensor, " I"]:
         return torch.where(self.left, self.scores, torch.inf)
@@ -234,7 +234,7 @@ class _Additive(_Scorer):
 
     def remove(self, columns: Int[Tensor, " K"]) -> None:
         self.loss = self.loss + self.scores[columns].sum()
-        self.left[columns] = False
+        self.left.index_fill_(0, columns, False)
 
 
 def _scorer(scoring: Scoring, kind: str) -> _Scorer:

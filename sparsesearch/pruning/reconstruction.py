@@ -104,7 +104,7 @@ class Elimination:
         self.inverse_diagonal = self.inverse_diagonal - step_down.square().sum(1)
         self.behind_diagonal = self.behind_diagonal - 2 * (step_down * step_cross).sum(1)
         self.down, self.cross = torch.cat([self.down, step_down], 1), torch.cat([self.cross, step_cross], 1)
-        self.left[columns] = False
+        self.left.index_fill_(0, columns, False)  # assigning False would wait for the device
         if self.down.shape[1] >= _WAITING_INPUTS:
             self._catch_up()
 
