@@ -1,4 +1,4 @@
-"""What `sparsesearch bench cuts` recorded: the joint plan is faster and nearer to dense than the plans of one kind alone."""
+"""What `sparsesearch bench cuts` recorded: the joint plan against plans of one kind, the searched cut of a real model against magnitude."""
 
 import json
 from pathlib import Path
@@ -29,3 +29,13 @@ def test_the_joint_plan_beats_either_kind_alone(path):
         for alone in (row for row in found if row.plan in (CUTS_ONLY, RULES_ONLY) and row.budget == joint.budget):
             assert joint.distance < alone.distance
             assert joint.forward_s <= alone.forward_s * 1.03, "the clock of a shared machine"
+
+
+def test_smollm2_without_fifteen_percent_is_faster_and_nearer_to_dense_than_uniform_magnitude():
+    found = {row.plan: row for row in rows(Path(RECORDS[0].parent, "smollm2-cpu.json"))}
+    searched = found["searched"]
+    assert searched.params <= 0.85
+    assert searched.speed_up >= 1.12
+    for refitted, bare in (("searched", "uniform magnitude"), ("searched, not refitted", "uniform magnitude, not refitted")):
+        assert found[refitted].distance <= 0.7 * found[bare].distance, "like with like"
+    assert searched.distance <= 0.7 * found["uniform magnitude, not refitted"].distance
