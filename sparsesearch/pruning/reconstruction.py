@@ -46,6 +46,7 @@ class Elimination:
         cross: Z of the waiting steps.
         inverse_diagonal: diagonal of H after them.
         behind_diagonal: diagonal of G after them.
+        failed: above 0 when a step's H_RR was not positive definite; looked at when steps are caught up with, to spare waits for the device.
         loss: ½ tr(F E) of everything removed so far.
     """
 
@@ -57,6 +58,7 @@ class Elimination:
     cross: Float[Tensor, "L S"]
     inverse_diagonal: Float[Tensor, " L"]
     behind_diagonal: Float[Tensor, " L"]
+    failed: Int[Tensor, ""]
     loss: Float[Tensor, ""]
 
     @classmethod
@@ -71,7 +73,7 @@ class Elimination:
         everything = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
         return cls(
             inverse, behind, everything.cumsum(0) - 1, everything, none, none, inverse.diagonal().clone(),
-            behind.diagonal().clone(), inverse.new_zeros(()),
+            behind.diagonal().clone(), inverse.new_zeros((), dtype=torch.int32), inverse.new_zeros(()),
         )  # fmt: skip
 
     def single_losses(self) -> Float[Tensor, " I"]:
@@ -91,12 +93,17 @@ class Elimination:
         return 0.5 * refitted.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def remove(self, columns: Int[Tensor, " K"]) -> None:
-        """Take inputs away and refit the rest."""
+        """Take inputs away and refit the rest.
+
+        Raises:
+            torch.linalg.LinAlgError: what is left has no positive definite covariance; perhaps some steps late.
+        """
         at = self.place[columns]
         down, cross = self.down[at].t(), self.cross[at].t()
         inverse = self.inverse[:, at] - self.down @ down
         behind = self.behind[:, at] - self.cross @ down - self.down @ cross
-        factor = torch.linalg.cholesky(inverse[at])
+        factor, failed = torch.linalg.cholesky_ex(inverse[at])
+        self.failed = torch.maximum(self.failed, failed)
         step_down, step_cross = _divided(inverse, factor), _divided(behind, factor)
         own = _divided(step_cross[at].t(), factor)
         step_cross = step_cross - 0.5 * step_down @ own
@@ -105,11 +112,15 @@ class Elimination:
         self.behind_diagonal = self.behind_diagonal - 2 * (step_down * step_cross).sum(1)
         self.down, self.cross = torch.cat([self.down, step_down], 1), torch.cat([self.cross, step_cross], 1)
         self.left.index_fill_(0, columns, False)  # assigning False would wait for the device
-        if self.down.shape[1] >= _WAITING_INPUTS:
+        if self.down.shape[1] >= min(_WAITING_INPUTS, len(self.inverse)):
             self._catch_up()
 
     def _catch_up(self) -> None:
         """Bring H and G up to date."""
+        if self.failed:
+            raise torch.linalg.LinAlgError(
+                "the covariance of a projection's inputs must be positive definite, but is not."
+            )
         kept = self.place[self.left]
         down, cross = self.down[kept], self.cross[kept]
         self.inverse = self.inverse[kept][:, kept].addmm_(down, down.t(), alpha=-1)

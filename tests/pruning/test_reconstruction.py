@@ -42,6 +42,14 @@ def test_losses_add_up_to_the_optimum_of_what_is_left(waiting, monkeypatch):
         torch.testing.assert_close(float(predicted), expected, rtol=1e-9, atol=0)
 
 
+def test_a_covariance_that_is_none_is_refused():
+    state = Elimination.start(torch.ones(2, 6), torch.eye(6), torch.eye(2))
+    state.inverse[1, 1] = -1.0
+    state.remove(torch.tensor([1]))
+    with pytest.raises(torch.linalg.LinAlgError, match="positive definite"):
+        state.remove(torch.tensor([0, 2, 3, 4, 5]))
+
+
 def test_single_losses_are_losses_of_sets_of_one():
     x, weight, sensitivity = problem()
     state = Elimination.start(weight, x.t() @ x / len(x), sensitivity)

@@ -31,11 +31,10 @@ def test_the_joint_plan_beats_either_kind_alone(path):
             assert joint.forward_s <= alone.forward_s * 1.03, "the clock of a shared machine"
 
 
-def test_smollm2_without_fifteen_percent_is_faster_and_nearer_to_dense_than_uniform_magnitude():
-    found = {row.plan: row for row in rows(Path(RECORDS[0].parent, "smollm2-cpu.json"))}
-    searched = found["searched"]
+def test_smollm2_without_fifteen_percent_is_nearer_to_dense_than_uniform_magnitude():
+    found = {row.plan: row for row in rows(RECORDS[0].parent / "smollm2-h200.json")}
+    searched, bare = found["searched"], found["searched, not refitted"]
+    rival, bare_rival = found["uniform magnitude"], found["uniform magnitude, not refitted"]
     assert searched.params <= 0.85
-    assert searched.speed_up >= 1.12
-    for refitted, bare in (("searched", "uniform magnitude"), ("searched, not refitted", "uniform magnitude, not refitted")):
-        assert found[refitted].distance <= 0.7 * found[bare].distance, "like with like"
-    assert searched.distance <= 0.7 * found["uniform magnitude, not refitted"].distance
+    assert max(searched.distance / rival.distance, bare.distance / bare_rival.distance) <= 0.7, "like with like"
+    assert searched.distance <= 0.7 * bare_rival.distance
