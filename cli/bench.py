@@ -96,7 +96,7 @@ def _live(name: str, device: str, max_tokens: int) -> "PreTrainedModel":
 
     if name in MODEL_SHAPES:
         return random_model(MODEL_SHAPES[name], device=device, max_tokens=max_tokens)
-    model = load_weights(name, dtype="bfloat16", device=device)
+    model = load_weights(name, dtype="bfloat16", device=device, with_plan=False)
     model.train(False)
     return model
 

@@ -30,6 +30,7 @@ def cuts(
         int, typer.Option(help="Calibration sequences to refit on; 0 leaves every plan as it is cut.", min=0)
     ] = prune.REFIT_SAMPLES,
     num_sequences: Annotated[int, typer.Option(help="Held-out sequences, sentences or images.", min=1)] = 32,
+    held_out_data: o.HeldOut = None,
     time_tokens: Annotated[int, typer.Option(help="Tokens of the forward that is timed.", min=1)] = 1024,
     rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 takes no times.", min=0)] = 7,
     device: o.Device = "cpu",
@@ -79,8 +80,9 @@ def cuts(
     window = (
         where["length_tokens"] if attention is None else time_tokens
     )  # attention rules show at their own length only
+    judged_on = held_out_data or where["data"]
     held_out = load_batches(
-        live, tokenizer, where["data"], length_tokens=window, num_samples=num_sequences, seed=seed, split="heldout"
+        live, tokenizer, judged_on, length_tokens=window, num_samples=num_sequences, seed=seed, split="heldout"
     )
     bench = CutBench(
         held_out=held_out,
@@ -94,7 +96,7 @@ def cuts(
         rows = measure_cuts(live, opened, wanted, bench, progress=progress)
     record = record_of(
         live, opened, rows, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
-        time_tokens=time_tokens,
+        time_tokens=time_tokens, held_out=judged_on,
     )  # fmt: skip
     write_bytes(out, as_bytes(record))
     if json:

@@ -18,7 +18,26 @@ if TYPE_CHECKING:
     from sparsesearch.evaluate import Estimate, Metrics
 
 
+FOR_TEXT = (
+    *(
+        "lengths",
+        "num_sequences",
+        "num_needles",
+        "data",
+        "timing_rounds",
+        "cost_model",
+        "tasks",
+        "suite",
+        "task_format",
+        "shots",
+    ),
+    *("task_sequences", "generate", "seed"),
+)
+"""Options of `eval` that mean nothing for plans of a pipeline, which --run judges."""
+
+
 def evaluate(
+    context: typer.Context,
     plans: Annotated[
         list[Path] | None, typer.Argument(help="One or more sparse_plan.json; none: dense alone.", metavar="[PLAN]...")
     ] = None,
@@ -52,6 +71,12 @@ def evaluate(
             raise typer.BadParameter(
                 "must be named with --run: dense is what plans are compared with.", param_hint="PLAN"
             )
+        for path in plans:
+            if not pipelines.is_pipeline_plan(path):
+                raise typer.BadParameter(
+                    f"is for plans of diffusers pipelines, and {path} is none.", param_hint="--run"
+                )
+        o.refuse_given(context, "is not for plans of a pipeline", *FOR_TEXT)
         pipelines.evaluate(plans, run, out, model=model, device=device, dtype=dtype, json=json)
         return
     from sparsesearch.evaluate import evaluate as run_all

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, deploy, exchange, front, judge, lint, listing, measure, plan, predict, prune, reuse, tune
+from . import bench, deploy, exchange, front, heal, judge, lint, listing, measure, plan, predict, reuse, tune
 
 app = typer.Typer(
     name="sparsesearch",
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 110},
 )
-for room in (measure, plan, reuse, prune, tune, lint, predict, deploy, exchange, judge, front, bench, listing):
+for room in (measure, plan, reuse, heal, tune, lint, predict, deploy, exchange, judge, front, bench, listing):
     room.register(app)
 
 

@@ -89,7 +89,26 @@ def quickstart(
     )
 
 
+FOR_TEXT = (
+    "data",
+    "text_column",
+    "lengths",
+    "num_samples",
+    "num_probes",
+    "revision",
+    "trust_remote_code",
+    "stream",
+    "device_map",
+    "seed",
+)
+"""Options of `profile` that mean nothing for diffusers pipelines, which are sampled as --run says."""
+FOR_PIPELINES = ("run", "sensitivity", "under")
+NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
+NOT_FOR_REMOVALS_ALONE = ("text_column", "stream", "device_map")
+
+
 def profile(
+    context: typer.Context,
     model: o.Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Profile directory to write.")] = Path("profile"),
     space: Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")] = "mixture",
@@ -132,12 +151,13 @@ def profile(
 ) -> None:
     """Score every candidate rule in every head. Under torchrun, processes share the sequences between them."""
     if pipelines.is_pipeline(model):
+        o.refuse_given(context, "is not for diffusers pipelines", *FOR_TEXT, "learn_masks")
         pipelines.profile(
             model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume,
             dry_run=dry_run, json=json,
         )  # fmt: skip
         return
-    pipelines.only_for_pipelines(f"{model} is none", run=run, sensitivity=sensitivity, under=under)
+    o.refuse_given(context, f"is for diffusers pipelines, and {model} is none", *FOR_PIPELINES)
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
     from sparsesearch.profiling.world import World, own_device
@@ -147,6 +167,11 @@ def profile(
     if stream and device_map is not None:
         raise typer.BadParameter("holds one layer at a time, so no --device-map goes with it.", param_hint="--stream")
     menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
+    if menu.pruning is None:
+        o.refuse_given(context, f"is for spaces that remove, and {space} does not", "learn_masks")
+    else:
+        alone = NOT_FOR_REMOVALS_ALONE if len(menu.candidates) == 1 else ()
+        o.refuse_given(context, f"is not for spaces that remove, such as {space}", *NOT_FOR_REMOVALS, *alone)
     if dry_run:
         needs = estimate(
             model,
@@ -168,7 +193,7 @@ def profile(
             "num_probes": num_probes,
             "seed": seed,
         }
-        prunable, reader = load_prunable(model, device=o.present_device(device), dtype=dtype)
+        prunable, reader = load_prunable(model, device=o.present_device(device), dtype=dtype, with_plan=False)
         if not (resume and prune.has_cuts(out)):
             prune.profile_cuts(prunable, reader, model, menu.pruning, out, **cuts, learn_masks=learn_masks, json=json)
         if len(menu.candidates) == 1:

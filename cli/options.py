@@ -38,7 +38,14 @@ RunFile = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        help="needle, tasks:NAMES:FORMAT, text, a .jsonl/.txt/.parquet file, or a hub dataset name:config:split."
+        help="needle, tasks:NAMES:FORMAT, text, stdlib, a .jsonl/.txt/.parquet file, several joined by +, or a hub dataset name:config:split."
+    ),
+]
+HeldOut = Annotated[
+    str | None,
+    typer.Option(
+        "--held-out",
+        help="Spec of the data to judge on, of its held-out split; that of the calibration data by default.",
     ),
 ]
 NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
@@ -125,7 +132,8 @@ def refuse_given(context: typer.Context, why: str, *names: str) -> None:
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(f"{why}.", param_hint=f"--{name.replace('_', '-')}")
+            option = next(parameter.opts[-1] for parameter in context.command.params if parameter.name == name)
+            raise typer.BadParameter(f"{why}.", param_hint=option)
 
 
 def command_line() -> str:

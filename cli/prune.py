@@ -1,12 +1,10 @@
-"""Commands and branches of commands that remove heads and channels, and the training that heals what is left."""
+"""Branches of commands that remove heads and channels: profile, search, apply, validate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from . import options as o
-from .errors import guarded, usage
+from .errors import usage
 from .render import emit_json, lines, pairs, progress_bar, table
 
 if TYPE_CHECKING:
@@ -252,60 +250,3 @@ def refit_spec(profile: "PruningProfile", samples: int, *, uniform: bool = False
     bias = profile.manifest.menu.bias and not uniform
     where = {**profile.manifest.calibration, "num_samples": samples, "bias": bias}
     return Compensation.model_validate(where) if samples else None
-
-
-def heal(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Pruned checkpoint, written by `sparsesearch apply`.", metavar="DIR")
-    ],
-    teacher: Annotated[str, typer.Option(help="The dense model.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 200,
-    data: o.Data = "text",
-    length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = 512,
-    batch: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 4,
-    optimiser: Annotated[
-        Literal["muon", "adamw"], typer.Option(help="muon orthogonalises the updates of matrices; vectors take AdamW.")
-    ] = "muon",
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak of the cosine schedule; the optimiser's own by default.")
-    ] = None,
-    generated: Annotated[
-        int, typer.Option(help="Sequences the dense model writes itself, to be trained on too.", min=0)
-    ] = 256,
-    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to print the gain on.", min=1)] = 16,
-    save_every: Annotated[int, typer.Option(help="Steps between states that --resume continues from.", min=1)] = 50,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    device: o.Device = "cpu",
-    seed: o.Seed = 0,
-    json: o.Json = False,
-) -> None:
-    """Distil the dense model into a pruned checkpoint. The gain on held-out data is printed."""
-    from dataclasses import asdict
-
-    from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
-
-    request = HealRequest(
-        steps=steps, data=data, length_tokens=length, batch=batch, optimiser=optimiser,
-        learning_rate=learning_rate, generated=generated, num_sequences=num_sequences, save_every=save_every, seed=seed,
-    )  # fmt: skip
-    with progress_bar() as progress:
-        found = heal_checkpoint(
-            checkpoint, teacher, out, request, device=o.present_device(device), resume=resume, progress=progress
-        )
-    if json:
-        emit_json(asdict(found))
-        return
-    columns = ["held-out", "dense", "pruned", "healed", "recovered"]
-    rows = [
-        ["distance", 0.0, found.distance_before, found.distance_after, 1 - found.distance_after / found.distance_before]
-    ]
-    if found.loss_dense is not None:
-        rows.append(["loss, nats per token", found.loss_dense, found.loss_before, found.loss_after, found.recovered])
-    table(f"{steps} steps, {num_sequences} held-out sequences", columns, rows)
-    lines(f"written: {out}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands."""
-    app.command("heal")(guarded(heal))

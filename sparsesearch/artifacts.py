@@ -77,6 +77,23 @@ def require_writable(path: Path) -> None:
         raise ArtifactError(f"{path} must be writable, but {reason}. Choose another folder with -o.")
 
 
+def require_unfinished(out: Path, written: set[str]) -> None:
+    """Refuse a folder that holds anything but what an interrupted run leaves; the report is written last.
+
+    Args:
+        out: the folder.
+        written: names that a run writes before its report.
+
+    Raises:
+        ArtifactError: it holds a report, or other files.
+    """
+    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    if held - written:
+        raise ArtifactError(
+            f"{out} must be empty or hold an interrupted quickstart, but holds {min(held - written)}. Choose another folder with -o."
+        )
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes atomically."""
     with atomic_file(path) as file:

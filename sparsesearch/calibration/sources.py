@@ -1,4 +1,4 @@
-"""Where text comes from: the shipped documentation, a local file, a dataset of the hub; and its cutting into two disjoint splits."""
+"""Where text comes from: the shipped documentation, Python's own, a local file, a dataset of the hub; and its cutting into two disjoint splits."""
 
 import importlib
 import json
@@ -10,10 +10,12 @@ from typing import Any
 
 from sparsesearch.artifacts import read_text
 from sparsesearch.calibration.samples import Split
+from sparsesearch.calibration.stdlib import stdlib_documents
 from sparsesearch.errors import ArtifactError, SpecError, nearest
 
 BUILT_IN = {
     "text": "plain documentation text that ships with sparsesearch",
+    "stdlib": "docstrings and language reference of the Python that runs; text+stdlib joins both, text+FILE a file of your own",
     "tasks:NAMES:FORMAT": "long-context tasks in turn, such as tasks:needle,multikey:chat or tasks:retrieval",
     "needle": "that text with key-value statements and questions about them; needle:FILE takes the text from a file",
 }
@@ -28,7 +30,8 @@ def documents(spec: str, split: Split, *, text_column: str = "text") -> Iterator
     joined and cut at three quarters of its characters.
 
     Args:
-        spec: `text`, a local `.jsonl`, `.txt` or `.parquet` file, or `name:config:split` of the hub (config may be empty).
+        spec: `text`, `stdlib`, a local `.jsonl`, `.txt` or `.parquet` file, several of these joined by `+`, or `name:config:split` of the hub
+            (config may be empty).
         split: which part.
         text_column: the field of `.jsonl`, `.parquet` and hub rows that holds the text.
 
@@ -39,6 +42,10 @@ def documents(spec: str, split: Split, *, text_column: str = "text") -> Iterator
     if spec == "text":
         resource = files("sparsesearch").joinpath("presets", "models", "needle-7m", f"{split}.jsonl")
         return _jsonl(resource.read_text(encoding="utf-8"), str(resource), text_column)
+    if spec == "stdlib":
+        return _part(stdlib_documents(), split, spec)
+    if "+" in spec and spec.count(":") != 2 and not Path(spec).exists():
+        return chain.from_iterable(documents(part, split, text_column=text_column) for part in spec.split("+"))
     if Path(spec).suffix in SUFFIXES:
         return _part(_local(Path(spec), text_column), split, spec)
     if spec.count(":") == 2:

@@ -11,7 +11,7 @@ stream, and the projections that lose no input are refitted too.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,14 +122,16 @@ class _Goal:
 
 def _fit(goal: _Goal, kept: Tensor, streams: list[_Stream], dense: list[_Pass]) -> dict[str, Fitted]:
     """Refit projections on what the cut model feeds them."""
-    layer = goal.layer
+    layer, layout = goal.layer, dict(goal.layer.sublayers)[goal.kind]
     fits = {}
     for name in goal.names:
         projection = layer.projection(name)
         own_bias = projection.bias is not None
         fits[name] = Regression(projection.weight.detach(), with_bias=own_bias or (goal.bias and goal.outgoing()))
+    # the residual stream before a feed-forward part that normalises first is known only when the layer is through
+    until = None if goal.outgoing() and goal.kind == "feed_forward" and not layout.post_norm else goal.names
     for number, (stream, before) in enumerate(zip(streams, dense, strict=True)):
-        now = _run(layer, stream.cut, stream.kwargs[goal.index])
+        now = _run(layer, stream.cut, stream.kwargs[goal.index], until=until)
         for name, regression in fits.items():
             target = before.leaving[name]
             if goal.outgoing():
@@ -178,25 +180,43 @@ def _start(model: PreTrainedModel, layers: tuple[Layer, ...], batch: Batch, firs
     return _Stream(batch, kwargs, entering[0], entering[0])
 
 
-def _run(layer: Layer, hidden: Tensor, kwargs: dict[str, Any]) -> _Pass:
-    """Run a layer as it is now."""
+class _Reached(Exception):
+    """All that was asked of a layer is known."""
+
+
+def _run(layer: Layer, hidden: Tensor, kwargs: dict[str, Any], *, until: Sequence[str] | None = None) -> _Pass:
+    """Run a layer as it is now, or only until the inputs of the projections `until` are known; the output is then the input."""
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            entering[name], leaving[name] = args[0], output
+    def enter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            entering[name] = args[0]
+            if until is not None and entering.keys() >= set(until):
+                raise _Reached
 
         return hook
 
+    def leave(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            leaving[name] = output
+
+        return hook
+
+    output = hidden
     with ExitStack() as undo:
         for name in _projections(layer):
-            undo.callback(layer.projection(name).register_forward_hook(keep(name)).remove)
-        found = layer.module(hidden, **kwargs)
-    output = found if isinstance(found, Tensor) else found[0]
+            undo.callback(layer.projection(name).register_forward_pre_hook(enter(name)).remove)
+            undo.callback(layer.projection(name).register_forward_hook(leave(name)).remove)
+        with suppress(_Reached):
+            found = layer.module(hidden, **kwargs)
+            output = found if isinstance(found, Tensor) else found[0]
     residual = {"attention": hidden}
-    if (layout := layer.feed_forward) is not None:
-        residual["feed_forward"] = entering[layout.into[0]] if layout.post_norm else output - leaving[layout.out]
+    layout = layer.feed_forward
+    if layout is not None and layout.post_norm and layout.into[0] in entering:
+        residual["feed_forward"] = entering[layout.into[0]]
+    elif layout is not None and layout.out in leaving:
+        residual["feed_forward"] = output - leaving[layout.out]
     return _Pass(output, entering, leaving, residual)
 
 

@@ -1,9 +1,9 @@
 """Calibration batches for whatever the model reads: token windows, padded sentences, or images."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from sparsesearch.cut import Compensation
 from sparsesearch.errors import ArtifactError, SpecError
 from sparsesearch.pruning.quality import Batch
 
-_SENTENCES_PER_BATCH = 32
+T = TypeVar("T")
+SENTENCES_PER_BATCH = 32
+"""What a text encoder reads at once."""
+_SORTED_TOGETHER = 64
+"""Batches among which texts are sorted by length."""
 _IMAGES_PER_BATCH = 8
 _WINDOWS_PER_PASS = 4
 
@@ -89,9 +93,12 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def _sentences(tokenizer: Any, spec: str, length: int, count: int, seed: int, split: Split) -> list[Batch]:
-    """Different sentences; for calibration, passages make up for what a small corpus lacks."""
+    """Different sentences, none of them in both splits; for calibration, passages make up for what a small corpus lacks."""
     texts = list(documents(spec, split))
-    found = sorted({text for document in texts for text in split_sentences(document)})
+    different = {text for document in texts for text in split_sentences(document)}
+    if split == "calibration":
+        different -= {text for document in documents(spec, "heldout") for text in split_sentences(document)}
+    found = sorted(different)
     if (len(found) < count and split == "heldout") or not found:
         raise SpecError(
             f"{spec} must hold at least {count} different sentences, but its {split} split has {len(found)}. Ask for fewer."
@@ -100,13 +107,25 @@ def _sentences(tokenizer: Any, spec: str, length: int, count: int, seed: int, sp
     chosen = [found[index] for index in rng.permutation(len(found))[:count]]
     chosen += _passages(texts, count - len(chosen), rng)
     order = rng.permutation(count) if count > len(found) else range(count)
+    whole = tokenizer([chosen[index] for index in order], truncation=True, max_length=length)["input_ids"]
+    parts = _of_equal_length([chosen[index] for index in order], [len(ids) for ids in whole])
     batches: list[Batch] = []
-    for part in _chunks([chosen[index] for index in order], _SENTENCES_PER_BATCH):
+    for part in (parts[index] for index in rng.permutation(len(parts))):
         encoded = tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt")
         batches.append(
             {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
         )
     return batches
+
+
+def _of_equal_length(texts: list[str], tokens: list[int]) -> list[list[str]]:
+    """Batches of texts of about the same length, so that little is padded."""
+    places = range(len(texts))
+    return [
+        [texts[index] for index in part]
+        for some in _chunks(places, _SORTED_TOGETHER * SENTENCES_PER_BATCH)
+        for part in _chunks(sorted(some, key=tokens.__getitem__), SENTENCES_PER_BATCH)
+    ]
 
 
 def _passages(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
@@ -145,5 +164,5 @@ def _images(spec: str, count: int, seed: int, split: Split) -> list[Batch]:
     return [{"pixel_values": own[part]} for part in order.split(_IMAGES_PER_BATCH)]
 
 
-def _chunks(values: list[str], size: int) -> Iterable[list[str]]:
-    return (values[first : first + size] for first in range(0, len(values), size))
+def _chunks(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [values[first : first + size] for first in range(0, len(values), size)]

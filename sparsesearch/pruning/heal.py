@@ -11,16 +11,20 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from sparsesearch.cut import Cut
 from sparsesearch.errors import SpecError
-from sparsesearch.pruning.data import load_batches, stacked
+from sparsesearch.plan import Plan
+from sparsesearch.pruning.data import SENTENCES_PER_BATCH, load_batches, stacked
 from sparsesearch.pruning.heal_state import HealOptimiser, HealState, trained_parameters
 from sparsesearch.pruning.models import load_prunable
 from sparsesearch.pruning.quality import Batch, dense_rows, distance, mean_distance, output_rows
+from sparsesearch.pruning.verify import layout_of
 from sparsesearch.runtime.export import COMPANIONS, PLAN_FILE, check_target, complete_or_nothing
 
 _WARMUP_SHARE = 0.05
 OPENING_TOKENS = 32
 _GENERATED_TOGETHER = 128
+_MOST_SENTENCES = 2**14
 RATES = {"muon": 2e-3, "adamw": 1e-3}
 """Peak learning rates; that of Muon was chosen on documents of the calibration text that were not trained on."""
 Progress = Callable[[str, int, int], None]
@@ -34,12 +38,13 @@ class HealRequest:
         steps: optimiser steps.
         data: calibration spec.
         length_tokens: of a training sequence.
-        batch: sequences per step.
+        batch: sequences per step; a text encoder reads at least a whole batch of sentences.
         optimiser: `muon` (matrices orthogonalised, vectors by AdamW) or `adamw`.
         learning_rate: peak of the cosine schedule, after a warm-up over 5 % of the steps; None takes the optimiser's own of `RATES`.
         generated: sequences that the dense model writes itself, after openings from the data, and that are trained on too. A model of
             language shows what it knows in them, so a small corpus lasts longer. Other models take none.
         num_sequences: held-out sequences for the gain.
+        held_out: spec of the data whose held-out split they are from; None: `data`.
         save_every: steps between states.
         seed: of data and order.
     """
@@ -52,8 +57,13 @@ class HealRequest:
     learning_rate: float | None = None
     generated: int = 256
     num_sequences: int = 16
+    held_out: str | None = None
     save_every: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise SpecError(f"the learning rate must be positive and finite, but got {self.learning_rate:g}.")
 
 
 @dataclass(frozen=True)
@@ -96,17 +106,27 @@ def heal_checkpoint(
 
     Raises:
         ArtifactError: `out` is taken; a state is there and `resume` is off, or it belongs to another request.
+        SpecError: nothing was removed from the checkpoint, or it answers as the teacher does.
     """
     check_target(out, checkpoint, overwrite=False)
+    cut = _cut_of(checkpoint)
     state = HealState.open(out.with_name(f"{out.name}.heal"), request, resume=resume)
     student, tokenizer = load_prunable(checkpoint, device=device, dtype="float32")
+    if layout_of(student, cut) == "logical":
+        raise SpecError(
+            f"{checkpoint} must really be smaller to be healed, but holds zeros, which training would fill. Apply its plan without --logical."
+        )
     dense, reader = load_prunable(teacher, device=device, dtype="float32")
     held_out = load_batches(
-        dense, reader or tokenizer, request.data, length_tokens=request.length_tokens,
+        dense, reader or tokenizer, request.held_out or request.data, length_tokens=request.length_tokens,
         num_samples=request.num_sequences, seed=request.seed, split="heldout",
     )  # fmt: skip
     reference = dense_rows(dense, held_out)
     before = mean_distance(student, held_out, reference), held_out_loss(student, held_out)
+    if before[0] == 0:
+        raise SpecError(
+            f"{checkpoint} must differ from its teacher, but answers exactly as {teacher} does. Give the dense model."
+        )
     train(student, dense, tokenizer or reader, request, state, progress)
     after = mean_distance(student, held_out, reference), held_out_loss(student, held_out)
     with complete_or_nothing(out, overwrite=False) as staging:
@@ -114,10 +134,20 @@ def heal_checkpoint(
     shutil.rmtree(state.folder, ignore_errors=True)
     goal = held_out_loss(dense, held_out)
     if goal is None or before[1] is None or after[1] is None:
-        share = (before[0] - after[0]) / max(before[0], 1e-12)
+        share = (before[0] - after[0]) / before[0]
     else:
         share = (before[1] - after[1]) / max(before[1] - goal, 1e-12)
     return HealReport(request.steps, before[0], after[0], goal, before[1], after[1], share)
+
+
+def _cut_of(checkpoint: Path) -> Cut:
+    """What was removed from a checkpoint."""
+    cut = Plan.load(checkpoint / PLAN_FILE).pruning if (checkpoint / PLAN_FILE).is_file() else None
+    if cut is None:
+        raise SpecError(
+            f"{checkpoint} must be a pruned checkpoint, but nothing was removed from it. Make one with `sparsesearch apply`."
+        )
+    return cut
 
 
 def train(
@@ -131,7 +161,7 @@ def train(
     """Minimise the distance to the teacher over everything but the embeddings."""
     pool = load_batches(
         teacher, tokenizer, request.data, length_tokens=request.length_tokens,
-        num_samples=_pool_size(request), seed=request.seed,
+        num_samples=_pool_size(request, teacher), seed=request.seed,
     )  # fmt: skip
     if teacher.can_generate():
         pool += generated_batches(teacher, tokenizer, request)
@@ -204,8 +234,11 @@ def _items(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _pool_size(request: HealRequest) -> int:
+def _pool_size(request: HealRequest, teacher: PreTrainedModel) -> int:
     """Distinct sequences: each is seen about twice at most, up to what a small corpus gives."""
+    if teacher.main_input_name == "input_ids" and not teacher.can_generate():
+        together = max(request.batch, SENTENCES_PER_BATCH)
+        return min(_MOST_SENTENCES, max(together, request.steps * together // 2))
     return min(512 if request.batch < 32 else 4096, max(request.batch, request.steps * request.batch // 2))
 
 

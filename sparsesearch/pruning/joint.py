@@ -20,12 +20,19 @@ from sparsesearch.profiling.record import Profile
 from sparsesearch.pruning.menus import Option
 from sparsesearch.pruning.prices import SublayerSize, memory_bytes, params, projection_s
 from sparsesearch.pruning.record import Kind, LayerShape, PruningProfile
-from sparsesearch.pruning.search import PruningQuestion, PruningTable, plan_from_cut, pruning_table, size_after
+from sparsesearch.pruning.remains import solve_with_a_head
+from sparsesearch.pruning.search import (
+    PruningQuestion,
+    PruningTable,
+    headless,
+    plan_from_cut,
+    pruning_table,
+    size_after,
+)
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import Budget
-from sparsesearch.search.solve import solve
 from sparsesearch.shapes import Unit
 
 MAX_ASSIGNMENTS = 64
@@ -88,9 +95,9 @@ def find_joint(
         else:
             entries.append([_ffn_entry(shape, option, metrics, cuts, question) for option in own])
     table = _table(rows, entries, metrics, question)
-    solution = solve(table, question.budgets)
-    chosen = [menu[int(place)] for menu, place in zip(entries, solution.choice, strict=True)]
     joint = PruningTable(table, tuple(rows), tuple(tuple(entry.option for entry in menu) for menu in entries))
+    solution = solve_with_a_head(table, question.budgets, headless(cuts, joint))
+    chosen = [menu[int(place)] for menu, place in zip(entries, solution.choice, strict=True)]
     rules, assignments = _assigned(attention, rows, chosen)
     return plan_from_cut(
         cuts,

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparsesearch.errors import SpecError
+
 RIDGE = 1e-3
 """Share of the mean variance added to every input's where no data are set aside to choose it on."""
 _WAITING_INPUTS = 64
@@ -96,7 +98,7 @@ class Elimination:
         """Take inputs away and refit the rest.
 
         Raises:
-            torch.linalg.LinAlgError: what is left has no positive definite covariance; perhaps some steps late.
+            SpecError: what is left has no positive definite covariance; perhaps some steps late.
         """
         at = self.place[columns]
         down, cross = self.down[at].t(), self.cross[at].t()
@@ -118,8 +120,9 @@ class Elimination:
     def _catch_up(self) -> None:
         """Bring H and G up to date."""
         if self.failed:
-            raise torch.linalg.LinAlgError(
-                "the covariance of a projection's inputs must be positive definite, but is not."
+            raise SpecError(
+                "the covariance of a projection's inputs must be positive definite, but is not: its activations are too large for their "
+                "dtype or not finite. Profile with --dtype float32."
             )
         kept = self.place[self.left]
         down, cross = self.down[kept], self.cross[kept]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from sparsesearch.cost.base import CostModel
@@ -19,9 +19,10 @@ from sparsesearch.plan import BudgetRecord, Certificate, Plan
 from sparsesearch.pruning.menus import Option
 from sparsesearch.pruning.prices import SublayerSize, attention_s, flops, memory_bytes, params, projection_s
 from sparsesearch.pruning.record import Kind, LayerShape, PruningProfile
+from sparsesearch.pruning.remains import solve_with_a_head
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import Budget
-from sparsesearch.search.solve import Solution, solve
+from sparsesearch.search.solve import Solution
 from sparsesearch.shapes import Unit
 
 
@@ -137,8 +138,18 @@ def find_cut(profile: PruningProfile, question: PruningQuestion) -> Plan:
         SpecError: see `pruning_table`.
     """
     table = pruning_table(profile, question)
-    solution = solve(table.scores, question.budgets)
+    solution = solve_with_a_head(table.scores, question.budgets, headless(profile, table))
     return plan_from_cut(profile, question, table, solution.choice, solution)
+
+
+def headless(profile: PruningProfile, table: PruningTable) -> Bool[ndarray, "U C"]:
+    """Which entries leave an attention sublayer without heads."""
+    found = np.zeros(table.scores.loss.shape, dtype=bool)
+    for row, ((index, kind), menu) in enumerate(zip(table.sublayers, table.options, strict=True)):
+        if kind == "attention":
+            count = profile.manifest.layers[index].num_heads
+            found[row, : len(menu)] = [len(option.removed) == count for option in menu]
+    return found
 
 
 def uniform_cut(profile: PruningProfile, question: PruningQuestion, *, sublayer: Kind | None = "feed_forward") -> Plan:

@@ -74,6 +74,11 @@ def is_pruned(directory: Path) -> bool:
     return path.is_file() and Plan.load(path).pruning is not None
 
 
+def layout_of(model: PreTrainedModel, cut: Cut) -> str:
+    """How a pruned checkpoint holds its cut: `per layer`, `stock` (same widths everywhere) or `logical` (zeros in the base's shapes)."""
+    return "per layer" if hasattr(model.config, ATTRIBUTE) else "stock" if _is_narrow(model, cut) else "logical"
+
+
 def verify_pruned(directory: Path) -> PrunedVerifyReport:
     """Check plan, widths and results of a pruned checkpoint, in float32 on the CPU; its attention rules too, where it has any.
 
@@ -84,7 +89,7 @@ def verify_pruned(directory: Path) -> PrunedVerifyReport:
     if plan.pruning is None:
         raise ArtifactError(f"{directory}/{PLAN_FILE} must remove heads or channels, but removes none.")
     model, _ = load_prunable(directory, dtype="float32")
-    layout = "per layer" if ATTRIBUTE in config else "stock" if _is_narrow(model, plan.pruning) else "logical"
+    layout = layout_of(model, plan.pruning)
     problems = [*_wrong_sizes(model, plan.pruning, layout), *_not_finite(model)]
     wide_error = decode_error = math.nan
     tolerance = 2**12 * torch.finfo(torch.float32).eps  # as in runtime/verify.py

@@ -96,32 +96,29 @@ def test_without_the_import_loading_is_refused_loudly(saved, tmp_path):
 STOCK = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert "sparsesearch" not in sys.modules
-torch.save(model(torch.arange(1, 20)[None]).logits.detach(), sys.argv[2])
+for place in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(place)
+    assert "sparsesearch" not in sys.modules
+    torch.save(model(torch.arange(1, 20)[None]).logits.detach(), place + ".logits")
 """
 
 
-@pytest.mark.parametrize(("mode", "layout"), [("logical", "logical"), ("physical", "stock")])
-def test_logical_and_uniform_load_without_sparsesearch(mode, layout, saved, tmp_path):
+def test_logical_and_uniform_load_without_sparsesearch(saved, tmp_path):
     model, base = saved("llama")
     layers = layers_of(model)
-    cut = ragged_cut(model) if mode == "logical" else Cut(
-        layers={i: layer_cut(layer, heads=(0, 1), channels=tuple(range(16))) for i, layer in enumerate(layers)}
-    )  # fmt: skip
-    found = export_pruned(plan_for(model, cut), base, tmp_path / "out", mode=mode)
-    assert found.layout == layout
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
-    subprocess.run(
-        [sys.executable, "-c", STOCK, tmp_path / "out", tmp_path / "logits"], check=True, capture_output=True
-    )
-    with torch.no_grad(), narrowed(model, cut):
-        expected = model(torch.arange(1, 20)[None]).logits
-    # the same sums with zeros in between
-    tolerance = 48 * torch.finfo(torch.float32).eps * float(expected.abs().max()) * 8
-    assert float((torch.load(tmp_path / "logits") - expected).abs().max()) <= tolerance
-    if mode == "physical":
-        assert found.parameters < found.base_parameters
+    uniform = {i: layer_cut(layer, heads=(0, 1), channels=tuple(range(16))) for i, layer in enumerate(layers)}
+    cuts = {"logical": ragged_cut(model), "physical": Cut(layers=uniform)}
+    found = {mode: export_pruned(plan_for(model, cut), base, tmp_path / mode, mode=mode) for mode, cut in cuts.items()}
+    assert [report.layout for report in found.values()] == ["logical", "stock"]
+    assert found["physical"].parameters < found["physical"].base_parameters
+    subprocess.run([sys.executable, "-c", STOCK, *(tmp_path / mode for mode in cuts)], check=True, capture_output=True)
+    for mode, cut in cuts.items():
+        assert json.loads((tmp_path / mode / "config.json").read_text())["model_type"] == "llama"
+        with torch.no_grad(), narrowed(model, cut):
+            expected = model(torch.arange(1, 20)[None]).logits
+        # the same sums with zeros in between
+        tolerance = 48 * torch.finfo(torch.float32).eps * float(expected.abs().max()) * 8
+        assert float((torch.load(tmp_path / f"{mode}.logits") - expected).abs().max()) <= tolerance
 
 
 @torch.no_grad()

@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from pruning_models import batches_for, tiny_model
+from safetensors.torch import load_file
+from test_encoders import text_encoder
 
 from sparsesearch.cut import Cut
-from sparsesearch.errors import ArtifactError
+from sparsesearch.errors import ArtifactError, SpecError
 from sparsesearch.plan import Plan
+from sparsesearch.presets import preset_path
 from sparsesearch.pruning import heal_state
 from sparsesearch.pruning.export import export_pruned
 from sparsesearch.pruning.gates import learn_gates
@@ -21,18 +24,22 @@ from sparsesearch.runtime.sublayers import layers_of
 REQUEST = HealRequest(steps=6, length_tokens=64, batch=2, num_sequences=4, save_every=2, generated=2)
 
 
+def export_narrower(model, base, out, *, channels, **how):
+    """A checkpoint without the first channels of the first two layers."""
+    cut = Cut(layers={i: layer_cut(layers_of(model)[i], channels=tuple(range(channels))) for i in (0, 1)})
+    plan = Plan(
+        base_model=describe_layers(model, str(base)), block_tokens=64, unit="query_head", lengths_tokens=(48,), rules={},
+        assignments={}, pruning=cut,
+    )  # fmt: skip
+    export_pruned(plan, base, out, **how)
+    return out
+
+
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     """needle-7m without 96 channels of its first layers."""
     model, _ = load_model("needle-7m")
-    cut = Cut(layers={i: layer_cut(layers_of(model)[i], channels=tuple(range(96))) for i in (0, 1)})
-    plan = Plan(
-        base_model=describe_layers(model, "needle-7m"), block_tokens=64, unit="query_head", lengths_tokens=(48,), rules={},
-        assignments={}, pruning=cut,
-    )  # fmt: skip
-    out = tmp_path_factory.mktemp("pruned") / "out"
-    export_pruned(plan, "needle-7m", out)
-    return out
+    return export_narrower(model, "needle-7m", tmp_path_factory.mktemp("pruned") / "out", channels=96)
 
 
 @pytest.mark.parametrize(("optimiser", "rate"), [("adamw", 2e-4), ("muon", 5e-4)])
@@ -63,6 +70,35 @@ def test_healing_lowers_the_distance_and_resumes_to_the_same_bytes(optimiser, ra
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
     assert not (tmp_path / "parts.heal").exists()
+
+
+def test_an_encoder_is_saved_though_its_pooler_learns_nothing(tmp_path):
+    data = text_encoder(tmp_path)
+    out = export_narrower(tiny_model("bert"), tmp_path / "model", tmp_path / "out", channels=16)
+    request = HealRequest(steps=3, data=str(data), length_tokens=32, num_sequences=8, save_every=1, learning_rate=1e-4)
+    found = heal_checkpoint(out, tmp_path / "model", tmp_path / "healed", request)
+    assert found.loss_dense is None
+    assert found.recovered == pytest.approx(1 - found.distance_after / found.distance_before)
+    before, after = (load_file(place / "model.safetensors") for place in (out, tmp_path / "healed"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any("pooler" in name or "embeddings.word" in name for name in changed)
+    assert any("layer.3" in name for name in changed)
+
+
+def test_what_cannot_be_healed_is_refused_before_any_step(pruned, tmp_path):
+    with pytest.raises(SpecError, match="exactly as"):
+        heal_checkpoint(pruned, pruned, tmp_path / "out", REQUEST)
+    with pytest.raises(SpecError, match="nothing was removed"):
+        heal_checkpoint(preset_path("models", "needle-7m"), "needle-7m", tmp_path / "out", REQUEST)
+    model, _ = load_model("needle-7m")
+    zeros = export_narrower(model, "needle-7m", tmp_path / "zeros", channels=96, mode="logical")
+    with pytest.raises(SpecError, match="without --logical"):
+        heal_checkpoint(zeros, "needle-7m", tmp_path / "out", REQUEST)
+    for rate in (0.0, -1e-3, float("nan")):
+        with pytest.raises(SpecError, match="positive"):
+            replace(REQUEST, learning_rate=rate)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_teacher_writes_what_is_trained_on_and_the_same_again():
