@@ -158,7 +158,11 @@ def _menus(
 
 
 def _picked(options: Sequence[Option], count: int) -> list[int]:
-    """Indices of options to measure: evenly over the ranks of their predicted loss, the whole sublayer included."""
+    """Indices of options to measure: evenly over the ranks of their predicted loss, the whole sublayer included.
+
+    One alone is that, and misleads about small cuts: SmolLM2-135M at 85 % of its parameters ended at KL 0.22 with one, 0.13 with two or four,
+    0.14 with none (64 sequences of refit, 24 held out).
+    """
     ranked = sorted(range(len(options)), key=lambda index: options[index].loss)[1:]
     if count >= len(ranked):
         return sorted(ranked)
