@@ -92,7 +92,9 @@ def evaluate(
         )
     if not paths and model is None:
         raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
-    opened = {path.stem if len(paths) > 1 else "plan": Plan.load(path) for path in paths}
+    if not timing_rounds:
+        o.refuse_given(context, "stands beside measured times, and --timing-rounds 0 measures none", "cost_model")
+    opened = {name: Plan.load(path) for name, path in o.variant_names(paths).items()}
     name = model or next(iter(opened.values())).base_model.name_or_path
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype, with_plan=False)
     applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))

@@ -102,6 +102,7 @@ FOR_TEXT = (
     "seed",
 )
 """Options of `profile` that mean nothing for diffusers pipelines, which are sampled as --run says."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 FOR_PIPELINES = ("run", "sensitivity", "under")
 NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
 NOT_FOR_REMOVALS_ALONE = ("text_column", "stream", "device_map")
@@ -166,6 +167,10 @@ def profile(
 
     if stream and device_map is not None:
         raise typer.BadParameter("holds one layer at a time, so no --device-map goes with it.", param_hint="--stream")
+    if device_map not in (None, *DEVICE_MAPS):
+        raise typer.BadParameter(
+            f"must be one of {', '.join(DEVICE_MAPS)}, but got {device_map!r}.", param_hint="--device-map"
+        )
     menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
     if menu.pruning is None:
         o.refuse_given(context, f"is for spaces that remove, and {space} does not", "learn_masks")
