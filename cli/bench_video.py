@@ -128,10 +128,8 @@ def video(
     json: o.Json = False,
 ) -> None:
     """Time one attention layer of published video models at their true shapes, copies included, beside cuDNN and the prediction."""
-    import json as text
-
-    from sparsesearch.artifacts import read_text, write_bytes
-    from sparsesearch.bench.video_predicted import with_predictions
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.bench.video_predicted import load_record, with_predictions
     from sparsesearch.cost import load_cost_model
     from sparsesearch.cost.device.model import DeviceCostModel
 
@@ -141,7 +139,7 @@ def video(
         costs = load_cost_model(cost_model or "h200")
         if not isinstance(costs, DeviceCostModel):
             raise typer.BadParameter("must be a cost model that was measured on a GPU.", param_hint="--cost-model")
-        record = with_predictions(text.loads(read_text(measured)), costs)
+        record = with_predictions(load_record(measured), costs)
     else:
         if not o.present_device(device).startswith("cuda"):
             raise typer.BadParameter(f"must be a CUDA device, but got {device!r}.", param_hint="--device")

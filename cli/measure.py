@@ -1,4 +1,4 @@
-"""Commands that measure: the whole corridor at once, a profile, its proxies, a device."""
+"""Commands that measure: a profile, its proxies, a device."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +8,7 @@ import typer
 from . import options as o
 from . import pipelines, prune
 from .errors import guarded
-from .render import emit_json, lines, pairs, progress_bar, say, table
+from .render import emit_json, pairs, progress_bar, table
 
 if TYPE_CHECKING:
     from sparsesearch.profiling.record import Profile
@@ -16,80 +16,27 @@ if TYPE_CHECKING:
     from sparsesearch.search_space import SearchSpace
 
 
-def quickstart(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to fill; must be new or empty.")] = Path(
-        "quickstart"
-    ),
-    density: Annotated[
-        float, typer.Option(help="Share of dense attention's tiles the plan may compute.", min=0.01, max=1)
-    ] = 0.25,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Profile here instead of using the profile shipped with the package.")
-    ] = False,
-    evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.", min=0)] = 3,
-    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.", min=1)] = 18,
-    video: Annotated[
-        bool, typer.Option("--video", help="The embedded video model instead; on a CPU a reduced run. Needs diffusers.")
-    ] = False,
-    mode: Annotated[str, typer.Option(help="With --video: t2v (text to video) or i2v (image to video).")] = "t2v",
-    seed: o.Seed = 0,
-    json: o.Json = False,
-) -> None:
-    """Run the whole corridor on the embedded model. It does profile, search, apply, eval, check, report."""
-    if video:
-        from .video import quickstart_video
-
-        quickstart_video(out, density, mode, json)
-        return
-    from sparsesearch.quickstart import quickstart as run
-
-    with progress_bar() as progress:
-        found = run(
-            out,
-            density_budget=density,
-            from_scratch=from_scratch,
-            evaluations=evaluations,
-            num_sequences=num_sequences,
-            seed=seed,
-            progress=progress,
-        )
-    summary = found.summary()
-    if json:
-        emit_json(summary)
-        return
-    say(f"profile: {found.profile_source}")
-    names = list(found.metrics.variants)
-    shares = {"dense": 1.0, "uniform_window": summary["density_uniform_window"], "plan": summary["density"]}
-    table(
-        f"needle-7m, {summary['num_sequences']} held-out sequences of {summary['quality_length_tokens']} tokens",
-        [
-            "variant",
-            "density",
-            "needle",
-            "KL to dense",
-            "text loss",
-            f"prefill {summary['prefill_length_tokens']} (ms)",
-        ],
-        [
-            [
-                name.replace("_", " "),
-                shares[name],
-                summary["needle_accuracy"][name],
-                summary["kl_to_dense"][name],
-                summary["heldout_loss"][name],
-                summary["prefill_s"][name] * 1e3,
-            ]
-            for name in names
-        ],
-    )
-    gap = "none stated" if summary["gap"] is None else f"{summary['gap']:.2g}"
-    lines(
-        f"proven gap of the search: {gap};  check: {'passed' if found.check.passed else 'FAILED'}",
-        f"written: {out}/report.html",
-    )
+FOR_TEXT = (
+    "data",
+    "text_column",
+    "lengths",
+    "num_samples",
+    "num_probes",
+    "revision",
+    "trust_remote_code",
+    "stream",
+    "device_map",
+    "seed",
+)
+"""Options of `profile` that mean nothing for diffusers pipelines, which are sampled as --run says."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+FOR_PIPELINES = ("run", "sensitivity", "under")
+NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
+NOT_FOR_REMOVALS_ALONE = ("text_column", "stream", "device_map")
 
 
 def profile(
+    context: typer.Context,
     model: o.Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Profile directory to write.")] = Path("profile"),
     space: Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")] = "mixture",
@@ -132,12 +79,13 @@ def profile(
 ) -> None:
     """Score every candidate rule in every head. Under torchrun, processes share the sequences between them."""
     if pipelines.is_pipeline(model):
+        o.refuse_given(context, "is not for diffusers pipelines", *FOR_TEXT, "learn_masks")
         pipelines.profile(
             model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume,
             dry_run=dry_run, json=json,
         )  # fmt: skip
         return
-    pipelines.only_for_pipelines(f"{model} is none", run=run, sensitivity=sensitivity, under=under)
+    o.refuse_given(context, f"is for diffusers pipelines, and {model} is none", *FOR_PIPELINES)
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
     from sparsesearch.profiling.world import World, own_device
@@ -146,7 +94,16 @@ def profile(
 
     if stream and device_map is not None:
         raise typer.BadParameter("holds one layer at a time, so no --device-map goes with it.", param_hint="--stream")
+    if device_map not in (None, *DEVICE_MAPS):
+        raise typer.BadParameter(
+            f"must be one of {', '.join(DEVICE_MAPS)}, but got {device_map!r}.", param_hint="--device-map"
+        )
     menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
+    if menu.pruning is None:
+        o.refuse_given(context, f"is for spaces that remove, and {space} does not", "learn_masks")
+    else:
+        alone = NOT_FOR_REMOVALS_ALONE if len(menu.candidates) == 1 else ()
+        o.refuse_given(context, f"is not for spaces that remove, such as {space}", *NOT_FOR_REMOVALS, *alone)
     if dry_run:
         needs = estimate(
             model,
@@ -168,7 +125,7 @@ def profile(
             "num_probes": num_probes,
             "seed": seed,
         }
-        prunable, reader = load_prunable(model, device=o.present_device(device), dtype=dtype)
+        prunable, reader = load_prunable(model, device=o.present_device(device), dtype=dtype, with_plan=False)
         if not (resume and prune.has_cuts(out)):
             prune.profile_cuts(prunable, reader, model, menu.pruning, out, **cuts, learn_masks=learn_masks, json=json)
         if len(menu.candidates) == 1:
@@ -312,7 +269,6 @@ def calibrate(
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     for name, command in (
-        ("quickstart", quickstart),
         ("profile", profile),
         ("validate-proxy", validate_proxy),
         ("calibrate", calibrate),

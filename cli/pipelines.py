@@ -33,19 +33,6 @@ def is_metrics(path: Path) -> bool:
 FRAMES = ".frames.safetensors"
 
 
-def only_for_pipelines(what: str, **given: object) -> None:
-    """Refuse options that mean nothing elsewhere: nothing is ignored in silence.
-
-    Raises:
-        BadParameter: one of them was given.
-    """
-    for name, value in given.items():
-        if value not in (None, "none"):
-            raise typer.BadParameter(
-                f"is for diffusers pipelines, and {what}.", param_hint=f"--{name.replace('_', '-')}"
-            )
-
-
 def is_pipeline_plan(path: Path) -> bool:
     """Whether a plan was made for a transformer of diffusers, or PLAN is a folder of such plans."""
     if path.is_dir():
@@ -249,7 +236,7 @@ def evaluate(
     from sparsesearch.denoising.pipeline_plans import judge_pipeline
     from sparsesearch.denoising.sampling_run import SamplingRun
 
-    variants = {path.stem if len(plans) > 1 else "plan": load_plans(path) for path in plans}
+    variants = {name: load_plans(path) for name, path in o.variant_names(plans).items()}
     first = next(iter(next(iter(variants.values())).values()))
     source = model or str(first.provenance.get("pipeline", first.base_model.name_or_path))
     live = load_pipeline(Path(source), device=o.present_device(device), dtype=dtype)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsesearch import calibration
-from sparsesearch.artifacts import write_bytes
+from sparsesearch.artifacts import require_unfinished, write_bytes
 from sparsesearch.block_mask import BlockGrid, density
 from sparsesearch.check import CheckResult, Thresholds, judge
-from sparsesearch.errors import ArtifactError
 from sparsesearch.evaluate import Metrics, evaluate
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.planning import Question
@@ -85,7 +84,7 @@ def quickstart(
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> Quickstart:
-    """Run the corridor into `out`, which must not exist or be empty.
+    """Run the corridor into `out`, which must be new, empty, or left behind by an interrupted run, which goes on.
 
     Leaves `profile/`, `sparse_plan.json`, `patched/`, `metrics.json` and `report.html`.
 
@@ -99,11 +98,10 @@ def quickstart(
         progress: called with (stage, done, total).
 
     Raises:
-        ArtifactError: `out` holds files.
+        ArtifactError: `out` holds a finished run, or other files.
         BudgetInfeasibleError: no plan fits the density.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ArtifactError(f"{out} must be empty, but holds files. Choose another folder with -o.")
+    require_unfinished(out, {"profile", "sparse_plan.json", "patched", "metrics.json"})
     model, tokenizer = load_model(MODEL)
     profile, source = _profile(model, tokenizer, out / "profile", from_scratch, seed, progress)
     question = Question((Budget("density", density_budget),))
@@ -113,7 +111,7 @@ def quickstart(
     metrics = _judge(model, tokenizer, variants, num_sequences, seed, progress)
     plan = plan.model_copy(update={"quality": _recorded(metrics)})
     plan.save(out / "sparse_plan.json")
-    export(plan, MODEL, out / "patched")
+    export(plan, MODEL, out / "patched", overwrite=True)
     metrics.save(out / "metrics.json")
     check = judge(metrics, "plan", Thresholds(recovery=0.9))
     page = render(
@@ -155,8 +153,8 @@ def _profile(
 ) -> tuple[Profile, str]:
     if from_scratch:
         request = reference_request(model, tokenizer, seed)
-        return profile_model(model, request, folder, progress=progress), "measured here"
-    shutil.copytree(preset_path("profiles", MODEL), folder)
+        return profile_model(model, request, folder, resume=True, progress=progress), "measured here"
+    shutil.copytree(preset_path("profiles", MODEL), folder, dirs_exist_ok=True)
     return Profile.load(folder), "shipped reference profile (make it again with --from-scratch)"
 
 

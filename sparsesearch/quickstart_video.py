@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from sparsesearch.artifacts import write_bytes
+from sparsesearch.artifacts import require_unfinished, write_bytes
 from sparsesearch.denoising.controls import best_uniform, permuted_plan
 from sparsesearch.denoising.corridor import Accepted, Corridor
 from sparsesearch.denoising.judge import Judgement, judge
 from sparsesearch.denoising.replay import Replay
-from sparsesearch.errors import ArtifactError, SpecError
+from sparsesearch.errors import SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.presets import preset_path
 from sparsesearch.profiling.denoising.request import StepsRequest
@@ -117,7 +117,7 @@ def quickstart_video(
     size: Size | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> VideoQuickstart:
-    """Run the corridor into `out`, which must not exist or be empty.
+    """Run the corridor into `out`, which must be new, empty, or left behind by an interrupted run, which goes on.
 
     Leaves `profile/`, `sparse_plan.json`, `patched/`, `judgement.json` and `report.html`.
 
@@ -131,19 +131,18 @@ def quickstart_video(
         progress: called with (stage, done, total).
 
     Raises:
-        ArtifactError: `out` holds files.
+        ArtifactError: `out` holds a finished run, or other files.
         SpecError: unknown mode.
         UnsupportedModelError: diffusers is not installed.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ArtifactError(f"{out} must be empty, but holds files. Choose another folder with -o.")
+    require_unfinished(out, {"profile", "sparse_plan.json", "patched", "judgement.json"})
     if mode not in MODES:
         raise SpecError(f"mode must be one of {', '.join(MODES)}, but got {mode!r}.")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = size or size_for(place)
     bed = load_bed(place)
     corridor = _corridor(bed, mode, SearchSpace.load(space), chosen, out / "profile", progress)
-    profile = corridor.profile(density=density, per_head=chosen.per_head)
+    profile = corridor.profile(density=density, per_head=chosen.per_head, resume=True)
     accepted = corridor.search(profile, density)
     held = _scenes(bed, mode, chosen, held_out=True)
     replay = Replay.of(bed.transformer, lambda: sample(bed, held, steps=chosen.steps))
@@ -159,7 +158,7 @@ def quickstart_video(
     }
     plan = accepted.plan.model_copy(update={"quality": quality})
     plan.save(out / "sparse_plan.json")
-    export_diffusers({"": plan}, preset_path("models", MODEL), out / "patched")
+    export_diffusers({"": plan}, preset_path("models", MODEL), out / "patched", overwrite=True)
     found.save(out / "judgement.json")
     shown = replay.samples(plan)[:SHOWN_CLIPS]
     facts = {"mode": mode, "clips": chosen.held_out_clips, "run": chosen.expected}

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +109,33 @@ def _by_the_book(model: PreTrainedModel, sample: Sample, plan: Any) -> dict[str,
     }
 
 
+COMPARED = ((7, 0), (7, 7), (3, 2))
+
+
+def _compared_samples() -> list[Sample]:
+    _, tokenizer = embedded()
+    return [
+        *calibration.load("needle", tokenizer, length_tokens=300, num_samples=3, seed=2).samples,
+        *calibration.load("text", tokenizer, length_tokens=63, num_samples=1, seed=2).samples,
+    ]
+
+
+@cache
+def _all_by_the_book() -> list[dict[str, float]]:
+    model, _ = embedded()
+    return [_by_the_book(model, sample, silencing(*COMPARED)) for sample in _compared_samples()]
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("batch_tokens", [1, 1300])
 def test_comparison_equals_its_definition(cache_bytes: int, batch_tokens: int) -> None:
     """Batched, chunked, cached or not: the same numbers as one position after the other in fp64."""
-    model, tokenizer = embedded()
-    samples = [
-        *calibration.load("needle", tokenizer, length_tokens=300, num_samples=3, seed=2).samples,
-        *calibration.load("text", tokenizer, length_tokens=63, num_samples=1, seed=2).samples,
-    ]
-    plan = silencing((7, 0), (7, 7), (3, 2))
+    model, _ = embedded()
+    samples, plan = _compared_samples(), silencing(*COMPARED)
     reference = DenseReference(model, samples, cache_bytes=cache_bytes, batch_tokens=batch_tokens, apply=silence)
     found = reference.compare(plan)
-    for index, sample in enumerate(samples):
-        for name, value in _by_the_book(model, sample, plan).items():
+    for index, expected in enumerate(_all_by_the_book()):
+        for name, value in expected.items():
             # fp32 through eight layers and a sum over 4096 words; logits reach 30
             assert getattr(found, name)[index].item() == pytest.approx(value, rel=1e-3, abs=2e-5, nan_ok=True), name
     scores = reference.score(plan)

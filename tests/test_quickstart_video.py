@@ -83,8 +83,8 @@ def test_the_patched_model_runs_the_plan(made: tuple[Path, VideoQuickstart]) -> 
 def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="mode must be one of t2v, i2v"):
         quickstart_video(tmp_path / "out", mode="v2v")  # type: ignore[arg-type]
-    (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match="must be empty"):
+    (tmp_path / "report.html").touch()
+    with pytest.raises(ArtifactError, match=r"must be empty or hold an interrupted quickstart, but holds report\.html"):
         quickstart_video(tmp_path)
 
 

@@ -1,7 +1,8 @@
 """Products of few rows on a device: the fused step's kernel beside cuBLAS, over weights of many layers, so that none is read from L2.
 
-python -m sparsesearch.bench.products --json out.json            what ships
-python -m sparsesearch.bench.products --tilings --json out.json  what else was considered
+python -m sparsesearch.bench.products --json out.json                   what ships
+python -m sparsesearch.bench.products --tilings --json out.json         what else was considered
+python -m sparsesearch.bench.products --model qwen3-4b --json out.json  another model's products
 """
 
 import argparse
@@ -18,9 +19,8 @@ from torch import Tensor
 from sparsesearch.bench.timing import ceilings, median_s, provenance
 from sparsesearch.kernels import triton_skinny
 from sparsesearch.kernels.skinny_tiling import Tiling, tiling_for
+from sparsesearch.model_shapes import model_shape
 
-SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
-"""(lines of weights, inner columns) of Llama-3-8B: queries with keys and values, output, gate with up, down, and the vocabulary."""
 CONSIDERED = {
     1: (Tiling(4, 2048, 3, 4, 0), Tiling(8, 1024, 4, 4, 0), Tiling(8, 1024, 4, 4, 16), Tiling(16, 512, 4, 4, 0)),
     8: (Tiling(16, 256, 6, 1, 0), Tiling(16, 256, 6, 1, 16), Tiling(32, 256, 4, 2, 0), Tiling(32, 512, 3, 2, 0)),
@@ -30,9 +30,22 @@ CONSIDERED = {
 _WEIGHT_BYTES = 1 << 30
 
 
+def shapes_of(model: str) -> tuple[tuple[int, int], ...]:
+    """(lines of weights, inner columns) of a named model: queries with keys and values, output, gate with up, down, and the vocabulary.
+
+    Raises:
+        SpecError: no such model.
+    """
+    shape = model_shape(model)
+    heads = shape.num_heads * shape.head_dim
+    both = heads + 2 * shape.num_kv_heads * shape.head_dim
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    return (both, hidden), (hidden, heads), (2 * wide, hidden), (hidden, wide), (shape.vocab_size, hidden)
+
+
 def run(
     *,
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, int]],
     rows: Sequence[int] = (1, 8, 16),
     tilings: bool = False,
     budget_s: float = 0.05,
@@ -96,6 +109,7 @@ def _error(out: Tensor, x: Tensor, weight: Tensor) -> float:
 def main() -> None:
     """Command line: a line of JSON per row on stderr, the whole record in a file."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="llama3-8b", help="whose shapes, by name")
     parser.add_argument("--json", type=Path, required=True, help="where to write the record")
     parser.add_argument(
         "--tilings", action="store_true", help="try the tilings that were considered, not only the one that ships"
@@ -105,7 +119,8 @@ def main() -> None:
         sys.stderr.write(json.dumps(row) + "\n")
 
     given = parser.parse_args()
-    record = run(tilings=given.tilings, progress=show)
+    command = ["python -m sparsesearch.bench.products", *sys.argv[1:]]
+    record = run(shapes=shapes_of(given.model), tilings=given.tilings, command=command, progress=show)
     given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 

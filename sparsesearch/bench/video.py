@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.predicted import shipped_costs
 from sparsesearch.bench.timing import ceilings, median_s, provenance
-from sparsesearch.bench.video_predicted import predicted_s
+from sparsesearch.bench.video_predicted import FORMAT, predicted_s
 from sparsesearch.bench.video_shapes import (
     DENSITIES,
     MODELS,
@@ -82,7 +82,7 @@ def run(
         del layer
         torch.cuda.empty_cache()
     return {
-        "format": "sparsesearch.bench.video",
+        "format": FORMAT,
         "provenance": provenance(command),
         "ceilings": ceilings(),
         "rows": rows,

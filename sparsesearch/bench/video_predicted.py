@@ -1,16 +1,42 @@
 """What a cost model says of a video layer: one launch per token order, replayed tile by tile, and the copies into and out of that order."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsesearch.artifacts import read_text
 from sparsesearch.bench.video_shapes import DENSITIES, MODELS, VideoModel, grid_of, mixed_rules
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.predict import choice_of
+from sparsesearch.errors import ArtifactError
 from sparsesearch.kernels.dispatch import tile_shape
 from sparsesearch.kernels.schedule import HeadTiles, Span, build_schedule
 from sparsesearch.order import Order
 from sparsesearch.rules.base import Rule
+
+FORMAT = "sparsesearch.bench.video"
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """What `bench.video.run` measured, from its file.
+
+    Raises:
+        ArtifactError: the file is missing, no JSON, or another bench's record.
+    """
+    try:
+        record = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(
+            f"{path} must be complete JSON, but is damaged at line {error.lineno}. Measure again."
+        ) from error
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FORMAT:
+        raise ArtifactError(
+            f"{path} must have format {FORMAT!r}, but has {found!r}. Give what `sparsesearch bench video` wrote."
+        )
+    return dict(record)
 
 
 def predicted_s(model: VideoModel, rules: tuple[Rule, ...], costs: DeviceCostModel) -> float:

@@ -118,7 +118,7 @@ def profile_model(
     store = world.first(lambda first: ShardStore.open(out, request.fingerprint(model), resume=resume or not first))
     if (out / "profile.json").exists():
         return Profile.load(out)
-    with frozen(model):
+    with store.in_work(), frozen(model):
         stack = LayerStack.of(model, request.base_model.modules)
         calibrated = _calibrate(model, stack, request, progress, world)
         todo = world.share([(length, index) for length in request.lengths for index in range(num_samples)])

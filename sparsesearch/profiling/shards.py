@@ -1,6 +1,7 @@
 """A profile under construction: one shard per length, sample and layer, so that an interruption loses at most the layer in work."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ class ShardStore:
         else:
             write_json(state, request, format=_FORMAT, schema_version=_VERSION)
         return cls(folder)
+
+    @contextmanager
+    def in_work(self) -> Iterator[None]:
+        """A folder in which nothing was finished yet is removed again when the body fails: there is nothing to resume."""
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in self.folder.iterdir()] == ["state.json"]:
+                (self.folder / "state.json").unlink()
+                self.folder.rmdir()
+            raise
 
     def path(self, length: int, sample: int, layer: int) -> Path:
         """Where one shard lies."""

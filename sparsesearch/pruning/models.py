@@ -12,8 +12,12 @@ from sparsesearch.runtime.loading import load_model, load_weights, locate
 from sparsesearch.runtime.pruned_models import PREFIX, model_class
 
 
-def load_prunable(source: str | Path, *, device: str = "cpu", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_prunable(
+    source: str | Path, *, device: str = "cpu", dtype: str = "auto", with_plan: bool = True
+) -> tuple[PreTrainedModel, Any]:
     """A model in evaluation mode under the class its config names, and its tokenizer (None where there is none).
+
+    A language model that carries a plan runs it, unless `with_plan` is off.
 
     Raises:
         ArtifactError: it is missing or incomplete.
@@ -24,7 +28,7 @@ def load_prunable(source: str | Path, *, device: str = "cpu", dtype: str = "auto
         return load_model(source, device=device, dtype=dtype)
     config = AutoConfig.from_pretrained(str(place))
     if any(name.endswith("ForCausalLM") for name in config.architectures or ()):
-        return load_weights(source, device=device, dtype=dtype), load_tokenizer(place)
+        return load_weights(source, device=device, dtype=dtype, with_plan=with_plan), load_tokenizer(place)
     named = next((found for name in config.architectures or () if (found := _class_named(name, config))), AutoModel)
     wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
     try:

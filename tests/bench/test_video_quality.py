@@ -9,11 +9,20 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+from sparsesearch.bench import video_quality
 from sparsesearch.bench.video_quality import MENUS, WITH_RESTS, QualityRequest, run
 from sparsesearch.errors import ArtifactError
 from sparsesearch.plan import Plan
+from sparsesearch.testbed.model import VideoBed, load_bed
 
 DENSITY = 0.8  # clips of four blocks of tokens leave bands no smaller choice
+
+
+def shallow_bed(device: str) -> VideoBed:
+    """Two of the eight layers: what is judged here is the record, not the model."""
+    bed = load_bed(device)
+    bed.transformer.blocks = bed.transformer.blocks[:2]
+    return bed
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         slices=2, other_steps=(1,), other_frames=(8,), frames=4, side=16,
     )  # fmt: skip
     names: list[str] = []
-    record = run(request, command=["a", "b"], on_variant=lambda name, variant: names.append(name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video_quality, "load_bed", shallow_bed)
+        record = run(request, command=["a", "b"], on_variant=lambda name, variant: names.append(name))
     assert names == list(record["variants"])
     return folder, record
 

@@ -2,7 +2,8 @@
 
 import importlib
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ def corridor(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("profile", "needle-7m", "--space", folder / "space.yaml", *PROFILE, "-o", folder / "profile")
     run("search", folder / "profile", "--budget", "density=0.35", "-o", folder / "plan.json")
     return folder
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C is heard, also where whoever started the tests had it ignored, as shells do for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

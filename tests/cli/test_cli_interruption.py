@@ -1,21 +1,12 @@
 """Ctrl-C in `profile`: exit 130, finished layers are kept, and --resume ends in the same bytes."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sparsesearch.profiling.shards import ShardStore
-
-
-@pytest.fixture
-def heeded() -> Iterator[None]:
-    """Ctrl-C is heard, also where whoever started the tests had it ignored, as shells do for what runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeded")

@@ -1,14 +1,23 @@
 """`search` for a workload: what is asked on the command line stands in the plan, and what cannot be is refused with exit code 3."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
+from sparsesearch import planning
 from sparsesearch.plan import Plan
 
 
-def test_a_workload_and_budgets_of_every_kind(corridor: Path, run: Any, run_json: Any, tmp_path: Path) -> None:
+def test_a_workload_and_budgets_of_every_kind(
+    corridor: Path, run_json: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse = partial(
+        planning.surface_rows, num_points=3, num_levels=2
+    )  # the 120 searches of a whole front take a minute
+    monkeypatch.setattr(planning, "surface_rows", coarse)
     found = run_json(
         "search", corridor / "profile", "--unit", "kv_group", "--device", "cpu",
         "--workload", "prompt=512,generate=32,batch=2,weight=3", "--workload", "prompt=1k",

@@ -1,7 +1,6 @@
 """Compile shipped kernel configurations for sm_90a and print one line of JSON each. Run by test_compile_gate.py with the interpreter off."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -169,8 +168,9 @@ def step() -> Iterator[tuple[str, CompileReport]]:
 
 def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, keys in hopper_prefill.CONFIGS:
-        for causal in (True, False):
-            yield f"gluon {head_dim} {keys} causal={causal}", hopper(head_dim, keys, causal=causal)
+        yield f"gluon {head_dim} {keys} causal=True", hopper(head_dim, keys)
+    for head_dim, keys in ((64, 128), (128, 128), (256, 64)):  # of the others ptxas makes the same
+        yield f"gluon {head_dim} {keys} causal=False", hopper(head_dim, keys, causal=False)
     yield "gluon 128 128 fp16", hopper(128, 128, dtype="fp16")
     yield "gluon 64 128 bias", hopper(64, 128, bias=True)
     yield "gluon 128 128 bias", hopper(128, 128, bias=True)
@@ -193,8 +193,7 @@ def every() -> Iterator[tuple[str, CompileReport]]:
 
 
 def main() -> None:
-    some: list[tuple[str, CompileReport]] = [("gluon 128 128 causal=True", hopper(128, 128))]
-    for name, report in every() if sys.argv[1:] == ["--all"] else some:
+    for name, report in every():
         row: dict[str, Any] = {"name": name, **asdict(report), "problems": report.problems}
         print(json.dumps(row), flush=True)
 

@@ -98,14 +98,14 @@ def test_rotation(batch, kv_heads, group, head_dim, normed, dtype):
 @pytest.mark.parametrize("ring", [(1, 2), (0, 1), (0, KEEP_ALL), (1, 0)], ids=str)
 def test_the_cache_takes_a_rotated_token_as_it_takes_any(ring, dtype):
     """Beside `append_token`, through the end of a block, of the ring and of the room."""
-    batch, kv_heads, head_dim, block, room = 2, 2, 16, 4, 14
+    batch, kv_heads, head_dim, block, room = 2, 2, 16, 4, 6
     caches = []
     for _ in range(2):
         rows = [torch.zeros(batch * kv_heads * room, head_dim, device=DEVICE, dtype=dtype) for _ in range(2)]
         counts = [torch.full((batch * kv_heads,), n, dtype=torch.int32, device=DEVICE) for n in (room, *ring, 0, 0)]
         start = torch.arange(batch * kv_heads, device=DEVICE) * room
         caches.append((*rows, start, *counts, torch.zeros((), dtype=torch.int64, device=DEVICE)))
-    for token in range(17):
+    for token in range(9):
         qkv = normal(batch, 4 * kv_heads * head_dim, dtype=dtype, seed=token)
         cos, sin = angles(batch, head_dim, dtype)
         q, k, v = rotate(qkv, cos, sin, None, None, EPS, 2 * kv_heads)

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from sparsesearch_cli.main import app
+from typer.testing import CliRunner
 
 SPACE = """
 name: test
@@ -21,30 +23,22 @@ candidates:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", [3])
-def test_two_processes_equal_one(tmp_path: Path, samples: int) -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     options = ["profile", "needle-7m", "--space", str(tmp_path / "space.yaml"), "--lengths", "192,256", "--num-samples"]
-    options += [str(samples), "--num-probes", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def run(launcher: list[str], out: str) -> str:
-        command = [
-            sys.executable,
-            *launcher,
-            "-m",
-            "sparsesearch_cli.main",
-            *options,
-            "-o",
-            str(tmp_path / out),
-            "--json",
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    one = run([], "one")
-    two = run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "two")
-    assert one == two, "only the first process reports"
+    options += ["3", "--num-probes", "1", "--json", "-o"]
+    one = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
+    assert one.exit_code == 0, one.output
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = subprocess.run(
+        [*launcher, "-m", "sparsesearch_cli.main", *options, str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr
+    assert one.stdout == two.stdout, "only the first process reports"
     for file in ("scores-192.safetensors", "scores-256.safetensors", "profile.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()

@@ -15,7 +15,7 @@ from sparsesearch.runtime.fused_layers import recognise
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-PROMPT, STEPS = 46, 4  # blocks of 16: the steps go through the end of one
+PROMPT, STEPS = 47, 3  # blocks of 16: the steps go through the end of one
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
          "vocab_size": 64, "max_position_embeddings": 512}  # fmt: skip
 MODELS = {
@@ -55,7 +55,8 @@ def decoded(model, ids, cache, *, fused, mask=None, **settings):
         first = mask.sum(1)
     with torch.no_grad():
         model(ids, **{CACHE_KEYWORD: cache}, use_cache=True, **inputs)
-    with_kernels(cache)
+    if fused or ON_GPU:
+        with_kernels(cache)
     step = DecodeStep(model, cache, first_position=first, fused=fused, **settings)
     rows = torch.arange(len(ids), device=DEVICE)
     logits = [step((rows * 7 + 3 * token) % 64).clone() for token in range(STEPS)]
@@ -72,7 +73,7 @@ def same(ours, plain):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_every_step_is_the_models_own(name, batch):
-    if not ON_GPU and batch == 8 and name != "qwen3":
+    if not ON_GPU and (batch == 8 or (batch == 1 and name != "qwen3")):
         pytest.skip("takes the interpreter long")
     model = build(name)
     ids = left_padded([PROMPT] * batch, 64)[0].to(DEVICE)
@@ -89,18 +90,21 @@ def test_every_step_is_the_models_own(name, batch):
 
 
 @pytest.mark.parametrize(
-    "names", [["stream", "zero", "elastic", "mean", "dense"], ["stream", "dense", "bitmap", "mean"]]
+    ("plan_of", "names"),
+    [
+        (group_plan, ["stream", "zero", "elastic", "mean", "dense"]),
+        (cycled_plan, ["stream", "dense", "bitmap", "mean"]),
+    ],
 )
-def test_padded_rows_under_every_kind_of_rule(names):
+def test_padded_rows_under_every_kind_of_rule(plan_of, names):
     model = build("qwen3")
     ids, mask = (x.to(DEVICE) for x in left_padded((PROMPT, 21, 3), 64))
-    for plan in (group_plan(model, names), cycled_plan(model, names)):
-        with sparsesearch.apply(model, plan):
-            plain, ours = (
-                decoded(model, ids, sparsesearch.sparse_cache(model, max_tokens=80), fused=fused, mask=mask)
-                for fused in (False, True)
-            )
-        same(ours, plain)
+    with sparsesearch.apply(model, plan_of(model, names)):
+        plain, ours = (
+            decoded(model, ids, sparsesearch.sparse_cache(model, max_tokens=80), fused=fused, mask=mask)
+            for fused in (False, True)
+        )
+    same(ours, plain)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -68,6 +68,7 @@ def test_a_padded_batch_generates(setup, kind):
         check(model, plan, whole, length, torch.stack([step[row] for step in out.logits]))
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # Inductor's advice; fp32 is meant here
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_padded_batch_decodes_step_by_step(setup, compiled):
     """On a GPU a replayed CUDA graph."""

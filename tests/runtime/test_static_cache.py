@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runtime_plans import BLOCK_TOKENS, cycled_plan, greedy_oracle, group_plan, left_padded, oracle_logits
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 import sparsesearch
@@ -138,6 +139,32 @@ def test_a_padded_second_turn_equals_single_rows(tiny):
     for row, length in enumerate((120, 70)):
         whole = torch.cat([ids[row, -length:], more[row]])
         close(ours[row], oracle_logits(model, plan, whole, length)[length:])
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operators that run; each may be a launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
+        self.names.append(operator.__name__)
+        return operator(*arguments, **settings or {})
+
+
+@pytest.mark.parametrize(("names", "alone"), [(["stream", "dense"], True), (["mean", "dense"], False)])
+def test_reading_plain_heads_is_one_operator(tiny, names, alone):
+    model = tiny("llama")
+    with sparsesearch.apply(model, group_plan(model, names)):
+        cache, _ = prefilled(model, left_padded((40, 33), 64)[0], 50)
+    layer, info = cache.layers[0], model.config
+    q = torch.randn(2, info.num_attention_heads, info.head_dim)
+    v = torch.randn(2, info.num_key_value_heads, info.head_dim)
+    with Recorded() as recorded:
+        layer.reads.attend(q, v, layer.keys, layer.values, layer.seen, 0.3, False)
+    assert "gathered_decode.default" in recorded.names
+    assert (len(recorded.names) == 1) == alone
 
 
 def test_beams_equal_those_of_a_dynamic_cache(tiny):

@@ -53,10 +53,10 @@ def test_never_over_budget_and_consistent(searcher: Searcher, seed: int, make_sm
     assert solution.lower_bound <= solution.loss
 
 
-@pytest.mark.parametrize("searcher", [by_solve, by_front])
-def test_equals_exhaustive_on_200_tables(searcher: Searcher, make_small_table: MakeTable) -> None:
+@pytest.mark.parametrize(("searcher", "num_tables"), [(by_solve, 150), (by_front, 50)])
+def test_equals_exhaustive_on_small_tables(searcher: Searcher, num_tables: int, make_small_table: MakeTable) -> None:
     infeasible = 0
-    for seed in range(200):
+    for seed in range(num_tables):
         table, budgets = make_small_table(seed)
         try:
             expected = solve_exhaustive(table, budgets)
@@ -138,7 +138,7 @@ def _values(sentence: str) -> str:
 def test_smallest_values_while_the_others_hold_are_the_smallest(make_small_table: MakeTable) -> None:
     """Each printed value is feasible together with the other budgets, and nothing a thousandth smaller is."""
     checked = impossible = 0
-    for seed in range(150):
+    for seed in range(75):
         table, budgets = make_small_table(seed)
         if len({budget.metric for budget in budgets}) < 2:
             continue
@@ -169,7 +169,7 @@ def test_smallest_values_while_the_others_hold_are_the_smallest(make_small_table
             with pytest.raises(BudgetInfeasibleError):
                 solve_exhaustive(table, [Budget(asked[index].metric, 0.998 * value), other])
             checked += 1
-    assert checked >= 20
+    assert checked >= 10
     assert impossible >= 3
 
 

@@ -58,10 +58,9 @@ def random_table(seed: int) -> tuple[ScoreTable, list[Budget]]:
     return table, [ttft, Budget("params", float(rng.uniform(0.3, 1)))]
 
 
-@pytest.mark.parametrize("seeds", [range(100), range(100, 200)])
-def test_equals_exhaustive_on_ragged_tables(seeds: range) -> None:
+def test_equals_exhaustive_on_ragged_tables() -> None:
     infeasible = 0
-    for seed in seeds:
+    for seed in range(100):
         table, budgets = random_table(seed)
         try:
             expected = solve_exhaustive(table, budgets)

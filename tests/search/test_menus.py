@@ -32,12 +32,9 @@ def most_groups(table: ScoreTable, choice: np.ndarray) -> int:
     return max(map(len, layers), default=0)
 
 
-@pytest.mark.parametrize("seeds", [range(70), range(70, 140), range(140, 210)])
-def test_equals_exhaustive_search(
-    seeds: range, make_small_table: Callable[[int], tuple[ScoreTable, list[Budget]]]
-) -> None:
+def test_equals_exhaustive_search(make_small_table: Callable[[int], tuple[ScoreTable, list[Budget]]]) -> None:
     infeasible = coupled = 0
-    for seed in seeds:
+    for seed in range(120):
         plain, budgets = make_small_table(seed)
         table = with_menus(plain, seed)
         assert table.menus is not None

@@ -1,5 +1,6 @@
 """Several processes share one study; one is killed in the middle of a trial; nothing is lost."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,10 +11,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import optuna
 import pytest
+import synthetic_worker
 from optuna.trial import TrialState
 
 from sparsesearch.errors import ArtifactError, SpecError
@@ -21,18 +24,7 @@ from sparsesearch.studies.liveness import BEAT, RETRY_OF, Liveness, Watch, beati
 from sparsesearch.studies.storage import create_study, open_storage, open_study
 from sparsesearch.studies.work import work
 
-WORKER = Path(__file__).parent / "synthetic_worker.py"
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
-def start(storage: str, name: str, num_trials: int, *more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), storage, name, str(num_trials), *more],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
 
 
 def run_with_a_kill(storage: str, num_trials: int) -> optuna.Study:
@@ -40,25 +32,26 @@ def run_with_a_kill(storage: str, num_trials: int) -> optuna.Study:
     study = create_study(storage, "s", seed=0)
     for bound in (0.2, 0.5):
         study.enqueue_trial({"density": bound, "answer_weight": 1.0}, user_attrs={"origin": "exact front"})
-    victim = start(storage, "s", num_trials, "hang")
-    others: list[subprocess.Popen[str]] = []
+    here, there = multiprocessing.Pipe()
+    victim = synthetic_worker.started(storage, "s", num_trials, there)
+    others: list[ForkServerProcess] = []
     try:
-        assert victim.stdout is not None
-        number = int(victim.stdout.readline())  # it is inside a trial now
-        others = [start(storage, "s", num_trials) for _ in range(3)]
+        assert here.poll(60), "it must begin"
+        number = here.recv()  # it is inside a trial now
+        others = [synthetic_worker.started(storage, "s", num_trials) for _ in range(3)]
         deadline = time.monotonic() + 60
         while not any(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
             assert time.monotonic() < deadline, "the other workers must get on"
             time.sleep(0.1)
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
-        assert [worker.wait(timeout=120) for worker in others] == [0, 0, 0]
+        victim.kill()
+        victim.join()
+        for worker in others:
+            worker.join(timeout=120)
+        assert [worker.exitcode for worker in (victim, *others)] == [-signal.SIGKILL, 0, 0, 0]
     finally:
         for worker in (victim, *others):
             worker.kill()
-            worker.wait()
-            if worker.stdout is not None:
-                worker.stdout.close()
+            worker.join()
     study = open_study(storage, "s", seed=0)
     dead = study.trials[number]
     assert dead.state == TrialState.FAIL

@@ -73,8 +73,9 @@ def profile_transformer(
         request.base_model, Dense(), block_tokens=request.space.block_tokens, lengths_tokens=(1,)
     )
     study = _Study(model, request, store, Observer(model, sampler, request, running, store.folder, progress, scheduler))
-    calibrated = study.calibrate()
-    return study.score(calibrated, None if plan is None else plan.sha256)
+    with store.in_work():
+        calibrated = study.calibrate()
+        return study.score(calibrated, None if plan is None else plan.sha256)
 
 
 @dataclass
