@@ -28,11 +28,12 @@ None of the three papers' results carries over. Masks that are learned, on froze
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsesearch.pruning.moments import SublayerStatistics
@@ -93,38 +94,51 @@ def channel_options(scoring: Scoring, *, multiple: int) -> list[Option]:
     """Widths from whole to nothing, in steps that leave a multiple of `multiple` channels."""
     count = scoring.layer.num_channels
     widths = [*range((count - 1) // multiple * multiple, 0, -multiple), 0]
+    counts = [count - width for width in widths]
     scorer = _scorer(scoring, "feed_forward")
     if isinstance(scorer, _Additive):
-        return [Option((), 0.0), *scorer.cheapest([count - width for width in widths])]
-    options, now = [Option((), 0.0)], count
+        values, columns = scorer.scores.sort(stable=True)  # what going step by step would find
+        return _nested(columns, values.cumsum(0)[[number - 1 for number in counts]], counts)
+    losses, order, now = [], [], count
     for width in widths:
         step = max(1, (now - width) // _STEPS_PER_LEVEL)
         while now > width:
             size = min(step, now - width)
-            scorer.remove(torch.topk(scorer.single_losses(), size, largest=False).indices)
+            order.append(torch.topk(scorer.single_losses(), size, largest=False).indices)
+            scorer.remove(order[-1])
             now -= size
-        options.append(Option(scorer.removed(), scorer.loss))
-    return options
+        losses.append(scorer.loss)
+    return _nested(torch.cat(order), torch.stack(losses), counts)
+
+
+def _nested(order: Int[Tensor, " I"], losses: Float[Tensor, " C"], counts: Sequence[int]) -> list[Option]:
+    """Options that take inputs away in an order, after the one that takes nothing."""
+    places = order.tolist()
+    taken = zip(counts, losses.tolist(), strict=True)
+    return [Option((), 0.0), *(Option(tuple(sorted(places[:count])), loss) for count, loss in taken)]
 
 
 def head_options(scoring: Scoring, *, thin: bool) -> list[Option]:
     """Every number of KV groups with, if `thin`, every number of query heads in each of them; greedy, nested in the groups."""
     layer = scoring.layer
     groups, size = layer.num_kv_heads, layer.num_heads // max(layer.num_kv_heads, 1)
-    options = []
+    untouched = _scorer(scoring, "attention")
+    removed, losses = [], []
     for per_group in range(size, 0, -1) if thin else (size,):
-        scorer = _scorer(scoring, "attention")
+        scorer = deepcopy(untouched)
         for group in range(groups):
             for _ in range(size - per_group):
                 scorer.remove_cheapest([(head,) for head in _left(scorer, group, size)])
-        options.append(Option(scorer.removed(), scorer.loss))
-        for _ in range(groups - 1):
-            sets = (_left(scorer, group, size) for group in range(groups))
-            scorer.remove_cheapest([heads for heads in sets if heads])
-            options.append(Option(scorer.removed(), scorer.loss))
-    everything = _scorer(scoring, "attention")
-    everything.remove_heads(tuple(range(layer.num_heads)))
-    return [*options, Option(everything.removed(), everything.loss)]
+        for left in range(groups, 0, -1):
+            removed.append(tuple(sorted(scorer.gone_heads)))
+            losses.append(scorer.loss)
+            if left > 1:
+                sets = (_left(scorer, group, size) for group in range(groups))
+                scorer.remove_cheapest([heads for heads in sets if heads])
+    untouched.remove_heads(tuple(range(layer.num_heads)))
+    removed.append(tuple(sorted(untouched.gone_heads)))
+    losses.append(untouched.loss)
+    return [Option(gone, loss) for gone, loss in zip(removed, torch.stack(losses).tolist(), strict=True)]
 
 
 def _left(scorer: "_Scorer", group: int, size: int) -> tuple[int, ...]:
@@ -133,10 +147,13 @@ def _left(scorer: "_Scorer", group: int, size: int) -> tuple[int, ...]:
 
 
 class _Scorer(ABC):
-    """Removes inputs of one output projection under one criterion. Heads are runs of `head_dim` inputs."""
+    """Removes inputs of one output projection under one criterion. Heads are runs of `head_dim` inputs.
+
+    What needs the covariance stays where the model is; sums of scores are small and made on the host, where a step costs less than a launch.
+    """
 
     def __init__(self, head_dim: int, like: Float[Tensor, " I"]) -> None:
-        self.head_dim, self.loss = head_dim, 0.0
+        self.head_dim, self.loss = head_dim, like.new_zeros(())
         self.left = torch.ones_like(like, dtype=torch.bool)
         self.gone_heads: set[int] = set()
 
@@ -145,83 +162,79 @@ class _Scorer(ABC):
         """Loss of removing each input alone."""
 
     @abstractmethod
-    def set_loss(self, columns: Tensor) -> float:
-        """Loss of removing these inputs together."""
+    def set_losses(self, sets: Int[Tensor, "C K"]) -> Float[Tensor, " C"]:
+        """Loss of removing each set of inputs together."""
 
-    def remove(self, columns: Tensor) -> None:
-        self.loss += self.set_loss(columns)
-        self.left[columns] = False
+    @abstractmethod
+    def remove(self, columns: Int[Tensor, " K"]) -> None:
+        """Take these inputs away."""
 
     def remove_cheapest(self, sets: Sequence[tuple[int, ...]]) -> None:
-        """Take away the set of heads that adds the least."""
-        self.remove_heads(min(sets, key=lambda heads: self.set_loss(self.columns(heads))))
+        """Take away the set of heads that adds the least; all sets are of one size."""
+        losses = self.set_losses(torch.stack([self.columns(heads) for heads in sets]).to(self.left.device))
+        self.remove_heads(sets[int(losses.argmin())])
 
     def remove_heads(self, heads: tuple[int, ...]) -> None:
-        self.remove(self.columns(heads))
+        self.remove(self.columns(heads).to(self.left.device))
         self.gone_heads |= set(heads)
 
-    def columns(self, heads: Sequence[int]) -> Tensor:
-        columns = torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)
-        return columns.flatten().to(self.left.device)
-
-    def removed(self) -> tuple[int, ...]:
-        gone = (~self.left).nonzero()[:, 0]
-        return tuple(sorted(set((gone // self.head_dim).tolist())))
+    def columns(self, heads: Sequence[int]) -> Int[Tensor, " K"]:
+        return (torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
 
 
 class _Reconstruction(_Scorer):
     def __init__(self, head_dim: int, state: Elimination) -> None:
-        super().__init__(head_dim, state.weight[0])
+        super().__init__(head_dim, state.inverse_diagonal)
         self.state = state
 
     def single_losses(self) -> Float[Tensor, " I"]:
         return self.state.single_losses()
 
-    def set_loss(self, columns: Tensor) -> float:
-        return self.state.set_loss(columns)
+    def set_losses(self, sets: Int[Tensor, "C K"]) -> Float[Tensor, " C"]:
+        return self.state.set_losses(sets)
 
-    def remove(self, columns: Tensor) -> None:
-        super().remove(columns)
+    def remove(self, columns: Int[Tensor, " K"]) -> None:
         self.state.remove(columns)
+        self.loss = self.state.loss
 
 
 class _Signed(_Scorer):
     """½ mean (Σ_c s_rc)²: effects of what goes are added before they are squared."""
 
     def __init__(self, head_dim: int, effects: Float[Tensor, "P I"], scale: float) -> None:
-        super().__init__(head_dim, effects[0])
-        self.effects, self.scale = effects, scale
-        self.gone = torch.zeros_like(effects[:, 0])
+        self.effects, self.scale = effects.cpu(), scale
+        super().__init__(head_dim, self.effects[0])
+        self.alone = self.effects.square().mean(0)
+        self.gone = torch.zeros_like(self.effects[:, 0])
 
     def single_losses(self) -> Float[Tensor, " I"]:
-        grown = (self.gone[:, None] + self.effects).square().mean(0) - self.gone.square().mean()
+        grown = self.alone + 2 * (self.gone @ self.effects) / len(self.effects)
         return torch.where(self.left, self.scale * grown, torch.inf)
 
-    def set_loss(self, columns: Tensor) -> float:
-        grown = (self.gone + self.effects[:, columns].sum(1)).square().mean() - self.gone.square().mean()
-        return float(self.scale * grown)
+    def set_losses(self, sets: Int[Tensor, "C K"]) -> Float[Tensor, " C"]:
+        added = self.effects[:, sets].sum(-1)
+        return self.scale * ((self.gone[:, None] + added).square().mean(0) - self.gone.square().mean())
 
-    def remove(self, columns: Tensor) -> None:
-        super().remove(columns)
+    def remove(self, columns: Int[Tensor, " K"]) -> None:
         self.gone = self.gone + self.effects[:, columns].sum(1)
+        self.loss = self.scale * self.gone.square().mean()
+        self.left.index_fill_(0, columns, False)
 
 
 class _Additive(_Scorer):
     def __init__(self, head_dim: int, scores: Float[Tensor, " I"]) -> None:
-        super().__init__(head_dim, scores)
-        self.scores = scores
+        self.scores = scores.cpu()
+        super().__init__(head_dim, self.scores)
 
     def single_losses(self) -> Float[Tensor, " I"]:
         return torch.where(self.left, self.scores, torch.inf)
 
-    def set_loss(self, columns: Tensor) -> float:
-        return float(self.scores[columns].sum())
+    def set_losses(self, sets: Int[Tensor, "C K"]) -> Float[Tensor, " C"]:
+        return self.scores[sets].sum(-1)
 
-    def cheapest(self, counts: Sequence[int]) -> list[Option]:
-        """The inputs of least score, as many as asked for: what going step by step would find, in one sort."""
-        values, order = self.scores.sort(stable=True)
-        sums, places = values.cumsum(0).tolist(), order.tolist()
-        return [Option(tuple(sorted(places[:count])), sums[count - 1]) for count in counts]
+    def remove(self, columns: Int[Tensor, " K"]) -> None:
+        self.loss = self.loss + self.scores[columns].sum()
+        self.left.index_fill_(0, columns, False)
 
 
 def _scorer(scoring: Scoring, kind: str) -> _Scorer:

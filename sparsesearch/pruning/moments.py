@@ -71,11 +71,11 @@ def collect(
                 rows, logits = output_rows(model, batch)
                 scalars = probe_scalars(rows, logits=logits, num_probes=num_probes, generator=generator)
                 scalars.append(own_loss(rows, batch, logits=logits))
-                outputs = [seen[path][1] for path in outs]
+                ends = [end for path in outs for end in seen[path]]
                 for number, scalar in enumerate(scalars):
-                    gradients = torch.autograd.grad(scalar, outputs, retain_graph=number + 1 < len(scalars))
-                    for path, gradient in zip(outs, gradients, strict=True):
-                        sums[path].add_gradient(seen[path][0], gradient, batch, last=number == num_probes)
+                    found = torch.autograd.grad(scalar, ends, retain_graph=number + 1 < len(scalars))
+                    for path, into, out in zip(outs, found[::2], found[1::2], strict=True):
+                        sums[path].add_gradients(seen[path][0], into, out, batch, last=number == num_probes)
             for path in outs:
                 tokens_here = sums[path].add_inputs(seen[path][0], batch)
             tokens, items = tokens + tokens_here, items + len(rows)
@@ -87,7 +87,6 @@ class _Sums:
     """Running sums of one projection."""
 
     def __init__(self, projection: nn.Linear) -> None:
-        self.weight = projection.weight.detach()
         inputs, outputs, device = projection.in_features, projection.out_features, projection.weight.device
         self.moment = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.total = torch.zeros(inputs, dtype=torch.float64, device=device)
@@ -101,14 +100,13 @@ class _Sums:
         self.total += rows.double().sum(0)
         return len(rows)
 
-    def add_gradient(self, x: Tensor, gradient: Tensor, batch: Batch, *, last: bool) -> None:
-        g = real_rows(gradient, batch).float()
-        # Σ_n x_n (Wᵀ g_n) = diag of Wᵀ (Σ_n g_n x_nᵀ), without a second [tokens x inputs] tensor
-        cross = g.t() @ real_rows(x.detach(), batch).float()
-        effect = (self.weight.float() * cross).sum(0).double()
+    def add_gradients(self, x: Tensor, into: Tensor, out: Tensor, batch: Batch, *, last: bool) -> None:
+        # the gradient at the input is Wᵀ g already
+        effect = (real_rows(x.detach(), batch).float() * real_rows(into, batch).float()).sum(0).double()
         if last:
             self.first_order.append(effect)
         else:
+            g = real_rows(out, batch).float()
             self.signed.append(effect)
             self.outer += (g.t() @ g).double()
 

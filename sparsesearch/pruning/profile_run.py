@@ -12,15 +12,13 @@ from transformers import PreTrainedModel
 from sparsesearch.errors import ArtifactError
 from sparsesearch.plan import BaseModelInfo
 from sparsesearch.profiling.record import provenance_versions
-from sparsesearch.pruning.compensate import installed
 from sparsesearch.pruning.gates import learn_gates
 from sparsesearch.pruning.menus import CRITERIA, Criterion, Option, Scoring, channel_options, head_options
 from sparsesearch.pruning.moments import SublayerStatistics, collect
-from sparsesearch.pruning.quality import Batch, dense_rows, mean_distance
-from sparsesearch.pruning.reconstruction import refit
+from sparsesearch.pruning.quality import Batch
 from sparsesearch.pruning.record import FILE, LayerShape, PruningProfile, menu_tensors, save_profile
+from sparsesearch.pruning.single_cuts import SingleCuts, measure_cut
 from sparsesearch.runtime.fingerprint import weights_sha256
-from sparsesearch.runtime.shrink import Fitted
 from sparsesearch.runtime.sublayers import Layer, layers_of
 from sparsesearch.search_space import PruningMenu
 
@@ -92,14 +90,14 @@ def profile_pruning(
                 tensors |= menu_tensors(prefix, options, count=count, nested=kind == "feed_forward")
             chosen.append((index, layer, kind, menus["reconstruction"]))
     progress("pruning menus", len(layers), len(layers))
-    dense = dense_rows(model, list(request.measured_batches))
-    tensors |= _measured_tensors(model, request, chosen, statistics, dense, progress)
+    cuts = SingleCuts(model, request.measured_batches)
+    tensors |= _measured_tensors(request, chosen, statistics, cuts, progress)
     manifest = {
         "base_model": describe_layers(model, request.name),
         "layers": [_shape(layer) for layer in layers],
         "causal": _is_causal(model),
         "menu": request.menu,
-        "distance": "kl" if dense[0][1] else "cosine",
+        "distance": "kl" if cuts.logits else "cosine",
         "calibration": request.calibration,
         "num_probes": request.num_probes,
         "seed": request.seed,
@@ -110,11 +108,10 @@ def profile_pruning(
 
 
 def _measured_tensors(
-    model: PreTrainedModel,
     request: PruningRequest,
     chosen: Sequence[tuple[int, Layer, str, list[Option]]],
     statistics: dict[str, SublayerStatistics],
-    dense: list[tuple[Tensor, bool]],
+    cuts: SingleCuts,
     progress: Progress,
 ) -> dict[str, Tensor]:
     """Some options of every sublayer, each made alone and measured."""
@@ -122,8 +119,8 @@ def _measured_tensors(
     for number, (index, layer, kind, options) in enumerate(chosen):
         progress("measure single cuts", number, len(chosen))
         picked, own = _picked(options, request.menu.measured_options), statistics[_out_path(layer, kind)]
-        batches = list(request.measured_batches)
-        found = [_measured(model, layer, kind, options[i], own, request.menu, batches, dense) for i in picked]
+        place = (index, layer, kind)
+        found = [measure_cut(cuts, place, options[i], own, bias=request.menu.bias) for i in picked]
         prefix = f"{index:03d}.{kind}.measured."
         tensors[prefix + "index"] = torch.tensor(picked, dtype=torch.int32)
         tensors[prefix + "loss"] = torch.tensor(found, dtype=torch.float64)
@@ -146,20 +143,6 @@ def describe_layers(model: PreTrainedModel, name: str) -> BaseModelInfo:
     )
 
 
-def one_shot_fit(layer: Layer, kind: str, statistics: SublayerStatistics, kept: Tensor, *, bias: bool) -> Fitted:
-    """Refit one projection on dense inputs alone: what the reconstruction criterion predicts the loss of."""
-    projection = layer.projection(dict(layer.sublayers)[kind].out)
-    weight = projection.weight.detach().double()
-    moment, mean = statistics.second_moment, statistics.mean
-    if not (bias or projection.bias is not None):
-        new = refit(weight, kept, moment, weight @ moment)
-        return Fitted(new.to(projection.weight), None)
-    covariance = moment - torch.outer(mean, mean)
-    new = refit(weight, kept, covariance, weight @ covariance)
-    own = 0.0 if projection.bias is None else projection.bias.detach().double()
-    return Fitted(new.to(projection.weight), (own + (weight - new) @ mean).to(projection.weight))
-
-
 def _menus(
     layer: Layer, kind: str, statistics: SublayerStatistics, menu: PruningMenu, gates: Tensor | None
 ) -> dict[str, list[Option]]:
@@ -174,29 +157,12 @@ def _menus(
     return made
 
 
-def _measured(
-    model: PreTrainedModel,
-    layer: Layer,
-    kind: str,
-    option: Option,
-    statistics: SublayerStatistics,
-    menu: PruningMenu,
-    batches: list[Batch],
-    dense: list[tuple[Tensor, bool]],
-) -> float:
-    """Distance from dense with this cut alone, refitted."""
-    count = layer.num_heads if kind == "attention" else layer.num_channels
-    device = statistics.mean.device
-    left = torch.tensor(sorted(set(range(count)) - set(option.removed)), dtype=torch.long, device=device)
-    if kind == "attention":
-        left = (left[:, None] * layer.head_dim + torch.arange(layer.head_dim, device=device)).flatten()
-    with installed(layer) as install:
-        install(dict(layer.sublayers)[kind].out, one_shot_fit(layer, kind, statistics, left, bias=menu.bias))
-        return mean_distance(model, batches, dense)
-
-
 def _picked(options: Sequence[Option], count: int) -> list[int]:
-    """Indices of options to measure: evenly over the ranks of their predicted loss, the whole sublayer included."""
+    """Indices of options to measure: evenly over the ranks of their predicted loss, the whole sublayer included.
+
+    One alone is that, and misleads about small cuts: SmolLM2-135M at 85 % of its parameters ended at KL 0.22 with one, 0.13 with two or four,
+    0.14 with none (64 sequences of refit, 24 held out).
+    """
     ranked = sorted(range(len(options)), key=lambda index: options[index].loss)[1:]
     if count >= len(ranked):
         return sorted(ranked)

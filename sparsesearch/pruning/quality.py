@@ -18,6 +18,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 Batch = Mapping[str, Tensor]
+_CACHED_LOGITS = 2**19
+"""Logits compared at a time on a CPU: several passes over 2 MB stay in its caches."""
 
 
 def output_rows(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, "R V"], bool]:
@@ -105,6 +107,9 @@ def mean_distance(
     """Mean over all items of the distance from the dense rows."""
     total, count = 0.0, 0
     for batch, (rows, logits) in zip(batches, dense, strict=True):
-        found = distance(rows, output_rows(model, batch)[0], logits=logits)
-        total, count = total + float(found.double().sum()), count + len(found)
+        found = output_rows(model, batch)[0]
+        size = max(1, _CACHED_LOGITS // rows.shape[-1]) if rows.device.type == "cpu" else len(rows)
+        for ours, theirs in zip(rows.split(size), found.split(size), strict=True):
+            total += float(distance(ours, theirs, logits=logits).double().sum())
+        count += len(found)
     return total / count

@@ -13,11 +13,15 @@ weighted by the Fisher information of the output, and a mean that is taken away 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from sparsesearch.errors import SpecError
 
 RIDGE = 1e-3
 """Share of the mean variance added to every input's where no data are set aside to choose it on."""
+_WAITING_INPUTS = 64
+"""So many removed inputs are worth a pass over the whole inverse."""
 
 
 def damped(covariance: Float[Tensor, "I I"], ridge: float | None = None) -> Float[Tensor, "I I"]:
@@ -29,53 +33,110 @@ def damped(covariance: Float[Tensor, "I I"], ridge: float | None = None) -> Floa
 
 @dataclass
 class Elimination:
-    """Inputs leave a projection in steps; weights and inverse covariance follow.
+    """Inputs leave a projection in steps; what the others would cost follows.
+
+    The loss of a set R of the inputs left is ½ tr(H_RR⁻¹ G_RR), H the inverse of their covariance and G = Wᵀ F W, W refitted so far. With
+    H_RR = L Lᵀ, U = H_:R L⁻ᵀ, V = G_:R L⁻ᵀ and M = L⁻¹ G_RR L⁻ᵀ, a step is H − U Uᵀ and G − Z Uᵀ − U Zᵀ, Z = V − ½ U M. Steps wait in U
+    and Z until they are worth one pass over H and G, which then also lose their rows and columns of inputs that are gone.
 
     Attributes:
-        weight: refitted so far; columns of removed inputs are zero.
-        inverse: inverse of the remaining inputs' covariance, in the rows and columns of what is left.
-        sensed: F times the weight.
+        inverse: H before the waiting steps.
+        behind: G before the waiting steps.
+        place: row of each input in both; of no meaning once it is gone.
         left: True for inputs still there.
+        down: U of the waiting steps.
+        cross: Z of the waiting steps.
+        inverse_diagonal: diagonal of H after them.
+        behind_diagonal: diagonal of G after them.
+        failed: above 0 when a step's H_RR was not positive definite; looked at when steps are caught up with, to spare waits for the device.
         loss: ½ tr(F E) of everything removed so far.
     """
 
-    weight: Float[Tensor, "O I"]
-    inverse: Float[Tensor, "I I"]
-    sensed: Float[Tensor, "O I"]
-    left: Tensor
-    loss: float = 0.0
+    inverse: Float[Tensor, "L L"]
+    behind: Float[Tensor, "L L"]
+    place: Int[Tensor, " I"]
+    left: Bool[Tensor, " I"]
+    down: Float[Tensor, "L S"]
+    cross: Float[Tensor, "L S"]
+    inverse_diagonal: Float[Tensor, " L"]
+    behind_diagonal: Float[Tensor, " L"]
+    failed: Int[Tensor, ""]
+    loss: Float[Tensor, ""]
 
     @classmethod
     def start(
         cls, weight: Float[Tensor, "O I"], covariance: Float[Tensor, "I I"], sensitivity: Float[Tensor, "O O"]
     ) -> "Elimination":
         """Nothing removed."""
+        own = weight.double()
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance.double())))
-        left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        return cls(weight.double().clone(), inverse, sensitivity.double() @ weight.double(), left)
+        behind = own.t() @ sensitivity.double() @ own
+        none = inverse[:, :0]
+        everything = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+        return cls(
+            inverse, behind, everything.cumsum(0) - 1, everything, none, none, inverse.diagonal().clone(),
+            behind.diagonal().clone(), inverse.new_zeros((), dtype=torch.int32), inverse.new_zeros(()),
+        )  # fmt: skip
 
     def single_losses(self) -> Float[Tensor, " I"]:
         """What each remaining input would add to the loss if it went alone; inf for those that are gone."""
-        behind = (self.sensed * self.weight).sum(0)
-        return torch.where(self.left, 0.5 * behind / self.inverse.diagonal().clamp(min=1e-30), torch.inf)
+        losses = 0.5 * self.behind_diagonal / self.inverse_diagonal.clamp(min=1e-30)
+        return torch.where(self.left, losses[self.place], torch.inf)
 
-    def set_loss(self, columns: Tensor) -> float:
-        """What a set of remaining inputs would add to the loss."""
-        block = self.inverse[columns][:, columns]
-        refitted = torch.linalg.solve(block, self.weight[:, columns].t()).t()
-        return float(0.5 * (self.sensed[:, columns] * refitted).sum())
+    def set_losses(self, sets: Int[Tensor, "C K"]) -> Float[Tensor, " C"]:
+        """What each of some sets of remaining inputs would add to the loss."""
+        at = self.place[sets]
+        rows, columns = at[:, :, None], at[:, None, :]
+        down, cross = self.down[at], self.cross[at]
+        inverse = self.inverse[rows, columns] - down @ down.mT
+        waiting = cross @ down.mT
+        behind = self.behind[rows, columns] - waiting - waiting.mT
+        refitted = torch.cholesky_solve(behind, torch.linalg.cholesky(inverse))
+        return 0.5 * refitted.diagonal(dim1=-2, dim2=-1).sum(-1)
 
-    def remove(self, columns: Tensor) -> None:
-        """Take inputs away and refit the rest."""
-        self.loss += self.set_loss(columns)
-        rows = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
-        self.weight -= self.weight[:, columns] @ rows
-        self.sensed -= self.sensed[:, columns] @ rows
-        self.inverse -= self.inverse[:, columns] @ rows
-        self.left[columns] = False
-        self.weight[:, columns] = self.sensed[:, columns] = 0.0
-        self.inverse[columns] = 0.0
-        self.inverse[:, columns] = 0.0
+    def remove(self, columns: Int[Tensor, " K"]) -> None:
+        """Take inputs away and refit the rest.
+
+        Raises:
+            SpecError: what is left has no positive definite covariance; perhaps some steps late.
+        """
+        at = self.place[columns]
+        down, cross = self.down[at].t(), self.cross[at].t()
+        inverse = self.inverse[:, at] - self.down @ down
+        behind = self.behind[:, at] - self.cross @ down - self.down @ cross
+        factor, failed = torch.linalg.cholesky_ex(inverse[at])
+        self.failed = torch.maximum(self.failed, failed)
+        step_down, step_cross = _divided(inverse, factor), _divided(behind, factor)
+        own = _divided(step_cross[at].t(), factor)
+        step_cross = step_cross - 0.5 * step_down @ own
+        self.loss = self.loss + 0.5 * own.trace()
+        self.inverse_diagonal = self.inverse_diagonal - step_down.square().sum(1)
+        self.behind_diagonal = self.behind_diagonal - 2 * (step_down * step_cross).sum(1)
+        self.down, self.cross = torch.cat([self.down, step_down], 1), torch.cat([self.cross, step_cross], 1)
+        self.left.index_fill_(0, columns, False)  # assigning False would wait for the device
+        if self.down.shape[1] >= min(_WAITING_INPUTS, len(self.inverse)):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Bring H and G up to date."""
+        if self.failed:
+            raise SpecError(
+                "the covariance of a projection's inputs must be positive definite, but is not: its activations are too large for their "
+                "dtype or not finite. Profile with --dtype float32."
+            )
+        kept = self.place[self.left]
+        down, cross = self.down[kept], self.cross[kept]
+        self.inverse = self.inverse[kept][:, kept].addmm_(down, down.t(), alpha=-1)
+        self.behind = self.behind[kept][:, kept].addmm_(cross, down.t(), alpha=-1).addmm_(down, cross.t(), alpha=-1)
+        self.down, self.cross = down[:, :0], cross[:, :0]
+        self.inverse_diagonal, self.behind_diagonal = self.inverse_diagonal[kept], self.behind_diagonal[kept]
+        self.place = (self.left.cumsum(0) - 1).clamp(min=0)
+
+
+def _divided(right: Float[Tensor, "L K"], factor: Float[Tensor, "K K"]) -> Float[Tensor, "L K"]:
+    """Right · factor⁻ᵀ for a lower triangular factor."""
+    divided: Tensor = torch.linalg.solve_triangular(factor.t(), right, upper=True, left=False)
+    return divided
 
 
 def refit(

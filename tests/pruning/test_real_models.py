@@ -33,7 +33,7 @@ def test_the_searched_cut_is_nearer_to_dense_than_uniform_magnitude(name: str, t
     metric, bound, length, count = SETTINGS[name]
     data = {"length_tokens": length, "num_samples": count, "seed": 0}
     batches = load_batches(model, tokenizer, "text", **data)
-    menu = PruningMenu(channel_multiple=64, measured_options=1)
+    menu = PruningMenu(channel_multiple=64, measured_options=2)
     request = PruningRequest(name, menu, batches, batches[:1], {"data": "text", **data}, num_probes=2)
     profile = profile_pruning(model, request, tmp_path)
     refit = Compensation(data="text", **data, bias=True)

@@ -2,8 +2,10 @@
 
 import itertools
 
+import pytest
 import torch
 
+from sparsesearch.errors import SpecError
 from sparsesearch.pruning import reconstruction
 from sparsesearch.pruning.reconstruction import Elimination, damped, refit
 
@@ -24,21 +26,29 @@ def best_loss(weight, covariance, sensitivity, kept):
     new = torch.zeros_like(weight)
     new[:, kept] = torch.linalg.solve(gram[kept][:, kept], (weight @ gram)[:, kept].t()).t()
     gone = weight - new
-    return float(0.5 * (sensitivity * (gone @ gram @ gone.t())).sum()), new
+    return float(0.5 * (sensitivity * (gone @ gram @ gone.t())).sum())
 
 
-def test_losses_add_up_to_the_optimum_of_what_is_left():
+@pytest.mark.parametrize("waiting", [1, 3, 64])
+def test_losses_add_up_to_the_optimum_of_what_is_left(waiting, monkeypatch):
+    monkeypatch.setattr(reconstruction, "_WAITING_INPUTS", waiting)
     x, weight, sensitivity = problem()
     covariance = x.t() @ x / len(x)
     state = Elimination.start(weight, covariance, sensitivity)
-    for columns in ([3], [7, 1], [0]):
-        predicted = state.loss + state.set_loss(torch.tensor(columns))
+    for columns in ([3], [7, 1], [0], [8, 2, 4], [5, 6]):
+        predicted = state.loss + state.set_losses(torch.tensor([columns]))[0]
         state.remove(torch.tensor(columns))
-        expected, new = best_loss(weight, covariance, sensitivity, state.left.nonzero()[:, 0])
-        torch.testing.assert_close(
-            torch.tensor([state.loss, predicted]), torch.tensor([expected] * 2), rtol=1e-9, atol=0
-        )
-        torch.testing.assert_close(state.weight, new, rtol=1e-8, atol=1e-10)
+        expected = best_loss(weight, covariance, sensitivity, state.left.nonzero()[:, 0])
+        torch.testing.assert_close(float(state.loss), expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(float(predicted), expected, rtol=1e-9, atol=0)
+
+
+def test_a_covariance_that_is_none_is_refused():
+    state = Elimination.start(torch.ones(2, 6), torch.eye(6), torch.eye(2))
+    state.inverse[1, 1] = -1.0
+    state.remove(torch.tensor([1]))
+    with pytest.raises(SpecError, match="positive definite"):
+        state.remove(torch.tensor([0, 2, 3, 4, 5]))
 
 
 def test_single_losses_are_losses_of_sets_of_one():
@@ -50,19 +60,18 @@ def test_single_losses_are_losses_of_sets_of_one():
         if column == 4:
             assert singles[column] == torch.inf
         else:
-            torch.testing.assert_close(
-                float(singles[column]), state.set_loss(torch.tensor([column])), rtol=1e-10, atol=0
-            )
+            alone = float(state.set_losses(torch.tensor([[column]])))
+            torch.testing.assert_close(float(singles[column]), alone, rtol=1e-10, atol=0)
 
 
 def test_the_cheapest_pair_is_found_by_set_loss():
     x, weight, sensitivity = problem(inputs=6)
     covariance = x.t() @ x / len(x)
     state = Elimination.start(weight, covariance, sensitivity)
-    for pair in itertools.combinations(range(6), 2):
+    pairs = list(itertools.combinations(range(6), 2))
+    for pair, found in zip(pairs, state.set_losses(torch.tensor(pairs)).tolist(), strict=True):
         kept = torch.tensor([i for i in range(6) if i not in pair])
-        expected, _ = best_loss(weight, covariance, sensitivity, kept)
-        torch.testing.assert_close(state.set_loss(torch.tensor(pair)), expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found, best_loss(weight, covariance, sensitivity, kept), rtol=1e-9, atol=0)
 
 
 def test_refit_is_least_squares_up_to_its_ridge(monkeypatch):

@@ -49,3 +49,12 @@ def test_joint_plans_are_at_least_as_good_as_either_kind_alone():
     compared = [(row[JOINT], row[kind]) for row in equal for kind in (CUTS_ONLY, RULES_ONLY) if row[kind] is not None]
     assert len(compared) >= 4
     assert all(joint <= alone for joint, alone in compared)
+
+
+def test_smollm2_without_fifteen_percent_is_nearer_to_dense_than_uniform_magnitude():
+    found = {row.plan: row for row in rows(FOLDER / "smollm2-h200.json")}
+    searched, bare = found["searched"], found["searched, not refitted"]
+    rival, bare_rival = found["uniform magnitude"], found["uniform magnitude, not refitted"]
+    assert searched.params <= 0.85
+    assert max(searched.distance / rival.distance, bare.distance / bare_rival.distance) <= 0.7, "like with like"
+    assert searched.distance <= 0.7 * bare_rival.distance
