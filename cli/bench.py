@@ -62,7 +62,9 @@ def model(
 
     sizes = [] if lengths.strip() in ("", "0") else o.parsed_lengths(lengths)
     request = Request(sizes, decode_tokens, _batches(batches), steps, compiled=not eager)
-    live = _live(model, o.present_device(device), max([*sizes, decode_tokens + steps + 8]))
+    if not o.present_device(device).startswith("cuda"):
+        raise typer.BadParameter(f"must be a CUDA device, but got {device!r}.", param_hint="--device")
+    live = _live(model, device, max([*sizes, decode_tokens + steps + 8]))
     chosen = Plan.load(plan) if plan else mixture_plan(describe(live, model), density=density, kv_fraction=kv_fraction)
     predictor = None if cost_model is None else load_cost_model(cost_model)
 

@@ -21,6 +21,8 @@ EXTRAS = {
 """Packages that only some commands need -> the extra that brings them."""
 PLACES = ("out", "pareto", "junit", "plot", "runs", "folder")
 """Parameters that name what a command writes."""
+WRITE_FOLDERS = ("apply", "convert", "heal", "profile", "quickstart", "search", "tune")
+"""Commands whose `out` may be a folder; that of the others is a file."""
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,7 +34,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            _require_places(kwargs)
+            _require_places(command.__name__, kwargs)
             command(*args, **kwargs)
         except KeyboardInterrupt:
             say(
@@ -50,12 +52,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _require_places(given: dict[str, Any]) -> None:
+def _require_places(command: str, given: dict[str, Any]) -> None:
     from sparsesearch.artifacts import require_writable
 
     for name in PLACES:
         if isinstance(given.get(name), Path):
-            require_writable(given[name])
+            folder = name == "folder" or (name == "out" and command in WRITE_FOLDERS)
+            require_writable(given[name], is_file=not folder)
 
 
 def _told(error: Exception) -> tuple[str, int] | None:
@@ -76,6 +79,8 @@ def _told(error: Exception) -> tuple[str, int] | None:
                 f"the work must fit into the device's memory, but does not: {reason} Take shorter lengths or a smaller batch.",
                 1,
             )
+    if isinstance(error, RuntimeError) and "can't allocate memory" in reason:  # torch's, on a CPU
+        return "the work must fit into memory, but does not. Take shorter lengths or a smaller batch.", 1
     if isinstance(error, OSError) and error.filename is not None:
         return (
             f"{error.filename} must be usable, but {error.strerror or reason}. Check the path, its permissions and the disk.",

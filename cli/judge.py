@@ -8,6 +8,7 @@ import typer
 from . import options as o
 from . import pipelines, prune
 from .errors import guarded
+from .metrics_tables import show_metrics
 from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from sparsesearch.check import Thresholds
     from sparsesearch.cost import CostModel
-    from sparsesearch.evaluate import Estimate, Metrics
 
 
 FOR_TEXT = (
@@ -92,7 +92,9 @@ def evaluate(
         )
     if not paths and model is None:
         raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
-    opened = {path.stem if len(paths) > 1 else "plan": Plan.load(path) for path in paths}
+    if not timing_rounds:
+        o.refuse_given(context, "stands beside measured times, and --timing-rounds 0 measures none", "cost_model")
+    opened = {name: Plan.load(path) for name, path in o.variant_names(paths).items()}
     name = model or next(iter(opened.values())).base_model.name_or_path
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype, with_plan=False)
     applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))
@@ -137,95 +139,6 @@ def _priced(cost_model: str | None, live: "PreTrainedModel") -> "CostModel | Non
     found = shipped_for(live.device)
     measured_bytes = getattr(getattr(found, "table", None), "dtype_bytes", None)
     return found if measured_bytes == live.dtype.itemsize else None
-
-
-def _show_predictions(metrics: "Metrics", length: int) -> None:
-    """Predicted beside measured, where a cost model was at hand."""
-    rows = []
-    for name in metrics.variants:
-        cell = metrics.at(length, name)
-        for part, measured in (("prefill", cell.prefill_s), ("attention", cell.attention_s)):
-            predicted = cell.predicted.get(f"{part}_s")
-            if measured is not None and predicted is not None:
-                rows.append([name, part, measured * 1e3, predicted * 1e3, f"{100 * (predicted / measured - 1):+.1f} %"])
-    if rows:
-        source = metrics.at(length, "dense").cost_model
-        table(
-            f"{length} tokens, predicted by {source}",
-            ["variant", "part", "measured (ms)", "predicted (ms)", "predicted is off by"],
-            rows,
-        )
-
-
-def show_metrics(metrics: "Metrics") -> None:
-    """One table per length."""
-    for length in metrics.lengths_tokens:
-        rows = []
-        for name in metrics.variants:
-            cell = metrics.at(length, name)
-            rows.append(
-                [
-                    name,
-                    cell.density,
-                    cell.needle.mean,
-                    cell.kl_text.mean,
-                    cell.kl_answer.mean,
-                    cell.heldout_loss.mean,
-                    None if cell.prefill_s is None else cell.prefill_s * 1e3,
-                ]
-            )
-        table(
-            f"{metrics.model}, {length} tokens, {metrics.at(length, 'dense').needle.num_sequences} sequences",
-            ["variant", "density", "needle", "KL text", "KL answer", "text loss", "prefill (ms)"],
-            rows,
-        )
-        _show_predictions(metrics, length)
-        show_tasks(metrics, length)
-
-
-def show_tasks(metrics: "Metrics", length: int) -> None:
-    """Every task by itself: accuracy of each variant, and of each plan its difference to dense and the share it retains."""
-    if length not in metrics.tasks:
-        return
-    assert metrics.suite is not None
-    generated = metrics.suite.generate
-    header = [
-        "task",
-        "variant",
-        "accuracy",
-        "- dense",
-        "retained",
-        "KL answer",
-        *(["generated"] if generated else []),
-        "",
-    ]
-    rows: list[list[object]] = []
-    for task, cells in metrics.tasks[length].items():
-        remark = "dense answers too little to say much" if metrics.says_little(length, task) else ""
-        for name, cell in cells.items():
-            rows.append(
-                [
-                    task if name == "dense" else "",
-                    name,
-                    _with_error(cell.accuracy),
-                    "" if name == "dense" else _with_error(cell.accuracy_minus_dense),
-                    ""
-                    if name == "dense" or cell.retention is None
-                    else f"{cell.retention:.3f} ± {cell.retention_error:.3f}",
-                    "" if name == "dense" else cell.kl_answer.mean,
-                    *([_with_error(cell.generated)] if generated else []),
-                    remark if name == "dense" else "",
-                ]
-            )
-    table(
-        f"tasks, {length} tokens, {metrics.suite.num_sequences} sequences each, format {metrics.suite.format}",
-        header,
-        rows,
-    )
-
-
-def _with_error(estimate: "Estimate | None") -> str:
-    return "" if estimate is None else f"{estimate.mean:.3f} ± {estimate.standard_error:.3f}"
 
 
 def check(

@@ -7,7 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, deploy, exchange, front, heal, judge, lint, listing, measure, plan, predict, reuse, tune
+from . import (
+    bench,
+    deploy,
+    exchange,
+    front,
+    heal,
+    judge,
+    lint,
+    listing,
+    measure,
+    plan,
+    predict,
+    quickstart,
+    reuse,
+    search,
+    tune,
+)
 
 app = typer.Typer(
     name="sparsesearch",
@@ -18,7 +34,11 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 110},
 )
-for room in (measure, plan, reuse, heal, tune, lint, predict, deploy, exchange, judge, front, bench, listing):
+ROOMS = (
+    *(quickstart, measure, search, plan, reuse, heal, tune, lint, predict),
+    *(deploy, exchange, judge, front, bench, listing),
+)
+for room in ROOMS:
     room.register(app)
 
 

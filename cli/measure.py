@@ -1,4 +1,4 @@
-"""Commands that measure: the whole corridor at once, a profile, its proxies, a device."""
+"""Commands that measure: a profile, its proxies, a device."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,85 +8,12 @@ import typer
 from . import options as o
 from . import pipelines, prune
 from .errors import guarded
-from .render import emit_json, lines, pairs, progress_bar, say, table
+from .render import emit_json, pairs, progress_bar, table
 
 if TYPE_CHECKING:
     from sparsesearch.profiling.record import Profile
     from sparsesearch.profiling.world import World
     from sparsesearch.search_space import SearchSpace
-
-
-def quickstart(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to fill; must be new or empty.")] = Path(
-        "quickstart"
-    ),
-    density: Annotated[
-        float, typer.Option(help="Share of dense attention's tiles the plan may compute.", min=0.01, max=1)
-    ] = 0.25,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Profile here instead of using the profile shipped with the package.")
-    ] = False,
-    evaluations: Annotated[int, typer.Option(help="Plans that the refinement may replay.", min=0)] = 3,
-    num_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on.", min=1)] = 18,
-    video: Annotated[
-        bool, typer.Option("--video", help="The embedded video model instead; on a CPU a reduced run. Needs diffusers.")
-    ] = False,
-    mode: Annotated[str, typer.Option(help="With --video: t2v (text to video) or i2v (image to video).")] = "t2v",
-    seed: o.Seed = 0,
-    json: o.Json = False,
-) -> None:
-    """Run the whole corridor on the embedded model. It does profile, search, apply, eval, check, report."""
-    if video:
-        from .video import quickstart_video
-
-        quickstart_video(out, density, mode, json)
-        return
-    from sparsesearch.quickstart import quickstart as run
-
-    with progress_bar() as progress:
-        found = run(
-            out,
-            density_budget=density,
-            from_scratch=from_scratch,
-            evaluations=evaluations,
-            num_sequences=num_sequences,
-            seed=seed,
-            progress=progress,
-        )
-    summary = found.summary()
-    if json:
-        emit_json(summary)
-        return
-    say(f"profile: {found.profile_source}")
-    names = list(found.metrics.variants)
-    shares = {"dense": 1.0, "uniform_window": summary["density_uniform_window"], "plan": summary["density"]}
-    table(
-        f"needle-7m, {summary['num_sequences']} held-out sequences of {summary['quality_length_tokens']} tokens",
-        [
-            "variant",
-            "density",
-            "needle",
-            "KL to dense",
-            "text loss",
-            f"prefill {summary['prefill_length_tokens']} (ms)",
-        ],
-        [
-            [
-                name.replace("_", " "),
-                shares[name],
-                summary["needle_accuracy"][name],
-                summary["kl_to_dense"][name],
-                summary["heldout_loss"][name],
-                summary["prefill_s"][name] * 1e3,
-            ]
-            for name in names
-        ],
-    )
-    gap = "none stated" if summary["gap"] is None else f"{summary['gap']:.2g}"
-    lines(
-        f"proven gap of the search: {gap};  check: {'passed' if found.check.passed else 'FAILED'}",
-        f"written: {out}/report.html",
-    )
 
 
 FOR_TEXT = (
@@ -102,6 +29,7 @@ FOR_TEXT = (
     "seed",
 )
 """Options of `profile` that mean nothing for diffusers pipelines, which are sampled as --run says."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 FOR_PIPELINES = ("run", "sensitivity", "under")
 NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
 NOT_FOR_REMOVALS_ALONE = ("text_column", "stream", "device_map")
@@ -166,6 +94,10 @@ def profile(
 
     if stream and device_map is not None:
         raise typer.BadParameter("holds one layer at a time, so no --device-map goes with it.", param_hint="--stream")
+    if device_map not in (None, *DEVICE_MAPS):
+        raise typer.BadParameter(
+            f"must be one of {', '.join(DEVICE_MAPS)}, but got {device_map!r}.", param_hint="--device-map"
+        )
     menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
     if menu.pruning is None:
         o.refuse_given(context, f"is for spaces that remove, and {space} does not", "learn_masks")
@@ -337,7 +269,6 @@ def calibrate(
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     for name, command in (
-        ("quickstart", quickstart),
         ("profile", profile),
         ("validate-proxy", validate_proxy),
         ("calibrate", calibrate),

@@ -136,6 +136,22 @@ def refuse_given(context: typer.Context, why: str, *names: str) -> None:
             raise typer.BadParameter(f"{why}.", param_hint=option)
 
 
+def variant_names(plans: list[Path]) -> dict[str, Path]:
+    """What plans are called when they are compared: `plan` if it is one, else by their files.
+
+    Raises:
+        BadParameter: two would have one name, or one that of the model itself.
+    """
+    names = [path.stem for path in plans] if len(plans) > 1 else ["plan"] * len(plans)
+    for name in names:
+        if names.count(name) > 1 or name == "dense":
+            raise typer.BadParameter(
+                f"must have file names of their own, none of them dense, but {name!r} is taken. Rename a file.",
+                param_hint="PLAN",
+            )
+    return dict(zip(names, plans, strict=True))
+
+
 def command_line() -> str:
     """How this run was started, for the record."""
     return shlex.join(["sparsesearch", *sys.argv[1:]])

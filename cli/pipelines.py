@@ -236,7 +236,7 @@ def evaluate(
     from sparsesearch.denoising.pipeline_plans import judge_pipeline
     from sparsesearch.denoising.sampling_run import SamplingRun
 
-    variants = {path.stem if len(plans) > 1 else "plan": load_plans(path) for path in plans}
+    variants = {name: load_plans(path) for name, path in o.variant_names(plans).items()}
     first = next(iter(next(iter(variants.values())).values()))
     source = model or str(first.provenance.get("pipeline", first.base_model.name_or_path))
     live = load_pipeline(Path(source), device=o.present_device(device), dtype=dtype)

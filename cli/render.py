@@ -20,7 +20,7 @@ def say(text: str) -> None:
     """A message for people, on stderr."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(text)
 
 
 def emit_json(content: Any) -> None:
@@ -121,7 +121,7 @@ def _console() -> "Console":
     """As wide as the terminal; a pipe gets COLUMNS, or enough for most tables."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_COLUMNS
     return console

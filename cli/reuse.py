@@ -9,8 +9,12 @@ from . import options as o
 from .errors import guarded, usage
 from .render import emit_json, lines, progress_bar, table
 
+OF_OBJECTIVES = {"budget": "reuse", "cost_model": "reuse", "threshold": "hylra", "max_refreshes": "rals"}
+"""Options that mean something for one objective only."""
+
 
 def search_reuse(
+    context: typer.Context,
     profile: o.ProfileDir,
     objective: Annotated[
         Literal["reuse", "hylra", "rals"],
@@ -54,12 +58,15 @@ def search_reuse(
     from sparsesearch.errors import ArtifactError
     from sparsesearch.index_reuse import search_reuse as run
     from sparsesearch.profiling.record import Profile
-    from sparsesearch.profiling.reuse import reuse_menu
+    from sparsesearch.profiling.reuse_menu import reuse_menu
     from sparsesearch.reuse_lanes import ReuseQuestion
     from sparsesearch.runtime.loading import load_model
     from sparsesearch.search.budget import parse_budgets
     from sparsesearch.search_space import SearchSpace
 
+    for option, own in OF_OBJECTIVES.items():
+        if objective != own:
+            o.refuse_given(context, f"is for --objective {own}, and not for {objective}", option)
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
     with usage("--budget"):

@@ -49,6 +49,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except IsADirectoryError as error:
+        raise ArtifactError(f"{path} must be a file, but is a folder. Name a file in it.") from error
     except OSError as error:
         raise ArtifactError(
             f"{path} must be writable, but {error.strerror or error}; nothing was changed there. "
@@ -59,12 +61,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, *, is_file: bool = False) -> None:
     """Refuse a place where nothing can be written, before the work whose result is to go there; nothing is created.
 
+    Args:
+        path: the place.
+        is_file: a file is to be written, so that it must not be a folder.
+
     Raises:
-        ArtifactError: its nearest existing ancestor is a file, or may not be written.
+        ArtifactError: its nearest existing ancestor is a file, or may not be written; or it is a folder and must be a file.
     """
+    if is_file and path.is_dir():
+        raise ArtifactError(f"{path} must be a file, but is a folder. Name a file in it.")
     folder = path.absolute().parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -150,14 +158,25 @@ def read_json(path: Path, *, format: str, schema_version: str) -> dict[str, Any]
     return parse_json(read_text(path), source=str(path), format=format, schema_version=schema_version)
 
 
+class _NotFinite(ValueError):
+    """NaN or an infinity, which Python reads and JSON does not have."""
+
+
+def _no_number(text: str) -> Any:
+    raise _NotFinite(text)
+
+
 def parse_json(text: str, *, source: str, format: str, schema_version: str) -> dict[str, Any]:
     """Like `read_json`, from a text; `source` names it in messages."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise ArtifactError(
             f"{source} must be complete JSON, but it breaks off or is damaged at line {error.lineno}. Make it again."
         ) from error
+    except (_NotFinite, RecursionError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"holds {error}"
+        raise ArtifactError(f"{source} must be JSON with finite numbers, but {reason}. Make it again.") from error
     if not isinstance(content, dict) or content.get("format") != format:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ArtifactError(f"{source} must have format {format!r}, but has {found!r}. Give the right file.")

@@ -53,11 +53,17 @@ class UnsupportedKernelError(SparseSearchError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known names there are, and the nearest one first, for the end of an error message."""
+    """Say which known names there are, and the nearest one first, for the end of an error message; nothing where there are none."""
     names = sorted(known)
+    if not names:
+        return ""
     close = get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Known: {', '.join(names)}."
+
+
+def _kind(value: object) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"
 
 
 def first_problem(error: ValidationError, known: Iterable[str] = ()) -> str:
@@ -70,7 +76,7 @@ def first_problem(error: ValidationError, known: Iterable[str] = ()) -> str:
         case "missing":
             return f"{field!r} must be given, but is missing."
         case "model_type" | "dict_type":
-            return f"{field or 'the whole'} must be a mapping, but is a {type(first['input']).__name__}."
+            return f"{field or 'the whole'} must be a mapping, but is {_kind(first['input'])}."
         case "value_error" | "assertion_error":
             return f"{field and field + ': '}{first['ctx']['error']}."
     must = message.replace("Input should be", "must be")

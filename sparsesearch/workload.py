@@ -53,9 +53,10 @@ def parse_workload(text: str) -> Workload:
         if match is None:
             raise SpecError(f"a workload must look like prompt=32768,generate=512,batch=8, but got {text!r}.")
         name, number, kilo = match.groups()
-        if name not in _FIELDS or _FIELDS[name] in values:
-            what = "twice names" if name in _FIELDS else "names unknown field"
-            raise SpecError(f"the workload {text!r} {what} {name!r}.{nearest(name, tuple(_FIELDS))}")
+        if name not in _FIELDS:
+            raise SpecError(f"the workload {text!r} names unknown field {name!r}.{nearest(name, tuple(_FIELDS))}")
+        if _FIELDS[name] in values:
+            raise SpecError(f"the workload {text!r} must name {name!r} once. Write --workload again for another one.")
         values[_FIELDS[name]] = _number(number, text) * (1024 if kilo else 1)
     if "prompt_tokens" not in values:
         raise SpecError(f"a workload must say its prompt length, such as prompt=32768, but got {text!r}.")

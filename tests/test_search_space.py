@@ -56,7 +56,7 @@ def test_the_digest_is_of_tiles_and_candidates_alone(windows: list[int]) -> None
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "the whole must be a mapping, but is a NoneType"),
+        ("", "the whole must be a mapping, but is empty"),
         ("- 1", "the whole must be a mapping, but is a list"),
         ("name: [", r"must be YAML, but breaks off or is damaged at line \d"),
         (HEAD, "'candidates' must be given, but is missing"),

@@ -23,7 +23,7 @@ def test_defaults() -> None:
         ("prompt=0", "prompt >= 1"),
         ("prompt=10.5", "whole numbers"),
         ("prompt=1.2.3", "must be a number"),
-        ("prompt=8,prompt=9", "twice"),
+        ("prompt=8,prompt=9", "once"),
         ("promt=8", "Did you mean 'prompt'"),
         ("prompt=8,weight=0", "weight > 0"),
     ],

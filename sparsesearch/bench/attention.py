@@ -3,7 +3,8 @@
     python -m sparsesearch.bench.attention --json out.json
 
 R = t / (density · t_dense), t_dense of the fastest dense kernel (cuDNN, forced): 1 means that a skipped block costs nothing and a computed
-one costs what it costs the fastest dense kernel. Density counts tiles of 128 x 128. Every row holds the relative error of its output
+one costs what it costs the fastest dense kernel. Each plan takes turns with that kernel while it is timed (`dense_s` of its row), because the
+card's clock depends on what ran before. Density counts tiles of 128 x 128. Every row holds the relative error of its output
 against fp64 (`fp64`), cuDNN's included.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.fp64 import exact_rows, relative_error
 from sparsesearch.bench.predicted import shipped_costs
-from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.bench.timing import ceilings, median_s, paired_s, provenance
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SparseSearchError
 from sparsesearch.kernels.dispatch import Backend, run_schedule, schedule_for
@@ -87,7 +89,7 @@ def run(
         num_kv_heads: KV heads.
         backends: ours, timed on every plan.
         flex_lengths: where to time FlexAttention with the identical block mask, causal (it compiles once per shape).
-        budget_s: device time per case.
+        budget_s: device time per row.
         command: recorded as the command line.
         progress: called with each finished row.
     """
@@ -132,28 +134,25 @@ class _Case:
         self.grid = BlockGrid(length, length, BLOCK_TOKENS, causal=causal)
         self.budget_s = budget_s
         self.shape: dict[str, Any] = {"head_dim": head_dim, "length": length, "causal": causal}
-        self.dense_s = float("inf")
         self.costs = shipped_costs()
 
     def dense(self, record: Callable[[dict[str, Any]], None]) -> None:
-        """cuDNN, forced, and FlashAttention-2; the first is what R divides by."""
+        """cuDNN, forced, and FlashAttention-2, each by itself."""
         length, head_dim, num_heads = self.grid.q_len, self.q.shape[-1], self.q.shape[1]
         flop = 4 * num_heads * length * length * head_dim / (2 if self.grid.causal else 1)
         exact = self._exact(plan_rules("dense", num_heads, length))
 
-        def attend() -> Tensor:
-            return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=self.grid.causal, enable_gqa=True)
-
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
             if name == "flash2" and length > LONG:
                 continue
-            with sdpa_kernel(backend):
-                error = relative_error(attend(), exact)
-                seconds = median_s(attend, budget_s=self.budget_s)
-            if name == "cudnn":
-                self.dense_s = seconds
+            error = relative_error(self._attend(backend), exact)
+            seconds = median_s(partial(self._attend, backend), budget_s=self.budget_s)
             row = {"kernel": name, "plan": "dense", "density": 1.0, "seconds": seconds, "flop": flop}
             record(self.shape | row | {"fp64_error": error})
+
+    def _attend(self, backend: SDPBackend = SDPBackend.CUDNN_ATTENTION) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=self.grid.causal, enable_gqa=True)
 
     def _exact(self, rules: tuple[Rule, ...]) -> Tensor:
         return exact_rows(self.q, self.k, self.v, rules, self.grid, scale=self.q.shape[-1] ** -0.5)
@@ -181,8 +180,8 @@ class _Case:
                     return run_schedule(self.q, self.k, self.v, schedule, scale=scale, kernel=backend)[0]  # noqa: B023
 
                 row["fp64_error"] = relative_error(attend(), exact)
-                seconds = median_s(attend, budget_s=self.budget_s)
-                record(row | self._costs(schedule, seconds) | self._predicted(schedule, backend))
+                seconds, dense_s = paired_s(attend, self._attend, budget_s=self.budget_s)
+                record(row | self._costs(schedule, seconds, dense_s) | self._predicted(schedule, backend))
             except (
                 RuntimeError,
                 SparseSearchError,
@@ -195,13 +194,14 @@ class _Case:
             except RuntimeError as error:  # inductor's own kinds included
                 record(row | {"error": f"{type(error).__name__}: {error}"[:400]})
 
-    def _costs(self, schedule: TileSchedule, seconds: float) -> dict[str, Any]:
+    def _costs(self, schedule: TileSchedule, seconds: float, dense_s: float) -> dict[str, Any]:
         shape = schedule.shape
         return {
             "density": schedule.density,
             "seconds": seconds,
             "flop": 4 * schedule.num_blocks * shape.rows * shape.keys * self.q.shape[-1],
-            "R": seconds / (schedule.density * self.dense_s),
+            "dense_s": dense_s,
+            "R": seconds / (schedule.density * dense_s),
             "makespan": schedule.makespan,
             "blocks": schedule.num_blocks,
         }
@@ -224,11 +224,11 @@ class _Case:
             return out
 
         error = relative_error(attend(), exact)
-        seconds = median_s(attend, budget_s=self.budget_s)
+        seconds, dense_s = paired_s(attend, self._attend, budget_s=self.budget_s)
         blocks = density * self.q.shape[1] * int(self.grid.reachable().sum())
         flop = 4 * blocks * BLOCK_TOKENS**2 * self.q.shape[-1]
-        costs = {"density": density, "seconds": seconds, "flop": flop, "R": seconds / (density * self.dense_s)}
-        return costs | {"fp64_error": error}
+        costs = {"density": density, "seconds": seconds, "flop": flop, "dense_s": dense_s}
+        return costs | {"R": seconds / (density * dense_s)} | {"fp64_error": error}
 
 
 def _causal_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:

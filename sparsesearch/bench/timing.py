@@ -24,21 +24,49 @@ def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool =
         budget_s: device time to spend.
         graph: replay a captured graph; otherwise call `run` anew each time.
     """
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    replay: Callable[[], object] = run
-    calls = 1
-    if graph:
-        calls = min(20, max(1, round(FULL_GRAPH_S / max(min(event_times(run, 3)), 1e-6))))
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for _ in range(calls):
-                run()
-        replay = captured.replay
+    replay, calls = _captured(run) if graph else _warmed(run)
     first = event_times(replay, 2)
     repeats = min(200, max(5, int(budget_s / max(statistics.median(first), 1e-7))))
     return statistics.median(event_times(replay, repeats)) / calls
+
+
+def paired_s(run: Callable[[], object], other: Callable[[], object], *, budget_s: float = 0.15) -> tuple[float, float]:
+    """Median times of two calls that take turns, so that both meet the same clock.
+
+    A card at its power limit changes its clock by a fifth with what ran before, and with it the quotient of times measured one after the
+    other. Both are replayed as graphs, as in `median_s`, at least 5 times each.
+
+    Args:
+        run: launches the first work; must be safe to capture.
+        other: launches the second.
+        budget_s: device time to spend on both.
+    """
+    (replay, calls), (other_replay, other_calls) = _captured(run), _captured(other)
+    both = sum(statistics.median(event_times(one, 2)) for one in (replay, other_replay))
+    turns = [
+        (*event_times(replay, 1), *event_times(other_replay, 1))
+        for _ in range(min(200, max(5, int(budget_s / max(both, 1e-7)))))
+    ]
+    own, others = zip(*turns, strict=True)
+    return statistics.median(own) / calls, statistics.median(others) / other_calls
+
+
+def _warmed(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    return run, 1
+
+
+def _captured(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
+    """A graph of as many calls as fill a millisecond, and how many."""
+    _warmed(run)
+    calls = min(20, max(1, round(FULL_GRAPH_S / max(min(event_times(run, 3)), 1e-6))))
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for _ in range(calls):
+            run()
+    return captured.replay, calls
 
 
 def ceilings() -> dict[str, float]:

@@ -111,7 +111,7 @@ def _hub(spec: str, column: str) -> Iterator[str]:
 
 def _text_of(row: Any, column: str, place: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        known = row if isinstance(row, dict) else ()
+        known = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
         raise SpecError(
             f"{place} must hold text in {column!r}; name the field with --text-column.{nearest(column, known)}"
         )

@@ -54,8 +54,7 @@ def task_names(text: str) -> tuple[str, ...]:
     for name in (part.strip() for part in text.split(",") if part.strip()):
         if name not in SUITES and name not in TASKS:
             raise SpecError(
-                f"unknown task or suite {name!r}; suites: {', '.join(SUITES)}; tasks: {', '.join(TASKS)}."
-                + nearest(name, [*SUITES, *TASKS])
+                f"unknown task or suite {name!r} ({', '.join(SUITES)} are suites).{nearest(name, [*SUITES, *TASKS])}"
             )
         wanted |= set(SUITES.get(name, (name,)))
     if not wanted:
@@ -72,7 +71,7 @@ def parsed_spec(spec: str) -> tuple[tuple[str, ...], Format]:
     _, names, *form = spec.split(":", 2)
     chosen = form[0] if form else "completion"
     if chosen not in FORMATS:
-        raise SpecError(f"unknown format {chosen!r}; there are {', '.join(FORMATS)}.{nearest(chosen, FORMATS)}")
+        raise SpecError(f"unknown format {chosen!r}.{nearest(chosen, FORMATS)}")
     return task_names(names), cast(Format, chosen)
 
 

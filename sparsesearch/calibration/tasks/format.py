@@ -1,7 +1,7 @@
 """How a task is put to a model: what stands around texts, questions and answers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def glue(tokenizer: "PreTrainedTokenizerBase", name: str) -> Glue:
             return Glue(start_tokens(tokenizer), answer, encode(tokenizer, ".\n\n"), instructs=True, sentences=True)
         case "chat":
             return _chat(tokenizer)
-    raise SpecError(f"unknown format {name!r}; there are {', '.join(get_args(Format))}.{nearest(name, FORMATS)}")
+    raise SpecError(f"unknown format {name!r}.{nearest(name, FORMATS)}")
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase") -> Glue:

@@ -1,0 +1,263 @@
+"""The command that searches a profile for the plan of least loss within a budget."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import options as o
+from . import pipelines, prune
+from .errors import guarded, usage
+from .render import emit_json, lines, progress_bar, table
+
+if TYPE_CHECKING:
+    from sparsesearch.plan import BudgetRecord, Plan
+    from sparsesearch.planning import Question
+    from sparsesearch.profiling.record import Profile
+
+
+FOR_REMOVALS = ("criterion", "refit_samples", "uniform", "lengths")
+NOT_FOR_PIPELINES = ("workload", "decode", "dtype", "model_shape", "unit", "answer_weight", "pareto")
+NOT_FOR_REMOVALS = (
+    *("space", "workload", "decode", "dtype", "max_groups_per_layer", "model_shape", "unit", "objective"),
+    *("answer_weight", "pareto"),
+)
+"""Options of `search` that mean something only, or nothing, for a kind of profile."""
+
+
+def search(
+    context: typer.Context,
+    profile: o.ProfileDir,
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            help="density=0.25, kv_fraction=0.4, latency=0.5x, ttft=120ms, tpot=0.8x, memory=24GB; of removals params, flops; "
+            "several must all hold.",
+            metavar="METRIC=BOUND",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
+    space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="What will be served: prompt=32768,generate=512,batch=8,weight=1; repeatable."),
+    ] = None,
+    decode: Annotated[
+        Literal["same", "separate"], typer.Option(help="Decode under the prefill's rules, or under rules of its own.")
+    ] = "same",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the cache that is served; the profiled model's by default."),
+    ] = None,
+    max_groups_per_layer: Annotated[
+        int | None,
+        typer.Option(help="Most different rules in a layer, for backends that launch each by itself.", min=1),
+    ] = None,
+    model_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of the model, such as llama3-8b, for seconds and bytes of the whole; from its config by default."
+        ),
+    ] = None,
+    unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
+    objective: Annotated[
+        Literal[
+            "combined",
+            "text",
+            "answer",
+            "output_error",
+            "dropped_mass",
+            "moa",
+            "minference",
+            "duo",
+            "flexprefill",
+            "xattention",
+            "sparse_vdit",
+        ],
+        typer.Option(
+            help="Which predicted loss to minimise; the last six are those of published methods, sparse_vdit for pipelines."
+        ),
+    ] = "combined",
+    answer_weight: Annotated[float, typer.Option(help="Weight of the answer proxy in `combined`.", min=0)] = 1.0,
+    device: Annotated[
+        str | None, typer.Option(help="Cost model for latency budgets: cpu, roofline:h100 or a file.")
+    ] = None,
+    refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
+    max_ranges: Annotated[
+        int | None,
+        typer.Option(help="Diffusers pipelines: merge ranges of steps into at most so many, by interval DP.", min=1),
+    ] = None,
+    model: o.OptionalModel = None,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(help="Also write the front over quality, the first budget's metric and memory as CSV."),
+    ] = None,
+    criterion: Annotated[
+        Literal[
+            "measured",
+            "reconstruction",
+            "fisher",
+            "taylor",
+            "activation_magnitude",
+            "magnitude",
+            "vtrans",
+            "ofb",
+            "sparse_then_prune",
+            "learned",
+        ],
+        typer.Option(help="How removals are scored."),
+    ] = "measured",
+    refit_samples: Annotated[
+        int, typer.Option(help="Sequences on which `apply` refits what is left after removals; 0 leaves it.", min=0)
+    ] = 128,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Removals: the same FFN width in every layer, which stock classes can load."),
+    ] = False,
+    lengths: Annotated[
+        str, typer.Option(help="Removals: lengths in tokens where flops, memory and latency count.")
+    ] = "1024",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Find the plan with the least loss within a budget. The proven distance from the best plan is printed."""
+    from sparsesearch.errors import ArtifactError
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.replayed_search import search_plan
+
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
+    if pipelines.is_profile(profile):
+        o.refuse_given(context, "is not for diffusers pipelines", *NOT_FOR_PIPELINES, *FOR_REMOVALS)
+        pipelines.search(
+            profile, budget, out, space=space, objective=objective, max_ranges=max_ranges, max_orders=max_groups_per_layer,
+            refine=refine, model=model, device=device or "cpu", json=json,
+        )  # fmt: skip
+        return
+    for_pipelines = f"is for diffusers pipelines, and {profile} is the profile of none"
+    o.refuse_given(context, for_pipelines, "max_ranges", *(["objective"] if objective == "sparse_vdit" else []))
+    if prune.has_cuts(profile):
+        o.refuse_given(context, f"is not for removals, which {profile} covers", *NOT_FOR_REMOVALS)
+        prune.search_cuts(
+            profile, budget, out, criterion=criterion, device=device, refit_samples=refit_samples, uniform=uniform,
+            lengths=lengths, refine=refine, model=model, json=json,
+        )  # fmt: skip
+        return
+    o.refuse_given(context, f"is for removals, and {profile} covers none", *FOR_REMOVALS)
+    opened = Profile.load(profile)
+    question = _question(
+        opened, budget, workload, space, unit, device, dtype, model_shape, objective=objective, answer_weight=answer_weight,
+        decode=decode, max_groups_per_layer=max_groups_per_layer,
+    )  # fmt: skip
+    plan = _refined(opened, question, model, refine, seed) if refine else search_plan(opened, question)
+    plan.save(out)
+    if pareto is not None:
+        _write_front(opened, question, pareto)
+    _show_search(plan, out, json)
+
+
+def _question(
+    profile: "Profile",
+    budget: list[str],
+    workload: list[str] | None,
+    space: str | None,
+    unit: o.Unit | None,
+    device: str | None,
+    dtype: str | None,
+    model_shape: str | None,
+    **more: Any,
+) -> "Question":
+    """What the options ask."""
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.planning import Question
+    from sparsesearch.pricing import shape_of
+    from sparsesearch.scoring import DTYPE_BYTES
+    from sparsesearch.search.budget import parse_budgets
+    from sparsesearch.search_space import SearchSpace
+    from sparsesearch.workload import parse_workloads
+
+    with usage("--budget"):
+        budgets = parse_budgets(budget)
+    with usage("--workload"):
+        workloads = parse_workloads(workload) if workload else ()
+    menu = None if space is None else SearchSpace.load(space)
+    whole = model_shape or workloads or any(each.absolute or each.metric == "memory" for each in budgets)
+    return Question(
+        budgets=budgets,
+        space=menu,
+        granularity=unit or (menu.unit if menu else "query_head"),
+        cost_model=None if device is None else load_cost_model(device),
+        workloads=workloads,
+        dtype_bytes=None if dtype is None else DTYPE_BYTES[dtype],
+        shape=shape_of(profile.manifest.base_model, model_shape) if whole else None,
+        **more,
+    )
+
+
+def _refined(profile: "Profile", question: "Question", model: str | None, evaluations: int, seed: int) -> "Plan":
+    from sparsesearch import calibration
+    from sparsesearch.refinement import refine
+    from sparsesearch.runtime.loading import load_model
+
+    live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path, with_plan=False)
+    samples = calibration.load(
+        "needle", tokenizer, length_tokens=max(profile.manifest.lengths), num_samples=6, seed=seed + 1
+    ).samples
+    with progress_bar() as progress:
+        return refine(live, profile, question, samples, evaluations=evaluations, progress=progress)[0]
+
+
+def _write_front(profile: "Profile", question: "Question", path: Path) -> None:
+    import pandas as pd
+
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.planning import surface_rows
+
+    write_bytes(path, pd.DataFrame(surface_rows(profile, question)).to_csv(index=False).encode())
+
+
+def _show_search(plan: "Plan", out: Path, json: bool) -> None:
+    certificate = plan.certificate
+    assert certificate is not None
+    content = {
+        "plan": str(out),
+        "sha256": plan.sha256,
+        "rules": plan.kind_counts(),
+        "budgets": [record.model_dump(mode="json") for record in plan.budgets],
+        "loss": certificate.loss,
+        "lower_bound": certificate.lower_bound,
+        "gap": certificate.gap,
+        "solver": certificate.solver,
+    }
+    if json:
+        emit_json(content)
+        return
+    rows = [
+        [record.metric, length, *(None if value is None else _amount(record, value) for value in values)]
+        for record in plan.budgets
+        for length, used in record.predicted.items()
+        for values in [(record.bound, used, record.replayed.get(length))]
+    ]
+    if any(record.replayed for record in plan.budgets):
+        table("budgets", ["metric", "length", "bound", "sum of its units", "schedule replayed"], rows)
+    else:
+        table("budgets", ["metric", "length", "bound", "plan"], [row[:-1] for row in rows])
+    unmeasured = {record.cost_model for record in plan.budgets if (record.cost_model or "").startswith("roofline:")}
+    if unmeasured:
+        lines(
+            f"{min(map(str, unmeasured))}: nobody has measured this device; its seconds are lower bounds from a datasheet."
+        )
+    table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
+    lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
+
+
+def _amount(record: "BudgetRecord", value: float) -> str:
+    from sparsesearch.search.budget import Budget
+
+    return Budget(record.metric, record.bound, absolute=record.absolute).amount(float(f"{value:.4g}"))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command."""
+    app.command("search")(guarded(search))

@@ -1,0 +1,48 @@
+"""Hardware counters: what `ncu` prints is read in our units; without `ncu` the command says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sparsesearch.bench.counters import CASES, COUNTERS, parse, run
+from sparsesearch.errors import UnsupportedKernelError
+
+RECORD = Path(__file__).parents[1] / "golden" / "counters_h200.json"
+
+
+def test_shares_are_fractions_and_times_are_seconds() -> None:
+    metrics = [metric for metric, _ in COUNTERS.values()]
+    values = [str(1000 * (i + 1)) for i in range(len(metrics))]
+    values[0] = "145,984"
+    text = "\n".join(
+        [
+            "==PROF== Connected",
+            ",".join(f'"{name}"' for name in ("ID", "Kernel Name", *metrics)),
+            ",".join('""' for _ in range(len(metrics) + 2)),
+            ",".join(f'"{value}"' for value in ("0", "hopper_attention", *values)),
+        ]
+    )
+    (row,) = parse(text)
+    assert row["seconds"] == pytest.approx(145.984e-6)
+    names = list(COUNTERS)
+    assert row["tensor"] == pytest.approx(10.0 * (names.index("tensor") + 1))
+    assert row["stalls"]["wait"] == 1000.0 * len(names)
+
+
+def test_without_ncu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(UnsupportedKernelError, match="Nsight Compute"):
+        run()
+
+
+def test_the_record_covers_the_cases() -> None:
+    record = json.loads(RECORD.read_text())
+    assert record["provenance"]["device"] == "NVIDIA H200"
+    rows = record["rows"]
+    assert set(CASES) <= {(r["head_dim"], r["length"], r["plan"]) for r in rows if r["kernel"] == "gluon"}
+    for row in rows:
+        assert 0 < row["tensor"] < 1
+        assert row["busy_cycles_min"] <= row["busy_cycles_mean"] <= row["busy_cycles_max"] <= row["elapsed_cycles"]
+        assert row["loaded_hz"] < 2.1e9
