@@ -58,3 +58,14 @@ def test_smollm2_without_fifteen_percent_is_nearer_to_dense_than_uniform_magnitu
     assert searched.params <= 0.85
     assert max(searched.distance / rival.distance, bare.distance / bare_rival.distance) <= 0.7, "like with like"
     assert searched.distance <= 0.7 * bare_rival.distance
+
+
+def test_smollm2_without_fifteen_percent_is_faster_on_a_cpu():
+    """A budget on FLOPs beside that on parameters makes heads go too, whose attention a parameter does not count. The refit is a short one."""
+    record = FOLDER / "smollm2-cpu.json"
+    searched, rival = rows(record)
+    provenance = json.loads(record.read_text())["provenance"]
+    assert (provenance["time_tokens"], provenance["device"][:3]) == (1024, "cpu")
+    assert 0.84 <= searched.params <= 0.85
+    assert searched.speed_up >= 1.12
+    assert searched.distance <= 0.7 * rival.distance
