@@ -15,7 +15,7 @@ import torch
 from sparsesearch.cost.device import runs
 from sparsesearch.cost.device.fused_chain import FusedChain
 from sparsesearch.cost.device.micro_bench import Bench, CompilingBench
-from sparsesearch.cost.device.run_plan import EVICTING, RunPlan, estimators
+from sparsesearch.cost.device.run_plan import EVICTING, HAVE_KERNELS, MANY_HEADS, RunPlan, estimators
 from sparsesearch.cost.device.tile_cases import tile_cases
 
 Job = Callable[[], object]
@@ -46,6 +46,8 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
     for kind in estimators():
         for length in plan.estimator_tokens:
             yield partial(list, runs.estimator_runs(bench, (length,), (kind,)))
+    for length in plan.estimator_tokens[:2]:
+        yield partial(list, runs.estimator_runs(bench, (length,), HAVE_KERNELS, heads=MANY_HEADS))
     batches = {(head_dim, batch) for head_dim in plan.decode_head_dims for batch, _ in plan.decode}
     probed = {(EVICTING.head_dim, batch) for batch in plan.layer_batches}
     for head_dim, batch in sorted(batches | probed):

@@ -16,6 +16,10 @@ EVICTING = ModelShape("evicting", "llama", 36, 4096, 13312, 32, 8, 128, 1024, Fa
 one of the same size among five. Also with a single layer, which shows what a step takes besides its layers."""
 
 PROBE_KV_TOKENS = 4096
+HAVE_KERNELS = ("vertical_slash", "pooled_topk")
+"""Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
+
+MANY_HEADS = 64
 LAYER_WIDTHS: tuple[tuple[int, int], ...] = (
     (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192),
 )  # fmt: skip
@@ -107,6 +111,7 @@ class RunPlan:
             + fused
             + 5 * len(self.pointwise_tokens)
             + len(self.estimator_tokens) * (1 + len(estimators()))
+            + len(self.estimator_tokens[:2]) * len(HAVE_KERNELS)
         )
 
 
