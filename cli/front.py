@@ -12,6 +12,7 @@ from .render import emit_json, lines, progress_bar, table
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sparsesearch.calibration import Calibration
     from sparsesearch.cost import CostModel
     from sparsesearch.equal_latency.record import Entry, EqualLatency
     from sparsesearch.evaluate import SuiteSpec
@@ -42,6 +43,25 @@ def front(
     cost_model: Annotated[
         str | None, typer.Option(help="With --at, what prices the searches; the device's own by default.")
     ] = None,
+    choose_on: Annotated[
+        str,
+        typer.Option(
+            help="With --at, calibration data, not those of the profile, on which the first family chooses among parts of its space."
+        ),
+    ] = "needle",
+    choose_sequences: Annotated[
+        int,
+        typer.Option(
+            help="With --at, how many such sequences; 0: the first family takes its whole space's optimum.", min=0
+        ),
+    ] = 12,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="With --at, start from the budgets that an earlier, perhaps interrupted, run left in --out.",
+        ),
+    ] = False,
     suite: o.Suite = None,
     task_format: o.TaskFormat = "completion",
     shots: o.Shots = 0,
@@ -65,7 +85,8 @@ def front(
     )
     if at is not None:
         found = _at_latency(
-            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model,
+            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model, out=out, resume=resume,
+            choose=(choose_on, choose_sequences),
             lengths=o.parsed_lengths(lengths), num_sequences=num_sequences, seed=seed,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),
         )  # fmt: skip
@@ -131,13 +152,18 @@ def _at_latency(
     rounds: int,
     time_limit_s: float,
     cost_model: str | None,
+    out: Path,
+    resume: bool,
+    choose: tuple[str, int],
     lengths: list[int],
     num_sequences: int,
     seed: int,
     suite: "SuiteSpec | None",
 ) -> "EqualLatency":
-    from sparsesearch.equal_latency.compare import Setting, compare_at_latency
+    from sparsesearch.equal_latency.compare import compare_at_latency
     from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
+    from sparsesearch.equal_latency.record import EqualLatency
+    from sparsesearch.equal_latency.settle import Setting
     from sparsesearch.evaluate.run import held_out_parts
 
     if len(lengths) != 1:
@@ -147,6 +173,7 @@ def _at_latency(
         time_limit_s=time_limit_s, seed=seed,
     )  # fmt: skip
     parts = held_out_parts(tokenizer, lengths[0], num_sequences, seed=seed)  # type: ignore[arg-type]
+    fresh = _fresh(choose, tokenizer, lengths[0], profile.manifest.seed)  # type: ignore[attr-defined]
     with progress_bar() as progress:
         return compare_at_latency(
             live,  # type: ignore[arg-type]
@@ -155,12 +182,25 @@ def _at_latency(
             _priced(cost_model, live),
             [sample for each in parts[:-1] for sample in each.samples],
             parts[-1].samples,
+            choose_on=[sample for each in fresh for sample in each.samples],
             suite=suite,
             tokenizer=tokenizer,  # type: ignore[arg-type]
-            data={each.description: each.id for each in parts},
+            data={each.description: each.id for each in (*parts, *fresh)},
             command=o.command_line(),
+            begun=EqualLatency.load(out) if resume and out.exists() else None,
+            saved=lambda record: record.save(out),
             progress=progress,
         )
+
+
+def _fresh(choose: tuple[str, int], tokenizer: object, length: int, profiled_seed: int) -> "list[Calibration]":
+    """Calibration sequences of another seed than the profile's; none if none are asked for."""
+    from sparsesearch import calibration
+
+    spec, count = choose
+    if count == 0:
+        return []
+    return [calibration.load(spec, tokenizer, length_tokens=length, num_samples=count, seed=profiled_seed + 1)]  # type: ignore[arg-type]
 
 
 def _targets(at: str) -> list[float]:
@@ -188,7 +228,6 @@ def _show(found: "EqualLatency", out: Path, plot: Path | None, json: bool) -> No
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.report.equal_latency import equal_latency_plot
 
-    found.save(out)
     if plot is not None:
         write_bytes(plot, equal_latency_plot(found).encode())
     if json:

@@ -85,7 +85,7 @@ class Pricer:
         """Seconds of a unit's prefill attention for the whole batch."""
         grid, tiles, model = self._grid(workload.prompt_tokens), self.tiles(workload.prompt_tokens), self._model()
         works = [
-            unit_work(rule, float(tiles[row, column]), grid, int(self._head_dim[row]), len(unit.heads))
+            unit_work(rule, float(tiles[row, column]), grid, int(self._head_dim[row]), len(unit.heads), workload.batch)
             for row, unit in enumerate(self.units)
             for column, rule in enumerate(self.profile.manifest.candidates)
         ]
@@ -180,7 +180,7 @@ def shape_of(base_model: BaseModelInfo, name: str | None = None) -> ModelShape |
     return found
 
 
-def unit_work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_heads: int) -> UnitWork:
+def unit_work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_heads: int, batch: int = 1) -> UnitWork:
     """What a unit under a rule computes in one prefill, in the words of the cost models."""
     kind: WorkKind = "dense" if rule.kind == "dense" else "tiles"
     match rule.rest:
@@ -198,4 +198,5 @@ def unit_work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_he
         query_blocks=grid.num_q_blocks,
         block_tokens=grid.block_tokens,
         estimator=rule.kind if rule.dynamic else None,
+        batch=batch,
     )

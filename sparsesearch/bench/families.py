@@ -19,8 +19,10 @@ from sparsesearch.bench.random_model import random_model
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.shipped import shipped_for
-from sparsesearch.equal_latency.compare import Setting, compare_at_latency
+from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
+from sparsesearch.equal_latency.record import EqualLatency
+from sparsesearch.equal_latency.settle import Setting
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import model_shape
 from sparsesearch.profiling.run import Request, profile_model
@@ -53,11 +55,19 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=1, help="of the profile")
     parser.add_argument("--num-probes", type=int, default=2, help="of the profile")
     parser.add_argument("--num-sequences", type=int, default=8, help="judged")
+    parser.add_argument(
+        "--choose-sequences",
+        type=int,
+        default=4,
+        help="on which the first family chooses among its parts; 0: it does not",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of the final measurement")
     parser.add_argument(
         "--time-limit", type=float, default=3600, help="seconds per target after which budgets move no more"
     )
     parser.add_argument("--space", default="mixture")
+    parser.add_argument("--profile", type=Path, help="kept there, and continued if it is there already")
+    parser.add_argument("--resume", action="store_true", help="start from the budgets in --json of an earlier run")
     parser.add_argument("--cost-model", help="the device's own by default")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
@@ -79,14 +89,16 @@ def main() -> None:
     model = random_model(shape, device=given.device, dtype=dtype)
     samples = random_samples(shape.vocab_size, given.length, given.num_samples, seed=0)
     judged = random_samples(shape.vocab_size, given.length, 2 * given.num_sequences, seed=1)
+    choose_on = random_samples(shape.vocab_size, given.length, given.choose_sequences, seed=2)
     request = Request(
         describe(model, given.model_shape),
         SearchSpace.load(given.space),
         {given.length: Calibration(samples, "random tokens")},
         num_probes=given.num_probes,
     )
+    begun = EqualLatency.load(given.json) if given.resume and given.json.exists() else None
     with tempfile.TemporaryDirectory() as folder:
-        profile = profile_model(model, request, Path(folder) / "profile", progress=progress)
+        profile = profile_model(model, request, given.profile or Path(folder) / "profile", progress=progress)
         setting = Setting(
             given.at,
             given.families,
@@ -98,9 +110,9 @@ def main() -> None:
         )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(
-            model, profile, setting, costs, needles, text, command=" ".join(sys.argv), progress=progress
-        )
-    found.save(given.json)
+            model, profile, setting, costs, needles, text, choose_on=choose_on, command=" ".join(sys.argv), begun=begun,
+            saved=lambda record: record.save(given.json), progress=progress,
+        )  # fmt: skip
     for target, row in found.targets.items():
         for family, entry in row.items():
             sys.stderr.write(

@@ -27,6 +27,7 @@ class UnitWork:
         query_blocks: rows of tiles per query head.
         block_tokens: side of a tile.
         estimator: kind of the dynamic rule that must choose the tiles first; None for static rules.
+        batch: sequences that are chosen for in the same call; the seconds are of one.
         dtype_bytes: bytes per element; None means the model's own: what was measured, or 2 for a datasheet.
     """
 
@@ -39,6 +40,7 @@ class UnitWork:
     query_blocks: int = 0
     block_tokens: int = 64
     estimator: str | None = None
+    batch: int = 1
     dtype_bytes: int | None = None
 
     def __post_init__(self) -> None:

@@ -264,7 +264,7 @@ def _layer(
         elements = 2 * workload.batch * workload.prompt_tokens * mean_heads * shape.head_dim
         attention_s += costs.pointwise_s("transpose", elements)
     index_s = sum(
-        workload.batch * costs.estimator_s(kind, workload.prompt_tokens, sum(rule.kind == kind for rule in rules))
+        costs.estimator_s(kind, workload.prompt_tokens, workload.batch * sum(rule.kind == kind for rule in rules))
         for kind in sorted({rule.kind for rule in rules if rule.dynamic and not rule.reuses})
     )
     halfway = workload.prompt_tokens + -(-workload.generate_tokens // 2)

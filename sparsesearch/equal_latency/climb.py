@@ -1,7 +1,7 @@
 """Moving every family's budget until its measured time is the target's."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import monotonic
@@ -102,7 +102,7 @@ def climb(
     target: float,
     clock: Clock,
     *,
-    favoured: str | None = None,
+    favoured: Collection[str] = (),
     start: Mapping[str, float] | None = None,
     tolerance: float = 0.02,
     most_tries: int = 10,
@@ -115,7 +115,7 @@ def climb(
         ladder_of: family -> its plans.
         target: measured time as a share of dense's.
         clock: measures plans beside dense.
-        favoured: the family that gets its next faster plan where none comes within the tolerance; every other one gets its next slower plan,
+        favoured: families that get their next faster plan where none comes within the tolerance; every other one gets its next slower plan,
             so that a comparison can only favour the others.
         start: family -> bound to begin with; the target itself by default.
         tolerance: relative deviation from the target that is accepted.
@@ -137,7 +137,7 @@ def climb(
         for name, share in shares_of(clock({"dense": None, **plans})).items():
             climbs[name].meet(Rung(climbs[name].bound, plans[name], share))
     progress(f"latency {target:g}x", most_tries, most_tries)
-    return {name: own.settled(prefer_slower=name != favoured) for name, own in climbs.items()}
+    return {name: own.settled(prefer_slower=name not in favoured) for name, own in climbs.items()}
 
 
 def shares_of(times: Times) -> dict[str, float]:

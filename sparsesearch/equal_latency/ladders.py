@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from sparsesearch.cost.base import CostModel
-from sparsesearch.errors import SpecError, nearest
+from sparsesearch.equal_latency.shared_choices import SharedChoices
+from sparsesearch.errors import BudgetInfeasibleError, SpecError, nearest
 from sparsesearch.measured_front import FAMILIES, UNIFORM
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.planning import write_plan
@@ -17,8 +18,11 @@ from sparsesearch.search.budget import Budget
 from sparsesearch.search.pareto import feasible_bounds
 from sparsesearch.search.solve import solve
 from sparsesearch.search_space import SearchSpace
+from sparsesearch.shapes import Granularity
 from sparsesearch.workload import Workload
 
+MOST_CHARGES = 3
+"""Searches that are repeated with the price of choosing dealt anew."""
 DEFAULT_FAMILIES = ("mixture", "MoA", "MInference", "DuoAttention", UNIFORM)
 
 
@@ -36,23 +40,35 @@ class Ladder(Protocol):
 class SearchedLadder:
     """The best plans of a search space, by an exact search under a budget in predicted latency."""
 
-    def __init__(self, profile: Profile, family: str, workload: Workload, cost_model: CostModel) -> None:
-        space, _, granularity = FAMILIES[family]
-        self._profile = profile
-        self._question = Question(
-            budgets=(Budget("latency", 1.0),),
-            space=None if space is None else SearchSpace.load(space),
-            granularity=granularity,
-            cost_model=cost_model,
-            workloads=(workload,),
-        )
+    def __init__(self, profile: Profile, question: Question) -> None:
+        self._profile, self._question = profile, question
         self._table = score_table(profile, self._question)
         self.lowest = feasible_bounds(self._table, "latency", 2, others=self._question.constraints[1:])[0]
+        self._solved: dict[float, Plan] = {}
+        self._shared = SharedChoices.of(profile, question, self._table)
 
     def at(self, bound: float) -> Plan:
-        """Solve within max(bound, lowest)."""
-        budget = Budget("latency", min(1.0, max(bound, self.lowest)))
-        found = solve(self._table, (budget, *self._question.constraints[1:]))
+        """Solve within max(bound, lowest), once."""
+        bound = min(1.0, max(bound, self.lowest))
+        if bound not in self._solved:
+            self._solved[bound] = self._within(Budget("latency", bound))
+        return self._solved[bound]
+
+    def _within(self, budget: Budget) -> Plan:
+        table = self._table
+        found = solve(table, (budget, *self._question.constraints[1:]))
+        for _ in range(MOST_CHARGES if self._shared is not None else 0):
+            assert self._shared is not None
+            table = self._shared.charged(self._table, found.choice)
+            try:
+                again = solve(table, (budget, *self._question.constraints[1:]))
+            except (
+                BudgetInfeasibleError
+            ):  # with every layer's choosing paid in full; what is measured will move the bound
+                break
+            if (again.choice == found.choice).all():
+                break
+            found = again
         question = replace(self._question, budgets=(budget,))
         return write_plan(self._profile, question, self._table, found.choice, found)
 
@@ -83,12 +99,28 @@ def ladders(profile: Profile, families: Sequence[str], workload: Workload, cost_
     Raises:
         SpecError: unknown family, or the profile lacks a family's candidates.
     """
+    found: dict[str, Ladder] = {}
     for family in families:
-        if family not in (*FAMILIES, UNIFORM):
+        if family == UNIFORM:
+            found[family] = UniformLadder(profile, workload)
+            continue
+        if family not in FAMILIES:
             raise SpecError(f"unknown family {family!r}.{nearest(family, (*FAMILIES, UNIFORM))}")
-    return {
-        family: UniformLadder(profile, workload)
-        if family == UNIFORM
-        else SearchedLadder(profile, family, workload, cost_model)
-        for family in families
-    }
+        space, _, granularity = FAMILIES[family]
+        menu = None if space is None else SearchSpace.load(space)
+        found[family] = SearchedLadder(profile, question_of(menu, granularity, workload, cost_model, 1.0))
+    return found
+
+
+def question_of(
+    space: SearchSpace | None, granularity: Granularity, workload: Workload, cost_model: CostModel, answer_weight: float
+) -> Question:
+    """What is asked of a profile for a ladder; the budget is moved later."""
+    return Question(
+        budgets=(Budget("latency", 1.0),),
+        space=space,
+        granularity=granularity,
+        answer_weight=answer_weight,
+        cost_model=cost_model,
+        workloads=(workload,),
+    )

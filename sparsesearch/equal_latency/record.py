@@ -1,5 +1,6 @@
 """What a comparison at equal measured latency found: one file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,14 @@ class Entry(_Frozen):
         description="metric -> this family's loss minus the first family's, paired over sequences; positive is worse. `kl`: over all "
         "positions; `kl_answer`; `heldout_loss`; `needle_error`: share of questions missed"
     )
+    menu: str | None = Field(
+        None, description="of the family on trial: which part of its space, or which rival's, gave its plan"
+    )
+    tried: dict[str, float] = Field(
+        default={},
+        description="of the family on trial: part of its space, or rival whose space it contains -> KL + 0.1 x answer KL of that plan, on "
+        "calibration sequences that were neither profiled nor judged",
+    )
     tasks: dict[str, TaskMetrics] = Field(default={}, description="long-context task -> what was found")
 
     @property
@@ -57,7 +66,7 @@ class EqualLatency(_Frozen):
     cost_model: str
     objective: str
     first: str = Field("mixture", description="the family on trial, from which the others' excess is counted")
-    dense_s: float = Field(description="dense, same part and batch, median of the final rounds")
+    dense_s: float = Field(description="dense, same part and batch, median of the first target's final rounds")
     dense_prefill_s: float
     dense_quality: VariantMetrics
     targets: dict[str, dict[str, Entry]] = Field(description="share of dense's time -> family -> what was found")
@@ -70,6 +79,25 @@ class EqualLatency(_Frozen):
         """The one on trial, then those that are compared with it."""
         others = (family for family in next(iter(self.targets.values())) if family != self.first)
         return (self.first, *others)
+
+    def bounds(self, target: float) -> dict[str, float]:
+        """The budgets that its plans at a target were found under; none where the target is not there yet."""
+        return {family: entry.bound for family, entry in self.targets.get(f"{target:g}", {}).items()}
+
+    def with_target(self, target: float, row: Mapping[str, Entry]) -> Self:
+        """The record with one more target."""
+        return self.model_copy(update={"targets": {**self.targets, f"{target:g}": dict(row)}})
+
+    def with_task(self, target: float, task: str, cells: Mapping[str, TaskMetrics]) -> Self:
+        """The record with one more task at a target, judged for every family."""
+        row = self.targets[f"{target:g}"]
+        return self.with_target(
+            target,
+            {
+                family: entry.model_copy(update={"tasks": {**entry.tasks, task: cells[family]}})
+                for family, entry in row.items()
+            },
+        )
 
     def save(self, path: Path) -> None:
         """Write it atomically."""

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -15,6 +16,7 @@ from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import ApplyPlan
 from sparsesearch.plan import Plan
+from sparsesearch.runtime.live import AppliedPlan
 
 Part = Literal["prefill", "attention"]
 """prefill: wall time of the whole call; attention: the device's time in attention, choosing tiles included, gaps between launches not."""
@@ -31,6 +33,11 @@ _LEAD = 1.3  # times the host's own time: how long the device is kept busy befor
 _LONGEST_LEAD_S = 0.05  # a first run builds schedules and compiles, which later runs do not repeat
 _CYCLES_PER_S = 2e9  # of a GPU's clock at most, so that it is never busy for a shorter time than asked for
 
+_Call = partial[Any]
+"""One call of a model's attention function."""
+
+_Clock = TypeVar("_Clock", "_HostClock", "_EventClock")
+
 
 def prefill_seconds(
     head: Head,
@@ -41,67 +48,128 @@ def prefill_seconds(
     apply: ApplyPlan,
     part: Part = "prefill",
 ) -> dict[str, tuple[float, ...]]:
-    """Time of a prefill (KV cache filled, logits of the last position) per variant and round.
+    """Time of a prefill (KV cache filled, logits of the last position) per variant and round; see `Stopwatch`, which this uses once."""
+    return Stopwatch(head, input_ids, apply)(plans, rounds=rounds, part=part)
 
-    Every round runs every variant once, in an order that turns from round to round. Each measurement follows an unmeasured run under the same
-    plan, so that compiled schedules and memory are warm, as they are from the second prompt on in service. On a GPU dense (None) is the fastest
-    that torch has there.
+
+class Stopwatch:
+    """Times plans on one batch of prompts. Each is put together once: its schedules are there again when it is timed again.
 
     Args:
         head: the model.
         input_ids: a batch of prompts.
-        plans: variant -> plan; None is dense.
-        rounds: measurements per variant.
-        apply: how a plan is put on the model.
-        part: what is timed. Small models on a GPU wait for the host's launches most of the time: their attention is timed by itself.
-
-    Returns:
-        variant -> one time in seconds per round.
+        apply: how a plan is put on the model; its handles are entered once per run.
     """
-    times: dict[str, list[float]] = {name: [] for name in plans}
-    names = list(plans)
-    run = _attention_s if part == "attention" else _prefill_s
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with _running(head.model, plans[name], apply):
-                times[name].append(run(head, input_ids))
-    return {name: tuple(runs) for name, runs in times.items()}
+
+    def __init__(self, head: Head, input_ids: Int64[Tensor, "B S"], apply: ApplyPlan) -> None:
+        self._head, self._input_ids, self._apply = head, input_ids, apply
+        self._variants: dict[int, _Variant] = {}
+        self._calls: list[_Call] = []
+
+    def __call__(
+        self, plans: Mapping[str, Plan | None], *, rounds: int, part: Part = "prefill"
+    ) -> dict[str, tuple[float, ...]]:
+        """One time in seconds per variant and round.
+
+        Every round runs every variant once, in an order that turns from round to round. Unmeasured runs under the same plan come first, so that
+        schedules are built and memory is warm, as they are from the second prompt on in service; before a wall time there is one in every
+        round. On a GPU dense (None) is the fastest that torch has there.
+
+        Args:
+            plans: variant -> plan; None is dense. Of plans that earlier calls timed, only those that are here again are kept.
+            rounds: measurements per variant.
+            part: what is timed. Small models on a GPU wait for the host's launches most of the time: their attention is timed by itself.
+        """
+        known = {id(plan): self._variants.get(id(plan)) or self._variant(plan) for plan in plans.values()}
+        self._variants = known  # holds the plans, so that no other one gets their id
+        times: dict[str, list[float]] = {name: [] for name in plans}
+        names = list(plans)
+        if part == "attention" and self._head.model.device.type != "cuda" and not self._calls:
+            with _around_attention(self._head.model, self._recorded):
+                self._head.hidden(self._input_ids)
+        for turn in range(rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                times[name].append(known[id(plans[name])].seconds(part))
+        return {name: tuple(runs) for name, runs in times.items()}
+
+    def _recorded(self, call: _Call) -> Any:
+        self._calls.append(call)
+        return call()
+
+    def _variant(self, plan: Plan | None) -> "_Variant":
+        return _Variant(self._head, self._input_ids, plan, self._apply, self._calls)
 
 
-@contextmanager
-def _running(model: Any, plan: Plan | None, apply: ApplyPlan) -> Iterator[None]:
-    with ExitStack() as stack:
-        if plan is not None:
-            stack.enter_context(apply(model, plan))
-        elif model.device.type == "cuda":
-            stack.enter_context(sdpa_kernel(FASTEST_DENSE, set_priority=True))
-        yield
+class _Variant:
+    """Dense or a plan, and what its runs have shown so far."""
 
+    def __init__(
+        self, head: Head, input_ids: Int64[Tensor, "B S"], plan: Plan | None, apply: ApplyPlan, calls: list[_Call]
+    ) -> None:
+        self._head, self._input_ids, self._plan, self._apply = head, input_ids, plan, apply
+        self._calls = calls
+        self._handle: AppliedPlan | None = None
+        self._host_s: list[float] | None = None
+        self._is_warm = False
 
-def _prefill_s(head: Head, input_ids: Int64[Tensor, "B S"]) -> float:
-    head.hidden(input_ids, use_cache=True)
-    _synchronize(head.model.device)
-    start = time.perf_counter()
-    head.hidden(input_ids, use_cache=True)
-    _synchronize(head.model.device)
-    return time.perf_counter() - start
+    def seconds(self, part: Part) -> float:
+        """One run."""
+        with self._running():
+            return self._attention_s() if part == "attention" else self._prefill_s()
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._plan is not None:
+                entered = stack.enter_context(self._handle or self._apply(self._head.model, self._plan))
+                self._handle = entered if isinstance(entered, AppliedPlan) else None
+            elif self._head.model.device.type == "cuda":
+                stack.enter_context(sdpa_kernel(FASTEST_DENSE, set_priority=True))
+            yield
 
-def _attention_s(head: Head, input_ids: Int64[Tensor, "B S"]) -> float:
-    """Sum over the layers' attention calls; keys and values go to no cache.
+    def _prefill_s(self) -> float:
+        self._head.hidden(self._input_ids, use_cache=True)
+        _synchronize(self._head.model.device)
+        start = time.perf_counter()
+        self._head.hidden(self._input_ids, use_cache=True)
+        _synchronize(self._head.model.device)
+        return time.perf_counter() - start
 
-    On a GPU each call waits behind a device that is busy for as long as the host took to queue that layer's call in the unmeasured run, so
-    what passes between the two events is work: launches wait in the queue, as in a CUDA graph.
-    """
-    device, warm = head.model.device, _HostClock()
-    with _around_attention(head.model, warm):
-        head.hidden(input_ids)
-    _synchronize(device)
-    clock = _EventClock(warm.calls) if device.type == "cuda" else _HostClock()
-    with _around_attention(head.model, clock):
-        head.hidden(input_ids)
-    _synchronize(device)
-    return clock.seconds
+    def _attention_s(self) -> float:
+        """Sum over the layers' attention calls; keys and values go to no cache.
+
+        On a GPU each call waits behind a device that is busy for longer than the host took to queue that layer's call in an unmeasured run, so
+        what passes between the two events is work: launches wait in the queue, as in a CUDA graph. Elsewhere the calls of one dense prefill are
+        made again, without the layers between them, which take most of a prefill's time and none of what is measured.
+        """
+        if self._head.model.device.type != "cuda":
+            return self._repeated_s()
+        if self._host_s is None:
+            self._around(_HostClock())  # builds schedules and compiles
+            self._host_s = self._around(_HostClock()).calls
+        return self._around(_EventClock(self._host_s)).seconds
+
+    @torch.no_grad()
+    def _repeated_s(self) -> float:
+        """The calls of the dense prefill once more, under this plan; an unmeasured time first."""
+        attend = ALL_ATTENTION_FUNCTIONS[self._head.model.config.get_text_config()._attn_implementation]
+        for _ in range(1 if self._is_warm else 2):
+            start = time.perf_counter()
+            for call in self._calls:
+                if self._plan is None:
+                    call()
+                else:  # no padding: the plan's own mask says nothing
+                    options = {name: value for name, value in call.keywords.items() if name != "attention_mask"}
+                    attend(*call.args[:4], None, **options)
+            seconds = time.perf_counter() - start
+        self._is_warm = True
+        return seconds
+
+    def _around(self, clock: _Clock) -> _Clock:
+        with _around_attention(self._head.model, clock):
+            self._head.hidden(self._input_ids)
+        _synchronize(self._head.model.device)
+        return clock
 
 
 class _HostClock:
@@ -145,7 +213,7 @@ class _EventClock:
 
 
 @contextmanager
-def _around_attention(model: Any, clock: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+def _around_attention(model: Any, clock: Callable[[_Call], Any]) -> Iterator[None]:
     """Let every attention call of the model's text part pass through `clock`."""
     name = model.config.get_text_config()._attn_implementation
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -156,7 +224,7 @@ def _around_attention(model: Any, clock: Callable[[Callable[[], Any]], Any]) -> 
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
     def clocked(*args: Any, **kwargs: Any) -> Any:
-        return clock(lambda: attend(*args, **kwargs))
+        return clock(partial(attend, *args, **kwargs))
 
     ALL_ATTENTION_FUNCTIONS[name] = clocked
     try:

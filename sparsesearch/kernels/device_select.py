@@ -160,6 +160,29 @@ class Selector:
             out[places[0] : places[-1] + 1].copy_(tiles)
 
 
+class BatchSelector:
+    """The same choice for sequences of equal shape: a batch of B sequences of H heads is one sequence of B·H heads, so launches do not multiply.
+
+    Args:
+        rules: one per query head.
+        grid: every sequence's blocks.
+        num_kv_heads: KV heads of a sequence.
+        batch_size: sequences.
+        device: where queries and keys will be.
+    """
+
+    def __init__(
+        self, rules: Sequence[Rule], grid: BlockGrid, num_kv_heads: int, batch_size: int, device: torch.device | str
+    ) -> None:
+        self._selector = Selector(tuple(rules) * batch_size, grid, num_kv_heads * batch_size, device)
+        self._rows = self._selector.row_of_head.split(len(rules))
+
+    def choose(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], *, scale: float) -> list[BankedTiles]:
+        """The tiles of every query head, sequence by sequence; arguments as in `Selector.choose`."""
+        tiles = self._selector.choose(q.flatten(0, 1), k.flatten(0, 1), scale=scale)
+        return [BankedTiles(tiles.bank, tiles.chosen, rows) for rows in self._rows]
+
+
 def _seen(grid: BlockGrid, tiles: Bool[Tensor, "h M N"]) -> None:
     for watch in watchers:
         watch(grid, tiles)

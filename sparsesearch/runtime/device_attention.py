@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import BankedTiles, build_on_device
-from sparsesearch.kernels.device_select import Selector, acting_rules, watchers
+from sparsesearch.kernels.device_select import BatchSelector, Selector, acting_rules, watchers
 from sparsesearch.kernels.dispatch import run_schedule, schedule_for, tile_shape, workers_of
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.kernels.schedule import Span as Place
@@ -71,6 +71,7 @@ class LayerCall:
         grids = tuple(dict.fromkeys(place.grid for place in places))
         if any(rule.dynamic for rule in rules):
             self._selectors = {grid: Selector(rules, grid, k.shape[1], q.device) for grid in grids}
+        self._together = self._batch_selector(q, k)
         acting = {acting_rules(rules, grid) for grid in grids}
         same = acting.pop()
         if not acting and not any(rule.dynamic for rule in same) and binding.leaves is None:
@@ -94,8 +95,25 @@ class LayerCall:
         """The schedule of what `choose` returned."""
         return build_on_device(self.places, tiles, shape=self._shape, workers=workers_of(str(tiles[0].chosen.device)))
 
+    def _batch_selector(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"]) -> BatchSelector | None:
+        """One choice for the whole batch: where all sequences fill their rows, and none of their heads gives or takes a selection."""
+        whole = tuple(Place(self.places[0].grid, row, 0, 0) for row in range(len(q)))
+        grid = whole[0].grid
+        if (
+            len(q) == 1
+            or not self._selectors
+            or self.places != whole
+            or (grid.q_len, grid.kv_len) != (q.shape[2], k.shape[2])
+        ):
+            return None
+        if self.binding.leaves is not None or any(rule.reuses for rule in self.rules):
+            return None
+        return BatchSelector(self.rules, grid, k.shape[1], len(q), q.device)
+
     def choose(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], scale: float) -> list[BankedTiles]:
         """One choice per place, if some rule is dynamic."""
+        if self._together is not None:
+            return self._together.choose(q, k, scale=scale)
         choices: list[BankedTiles] = []
         for number, (grid, places) in enumerate(self._spans):
             taken, selector = self._taken(number, grid), self._selectors[grid]

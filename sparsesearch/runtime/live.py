@@ -1,7 +1,7 @@
 """Putting a plan on a live model, and taking it off again without a trace."""
 
 import functools
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +21,8 @@ from sparsesearch.runtime.removable import Removable
 class AppliedPlan(Removable):
     """A plan on a model. Use it as a context manager, or keep it and call `remove`, which may be called twice.
 
+    After `remove` it may be entered again: what earlier calls left behind (schedules, selectors) is still there.
+
     Attributes:
         model: the model.
         plan: the plan.
@@ -32,18 +34,27 @@ class AppliedPlan(Removable):
     ):
         self.model, self.plan = model, plan
         self.heads_patched = sum(rule.kind != "dense" for _, binding in bindings for rule in binding.rules)
-        self._bindings = [(module, binding, binding_of(module)) for module, binding in bindings]
-        self._implementation = implementation_of(model.config)
-        self._config = {key: model.config.__dict__.get(key, _MISSING) for key in (NAME, "attn_implementation")}
+        self._own, self._ragged = bindings, ragged
+        self._put_on()
+
+    def __enter__(self) -> Self:
+        if not self._active:
+            self._put_on()
+        return self
+
+    def _put_on(self) -> None:
+        self._bindings = [(module, binding, binding_of(module)) for module, binding in self._own]
+        self._implementation = implementation_of(self.model.config)
+        self._config = {key: self.model.config.__dict__.get(key, _MISSING) for key in (NAME, "attn_implementation")}
         self._hooks: list[RemovableHandle] = []
         self._active = True
         try:
-            self._install(ragged)
+            self._install()
         except BaseException:
             self.remove()
             raise
 
-    def _install(self, ragged: bool) -> None:
+    def _install(self) -> None:
         for module, binding, _ in self._bindings:
             bind(module, binding)
         ours = sparse_implementation(self.model.config, [_config_of(module) for module, _, _ in self._bindings])
@@ -52,7 +63,7 @@ class AppliedPlan(Removable):
         # a plain attribute: save_pretrained writes it, so a re-saved model stays sparse instead of turning dense in silence
         self.model.config.attn_implementation = json_implementation(ours)
         if not all(binding.all_dense for _, binding, _ in self._bindings):
-            hook = functools.partial(prepare_call, ragged=ragged)
+            hook = functools.partial(prepare_call, ragged=self._ragged)
             decoder = decoder_of(self.model, [module for module, _, _ in self._bindings])
             self._hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
             if any(binding.leaves is not None for _, binding, _ in self._bindings):

@@ -108,8 +108,8 @@ def test_heads_without_tiles_compute_none_and_dynamic_ones_pay_for_their_choice(
     assert idle.density == pytest.approx(1 / 8)
     assert idle.tpot_s is None
     assert all(layer.index_s == 0 for layer in idle.layers)
-    one = COSTS.estimator_s("pooled_topk", 8192, 7)
-    assert [layer.index_s for layer in chosen.layers] == pytest.approx([2 * one] * 2)
+    both = COSTS.estimator_s("pooled_topk", 8192, 2 * 7)  # the heads of both sequences choose in one call
+    assert [layer.index_s for layer in chosen.layers] == pytest.approx([both] * 2)
     assert 0.9 * (0.1 * 7 + 1) / 8 < chosen.density < 1.3 * (0.1 * 7 + 1) / 8
     mean = predict(plan_of(*[MeanValue()] * 7, Dense()), SMALL, WORK, COSTS)
     assert mean.attention_s > idle.attention_s

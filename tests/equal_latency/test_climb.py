@@ -70,7 +70,7 @@ def test_noise_within_the_tolerance_does_not_keep_it_from_ending() -> None:
 def test_coarse_families_give_way_to_the_others() -> None:
     ladders = {"ours": Steps(4, 0.25), "theirs": Steps(4, 0.25)}
     clock = Clock(lambda w: w)
-    found = climb(ladders, 0.6, clock, favoured="ours", most_tries=20)
+    found = climb(ladders, 0.6, clock, favoured=("ours",), most_tries=20)
     assert found["ours"].share == pytest.approx(0.5)
     assert found["theirs"].share == pytest.approx(0.75)
     assert clock.measured <= 6, "steps are not measured twice"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,14 +12,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsesearch.bench.families import random_samples
 from sparsesearch.calibration import Calibration
+from sparsesearch.comparison import TileShares
 from sparsesearch.cost import load_cost_model
 from sparsesearch.equal_latency import compare
-from sparsesearch.equal_latency.compare import Setting, compare_at_latency
+from sparsesearch.equal_latency.compare import compare_at_latency
+from sparsesearch.equal_latency.ladders import ladders
+from sparsesearch.equal_latency.menus import MENUS, Menu
 from sparsesearch.equal_latency.record import EqualLatency
+from sparsesearch.equal_latency.settle import Replay, Setting
+from sparsesearch.equal_latency.shared_choices import SharedChoices
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.predicted import predicted_seconds
-from sparsesearch.evaluate.timing import prefill_seconds
+from sparsesearch.evaluate.timing import Stopwatch, prefill_seconds
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
@@ -26,8 +32,11 @@ from sparsesearch.report.equal_latency import equal_latency_plot
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.fingerprint import describe
-from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.live import AppliedPlan, apply
+from sparsesearch.scoring import Question, score_table
+from sparsesearch.search.budget import Budget
 from sparsesearch.search_space import SearchSpace
+from sparsesearch.workload import Workload
 
 LENGTH = 512
 
@@ -55,20 +64,25 @@ def window(model: PreTrainedModel, tokens: int) -> Plan:
     return uniform_plan(describe(model, "tiny"), rule, block_tokens=64, lengths_tokens=(LENGTH,))
 
 
+class CountedTiles:
+    """Time is 0.2 + 0.8 times the share of tiles: what the cost model says of this tiny model does not matter."""
+
+    def __init__(self, *_: Any) -> None:
+        self.calls = 0
+
+    def __call__(self, plans: Mapping[str, Plan | None], **_: Any) -> dict[str, tuple[float, ...]]:
+        self.calls += 1
+        return {name: (0.2 + 0.8 * self.share(plan),) * 3 for name, plan in plans.items()}
+
+    @staticmethod
+    def share(plan: Plan | None) -> float:
+        return 1.0 if plan is None else TileShares(plan, LENGTH).mean([rule for _, _, rule in plan.heads()]) or 0.0
+
+
 def test_families_meet_and_are_compared_pairwise(
     model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Time is 0.2 + 0.8 times the share of tiles: what the cost model says of this tiny model does not matter."""
-
-    def counted(head: Head, prompts: Any, plans: Mapping[str, Plan | None], **_: Any) -> dict[str, tuple[float, ...]]:
-        from sparsesearch.comparison import TileShares
-
-        def share(plan: Plan | None) -> float:
-            return 1.0 if plan is None else TileShares(plan, LENGTH).mean([rule for _, _, rule in plan.heads()]) or 0.0
-
-        return {name: (0.2 + 0.8 * share(plan),) * 3 for name, plan in plans.items()}
-
-    monkeypatch.setattr(compare, "prefill_seconds", counted)
+    monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
     judged = random_samples(64, LENGTH, 4, seed=1)
     setting = Setting((0.6,), ("mixture", "MoA", "uniform window"), rounds=1, final_rounds=3, tolerance=0.05)
     found = compare_at_latency(model, profile, setting, load_cost_model("roofline:h100"), judged[:2], judged[2:])
@@ -84,6 +98,104 @@ def test_families_meet_and_are_compared_pairwise(
     found.save(tmp_path / "found.json")
     assert EqualLatency.load(tmp_path / "found.json") == found
     assert equal_latency_plot(found).startswith("<svg")
+
+
+def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
+    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks: list[CountedTiles] = []
+    monkeypatch.setattr(compare, "Stopwatch", lambda *_: clocks.append(CountedTiles()) or clocks[-1])
+    judged = random_samples(64, LENGTH, 2, seed=1)
+    setting = Setting((0.6, 0.5), ("mixture", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
+    costs, grown = load_cost_model("roofline:h100"), list[EqualLatency]()
+    found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], saved=grown.append)
+    assert [list(record.targets) for record in grown] == [["0.6"], ["0.6", "0.5"]]
+    assert grown[-1] == found
+    again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=found)
+    assert clocks[1].calls < clocks[0].calls, "budgets start where they ended"
+    assert again.bounds(0.5) == found.bounds(0.5)
+    assert found.bounds(0.3) == {}
+
+
+def test_the_family_on_trial_chooses_among_parts_of_its_space_and_its_rivals(
+    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
+    judged, fresh = random_samples(64, LENGTH, 2, seed=1), random_samples(64, LENGTH, 2, seed=2)
+    setting = Setting((0.6,), ("mixture", "MoA", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
+    costs = load_cost_model("roofline:h100")
+    found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=fresh)
+    row = found.targets["0.6"]
+    own = row["mixture"]
+    assert set(own.tried) <= {*(menu.label for menu in MENUS), "MoA"}
+    assert "all rules" in own.tried
+    assert ("MoA" in own.tried) == (row["MoA"].share <= 0.6 * 1.05), "what is slower is not taken"
+    assert own.menu is not None
+    assert own.tried[own.menu] == min(own.tried.values())
+    assert list(row) == ["mixture", "MoA", "uniform window"]
+    assert row["MoA"].menu is None
+    assert row["MoA"].tried == {}
+    again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=judged[:1])
+    seen = again.targets["0.6"]
+    if "MoA" in seen["mixture"].tried:  # judged on what it chose on, it cannot lose to a rival that it could take
+        kl = {name: entry.quality.kl_text.mean + 0.1 * entry.quality.kl_answer.mean for name, entry in seen.items()}
+        assert kl["mixture"] <= kl["MoA"] + 1e-9
+
+
+def test_a_menu_says_what_it_leaves_out() -> None:
+    labels = [menu.label for menu in MENUS]
+    assert len(set(labels)) == len(MENUS)
+    rules = {rule.label: rule for rule in SearchSpace.load("mixture").candidates}
+    quiet = Menu(silent_heads=False)
+    assert not quiet.allows(rules["zero"])
+    assert quiet.allows(rules["fixed_blocks(keep=0.1)"])
+    assert not Menu(bitmaps=False).allows(rules["fixed_blocks(keep=0.1)"])
+
+
+def test_a_layer_pays_for_choosing_once(profile: Profile) -> None:
+    """Whatever heads choose, their shares add up to the layer's call; a layer where none chooses asks the first one for all of it."""
+    costs, workload = load_cost_model("h200"), Workload(LENGTH, batch=2)
+    question = Question((Budget("latency", 1.0),), cost_model=costs, workloads=(workload,))
+    table = score_table(profile, question)
+    shared = SharedChoices.of(profile, question, table)
+    assert shared is not None
+    column = table.candidates.index(next(label for label in table.candidates if label.startswith("vertical_slash")))
+    static = [kind is None for kind in shared.kinds]
+    usual = costs.estimator_s("vertical_slash", LENGTH, 8 * 2) / 8
+    choice = np.zeros(8, dtype=int)
+    choice[:3] = column  # three heads of the first layer
+    extra = shared.charged(table, choice).costs["latency"] - table.costs["latency"]
+    assert not extra[:, static].any()
+    assert extra[:3, column, 0] + usual == pytest.approx(costs.estimator_s("vertical_slash", LENGTH, 3 * 2) / 3)
+    assert extra[4:, column, 0] + usual == pytest.approx(costs.estimator_s("vertical_slash", LENGTH, 2))
+
+
+def test_replayed_shares_fall_with_the_budget_and_start_near_the_target(profile: Profile) -> None:
+    costs = load_cost_model("h200")
+    workload = Workload(LENGTH, batch=8)
+    replay = Replay(profile, workload, costs)
+    ladder = ladders(profile, ["uniform window"], workload, costs)["uniform window"]
+    shares = [replay(ladder.at(bound)) for bound in (0.125, 0.5, 1.0)]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1]
+    assert ladder.at(0.5) is not ladder.at(0.25)
+
+
+def test_a_plan_is_put_together_once_however_often_it_is_timed(model: PreTrainedModel) -> None:
+    prompt = random_samples(64, LENGTH, 1, seed=2)[0].input_ids[None]
+    put: list[Plan] = []
+
+    def counting(live: PreTrainedModel, plan: Plan) -> AppliedPlan:
+        put.append(plan)
+        return apply(live, plan)
+
+    stopwatch, narrow, wide = Stopwatch(Head(model), prompt, counting), window(model, 64), window(model, 256)
+    times = stopwatch({"dense": None, "narrow": narrow, "wide": wide}, rounds=3, part="attention")
+    assert {name: len(runs) for name, runs in times.items()} == {"dense": 3, "narrow": 3, "wide": 3}
+    stopwatch({"narrow": narrow}, rounds=2)
+    assert put == [narrow, wide]
+    stopwatch({"wide": wide}, rounds=1, part="attention")
+    assert put == [narrow, wide, wide], "what a call does not name is not kept"
 
 
 def test_attention_is_a_part_of_the_prefill(model: PreTrainedModel) -> None:

@@ -73,3 +73,14 @@ def test_a_pruned_encoder_is_nearer_to_dense_than_it_was_and_healing_brings_it_n
     assert record["distance_before"] <= 0.026 < earlier["searched"]
     assert record["distance_after"] <= 0.023
     assert record["recovered"] == pytest.approx(1 - record["distance_after"] / record["distance_before"])
+
+
+def test_smollm2_without_fifteen_percent_is_faster_on_a_cpu():
+    """A budget on FLOPs beside that on parameters makes heads go too, whose attention a parameter does not count. The refit is a short one."""
+    record = FOLDER / "smollm2-cpu.json"
+    searched, rival = rows(record)
+    provenance = json.loads(record.read_text())["provenance"]
+    assert (provenance["time_tokens"], provenance["device"][:3]) == (1024, "cpu")
+    assert 0.84 <= searched.params <= 0.85
+    assert searched.speed_up >= 1.12
+    assert searched.distance <= 0.7 * rival.distance

@@ -110,6 +110,36 @@ def test_tiles_chosen_by_kernels_are_those_of_the_rule(generator, name, grid, de
         assert torch.equal(tiles[head], expected), head
 
 
+def test_a_batch_of_equal_shapes_chooses_in_one_call_what_each_sequence_chooses(generator):
+    from sparsesearch.kernels.device_select import BatchSelector, Selector
+
+    grid = BlockGrid(63, 63, 16)
+    rules = [rule(name) for name in ("slash", "stream", "pooled", "slash")]
+    q = torch.randn(3, 63, 4, 16, generator=generator).transpose(1, 2).to(DEVICE)
+    k = torch.randn(3, 63, 2, 16, generator=generator).transpose(1, 2).to(DEVICE)
+    alone, together = Selector(rules, grid, 2, DEVICE), BatchSelector(rules, grid, 2, 3, DEVICE)
+    for row, found in enumerate(together.choose(q, k, scale=0.25)):
+        assert torch.equal(found.per_head(), alone.choose(q[row], k[row], scale=0.25).per_head()), row
+
+
+def test_a_batch_without_padding_equals_the_oracle(tiny, monkeypatch):
+    from sparsesearch.runtime import device_attention
+
+    model = tiny("llama").to(DEVICE)
+    plan = group_plan(model, ["slash", "pooled", "stream"])
+    ids = torch.stack([left_padded([83], 64, seed=seed)[0][0] for seed in (0, 1)])
+    used = []
+    choose = device_attention.BatchSelector.choose
+    monkeypatch.setattr(
+        device_attention.BatchSelector, "choose", lambda self, *args, **kw: used.append(1) or choose(self, *args, **kw)
+    )
+    with torch.no_grad(), sparsesearch.apply(model, plan, backend="triton"):
+        ours = model(ids.to(DEVICE)).logits
+    assert used
+    for row in range(2):
+        close(ours[row], oracle_logits(model.cpu(), plan, ids[row]))
+
+
 LAWS = [
     {"kind": "pooled_topk", "keep": {"a": 96, "b": 0.1}},
     {"kind": "vertical_slash", "vertical": 16, "slash": {"a": 80, "b": 0.1}},

@@ -39,6 +39,21 @@ def test_leaving_restores_exactly(any_tiny):
     assert torch.equal(logits(any_tiny), exact)
 
 
+def test_a_handle_may_be_entered_again(tiny):
+    model = tiny("llama")
+    before, exact = state(model), logits(model)
+    handle = sparsesearch.apply(model, group_plan(model, NAMES))
+    first = logits(model)
+    handle.remove()
+    with sparsesearch.apply(model, group_plan(model, ["stream"])):
+        between = logits(model)
+        with handle:
+            assert torch.equal(logits(model), first)
+        assert torch.equal(logits(model), between)
+    assert state(model) == before
+    assert torch.equal(logits(model), exact)
+
+
 def test_restores_after_an_exception(tiny):
     model = tiny("llama")
     before, exact = state(model), logits(model)

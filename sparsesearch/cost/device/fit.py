@@ -20,6 +20,7 @@ from sparsesearch.cost.device.table import (
     EstimatorCost,
     LinearCost,
     Peaks,
+    Points,
     TileKernelCost,
     rising,
 )
@@ -90,7 +91,7 @@ def fitted(
             )
             for kind in sorted({row["name"] for row in _group(rows, "pointwise")})
         },
-        estimators=_estimators(rows),
+        estimators=fit_estimators(rows),
         prefill_relief=Correction(amounts=(1.0,), values=(0.0,)),
         decode_glue_s=Correction(amounts=(1.0,), values=(0.0,)),
         permutation=rising([(row["nbytes"], row["seconds"]) for row in _group(rows, "permutation")]),
@@ -259,11 +260,23 @@ def _linear(rows: Sequence[Row]) -> tuple[LinearCost, ...]:
     )
 
 
-def _estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
+def fit_estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
+    """One entry per rule, from the smallest number of heads it was timed with and, where there is another, the largest."""
     own = _group(rows, "estimator")
+    heads: dict[str, set[int]] = {}
+    for row in own:
+        heads.setdefault(row["name"], set()).add(row["heads"])
+
+    def points(kind: str, count: int) -> Points:
+        return rising([(r["tokens"], r["seconds"]) for r in own if (r["name"], r["heads"]) == (kind, count)])
+
     return tuple(
         EstimatorCost(
-            kind=kind, heads=heads, points=rising([(r["tokens"], r["seconds"]) for r in own if r["name"] == kind])
+            kind=kind,
+            heads=min(counts),
+            points=points(kind, min(counts)),
+            many_heads=max(counts) if len(counts) > 1 else None,
+            many_points=points(kind, max(counts)) if len(counts) > 1 else None,
         )
-        for kind, heads in sorted({(row["name"], row["heads"]) for row in own})
+        for kind, counts in sorted(heads.items())
     )

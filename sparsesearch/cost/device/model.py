@@ -84,7 +84,8 @@ class DeviceCostModel:
         index_s = 0.0
         if work.estimator is not None:  # a unit's share of a call that other units of the layer join
             cost = self._estimator(work.estimator)
-            index_s = cost.points.at(work.kv_len) * work.query_heads / cost.heads
+            heads = cost.heads * work.batch
+            index_s = cost.seconds(work.kv_len, heads) * work.query_heads / heads
         match work.kind:
             case "zero":
                 return 0.0
@@ -186,8 +187,7 @@ class DeviceCostModel:
         Raises:
             SpecError: it was not measured.
         """
-        cost = self._estimator(kind)
-        return cost.points.at(tokens) * max(1.0, query_heads / cost.heads)
+        return self._estimator(kind).seconds(tokens, query_heads)
 
     def _estimator(self, kind: str) -> EstimatorCost:
         for cost in self.table.estimators:

@@ -5,7 +5,6 @@ Each returns rows of plain numbers; `fit` turns them into a cost model. A row na
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from sparsesearch.cost.device.tile_cases import TileCase, on_device, tile_cases
 from sparsesearch.cost.device.timing import Timed, sustained
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import build_on_device
+from sparsesearch.kernels.device_select import Selector
 from sparsesearch.kernels.dispatch import Backend, run_schedule, tile_shape
 from sparsesearch.kernels.schedule import Span, Workers
 from sparsesearch.model_shapes import ModelShape
@@ -32,6 +32,10 @@ EVICTING = ModelShape("evicting", "llama", 5, 4096, 13312, 32, 8, 128, 1024, Fal
 
 PROBE_KV_TOKENS = 4096
 SLOW_S = 0.05
+HAVE_KERNELS = ("vertical_slash", "pooled_topk")
+"""Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
+
+MANY_HEADS = 64
 LAYER_WIDTHS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192))
 
 
@@ -84,6 +88,7 @@ class RunPlan:
             + layers
             + 5 * len(self.pointwise_tokens)
             + len(self.estimator_tokens) * (1 + len(estimators()))
+            + len(self.estimator_tokens[:2]) * len(HAVE_KERNELS)
         )
 
 
@@ -141,6 +146,7 @@ def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
     yield from gemm_runs(bench, plan.gemm_tokens, plan.gemm_widths)
     yield from pointwise_runs(bench, plan.pointwise_tokens)
     yield from estimator_runs(bench, plan.estimator_tokens)
+    yield from estimator_runs(bench, plan.estimator_tokens[:2], HAVE_KERNELS, heads=MANY_HEADS)
     yield from permutation_runs(bench, plan.estimator_tokens)
     yield from layer_runs(bench, plan.layer_batches, plan.layer_tokens)
 
@@ -255,17 +261,19 @@ def estimators() -> dict[str, Rule]:
     return {kind: r.examples()[-1] for kind, r in kinds if r.dynamic and not r.reuses and not r.needs_layout}
 
 
-def estimator_runs(bench: Bench, tokens: Sequence[int], heads: int = 8, head_dim: int = 128) -> Iterator[Row]:
-    """What a dynamic rule takes before attention can start: its choice and, on a GPU, the schedule built from it.
+def estimator_runs(
+    bench: Bench, tokens: Sequence[int], kinds: Sequence[str] = (), heads: int = 8, head_dim: int = 128
+) -> Iterator[Row]:
+    """What a dynamic rule takes before attention can start: its choice as the runtime makes it and, on a GPU, the schedule built from it.
 
     A rule that cannot run here gives a row of group `skipped` with the reason; one that is slow is not tried at longer prompts.
     """
     for kind, rule in estimators().items():
-        for length in tokens:
+        for length in tokens if not kinds or kind in kinds else ():
             q, k = bench.normal(heads, length, head_dim), bench.normal(heads, length, head_dim)
-            grid = BlockGrid(length, length, 128)
             try:
-                timed = bench.time(partial(_choose, bench, rule, grid, q, k), warm_s=0.02, graph=False)
+                choose = _choice(bench, rule, BlockGrid(length, length, 128), q, k)
+                timed = bench.time(choose, warm_s=0.02, graph=kind in HAVE_KERNELS)
             except RuntimeError as error:
                 yield {"group": "skipped", "name": kind, "tokens": length, "error": str(error)[:200]}
                 break
@@ -274,13 +282,17 @@ def estimator_runs(bench: Bench, tokens: Sequence[int], heads: int = 8, head_dim
                 break
 
 
-def _choose(bench: Bench, rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, copy: int) -> object:
-    choice = rule.select(grid, q, k)
-    if not choice.is_cuda:
-        return choice
-    return build_on_device(
-        (Span(grid),), [choice], shape=tile_shape(bench.kernel, q.shape[-1], 128), workers=bench.workers
-    )
+def _choice(bench: Bench, rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor) -> Callable[[int], object]:
+    if not q.is_cuda:
+        return lambda _: rule.select(grid, q, k)
+    selector = Selector((rule,) * len(q), grid, len(k), q.device)
+    shape = tile_shape(bench.kernel, q.shape[-1], 128)
+
+    def choose(_: int) -> object:
+        tiles = selector.choose(q, k, scale=q.shape[-1] ** -0.5)
+        return build_on_device((Span(grid),), [tiles], shape=shape, workers=bench.workers)
+
+    return choose
 
 
 def permutation_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_dim: int = 128) -> Iterator[Row]:

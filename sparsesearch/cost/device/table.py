@@ -114,12 +114,25 @@ class LinearCost(Frozen):
 class EstimatorCost(Frozen):
     """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds of a call of `heads` query heads.
 
-    The host's launches dominate, so fewer heads take as long; more take proportionally longer.
+    Launches dominate, so fewer heads take as long. More take longer along the line through `many_heads` where that was measured, else in
+    proportion.
     """
 
     kind: str
     heads: int = Field(ge=1)
     points: Points
+    many_heads: int | None = None
+    many_points: Points | None = None
+
+    def seconds(self, tokens: float, query_heads: float) -> float:
+        """One call for so many heads, whatever sequences of a batch they are of."""
+        few = self.points.at(tokens)
+        if query_heads <= self.heads:
+            return few
+        if self.many_heads is None or self.many_points is None:
+            return few * query_heads / self.heads
+        per_head = max(0.0, self.many_points.at(tokens) - few) / (self.many_heads - self.heads)
+        return few + per_head * (query_heads - self.heads)
 
 
 class DeviceTable(StoredModel):

@@ -1,0 +1,74 @@
+"""Parts of the space of the family on trial, each searched by itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsesearch.cost.base import CostModel
+from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder, question_of
+from sparsesearch.measured_front import FAMILIES
+from sparsesearch.profiling.record import Profile
+from sparsesearch.rules import Rule
+from sparsesearch.search_space import SearchSpace
+from sparsesearch.workload import Workload
+
+
+@dataclass(frozen=True)
+class Menu:
+    """A part of the family on trial that is searched by itself, and how much its answers weigh.
+
+    Additive losses flatter some rules: bitmaps are scored on the sequences that they were calibrated on, and heads that attend to nothing
+    lose more together than the sum of what each loses alone. Which part of the space is best at a device and a budget is therefore decided by
+    replaying each part's plan on calibration sequences that were not profiled.
+    """
+
+    bitmaps: bool = True
+    silent_heads: bool = True
+    dynamic: bool = True
+    answer_weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """What it leaves out."""
+        left_out = [
+            name for name, there in (("bitmaps", self.bitmaps), ("silent heads", self.silent_heads)) if not there
+        ]
+        menu = f"without {' and '.join(left_out)}" if left_out else "all rules"
+        return menu if self.answer_weight == 1 else f"{menu}, answers x {self.answer_weight:g}"
+
+    def allows(self, rule: Rule) -> bool:
+        """Whether a rule is in it."""
+        silent = rule.rest != "drop"
+        return not (
+            (rule.needs_calibration and not self.bitmaps)
+            or (silent and not self.silent_heads)
+            or (rule.dynamic and not self.dynamic)
+        )
+
+
+MENUS = (
+    Menu(),
+    Menu(bitmaps=False),
+    Menu(silent_heads=False),
+    Menu(bitmaps=False, silent_heads=False),
+    Menu(bitmaps=False, silent_heads=False, answer_weight=3.0),
+)
+"""Parts without dynamic rules are left to the rivals: windows alone are MoA's."""
+
+
+def menu_ladders(
+    profile: Profile, family: str, menus: Sequence[Menu], workload: Workload, cost_model: CostModel
+) -> dict[str, Ladder]:
+    """A ladder for every part of a family's space, by label; parts that leave out nothing that was profiled are not repeated."""
+    name, _, granularity = FAMILIES[family]
+    manifest = profile.manifest
+    whole = manifest.candidates if name is None else SearchSpace.load(name).candidates
+    found: dict[str, Ladder] = {}
+    seen = set()
+    for menu in menus:
+        rules = tuple(rule for rule in whole if menu.allows(rule))
+        if (rules, menu.answer_weight) not in seen:
+            seen.add((rules, menu.answer_weight))
+            part = SearchSpace(family, "", menu.label, manifest.block_tokens, granularity, rules)
+            question = question_of(part, granularity, workload, cost_model, menu.answer_weight)
+            found[menu.label] = SearchedLadder(profile, question)
+    return found

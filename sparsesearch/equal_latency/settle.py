@@ -1,0 +1,187 @@
+"""All families at one target: budgets climb, the family on trial chooses its part, and a measurement of all of them together confirms it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+
+from sparsesearch.cost.predict import LayerCosts, predict_layers
+from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
+from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder
+from sparsesearch.errors import SpecError
+from sparsesearch.evaluate.reference import DenseReference
+from sparsesearch.evaluate.timing import Part, Stopwatch
+from sparsesearch.measured_front import UNIFORM
+from sparsesearch.model_shapes import heads_alone
+from sparsesearch.plan import Plan
+from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT
+from sparsesearch.profiling.record import Profile
+from sparsesearch.workload import Workload
+
+Progress = Callable[[str, int, int], None]
+MOST_CORRECTIONS = 3
+"""How often families that the final rounds put outside the tolerance are moved again."""
+MOST_PROBES = 5
+"""Plans of a family that are timed before each final measurement."""
+MOST_REPLAYS = 6
+"""Plans of a family whose schedules are replayed before anything is timed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared, and how carefully.
+
+    Attributes:
+        targets: measured time as shares of dense's, each in (0, 1).
+        families: names of `measured_front.FAMILIES`, or uniform windows; the first is the one on trial.
+        batch: prompts that are timed together; the batch's first prompt is the first held-out sequence, the others are the next ones in turn.
+        part: what is held equal: the whole prefill, or the device's time in attention.
+        tolerance: relative deviation from a target that counts as equal.
+        rounds: interleaved measurements per plan while budgets move.
+        final_rounds: of the measurement that is reported.
+        time_limit_s: per target; past it budgets move no more, and families stay at the nearest plan known.
+        seed: recorded.
+    """
+
+    targets: Sequence[float] = (0.5, 0.35)
+    families: Sequence[str] = DEFAULT_FAMILIES
+    batch: int = 1
+    part: Part = "prefill"
+    tolerance: float = 0.02
+    rounds: int = 5
+    final_rounds: int = 15
+    time_limit_s: float = math.inf
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.targets or not all(0 < target < 1 for target in self.targets):
+            raise SpecError(f"targets must be shares of dense's time between 0 and 1, but got {list(self.targets)}.")
+        if len(set(self.families)) < 2:
+            raise SpecError(f"at least two families must be compared, but got {list(self.families)}.")
+        if min(self.batch, self.rounds, self.final_rounds) < 1 or not 0 < self.tolerance < 1:
+            raise SpecError(f"batch, rounds >= 1 and a tolerance in (0, 1) must hold, but got {self}.")
+
+
+class Replay:
+    """Attention time of a plan over dense's, by replay of its schedules: the sums that a search works with are off by several per cent."""
+
+    def __init__(self, profile: Profile, workload: Workload, costs: LayerCosts) -> None:
+        info = profile.manifest.base_model
+        self._shape = heads_alone(info.name_or_path, info.geometry)
+        self._workload, self._costs = workload, costs
+        self._dense_s = self._seconds(None)
+
+    def __call__(self, plan: Plan) -> float:
+        """The share."""
+        return self._seconds(plan) / self._dense_s
+
+    def _seconds(self, plan: Plan | None) -> float:
+        layers = predict_layers(plan, self._shape, self._workload, self._costs)
+        return sum(layer.attention_s + layer.index_s for layer in layers)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The families' plans at one target, and the rounds that say so."""
+
+    rungs: Mapping[str, Rung]
+    times: Times
+    menu: str | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def plans(self) -> dict[str, Plan | None]:
+        """Dense (None) and every family's plan."""
+        return {"dense": None, **{family: rung.plan for family, rung in self.rungs.items()}}
+
+
+@dataclass
+class Search:
+    """What moves the families' budgets.
+
+    Attributes:
+        menus: parts of the space of the family on trial, by label; none: it is searched whole.
+        reference: judges their plans.
+    """
+
+    ladder_of: Mapping[str, Ladder]
+    stopwatch: Stopwatch
+    setting: Setting
+    replay: Replay | None
+    progress: Progress
+    menus: dict[str, Ladder] = field(default_factory=dict)
+    reference: DenseReference | None = None
+
+    def settled(self, target: float, start: Mapping[str, float]) -> Settled:
+        """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
+        setting, first = self.setting, self.setting.families[0]
+        deadline, own = monotonic() + setting.time_limit_s, dict(self.ladder_of)
+        menu, tried = None, dict[str, float]()
+        if self.reference is None:
+            rungs = self._climb(own, target, start, deadline)
+        else:
+            del own[first]
+            rungs = self._climb({**self.menus, **own}, target, start, deadline)
+            tried = self._judged(rungs, target)
+            menu = min(tried, key=lambda name: tried[name])
+            own = {name: {**own, **self.menus}[menu if name == first else name] for name in setting.families}
+            rungs = {name: rungs[menu if name == first else name] for name in setting.families}
+        for correction in range(MOST_CORRECTIONS):
+            times = self.stopwatch(Settled(rungs, {}).plans, rounds=setting.final_rounds, part=setting.part)
+            again = shares_of(times)
+            rungs = {name: replace(rungs[name], share=again[name]) for name in setting.families}
+            moving = {name: ladder for name, ladder in own.items() if self._is_off(rungs[name], ladder, target)}
+            if not moving or monotonic() > deadline or correction == MOST_CORRECTIONS - 1:
+                break
+            begin = {name: rungs[name].bound * target / rungs[name].share for name in moving}
+            rungs |= self._climb(moving, target, begin, deadline)
+        return Settled(rungs, times, menu, tried)
+
+    def _climb(
+        self, ladder_of: Mapping[str, Ladder], target: float, start: Mapping[str, float], deadline: float
+    ) -> dict[str, Rung]:
+        """Every ladder's plan at the target's measured time; parts of the space on trial give way as it does."""
+        setting = self.setting
+        unknown = {name: ladder for name, ladder in ladder_of.items() if name not in start}
+        return climb(
+            ladder_of,
+            target,
+            lambda plans: self.stopwatch(plans, rounds=setting.rounds, part=setting.part),
+            favoured=(setting.families[0], *self.menus),
+            start={**self._replayed_start(unknown, target), **start},
+            tolerance=setting.tolerance / 2,
+            most_tries=MOST_PROBES,
+            deadline=deadline,
+            progress=self.progress,
+        )
+
+    def _judged(self, rungs: Mapping[str, Rung], target: float) -> dict[str, float]:
+        """KL + 0.1 x answer KL of every part's and every searched rival's plan that is as fast as the target; of the fastest, if none is."""
+        assert self.reference is not None
+        usable = {name: rung for name, rung in rungs.items() if name != UNIFORM}
+        fast = {name: rung for name, rung in usable.items() if rung.share <= target * (1 + self.setting.tolerance)}
+        if not fast:
+            name = min(self.menus, key=lambda menu: rungs[menu].share)
+            fast = {name: rungs[name]}
+        found = {}
+        for number, (name, rung) in enumerate(fast.items()):
+            self.progress(f"choose {target:g}x, {name}", number, len(fast))
+            score = self.reference.score(rung.plan)
+            found[name] = score["kl_text"] + ANSWER_KL_WEIGHT * score.get("kl_answer", 0.0)
+        return found
+
+    def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:
+        """Whether a plan misses the target, and its family may have a nearer one."""
+        return abs(rung.share / target - 1) > self.setting.tolerance and not ladder_ends(ladder, rung, target)
+
+    def _replayed_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
+        """Bounds whose plans take the target's time by replay: what is measured then is a few per cent off, not tens."""
+        replay = self.replay
+        if replay is None or self.setting.part != "attention" or not ladder_of:
+            return {}
+
+        def clock(plans: Mapping[str, Plan | None]) -> Times:
+            return {name: (1.0 if plan is None else replay(plan),) for name, plan in plans.items()}
+
+        found = climb(ladder_of, target, clock, tolerance=2 * self.setting.tolerance, most_tries=MOST_REPLAYS)
+        return {name: rung.bound for name, rung in found.items()}
