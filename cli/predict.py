@@ -10,9 +10,21 @@ from .errors import guarded, usage
 from .render import emit_json, lines, table
 
 if TYPE_CHECKING:
+    from sparsesearch.cost.layer_costs import LayerCosts
     from sparsesearch.cost.predict import Prediction
     from sparsesearch.model_shapes import ModelShape
     from sparsesearch.plan import Plan
+
+COLUMNS = [
+    "",
+    "density",
+    "first token (ms)",
+    "of it attention",
+    "per token (ms)",
+    "of it attention",
+    "KV (GB)",
+    "peak (GB)",
+]
 
 
 def predict(
@@ -29,8 +41,6 @@ def predict(
     json: o.Json = False,
 ) -> None:
     """Predict a plan's time to first token, time per output token and memory on a device, beside dense."""
-    from sparsesearch.cost import load_cost_model
-    from sparsesearch.cost.predict import LayerCosts
     from sparsesearch.cost.predict import predict as run
     from sparsesearch.errors import SpecError
     from sparsesearch.plan import Plan
@@ -43,44 +53,34 @@ def predict(
         )
     with usage("--workload"):
         workloads = parse_workloads(workload)
+    costs = _costs(device)
+    sizes = _shape(opened, shape)
+    found = [{"dense": run(None, sizes, each, costs), "plan": run(opened, sizes, each, costs)} for each in workloads]
+    if json:
+        head = {"plan": str(plan), "model_shape": sizes.name, "device": costs.device, "measured": costs.measured}
+        pairs = zip(workloads, found, strict=True)
+        rows = [{"workload": str(each)} | {name: _fields(one) for name, one in pair.items()} for each, pair in pairs]
+        emit_json(head | {"workloads": rows})
+        return
+    for each, pair in zip(workloads, found, strict=True):
+        table(f"{each} on {costs.device}, {sizes.name}", COLUMNS, [[name, *_row(one)] for name, one in pair.items()])
+    if any(one.fused_step for pair in found for one in pair.values()):
+        lines("Decoding is that of the fused step, dense and under the plan.")
+    if not costs.measured:
+        lines("Nobody has measured this device: times are lower bounds from its datasheet.")
+
+
+def _costs(device: str) -> "LayerCosts":
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.cost.layer_costs import LayerCosts
+    from sparsesearch.errors import SpecError
+
     costs = load_cost_model(device)
     if not isinstance(costs, LayerCosts):
         raise SpecError(
             f"--device must name an accelerator or a roofline, but {device!r} prices attention alone. Pass h200 or roofline:h100."
         )
-    sizes = _shape(opened, shape)
-    found = [{"dense": run(None, sizes, each, costs), "plan": run(opened, sizes, each, costs)} for each in workloads]
-    if json:
-        emit_json(
-            {
-                "plan": str(plan),
-                "model_shape": sizes.name,
-                "device": costs.device,
-                "measured": costs.measured,
-                "workloads": [
-                    {"workload": str(each), **{name: _fields(one) for name, one in pair.items()}}
-                    for each, pair in zip(workloads, found, strict=True)
-                ],
-            }
-        )
-        return
-    for each, pair in zip(workloads, found, strict=True):
-        table(
-            f"{each} on {costs.device}, {sizes.name}",
-            [
-                "",
-                "density",
-                "first token (ms)",
-                "of it attention",
-                "per token (ms)",
-                "of it attention",
-                "KV (GB)",
-                "peak (GB)",
-            ],
-            [[name, *_row(one)] for name, one in pair.items()],
-        )
-    if not costs.measured:
-        lines("Nobody has measured this device: times are lower bounds from its datasheet.")
+    return costs
 
 
 def _shape(plan: "Plan", name: str | None) -> "ModelShape":

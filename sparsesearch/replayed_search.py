@@ -16,7 +16,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from sparsesearch.cost.predict import LayerCosts, LayerPrediction, decode_rest_s, predict_layers, prefill_rest_s
+from sparsesearch.cost.layer_costs import LayerCosts
+from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
+from sparsesearch.cost.predict import LayerPrediction, predict_layers
 from sparsesearch.errors import BudgetInfeasibleError
 from sparsesearch.model_shapes import ModelShape, heads_alone
 from sparsesearch.plan import Plan

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsesearch.cost.base import CostModel
-from sparsesearch.cost.predict import LayerCosts, decode_rest_s, prefill_rest_s
+from sparsesearch.cost.layer_costs import LayerCosts
+from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.pricing import Pricer

@@ -12,7 +12,8 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork
-from sparsesearch.cost.predict import LayerCosts, prefill_rest_s
+from sparsesearch.cost.layer_costs import LayerCosts
+from sparsesearch.cost.layer_parts import prefill_rest_s
 from sparsesearch.errors import BudgetInfeasibleError, PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape
 from sparsesearch.plan import BaseModelInfo, Plan

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from sparsesearch.cost.device.fit import fit_estimators
-from sparsesearch.cost.device.runs import HAVE_KERNELS, MANY_HEADS, Bench, Row, estimator_runs, estimators
+from sparsesearch.cost.device.micro_bench import Bench, Row
+from sparsesearch.cost.device.run_plan import HAVE_KERNELS, MANY_HEADS, estimators
+from sparsesearch.cost.device.runs import estimator_runs
 from sparsesearch.cost.device.table import DeviceTable
 from sparsesearch.kernels.dispatch import Backend
 

@@ -1,66 +1,99 @@
 """How well a cost model predicts this device: held-out heterogeneous layers, and whole models with random weights.
 
-    python -m sparsesearch.bench.cost --json out.json [--cost-model h200] [--rows earlier.json]
+    python -m sparsesearch.bench.cost --json out.json [--cost-model h200] [--parts layers,decode] [--rows earlier.json ...]
 
 Without --cost-model the device is calibrated first; the model and its micro-runs are written beside the record. With --rows nothing is
-measured: another cost model predicts an earlier record's rows, whose provenance stays.
+measured: another cost model predicts earlier records' rows, whose provenance stays. Rows are written as they come, so that what an
+interrupted run has measured can be judged with --rows.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from sparsesearch.artifacts import write_bytes
 from sparsesearch.bench.cost_errors import model_summary, plan_summary
-from sparsesearch.bench.cost_plans import held_out_plans
-from sparsesearch.bench.cost_runs import DENSE_SEED, model_runs, plan_runs
+from sparsesearch.bench.cost_plans import HeldOutPlan, held_out_plans
+from sparsesearch.bench.cost_runs import DENSE_SEED, decode_runs, fused_runs, plan_runs, prefill_runs
 from sparsesearch.bench.timing import provenance
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.calibrate import calibrate
+from sparsesearch.cost.device.llama import RandomLlama
+from sparsesearch.cost.device.micro_bench import Bench, Row
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.device.runs import Bench, Row
-from sparsesearch.errors import SpecError
-from sparsesearch.model_shapes import model_shape
+from sparsesearch.errors import SpecError, nearest
+from sparsesearch.model_shapes import ModelShape, model_shape
 
 FORMAT = "sparsesearch.bench.cost"
 PREFILLS = ((8192, DENSE_SEED), (8192, 0), (32768, DENSE_SEED), (32768, 0), (65536, 0), (131072, 0))
 DECODES = ((1, 8192), (1, 131072), (4, 16384), (8, 8192), (16, 4096), (32, 8192), (32, 1024))
+FUSED = ((1, 8192), (1, 32768), (4, 16384), (8, 8192), (16, 4096))
+PARTS = ("decode", "fused", "layers", "prefill")
+GROUPS = {
+    "decode_step": "decode",
+    "fused_step": "fused",
+    "plan": "layers",
+    "repeat": "layers",
+    "prefill": "prefill",
+}
+"""Groups of rows, and the part that measures them."""
 REPEATED = 6  # of the long plans every so many one is measured twice, for the noise
 SHORT_S = 1e-3
 """Plans shorter than this are measured in three rounds: two of 0.1 ms each differ by up to 8 % between two runs, as the clock happens to be."""
 
 
-def measured(bench: Bench, *, model: str | None, per_shape: int = 5) -> list[Row]:
-    """All rows: plans, some of them again, and the model's prefills and decoding steps."""
-    begin, rows = perf_counter(), []
-    plans = list(held_out_plans(per_shape=per_shape))
+def measured(bench: Bench, *, model: str | None, parts: Sequence[str] = PARTS, per_shape: int = 5) -> Iterator[Row]:
+    """All rows of the parts, each with the second at which it was there: plans, some of them again; the model's steps and prefills."""
+    begin = perf_counter()
+    for row in _rows(bench, None if model is None else model_shape(model), parts, per_shape):
+        yield row | {"at_s": round(perf_counter() - begin, 2)}
 
-    def take(row: Row) -> None:
-        rows.append(row | {"at_s": round(perf_counter() - begin, 2)})
-        sys.stderr.write(json.dumps(rows[-1]) + "\n")
 
-    first = list(plan_runs(bench, plans))
-    short = [plan for plan, row in zip(plans, first, strict=True) if row["seconds"] < SHORT_S]
-    again = {plan: [row] for plan, row in zip(plans, first, strict=True)}
+def _rows(bench: Bench, shape: ModelShape | None, parts: Sequence[str], per_shape: int) -> Iterator[Row]:
+    if shape is not None and {"decode", "prefill"} & set(parts):
+        model = RandomLlama(shape, bench)
+        yield from decode_runs(model, DECODES if "decode" in parts else ())
+        yield from prefill_runs(model, PREFILLS if "prefill" in parts else ())
+        del model
+    if shape is not None and "fused" in parts:
+        yield from fused_runs(bench, shape, FUSED)
+    if "layers" in parts:
+        yield from _layers(bench, list(held_out_plans(per_shape=per_shape)))
+
+
+def _layers(bench: Bench, plans: Sequence[HeldOutPlan]) -> Iterator[Row]:
+    """Of the short plans, the middle one of three rounds, and their first again; of the long ones, some again."""
+    first = dict(zip(plans, plan_runs(bench, plans), strict=True))
+    short = [plan for plan in plans if first[plan]["seconds"] < SHORT_S]
+    rounds = {plan: [row] for plan, row in first.items()}
     for order in (short[::-1], short):
         for plan, row in zip(order, plan_runs(bench, order), strict=True):
-            again[plan].append(row)
-    for own in again.values():
-        take(sorted(own, key=lambda row: float(row["seconds"]))[len(own) // 2] | {"rounds": len(own)})
+            rounds[plan].append(row)
+    for own in rounds.values():
+        yield sorted(own, key=lambda row: float(row["seconds"]))[len(own) // 2] | {"rounds": len(own)}
         if len(own) > 1:
-            take(own[0] | {"group": "repeat"})
-    long = [plan for plan in plans if plan not in short]
-    for row in plan_runs(bench, long[::REPEATED]):
-        take(row | {"group": "repeat"})
-    if model is not None:
-        for row in model_runs(bench, model_shape(model), PREFILLS, DECODES):
-            take(row)
-    return rows
+            yield own[0] | {"group": "repeat"}
+    for row in plan_runs(bench, [plan for plan in plans if plan not in short][::REPEATED]):
+        yield row | {"group": "repeat"}
+
+
+def parts_of(text: str) -> tuple[str, ...]:
+    """The named parts.
+
+    Raises:
+        SpecError: one is unknown.
+    """
+    parts = tuple(dict.fromkeys(text.split(",")))
+    for part in parts:
+        if part not in PARTS:
+            raise SpecError(f"--parts must name some of {', '.join(PARTS)}, but got {part!r}.{nearest(part, PARTS)}")
+    return parts
 
 
 def record(rows: Sequence[Row], model: DeviceCostModel, command: list[str] | None = None) -> dict[str, Any]:
@@ -68,19 +101,31 @@ def record(rows: Sequence[Row], model: DeviceCostModel, command: list[str] | Non
     return {
         "format": FORMAT,
         "cost_model": model.name,
-        "provenance": provenance(command),
+        "provenance": provenance(command or [_command()]),
         "rows": list(rows),
         "plans": plan_summary(rows, model),
         "models": model_summary(rows, model),
     }
 
 
-def judged_again(earlier: Path, model: DeviceCostModel) -> dict[str, Any]:
-    """An earlier record's rows with another model's predictions; who measured them and how stays."""
-    kept: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
-    rows = kept["rows"]
+def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several: of a part that more than one has measured, the last one's rows; each part keeps its provenance."""
+    rows: dict[str, list[Row]] = {}
+    provenance: dict[str, Any] = {}
+    for one in records:
+        parts = {part: [row for row in one["rows"] if GROUPS[row["group"]] == part] for part in PARTS}
+        for part, own in parts.items():
+            if own:
+                rows[part], provenance[part] = own, one["provenance"].get(part, one["provenance"])
+    return {"format": FORMAT, "rows": [row for part in PARTS for row in rows.get(part, ())], "provenance": provenance}
+
+
+def judged_again(earlier: Sequence[Path], model: DeviceCostModel) -> dict[str, Any]:
+    """Earlier records' rows with another model's predictions; who measured them and how stays."""
+    found = joined([json.loads(path.read_text(encoding="utf-8")) for path in earlier])
+    rows = found["rows"]
     judged = {"cost_model": model.name, "plans": plan_summary(rows, model), "models": model_summary(rows, model)}
-    return kept | judged | {"provenance": kept["provenance"] | {"predictions": " ".join(sys.argv)}}
+    return found | judged | {"provenance": found["provenance"] | {"predictions": _command()}}
 
 
 def main() -> None:
@@ -90,7 +135,14 @@ def main() -> None:
     parser.add_argument("--cost-model", help="shipped name or file; calibrates first by default")
     parser.add_argument("--per-shape", type=int, default=5, help="held-out plans per length and head size")
     parser.add_argument("--model-shape", default="llama3-8b", help="model to run end to end; 'none' leaves it out")
-    parser.add_argument("--rows", type=Path, help="earlier record whose rows are predicted again; needs --cost-model")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"which rows are measured: some of {', '.join(PARTS)}")
+    parser.add_argument("--unjudged", action="store_true", help="measure rows alone, which --rows judges elsewhere")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        nargs="+",
+        help="earlier records whose rows are predicted again; of a part that several hold, the last one's; needs --cost-model",
+    )
     given = parser.parse_args()
     if given.rows is not None and given.cost_model is None:
         raise SpecError("--rows measures nothing, so the cost model must be known. Pass --cost-model.")
@@ -105,9 +157,24 @@ def main() -> None:
         found = judged_again(given.rows, model)
     else:
         bench = Bench("cuda", model.kernel, torch.bfloat16, seed=1)
-        end_to_end = None if given.model_shape == "none" else given.model_shape
-        found = record(measured(bench, model=end_to_end, per_shape=given.per_shape), model)
-    given.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        shape = None if given.model_shape == "none" else given.model_shape
+        rows: list[Row] = []
+        for row in measured(bench, model=shape, parts=parts_of(given.parts), per_shape=given.per_shape):
+            rows.append(row)
+            sys.stderr.write(json.dumps(row) + "\n")
+            _write(given.json, {"format": FORMAT, "provenance": provenance([_command()]), "rows": rows})
+        if given.unjudged:
+            return
+        found = record(rows, model)
+    _write(given.json, found)
+
+
+def _command() -> str:
+    return " ".join(["python -m sparsesearch.bench.cost", *sys.argv[1:]])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ additive     a table of costs per head, summed over the heads      (HAQ, once-fo
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -15,12 +17,14 @@ from numpy import ndarray
 from scipy.stats import kendalltau
 
 from sparsesearch.bench.cost_plans import HeldOutPlan
-from sparsesearch.bench.cost_runs import model_plans
+from sparsesearch.bench.cost_runs import DENSE_SEED, model_plans
 from sparsesearch.cost.base import DecodeWork, UnitWork
+from sparsesearch.cost.device.micro_bench import Row
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.device.runs import Row
-from sparsesearch.cost.predict import decode_rest_s, prefill_rest_s
+from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
 from sparsesearch.cost.roofline import DATASHEETS, Roofline, roofline
+from sparsesearch.kernels.dispatch import Backend
+from sparsesearch.kernels.schedule import TileSchedule, Workers
 from sparsesearch.model_shapes import model_shape
 
 Predict = Callable[[HeldOutPlan], float]
@@ -35,9 +39,12 @@ def held_out_plan(row: Row) -> HeldOutPlan:
 def predictors(model: DeviceCostModel) -> dict[str, Predict]:
     """Ours and the three baselines, all from the same calibration; the roofline from the datasheet."""
     sheet = roofline(model.name) if model.name in DATASHEETS else None
+    dense_s = cache(lambda plan: _attention_s(plan, model))
     found: dict[str, Predict] = {
         "ours": lambda plan: _attention_s(plan, model),
-        "flop_share": lambda plan: _flop_share_s(plan, model),
+        "flop_share": lambda plan: (
+            _schedule(plan, model.workers, model.kernel).density * dense_s(replace(plan, seed=DENSE_SEED))
+        ),
         "additive": lambda plan: _additive_s(plan, model),
     }
     if sheet is not None:
@@ -45,14 +52,14 @@ def predictors(model: DeviceCostModel) -> dict[str, Predict]:
     return found
 
 
+@lru_cache(maxsize=512)
+def _schedule(plan: HeldOutPlan, workers: Workers, kernel: Backend) -> TileSchedule:
+    return plan.schedule(workers, kernel)
+
+
 def _attention_s(plan: HeldOutPlan, costs: DeviceCostModel | Roofline) -> float:
-    schedule = plan.schedule(costs.workers, costs.kernel)
+    schedule = _schedule(plan, costs.workers, costs.kernel)
     return costs.attention_s(schedule, num_kv_heads=plan.num_kv_heads, head_dim=plan.head_dim)
-
-
-def _flop_share_s(plan: HeldOutPlan, model: DeviceCostModel) -> float:
-    dense = HeldOutPlan(plan.length, plan.head_dim, -1, plan.num_heads, plan.num_kv_heads)
-    return plan.schedule(model.workers, model.kernel).density * _attention_s(dense, model)
 
 
 def _additive_s(plan: HeldOutPlan, model: DeviceCostModel) -> float:
@@ -77,6 +84,8 @@ def _additive_s(plan: HeldOutPlan, model: DeviceCostModel) -> float:
 def plan_summary(rows: Sequence[Row], model: DeviceCostModel) -> dict[str, Any]:
     """Errors, ranks and regrets of every way of predicting, and the noise of the measurement."""
     own = [row for row in rows if row["group"] == "plan"]
+    if not own:
+        return {"num_plans": 0}
     plans, seconds = [held_out_plan(row) for row in own], np.array([row["seconds"] for row in own])
     again = {held_out_plan(row): row["seconds"] for row in rows if row["group"] == "repeat"}
     noise = [abs(again[plan] / first - 1) for plan, first in zip(plans, seconds, strict=True) if plan in again]
@@ -118,10 +127,18 @@ def model_summary(rows: Sequence[Row], model: DeviceCostModel) -> dict[str, Any]
     """Predicted and measured seconds end to end."""
     results = []
     for row in rows:
-        if row["group"] not in ("prefill", "decode_step"):
-            continue
-        predicted = _prefill_s(row, model) if row["group"] == "prefill" else _decode_s(row, model)
+        match row["group"]:
+            case "prefill":
+                predicted = _prefill_s(row, model)
+            case "decode_step":
+                predicted = _decode_s(row, model)
+            case "fused_step" if model.fused is not None:
+                predicted = _fused_s(row, model)
+            case _:
+                continue
         kept = {name: value for name, value in row.items() if name not in ("spread", "at_s")}
+        if row["group"] == "fused_step":
+            kept["kv_tokens"] = float(np.mean(row["kv_tokens"]))
         results.append(kept | {"predicted_s": predicted, "error": predicted / row["seconds"] - 1})
     errors = [abs(result["error"]) for result in results]
     return {"rows": results, "mape": float(np.mean(errors)), "max": float(np.max(errors))} if results else {"rows": []}
@@ -138,4 +155,14 @@ def _decode_s(row: Row, model: DeviceCostModel) -> float:
     shape = model_shape(row["model"])
     head = DecodeWork(row["kv_tokens"], shape.head_dim, shape.num_heads // shape.num_kv_heads, row["batch"])
     attention_s = shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
-    return attention_s + decode_rest_s(shape, model, batch=row["batch"])
+    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=False)
+
+
+def _fused_s(row: Row, model: DeviceCostModel) -> float:
+    shape = model_shape(row["model"])
+    group = shape.num_heads // shape.num_kv_heads
+    attention_s = sum(
+        model.decode_attention_s([DecodeWork(kept, shape.head_dim, group, row["batch"]) for kept in layer])
+        for layer in row["kv_tokens"]
+    )
+    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=True)

@@ -1,4 +1,4 @@
-"""Time on a CUDA device: graph replays between events, medians, and the two ceilings that everything is compared with."""
+"""Time of a call on a device that may be cool, as kernels are compared (`cost.device.timing` has a busy one's), and the two ceilings."""
 
 import statistics
 import sys
@@ -8,9 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from sparsesearch.cost.device.timing import event_times
-
-FULL_GRAPH_S = 1e-3
+from sparsesearch.cost.device.timing import GRAPH_S, event_times, repeated
 
 
 def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool = True) -> float:
@@ -61,12 +59,8 @@ def _warmed(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
 def _captured(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
     """A graph of as many calls as fill a millisecond, and how many."""
     _warmed(run)
-    calls = min(20, max(1, round(FULL_GRAPH_S / max(min(event_times(run, 3)), 1e-6))))
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        for _ in range(calls):
-            run()
-    return captured.replay, calls
+    calls = min(20, max(1, round(GRAPH_S / max(min(event_times(run, 3)), 1e-6))))
+    return repeated(lambda _: run(), calls), calls
 
 
 def ceilings() -> dict[str, float]:

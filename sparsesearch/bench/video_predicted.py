@@ -9,7 +9,7 @@ import torch
 from sparsesearch.artifacts import read_text
 from sparsesearch.bench.video_shapes import DENSITIES, MODELS, VideoModel, grid_of, mixed_rules
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.predict import choice_of
+from sparsesearch.cost.layer_schedule import choice_of
 from sparsesearch.errors import ArtifactError
 from sparsesearch.kernels.dispatch import tile_shape
 from sparsesearch.kernels.schedule import HeadTiles, Span, build_schedule

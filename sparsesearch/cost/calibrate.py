@@ -76,19 +76,25 @@ def calibrate_cuda(
     """Run the micro-runs on the current CUDA device and fit them."""
     import triton
 
-    from sparsesearch.cost.device import runs
+    from sparsesearch.cost.device import micro_bench, run_plan, runs
+    from sparsesearch.cost.device.compile_ahead import compile_ahead
     from sparsesearch.cost.device.fit import fitted as fit
     from sparsesearch.cost.device.model import DeviceCostModel
 
     properties = torch.cuda.get_device_properties("cuda")
     kernel: Backend = "gluon" if properties.major == 9 else "triton"
-    plan = runs.QUICK if quick else runs.FULL
-    bench = runs.Bench("cuda", kernel, dtype, time_share=plan.time_share, seed=seed)
+    plan = run_plan.QUICK if quick else run_plan.FULL
+    bench = micro_bench.Bench("cuda", kernel, dtype, time_share=plan.time_share, seed=seed)
     start, total = perf_counter(), plan.count
-    rows: list[runs.Row] = []
+    rows: list[micro_bench.Row] = []
+    progress("compile", 0, total)
+    compile_ahead(bench, plan)
+    group_s, before = {"compile": perf_counter() - start}, perf_counter()
     try:
         for row in runs.all_runs(bench, plan):
             rows.append(row)
+            group_s[row["group"]] = group_s.get(row["group"], 0.0) + perf_counter() - before
+            before = perf_counter()
             progress("calibrate", min(len(rows), total), total)
     finally:  # what was measured is kept even if a later run fails
         if runs_out is not None:
@@ -103,6 +109,7 @@ def calibrate_cuda(
         "triton": triton.__version__,
         "clock": "sustained: medians after 20 ms to 120 ms of the same work; random data; inputs rotate through the cache",
         "micro_runs": len(rows),
+        "group_s": {group: round(seconds, 1) for group, seconds in group_s.items()},
         "micro_runs_s": round(perf_counter() - start, 1),
     }
     table = fit(

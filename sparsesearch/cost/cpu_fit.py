@@ -17,6 +17,7 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
     """Curves through the fastest rounds, lines for tiles and decoding, and their errors."""
     dtype_bytes = torch.finfo(dtype).bits // 8
     tiles, errors = _fit_tiles([case for case in cases if case.group == "tiles"])
+    choosing = {kind: _choosing_curves([case for case in cases if case.group == kind], shapes) for kind in estimators()}
     spread = [float(np.median(case.seconds)) / case.best_s - 1 for case in cases]
     table = CostTable(
         name="cpu",
@@ -25,7 +26,8 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
         dtype_bytes=dtype_bytes,
         dense=_curves(cases, "dense", shapes),
         mean_value=_curves(cases, "mean_value", shapes),
-        estimators={kind: _curves(cases, kind, shapes) for kind in estimators()},
+        estimators={kind: curves[0] for kind, curves in choosing.items()},
+        estimator_calls={kind: curves[1] for kind, curves in choosing.items()},
         tiles=tiles,
         decode=_fit_decode([case for case in cases if case.group == "decode"]),
         fit={"tiles_mape": float(np.mean(errors)), "repeat_spread_median": float(np.median(spread))},
@@ -46,19 +48,47 @@ def _curves(cases: Sequence[Case], group: str, shapes: Grid) -> tuple[Curve, ...
     return tuple(curves)
 
 
+def _choosing_curves(cases: Sequence[Case], shapes: Grid) -> tuple[tuple[Curve, ...], tuple[Curve, ...]]:
+    """Per head and per call, from a call of one head and one of several."""
+    per_head: list[Curve] = []
+    per_call: list[Curve] = []
+    for head_dim in shapes.head_dims:
+        head_s, call_s = [], []
+        for tokens in shapes.estimator_tokens:
+            own = [case for case in cases if (case.head_dim, case.tokens) == (head_dim, tokens)]
+            one, many = sorted(own, key=lambda case: case.heads)
+            each_s = min(max((many.best_s - one.best_s) / (many.heads - one.heads), 1e-9), many.best_s / many.heads)
+            head_s.append(each_s)
+            call_s.append(max(many.best_s - many.heads * each_s, 1e-9))
+        for found, seconds in ((per_head, head_s), (per_call, call_s)):
+            rising = tuple(np.maximum.accumulate(seconds).tolist())
+            found.append(Curve(head_dim=head_dim, tokens=shapes.estimator_tokens, seconds=rising))
+    return tuple(per_head), tuple(per_call)
+
+
 def _fit_tiles(cases: Sequence[Case]) -> tuple[tuple[TileCost, ...], list[float]]:
     """Non-negative least squares on relative errors, per head_dim and block size."""
     fits, errors = [], []
     works = [(case.work, case.best_s) for case in cases if case.work is not None]
     for head_dim, block in sorted({(work.head_dim, work.block_tokens) for work, _ in works}):
         own = [(work, s) for work, s in works if (work.head_dim, work.block_tokens) == (head_dim, block)]
-        features = np.array([[w.query_heads, w.query_heads * w.query_blocks, w.tiles] for w, _ in own], dtype=float)
+        features = np.array(
+            [[1, w.query_blocks, w.query_heads, w.query_heads * w.query_blocks, w.tiles] for w, _ in own], dtype=float
+        )
         seconds = np.array([s for _, s in own])
         scale = features.mean(0)
         weights, _ = nnls(features / scale / seconds[:, None], np.ones(len(own)))
-        call_s, row_s, tile_s = (weights / scale).tolist()
+        group_s, launch_s, call_s, row_s, tile_s = (weights / scale).tolist()
         fits.append(
-            TileCost(head_dim=head_dim, block_tokens=block, call_s=call_s, row_s=row_s, tile_s=max(tile_s, 1e-12))
+            TileCost(
+                head_dim=head_dim,
+                block_tokens=block,
+                group_s=group_s,
+                launch_s=launch_s,
+                call_s=call_s,
+                row_s=row_s,
+                tile_s=max(tile_s, 1e-12),
+            )
         )
         errors += np.abs(features @ (weights / scale) / seconds - 1).tolist()
     return tuple(fits), errors

@@ -1,23 +1,19 @@
 """What a plan will take on a device: time to first token, time per output token, cache and peak memory, for a stated workload.
 
 Prefill attention is priced from the exact tile list of every layer, dealt to the device's workers as the kernel will have it. The rest of a
-layer is priced by shape: linear layers, norms, rotation, gate, residuals. Tokenisation, sampling and the host are left out.
+layer is priced by shape (`layer_parts`). Decoding is priced as `DecodeStep` runs it, with and without a plan: fused where that serves.
+Tokenisation, sampling and the host are left out.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Protocol, runtime_checkable
-
-import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import DecodeWork
+from sparsesearch.cost.layer_costs import LayerCosts
+from sparsesearch.cost.layer_parts import activation_bytes, decode_rest_s, is_fused, prefill_rest_s
+from sparsesearch.cost.layer_schedule import layer_schedule
 from sparsesearch.errors import PlanMismatchError
-from sparsesearch.kernels.dispatch import Backend, tile_shape
-from sparsesearch.kernels.schedule import HeadTiles, Span, TileSchedule, Workers, build_schedule
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.plan import Plan
 from sparsesearch.rules import Rule
@@ -25,64 +21,9 @@ from sparsesearch.rules.dense import Dense
 from sparsesearch.workload import Workload
 
 DENSE_BLOCK_TOKENS = 128
-PROBE_HEAD_DIM = 16
-WEIGHT_BYTES = 2
-MOST_SCHEDULED_TOKENS = (
-    1 << 18
-)  # beyond this, the sequences of a batch are priced one after another: each fills the device
-
 
 LayerRules = tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[Rule, ...]]
 """Of one layer's heads: their rules, the rules whose tiles they compute in prefill, and the rules they decode by."""
-
-
-@runtime_checkable
-class LayerCosts(Protocol):
-    """A cost model that knows whole layers: a calibrated accelerator, or a datasheet's roofline."""
-
-    @property
-    def name(self) -> str:
-        """What it is loaded by."""
-
-    @property
-    def device(self) -> str:
-        """The device it speaks of."""
-
-    @property
-    def measured(self) -> bool:
-        """False for a datasheet."""
-
-    @property
-    def workers(self) -> Workers:
-        """What schedules are built for."""
-
-    @property
-    def kernel(self) -> Backend:
-        """Whose tiles they have."""
-
-    def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
-        """One layer's prefill attention."""
-
-    def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
-        """A linear layer."""
-
-    def pointwise_s(self, name: str, elements: float) -> float:
-        """Norm, rotation, gate, residual or transpose."""
-
-    def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
-        """A dynamic rule's choice."""
-
-    def prefill_relief(self, rows: int) -> float:
-        """Share of the pointwise time that whole layers of so many rows do not take."""
-
-    def decode_glue_s(self, batch: int, weight_bytes: float) -> float:
-        """What a decoding layer takes beyond its parts; `weight_bytes` is its largest weight."""
-
-    def decode_step_s(self, batch: int) -> float:
-        """What a decoding step takes beyond its layers and the output layer."""
-
-    def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
-        """One layer's decoding attention; one work per KV head."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +61,7 @@ class Prediction:
         decode_attention_s: the share of `tpot_s` that is attention.
         kv_bytes: cache after the last token.
         weight_bytes: parameters.
+        fused_step: whether `tpot_s` is that of the fused step.
         peak_bytes: weights, cache and the largest activations of prefill.
         layers: layer by layer.
     """
@@ -133,6 +75,7 @@ class Prediction:
     decode_attention_s: float
     kv_bytes: float
     weight_bytes: float
+    fused_step: bool
     peak_bytes: float
     layers: tuple[LayerPrediction, ...]
 
@@ -176,6 +119,7 @@ def predict(
         decode_attention_s=decode_s,
         kv_bytes=kv_bytes,
         weight_bytes=weight_bytes,
+        fused_step=workload.generate_tokens > 0 and is_fused(shape, costs, workload.batch),
         peak_bytes=weight_bytes + kv_bytes + activation_bytes(shape, tokens, dtype_bytes),
         layers=layers,
     )
@@ -198,52 +142,6 @@ def predict_layers(
     return tuple(
         replace(known[heads], module=module) for module, heads in zip(shape.geometry.modules, of_layer, strict=True)
     )
-
-
-def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: int) -> float:
-    """All of a prefill over `rows` tokens but its attention."""
-    linear_s, pointwise_s = parts_s(shape, costs, rows=rows, last_rows=batch)
-    return linear_s + pointwise_s * (1 - costs.prefill_relief(rows))
-
-
-def decode_rest_s(shape: ModelShape, costs: LayerCosts, *, batch: int) -> float:
-    """All of a decoding step but its attention."""
-    widest = max(shape.intermediate_size, shape.num_heads * shape.head_dim)
-    glue_s = shape.num_layers * costs.decode_glue_s(batch, float(shape.hidden_size * widest * WEIGHT_BYTES))
-    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + glue_s + costs.decode_step_s(batch)
-
-
-def parts_s(shape: ModelShape, costs: LayerCosts, *, rows: int, last_rows: int) -> tuple[float, float]:
-    """Seconds of the linear and of the pointwise parts: layers over `rows` tokens, the output layer over `last_rows`."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    linear = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn))
-    pointwise = [
-        ("norm", 2 * [hidden]),
-        ("residual", 2 * [hidden]),
-        ("rotation", [q, kv]),
-        ("transpose", [q]),
-        ("gate", [ffn]),
-    ]
-    if shape.qk_norm:
-        pointwise.append(("norm", [q, kv]))
-    linear_s = shape.num_layers * sum(costs.linear_s(rows, outputs, inputs) for outputs, inputs in linear)
-    pointwise_s = sum(costs.pointwise_s(name, rows * width) for name, widths in pointwise for width in widths)
-    return (
-        linear_s + costs.linear_s(last_rows, shape.vocab_size, hidden),
-        shape.num_layers * pointwise_s + costs.pointwise_s("norm", rows * hidden),
-    )
-
-
-def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:
-    """Largest intermediate results of prefill: two residual streams, and gate, activated gate and up side by side.
-
-    Or the residual stream, queries, keys, values before and after rotation, and the output, if that is more.
-    """
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    feed_forward = 2 * shape.hidden_size + 3 * shape.intermediate_size
-    attention = 2 * shape.hidden_size + 3 * q + 4 * kv
-    return float(rows * max(feed_forward, attention) * dtype_bytes)
 
 
 def _layer(
@@ -291,64 +189,6 @@ def decode_works(
         kept = max(rule.kept_tokens(grid) for rule in rules[first : first + group])
         works.append(DecodeWork(kept, shape.head_dim, group, workload.batch, dtype_bytes))
     return tuple(works)
-
-
-def layer_schedule(
-    rules: tuple[Rule, ...], block_tokens: int, shape: ModelShape, workload: Workload, costs: LayerCosts
-) -> tuple[TileSchedule, int]:
-    """The schedule of one layer's prefill, and how often it runs."""
-    batch, repeats = workload.batch, 1
-    if batch * workload.prompt_tokens > MOST_SCHEDULED_TOKENS:
-        batch, repeats = 1, batch
-    key = (
-        rules,
-        block_tokens,
-        workload.prompt_tokens,
-        batch,
-        shape.num_kv_heads,
-        shape.head_dim,
-        costs.workers,
-        costs.kernel,
-    )
-    return _schedule(*key), repeats
-
-
-@lru_cache(maxsize=256)
-def _schedule(
-    rules: tuple[Rule, ...],
-    block_tokens: int,
-    length: int,
-    batch: int,
-    num_kv_heads: int,
-    head_dim: int,
-    workers: Workers,
-    kernel: Backend,
-) -> TileSchedule:
-    distinct = tuple(dict.fromkeys(rules))
-    grid = BlockGrid(length, length, block_tokens)
-    tiles = HeadTiles(
-        torch.stack([choice_of(rule, grid) for rule in distinct]), tuple(distinct.index(r) for r in rules)
-    )
-    return build_schedule(
-        tuple(Span(grid, row) for row in range(batch)),
-        [tiles] * batch,
-        num_kv_heads=num_kv_heads,
-        shape=tile_shape(kernel, head_dim, block_tokens),
-        workers=workers,
-        head_bytes=2 * head_dim,
-    )
-
-
-@lru_cache(maxsize=512)
-def choice_of(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
-    """The tiles of one head. A dynamic rule chooses on random queries and keys: its budget is exact, its overlaps are typical."""
-    if rule.replaces_output:
-        return torch.zeros_like(grid.reachable())
-    if not rule.dynamic:
-        return rule.select(grid)
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, tokens, PROBE_HEAD_DIM, generator=generator) for tokens in (grid.q_len, grid.kv_len))
-    return rule.select(grid, q * PROBE_HEAD_DIM**-0.5, k)[0]
 
 
 def _source(rules: Sequence[tuple[Rule, ...]], layer: int, head: int) -> Rule:

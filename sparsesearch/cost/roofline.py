@@ -140,6 +140,10 @@ class Roofline:
         """Nothing is known."""
         return 0.0
 
+    @property
+    def fused(self) -> None:
+        """Nothing is known."""
+
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
         """One layer's decoding attention."""
         return float(self.decode_latency_s(works).sum())

@@ -16,7 +16,7 @@ from sparsesearch.cost.stored import Frozen, StoredModel
 from sparsesearch.errors import SpecError, nearest
 
 FORMAT = "sparsesearch.cost_model"
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 
 class Curve(Frozen):
@@ -42,13 +42,26 @@ class Curve(Frozen):
 
 
 class TileCost(Frozen):
-    """Tile attention of one query head: call_s + rows·row_s + tiles·tile_s."""
+    """Tile attention of the query heads that share one call: group_s + rows·launch_s + heads·(call_s + rows·row_s) + tiles·tile_s.
+
+    `rows` are those of one head. The first two terms are bookkeeping, paid once per call however few its tiles are: it is what short prompts
+    pay.
+    """
 
     head_dim: int = Field(ge=1)
     block_tokens: int = Field(ge=1)
-    call_s: float = Field(ge=0, description="per query head and call")
-    row_s: float = Field(ge=0, description="per row of tiles")
+    group_s: float = Field(0.0, ge=0, description="per call")
+    launch_s: float = Field(
+        0.0, ge=0, description="per call and row of tiles: rows with equally many tiles are one launch"
+    )
+    call_s: float = Field(ge=0, description="per query head")
+    row_s: float = Field(ge=0, description="per query head and row of tiles")
     tile_s: float = Field(gt=0, description="per computed tile")
+
+    def seconds(self, *, heads: int, rows: float, tiles: float) -> float:
+        """Of one call; `rows` per head, `tiles` over all heads."""
+        per_head_s = self.call_s + rows * self.row_s
+        return self.group_s + rows * self.launch_s + heads * per_head_s + tiles * self.tile_s
 
 
 class DecodeCost(Frozen):
@@ -71,7 +84,12 @@ class CostTable(StoredModel):
     dtype_bytes: int
     dense: tuple[Curve, ...] = Field(min_length=1)
     mean_value: tuple[Curve, ...] = Field(min_length=1)
-    estimators: dict[str, tuple[Curve, ...]] = Field(description="dynamic rule kind -> cost of choosing the tiles")
+    estimators: dict[str, tuple[Curve, ...]] = Field(
+        description="dynamic rule kind -> cost of choosing the tiles, per query head"
+    )
+    estimator_calls: dict[str, tuple[Curve, ...]] = Field(
+        default={}, description="likewise, per call and however many heads choose in it"
+    )
     tiles: tuple[TileCost, ...] = Field(min_length=1)
     decode: tuple[DecodeCost, ...] = Field(min_length=1)
     fit: dict[str, float] = Field(description="errors on the fitted and on held-out runs, and the noise of repeats")
@@ -82,6 +100,8 @@ class CostTable(StoredModel):
 class TableCostModel:
     """Dense attention, estimators and mean values by curves over length; tiles by a line per head_dim and block size.
 
+    A unit is priced as a call of its own, with all of that call's bookkeeping. Units of a layer that follow one rule share a call, so a plan
+    never takes longer than its units' sum, and one that gains nothing by itself (a short prompt) stays dense.
     A call of q queries against longer context is priced as the prefill with equally many query-key pairs. Between
     measured head_dims costs are interpolated in log-log, beyond them taken as proportional; the nearest measured block
     size is scaled by its area.
@@ -117,7 +137,9 @@ class TableCostModel:
                 f"cost model {self.name} must know what {work.estimator!r} costs. Calibrate again."
                 f"{nearest(work.estimator, curves)}"
             )
-        return chosen + work.query_heads * _at(curves[work.estimator], work.head_dim, work.kv_len, growth=1.0)
+        calls = self.table.estimator_calls.get(work.estimator, ())
+        call_s = _at(calls, work.head_dim, work.kv_len, growth=1.0) if calls else 0.0
+        return chosen + call_s + work.query_heads * _at(curves[work.estimator], work.head_dim, work.kv_len, growth=1.0)
 
     def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
         """The same for many units."""
@@ -167,12 +189,11 @@ class TableCostModel:
 
         closest = min(distance(cost) for cost in self.table.tiles)
         costs = [cost for cost in self.table.tiles if distance(cost) <= closest + 1e-9]
-        rows = work.query_heads * work.query_blocks
         seconds = {}
         for cost in costs:
             side = work.block_tokens / cost.block_tokens
-            tiles_s = work.tiles * cost.tile_s * side**2
-            seconds[cost.head_dim] = work.query_heads * cost.call_s + rows * cost.row_s * side + tiles_s
+            rows, tiles = work.query_blocks * side, work.tiles * side**2
+            seconds[cost.head_dim] = cost.seconds(heads=work.query_heads, rows=rows, tiles=tiles)
         return between_sizes(seconds, work.head_dim)
 
 

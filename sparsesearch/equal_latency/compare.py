@@ -9,7 +9,7 @@ import torch
 
 from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
-from sparsesearch.cost.predict import LayerCosts
+from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times
 from sparsesearch.equal_latency.ladders import ladders
 from sparsesearch.equal_latency.menus import MENUS, menu_ladders

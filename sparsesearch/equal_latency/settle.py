@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
-from sparsesearch.cost.predict import LayerCosts, predict_layers
+from sparsesearch.cost.layer_costs import LayerCosts
+from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder
 from sparsesearch.errors import SpecError

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from sparsesearch.cost.predict import LayerCosts
+from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.profiling.record import Profile
 from sparsesearch.scores import ScoreTable
 from sparsesearch.scoring import Question

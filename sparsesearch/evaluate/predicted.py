@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import CostModel
-from sparsesearch.cost.predict import DENSE_BLOCK_TOKENS, LayerCosts, choice_of, predict_layers, prefill_rest_s
+from sparsesearch.cost.layer_costs import LayerCosts
+from sparsesearch.cost.layer_parts import prefill_rest_s
+from sparsesearch.cost.layer_schedule import choice_of
+from sparsesearch.cost.predict import DENSE_BLOCK_TOKENS, predict_layers
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import ModelShape, heads_alone, shape_of_config
 from sparsesearch.plan import BaseModelInfo, Plan
@@ -60,11 +63,14 @@ def _shape(model: "PreTrainedModel", info: BaseModelInfo) -> ModelShape | None:
 
 
 def _summed_s(plan: Plan | None, info: BaseModelInfo, length: int, costs: CostModel) -> float:
-    """Head by head, for a device that works on one head at a time."""
+    """Call by call, for a device that works on one call at a time: the heads of a layer that follow one rule share a call."""
     block_tokens = DENSE_BLOCK_TOKENS if plan is None else plan.block_tokens
     grid = BlockGrid(length, length, block_tokens)
     works = []
     for layer, module in enumerate(info.modules):
         heads: tuple[Rule, ...] = (Dense(),) * info.num_heads[layer] if plan is None else plan.module_rules(module)
-        works += [unit_work(rule, float(choice_of(rule, grid).sum()), grid, info.head_dim[layer], 1) for rule in heads]
+        for rule in dict.fromkeys(heads):
+            count = heads.count(rule)
+            tiles = count * float(choice_of(rule, grid).sum())
+            works.append(unit_work(rule, tiles, grid, info.head_dim[layer], count))
     return float(costs.latency_s(works).sum())

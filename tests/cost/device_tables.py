@@ -8,6 +8,7 @@ from sparsesearch.cost.device.table import (
     DeviceTable,
     EstimatorCost,
     LinearCost,
+    PairPoints,
     Peaks,
     Points,
     TileKernelCost,
@@ -40,7 +41,10 @@ def device_table(**changes: Any) -> DeviceTable:
         "decode": tuple(
             DecodeCost(
                 head_dim=d,
-                points=Points(amounts=(1e6, 1e9), seconds=(1e-5, 2.6e-4)),
+                curves=(
+                    PairPoints(pairs=8, points=Points(amounts=(1e6, 1e9), seconds=(1e-5, 2.6e-4))),
+                    PairPoints(pairs=256, points=Points(amounts=(1e6, 1e9), seconds=(2e-5, 2.8e-4))),
+                ),
                 pair_s=5e-8,
                 call_s=1e-5,
                 byte_s=2.5e-13,

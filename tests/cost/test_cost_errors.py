@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparsesearch.bench.cost import judged_again
+from sparsesearch.bench.cost import joined, judged_again, parts_of
 from sparsesearch.bench.cost_errors import model_summary, plan_summary, predictors
 from sparsesearch.bench.cost_plans import FAMILIES, HeldOutPlan, held_out_plans
+from sparsesearch.cost.device.micro_bench import Row
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.device.runs import Row
+from sparsesearch.errors import SpecError
 from sparsesearch.kernels.schedule import Workers
 from tests.cost.device_tables import device_table
 
@@ -97,8 +98,22 @@ def test_another_models_predictions_keep_the_rows_and_say_who_measured(tmp_path:
         "format": "f",
     }
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
-    found = judged_again(tmp_path / "earlier.json", MODEL)
+    found = judged_again([tmp_path / "earlier.json"], MODEL)
     assert found["rows"] == rows
     assert found["cost_model"] == MODEL.name
-    assert found["provenance"]["command"] == "measured"
+    assert found["provenance"]["layers"]["command"] == "measured"
     assert found["plans"]["ours"]["mape"] == pytest.approx(0.2)
+
+
+def test_parts_of_several_records_make_one() -> None:
+    step: Row = {"group": "decode_step", "model": "llama3-8b", "batch": 8, "kv_tokens": 8192, "seconds": 1.0}
+    first = {"rows": [*rows_of([1.0] * len(PLANS)), step], "provenance": {"device": "first"}}
+    second = {"rows": [step | {"seconds": 2.0}], "provenance": {"device": "second"}}
+    both = joined([first, second])
+    assert [row["seconds"] for row in both["rows"]] == [2.0] + [1.0] * len(PLANS)
+    assert {part: own["device"] for part, own in both["provenance"].items()} == {"layers": "first", "decode": "second"}
+    assert joined([both, second])["provenance"] == both["provenance"]
+    assert plan_summary([step], MODEL) == {"num_plans": 0}
+    assert parts_of("decode,layers,decode") == ("decode", "layers")
+    with pytest.raises(SpecError, match=r"decode, fused, layers, prefill, but got 'layer'\. Did you mean"):
+        parts_of("layer")

@@ -1,12 +1,13 @@
 """The fit finds the costs that made-up runs were made with, and says how far off it is."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ import torch
 
 from sparsesearch.cost import DecodeWork, load_cost_model
 from sparsesearch.cost.calibrate import calibrate, short_name
-from sparsesearch.cost.device import fit, runs
+from sparsesearch.cost.device import compile_ahead, corrections, layer_probes, micro_bench, run_plan, runs
 from sparsesearch.cost.device.fit import case_load, fit_tiles, fitted
 from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
+from sparsesearch.cost.device.refit import refitted
 from sparsesearch.cost.device.tile_cases import TileCase, tile_cases
-from sparsesearch.cost.predict import parts_s
+from sparsesearch.cost.layer_parts import fused_widths, parts_s
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.schedule import Workers
 from sparsesearch.model_shapes import ModelShape
@@ -29,7 +31,7 @@ TRUTH = tile_cost()
 READ = 4e12
 
 
-def made_up_rows(noise: float) -> list[runs.Row]:
+def made_up_rows(noise: float) -> list[micro_bench.Row]:
     rng = np.random.default_rng(0)
     rows = []
     for case in tile_cases(128, 128):
@@ -52,9 +54,9 @@ def test_costs_are_found_again(noise: float, bound: float) -> None:
 
 def test_every_group_of_runs_reaches_the_file() -> None:
     """Real runs of tiny shapes on the CPU, through the interpreter."""
-    bench = runs.Bench("cpu", "triton", torch.float32, time_share=0.001)
-    tiny = runs.RunPlan(
-        tile_kinds=(), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)),
+    bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
+    tiny = run_plan.RunPlan(
+        tile_kinds=(), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)), skinny_rows=(1, 8), skinny=((32, 16, "normed"), (32, 16, "gated"), (16, 32, "added")),
         pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(), layer_tokens=(), peak_side=32,
     )  # fmt: skip
     cases = [TileCase("window", 128, 16, 1, 32, 2, 1), TileCase("stream", 128, 16, 1, 32, 2, 1)]
@@ -65,6 +67,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
         "tiles",
         "decode",
         "gemm",
+        "skinny",
         "pointwise",
         "estimator",
         "permutation",
@@ -72,7 +75,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     settings = {"name": "tiny", "device": "a CPU", "memory_bytes": 1e9, "dtype_bytes": 4, "provenance": {}}
     table = fitted(rows, kernel="triton", workers=bench.workers, **settings)  # type: ignore[arg-type]
     model = DeviceCostModel(table)
-    assert {cost.kind for cost in table.estimators} == set(runs.estimators()) >= {"pooled_topk", "vertical_slash"}
+    assert {cost.kind for cost in table.estimators} == set(run_plan.estimators()) >= {"pooled_topk", "vertical_slash"}
     assert set(table.pointwise) == {"norm", "rotation", "gate", "residual", "transpose"}
     assert model.linear_s(8, 32, 16) == pytest.approx(next(c.points.at(8) for c in table.linear if c.outputs == 32))
     assert table.fit["tiles_mape"] < 0.5
@@ -82,8 +85,8 @@ def test_every_group_of_runs_reaches_the_file() -> None:
 @pytest.mark.slow
 def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the GPU's part played by the interpreter."""
-    tiny = runs.RunPlan(
-        tile_kinds=((16, 32),), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),),
+    tiny = run_plan.RunPlan(
+        tile_kinds=((16, 32),), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),), skinny_rows=(1, 2), skinny=((32, 16, "normed"), (32, 64, "added")),
         pointwise_tokens=(1, 2), estimator_tokens=(128,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
         longest_tokens=0, time_share=0.001,
     )  # fmt: skip
@@ -91,18 +94,18 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     properties = SimpleNamespace(name="Some GPU 900", major=8, total_memory=1 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(runs, "FULL", tiny)
-    monkeypatch.setattr(runs, "PROBE", shape)
-    monkeypatch.setattr(fit, "PROBE", shape)
+    monkeypatch.setattr(run_plan, "FULL", tiny)
     evicting = replace(shape, name="evicting", num_layers=3)
-    monkeypatch.setattr(runs, "EVICTING", evicting)
-    monkeypatch.setattr(fit, "EVICTING", evicting)
-    monkeypatch.setattr(runs, "PROBE_KV_TOKENS", 64)
-    monkeypatch.setattr(fit, "PROBE_KV_TOKENS", 64)
-    monkeypatch.setattr(runs, "Bench", partial(on_cpu, runs.Bench))
+    for module in (run_plan, layer_probes, corrections):
+        monkeypatch.setattr(module, "PROBE", shape)
+        monkeypatch.setattr(module, "EVICTING", evicting)
+        monkeypatch.setattr(module, "PROBE_KV_TOKENS", 64)
+    monkeypatch.setattr(micro_bench, "Bench", partial(on_cpu, micro_bench.Bench))
+    monkeypatch.setattr(compile_ahead, "compile_ahead", lambda bench, plan: compiled.append(plan))
     monkeypatch.setattr(runs, "tile_cases", lambda *kind: [TileCase("window", 0, 16, 1, 32, 2, 1)])
     monkeypatch.setattr(runs, "tile_runs", lambda bench, cases: runs_of_a_window(bench))
     seen: list[tuple[str, int, int]] = []
+    compiled: list[run_plan.RunPlan] = []
     model = calibrate(
         "cuda", out=tmp_path / "it.json", runs_out=tmp_path / "runs.json", dtype=torch.float32,
         progress=lambda *state: seen.append(state),
@@ -110,32 +113,82 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     assert load_cost_model(tmp_path / "it.json") == model
     assert isinstance(model, DeviceCostModel)
     assert (model.name, model.device, model.kernel) == ("900", "Some GPU 900", "triton")
-    assert model.table.prefill_relief.amounts == (64, 128)
+    assert np.isfinite(model.prefill_relief(64))
     for correction in (model.table.decode_glue_s, model.table.decode_glue_evicting_s, model.table.decode_step_s):
         assert correction is not None
         assert correction.amounts == (1, 2)
+    again = json.loads((tmp_path / "runs.json").read_text())["runs"]
     for probe in (shape, evicting, replace(evicting, num_layers=1)):  # what was measured is what is predicted
         row = next(
             r
-            for r in json.loads((tmp_path / "runs.json").read_text())["runs"]
+            for r in again
             if r["group"] == "layer_decode"
             and (r["probe"], r["layers"], r["batch"]) == (probe.name, probe.num_layers, 2)
         )
         attention_s = probe.num_layers * model.decode_attention_s([DecodeWork(64, 16, 2, 2, 4)] * 2)
-        parts = sum(parts_s(probe, model, rows=2, last_rows=2)) + attention_s + model.decode_step_s(2)
+        own = {(r["n"], r["k"]): r["seconds"] for r in again if r["group"] == "probe_gemm" and r["m"] == 2}
+        costs = Measured(model, own)
+        parts = sum(parts_s(probe, costs, rows=2, last_rows=2)) + attention_s + model.decode_step_s(2)
         large = model.table.l2_bytes + 1 if probe.name == "evicting" else 0.0
         assert parts + probe.num_layers * model.decode_glue_s(2, large) == pytest.approx(row["seconds"])
-    again = json.loads((tmp_path / "runs.json").read_text())["runs"]
-    assert len(again) == model.table.provenance["micro_runs"] == len(seen)
-    assert {"layer_decode", "layer_prefill", "tiles", "gemm"} <= {row["group"] for row in again}
+    fused = model.fused
+    assert fused is not None
+    for layers in (1, 3):
+        row = next(r for r in again if r["group"] == "layer_fused" and (r["layers"], r["batch"]) == (layers, 2))
+        layer_s = sum(fused.product_s(2, *width) for width in fused_widths(shape)) + fused.layer_s(2)
+        attention_s = model.decode_attention_s([DecodeWork(64, 16, 2, 2, 4)] * 2)
+        assert layers * (layer_s + attention_s) + fused.start_s(2) == pytest.approx(row["seconds"])
+    assert len(again) == model.table.provenance["micro_runs"] == len(seen) - 1
+    assert compiled == [tiny]
+    once_more = refitted(model.table, again)
+    assert once_more.provenance["refitted"]
+    assert once_more.model_copy(update={"provenance": model.table.provenance}) == model.table
+    assert {"layer_decode", "layer_prefill", "tiles", "gemm", "skinny"} <= {row["group"] for row in again}
 
 
-def on_cpu(bench: type[runs.Bench], device: str, kernel: str, dtype: torch.dtype, **settings: Any) -> runs.Bench:
+class Measured(NamedTuple):
+    """A model with some linear layers as they were measured."""
+
+    model: DeviceCostModel
+    seconds: dict[tuple[int, int], float]
+
+    def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
+        return self.seconds.get((outputs, inputs)) or self.model.linear_s(rows, outputs, inputs)
+
+    def pointwise_s(self, name: str, elements: float) -> float:
+        return self.model.pointwise_s(name, elements)
+
+
+def test_every_kernel_is_compiled_ahead_and_nothing_is_measured() -> None:
+    bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
+    tiny = run_plan.RunPlan(
+        tile_kinds=(), decode=((1, 64),), decode_head_dims=(16,), skinny_rows=(1,), skinny=((32, 16, "normed"),),
+        estimator_tokens=(128,), layer_batches=(), layer_tokens=(),
+    )  # fmt: skip
+    launched: list[str] = []
+    jobs = list(compile_ahead.jobs(micro_bench.CompilingBench(bench), tiny))
+    rows = [row for job in jobs for row in job()]
+    launched = [row["group"] for row in rows]
+    assert set(launched) == {"decode", "skinny", "estimator"}
+    assert launched.count("estimator") == len(run_plan.estimators())
+    assert all(math.isnan(row["seconds"]) for row in rows)
+    compile_ahead.compile_ahead(bench, replace(tiny, estimator_tokens=()))
+
+
+def test_probes_have_the_layers_that_fit() -> None:
+    assert layer_probes.fitting(run_plan.EVICTING, 141e9, 32) == run_plan.EVICTING
+    small = layer_probes.fitting(run_plan.EVICTING, 16e9, 32)
+    assert 2 <= small.num_layers < 6
+
+
+def on_cpu(
+    bench: type[micro_bench.Bench], device: str, kernel: str, dtype: torch.dtype, **settings: Any
+) -> micro_bench.Bench:
     assert (device, kernel) == ("cuda", "triton")
     return bench("cpu", "triton", dtype, **settings)
 
 
-def runs_of_a_window(bench: runs.Bench) -> Iterator[runs.Row]:
+def runs_of_a_window(bench: micro_bench.Bench) -> Iterator[micro_bench.Row]:
     case = TileCase("window", 128, 16, 1, 32, 2, 1)
     timed = runs.time_schedule(bench, case.schedule(bench.workers, "triton"), 128, 16, 2, 1)
     yield bench.row("tiles", timed, **case.to_dict())

@@ -12,7 +12,7 @@ from sparsesearch.cost.device.load import TileLoad
 from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
 from sparsesearch.cost.device.table import DeviceTable, Points, rising
 from sparsesearch.cost.device.tile_cases import TileCase
-from sparsesearch.cost.predict import LayerCosts
+from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.errors import ArtifactError, SpecError
 from tests.cost.device_tables import device_table, tile_cost
 
@@ -96,10 +96,12 @@ def test_decoding_follows_its_bytes() -> None:
     one_layer = MODEL.decode_attention_s([head] * 8)
     assert 1e-5 < one_layer < 2.6e-4
     more_pairs = [replace(head, kv_tokens=head.kv_tokens / 2, batch=2)] * 8
-    assert MODEL.decode_attention_s(more_pairs) == pytest.approx(one_layer + 8 * 5e-8)
-    assert MODEL.decode_attention_s([replace(head, batch=64)] * 8) == pytest.approx(
-        8 * 64 * (head.kv_bytes * 2.6e-13 + 5e-8)
-    )
+    cost = MODEL.table.decode[1]
+    few, many = (curve.points.at(8 * head.kv_bytes) for curve in cost.curves)  # of 8 and of 256 pairs
+    assert one_layer == pytest.approx(few)
+    assert MODEL.decode_attention_s(more_pairs) == pytest.approx(few * (many / few) ** (1 / 5))
+    assert cost.at(1e8, 4) == cost.at(1e8, 8) < cost.at(1e8, 256) == cost.at(1e8, 512)
+    assert MODEL.decode_attention_s([replace(head, batch=64)] * 8) == pytest.approx(8 * 64 * head.kv_bytes * 2.8e-13)
     assert MODEL.decode_latency_s([head]) == pytest.approx([head.kv_bytes * 2.5e-13 + 5e-8])
 
 

@@ -7,7 +7,9 @@ import pytest
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.predict import choice_of, decode_rest_s, decode_works, parts_s, predict, prefill_rest_s
+from sparsesearch.cost.layer_parts import decode_rest_s, parts_s, prefill_rest_s
+from sparsesearch.cost.layer_schedule import choice_of
+from sparsesearch.cost.predict import decode_works, predict
 from sparsesearch.cost.roofline import roofline
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape, model_shape, shape_of_config

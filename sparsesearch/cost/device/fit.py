@@ -1,7 +1,6 @@
 """From the rows of the micro-runs to a cost model, with its errors."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,23 +8,24 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.optimize import least_squares, nnls
 
-from sparsesearch.cost.base import DecodeWork
+from sparsesearch.cost.device.corrections import corrections, group_of
+from sparsesearch.cost.device.fused import fit_skinny
 from sparsesearch.cost.device.load import TileLoad, tile_load
+from sparsesearch.cost.device.micro_bench import Row
 from sparsesearch.cost.device.model import DeviceCostModel, many_schedule_seconds
-from sparsesearch.cost.device.runs import EVICTING, PROBE, PROBE_KV_TOKENS, Row
 from sparsesearch.cost.device.table import (
     Correction,
     DecodeCost,
     DeviceTable,
     EstimatorCost,
     LinearCost,
+    PairPoints,
     Peaks,
     Points,
     TileKernelCost,
     rising,
 )
 from sparsesearch.cost.device.tile_cases import TileCase
-from sparsesearch.cost.predict import parts_s
 from sparsesearch.kernels.dispatch import Backend, tile_shape
 from sparsesearch.kernels.schedule import Workers
 
@@ -68,10 +68,11 @@ def fitted(
         provenance: settings and versions.
     """
     peaks = _peaks(rows)
-    skipped = {row["name"]: row["error"] for row in _group(rows, "skipped")}
+    skipped = {row["name"]: row["error"] for row in group_of(rows, "skipped")}
     tiles, errors = fit_tiles(
         [row for row in rows if row["group"] == "tiles"], kernel, workers, dtype_bytes, peaks.read_bytes_per_s
     )
+    skinny, skinny_errors = fit_skinny(group_of(rows, "skinny"), dtype_bytes, peaks.read_bytes_per_s)
     table = DeviceTable(
         name=name,
         device=device,
@@ -87,63 +88,23 @@ def fitted(
         linear=_linear(rows),
         pointwise={
             kind: rising(
-                [(row["elements"], row["seconds"]) for row in _group(rows, "pointwise") if row["name"] == kind]
+                [(row["elements"], row["seconds"]) for row in group_of(rows, "pointwise") if row["name"] == kind]
             )
-            for kind in sorted({row["name"] for row in _group(rows, "pointwise")})
+            for kind in sorted({row["name"] for row in group_of(rows, "pointwise")})
         },
         estimators=fit_estimators(rows),
         prefill_relief=Correction(amounts=(1.0,), values=(0.0,)),
         decode_glue_s=Correction(amounts=(1.0,), values=(0.0,)),
-        permutation=rising([(row["nbytes"], row["seconds"]) for row in _group(rows, "permutation")]),
-        fit={**errors, "repeat_spread_median": float(np.median([row["spread"] for row in rows if "spread" in row]))},
+        permutation=rising([(row["nbytes"], row["seconds"]) for row in group_of(rows, "permutation")]),
+        skinny=skinny,
+        fit={
+            **errors,
+            **skinny_errors,
+            "repeat_spread_median": float(np.median([row["spread"] for row in rows if "spread" in row])),
+        },
         provenance=provenance | ({"skipped": skipped} if skipped else {}),
     )
-    return table.model_copy(update=_corrections(DeviceCostModel(table), rows))
-
-
-def _corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction]:
-    """What the probe's whole layers took, beside the sum of their parts."""
-    found: dict[str, Correction] = {}
-    prefills = sorted((row["tokens"], row["seconds"]) for row in _group(rows, "layer_prefill"))
-    if prefills:
-        relief = []
-        for tokens, seconds in prefills:
-            case = TileCase("dense", tokens, PROBE.head_dim, num_heads=PROBE.num_heads, num_kv_heads=PROBE.num_kv_heads)
-            schedule = case.schedule(model.workers, model.kernel, model.table.dtype_bytes)
-            attention_s = model.attention_s(schedule, num_kv_heads=PROBE.num_kv_heads, head_dim=PROBE.head_dim)
-            linear_s, pointwise_s = parts_s(PROBE, model, rows=tokens, last_rows=1)
-            relief.append((PROBE.num_layers * attention_s + linear_s + pointwise_s - seconds) / pointwise_s)
-        found["prefill_relief"] = Correction(amounts=tuple(tokens for tokens, _ in prefills), values=tuple(relief))
-    return found | _decode_corrections(model, _group(rows, "layer_decode"))
-
-
-def _decode_corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction]:
-    """Of every step measured, what its parts leave out: so much per step, the rest per layer."""
-    beyond: dict[tuple[str, int], dict[int, float]] = {}
-    shapes = {shape.name: shape for shape in (PROBE, EVICTING)}
-    for row in rows:
-        shape = replace(shapes[row["probe"]], num_layers=row["layers"])
-        head = DecodeWork(
-            PROBE_KV_TOKENS,
-            shape.head_dim,
-            shape.num_heads // shape.num_kv_heads,
-            row["batch"],
-            model.table.dtype_bytes,
-        )
-        attention_s = shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
-        parts = sum(parts_s(shape, model, rows=row["batch"], last_rows=row["batch"]))
-        beyond.setdefault((shape.name, shape.num_layers), {})[row["batch"]] = row["seconds"] - attention_s - parts
-    if not beyond:
-        return {}
-    many, one = beyond[EVICTING.name, EVICTING.num_layers], beyond[EVICTING.name, 1]
-    layer = {batch: (many[batch] - one[batch]) / (EVICTING.num_layers - 1) for batch in sorted(many)}
-    step = {batch: one[batch] - layer[batch] for batch in layer}
-    cached = {
-        batch: (seconds - step[batch]) / PROBE.num_layers
-        for batch, seconds in sorted(beyond[PROBE.name, PROBE.num_layers].items())
-    }
-    named = {"decode_glue_s": cached, "decode_glue_evicting_s": layer, "decode_step_s": step}
-    return {name: Correction(amounts=tuple(values), values=tuple(values.values())) for name, values in named.items()}
+    return table.model_copy(update=corrections(DeviceCostModel(table), rows))
 
 
 def fit_tiles(
@@ -218,12 +179,8 @@ def _errors(
     return np.asarray(many_schedule_seconds(cost, loads, read_bytes_per_s) / seconds - 1)
 
 
-def _group(rows: Sequence[Row], name: str) -> list[Row]:
-    return [row for row in rows if row["group"] == name]
-
-
 def _peaks(rows: Sequence[Row]) -> Peaks:
-    rates = {row["name"]: row["amount"] / row["seconds"] for row in _group(rows, "peak")}
+    rates = {row["name"]: row["amount"] / row["seconds"] for row in group_of(rows, "peak")}
     return Peaks(
         matmul_flop_per_s=rates["matmul_flop_per_s"],
         copy_bytes_per_s=rates["copy_bytes_per_s"],
@@ -234,22 +191,31 @@ def _peaks(rows: Sequence[Row]) -> Peaks:
 
 def _decode(rows: Sequence[Row], dtype_bytes: int) -> tuple[DecodeCost, ...]:
     costs = []
-    for head_dim in sorted({row["head_dim"] for row in _group(rows, "decode")}):
-        own = [row for row in _group(rows, "decode") if row["head_dim"] == head_dim]
-        nbytes = np.array([2.0 * r["batch"] * r["num_kv_heads"] * r["tokens"] * head_dim * dtype_bytes for r in own])
-        seconds = np.array([row["seconds"] for row in own])
+    for head_dim in sorted({row["head_dim"] for row in group_of(rows, "decode")}):
+        own = [row for row in group_of(rows, "decode") if row["head_dim"] == head_dim]
         pairs = np.array([row["batch"] * row["num_kv_heads"] for row in own])
+        nbytes = 2.0 * pairs * np.array([row["tokens"] for row in own]) * head_dim * dtype_bytes
+        seconds = np.array([row["seconds"] for row in own])
         features = np.stack([np.ones_like(nbytes), nbytes / nbytes.mean(), pairs / pairs.mean()], 1)
         (call_s, per_byte, per_pair), _ = nnls(features / seconds[:, None], np.ones(len(own)))
-        pair_s = float(per_pair / pairs.mean())
-        points = rising(list(zip(nbytes.tolist(), np.maximum(seconds - pairs * pair_s, 1e-9).tolist(), strict=True)))
-        byte_s = max(float(per_byte / nbytes.mean()), 1e-15)
-        costs.append(DecodeCost(head_dim=head_dim, points=points, pair_s=pair_s, call_s=float(call_s), byte_s=byte_s))
+        measured = list(zip(pairs.tolist(), nbytes.tolist(), seconds.tolist(), strict=True))
+        costs.append(
+            DecodeCost(
+                head_dim=head_dim,
+                curves=tuple(
+                    PairPoints(pairs=count, points=rising([(size, s) for n, size, s in measured if n == count]))
+                    for count in sorted(set(pairs.tolist()))
+                ),
+                pair_s=float(per_pair / pairs.mean()),
+                call_s=float(call_s),
+                byte_s=max(float(per_byte / nbytes.mean()), 1e-15),
+            )
+        )
     return tuple(costs)
 
 
 def _linear(rows: Sequence[Row]) -> tuple[LinearCost, ...]:
-    own = _group(rows, "gemm")
+    own = group_of(rows, "gemm")
     return tuple(
         LinearCost(
             outputs=n,
@@ -262,7 +228,7 @@ def _linear(rows: Sequence[Row]) -> tuple[LinearCost, ...]:
 
 def fit_estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
     """One entry per rule, from the smallest number of heads it was timed with and, where there is another, the largest."""
-    own = _group(rows, "estimator")
+    own = group_of(rows, "estimator")
     heads: dict[str, set[int]] = {}
     for row in own:
         heads.setdefault(row["name"], set()).add(row["heads"])

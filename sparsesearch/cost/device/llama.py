@@ -20,7 +20,7 @@ from sparsesearch.kernels.schedule import TileSchedule
 from sparsesearch.model_shapes import ModelShape
 
 if TYPE_CHECKING:
-    from sparsesearch.cost.device.runs import Bench
+    from sparsesearch.cost.device.micro_bench import Bench
 
 NAME = "sparsesearch_bench"
 
@@ -57,8 +57,8 @@ class RandomLlama:
         self._schedules = ()
         return timed
 
-    def decode(self, batch: int, kv_tokens: int) -> Timed:
-        """Time of one step of `batch` sequences, each with `kv_tokens` cached keys in every KV head."""
+    def decode(self, batch: int, kv_tokens: int, *, warm_s: float = 0.05) -> Timed:
+        """Time of one step of `batch` sequences, each with `kv_tokens` cached keys in every KV head, after so many seconds of them."""
         shape, bench = self.shape, self.bench
         pairs = batch * shape.num_kv_heads
         kv_shape = (pairs * kv_tokens, shape.head_dim)
@@ -72,7 +72,7 @@ class RandomLlama:
             return self.model(ids, position_ids=positions, use_cache=False).logits
 
         with torch.inference_mode():
-            timed = bench.time(run, warm_s=0.05)
+            timed = bench.time(run, warm_s=warm_s)
         self._caches = []
         return timed
 

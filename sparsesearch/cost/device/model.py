@@ -10,6 +10,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsesearch.cost.base import DecodeWork, UnitWork
+from sparsesearch.cost.device.fused import MeasuredFused
 from sparsesearch.cost.device.load import TileLoad, tile_load
 from sparsesearch.cost.device.table import DecodeCost, DeviceTable, EstimatorCost, TileKernelCost
 from sparsesearch.cost.table import between_sizes
@@ -125,7 +126,7 @@ class DeviceCostModel:
         if not works:
             return 0.0
         cost = self._decode_cost(works[0].head_dim)
-        return cost.points.at(sum(work.kv_bytes for work in works)) + cost.pair_s * sum(work.batch for work in works)
+        return cost.at(sum(work.kv_bytes for work in works), sum(work.batch for work in works))
 
     def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
         """One layer's prefill attention; `schedule` was built for `workers` and `kernel`."""
@@ -176,6 +177,14 @@ class DeviceCostModel:
     def decode_step_s(self, batch: int) -> float:
         """What a decoding step takes beyond its layers and the output layer: embedding, positions; 0 where it was not measured."""
         return 0.0 if self.table.decode_step_s is None else self.table.decode_step_s.at(batch)
+
+    @property
+    def fused(self) -> MeasuredFused | None:
+        """What the fused decoding step takes; None if an older calibration left it out."""
+        table = self.table
+        if not table.skinny or table.fused_layer_s is None or table.fused_start_s is None:
+            return None
+        return MeasuredFused(table.skinny, table.dtype_bytes, table.fused_layer_s, table.fused_start_s)
 
     def permutation_s(self, nbytes: float) -> float:
         """Gathering the tokens of a tensor of so many bytes in another order."""

@@ -1,10 +1,9 @@
-"""The micro-runs of a calibration: peaks, tiles, decoding, linear layers, pointwise layers, estimators, permutation.
+"""The micro-runs of a calibration: peaks, tiles, decoding, linear layers, fused products, pointwise layers, estimators, permutation.
 
 Each returns rows of plain numbers; `fit` turns them into a cost model. A row names its group, its parameters and its seconds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,128 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.cost.device.llama import RandomLlama
+from sparsesearch.cost.device.layer_probes import layer_runs
+from sparsesearch.cost.device.micro_bench import Bench, Row
+from sparsesearch.cost.device.run_plan import HAVE_KERNELS, MANY_HEADS, RunPlan, SkinnyUse, estimators
 from sparsesearch.cost.device.tile_cases import TileCase, on_device, tile_cases
-from sparsesearch.cost.device.timing import Timed, sustained
+from sparsesearch.cost.device.timing import Timed
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import build_on_device
 from sparsesearch.kernels.device_select import Selector
-from sparsesearch.kernels.dispatch import Backend, run_schedule, tile_shape
-from sparsesearch.kernels.schedule import Span, Workers
-from sparsesearch.model_shapes import ModelShape
-from sparsesearch.rules import Rule, rule_kinds
+from sparsesearch.kernels.dispatch import run_schedule, tile_shape
+from sparsesearch.kernels.schedule import Span
+from sparsesearch.kernels.step_ops import skinny_linear
+from sparsesearch.rules import Rule
 
-Row = dict[str, Any]
-PROBE = ModelShape("probe", "llama", 4, 3072, 8192, 24, 8, 128, 1024, False, 5e5, 1 << 18)
-"""Whole layers of this shape, which no known model has, show what the parts leave out when they run together."""
-
-EVICTING = ModelShape("evicting", "llama", 5, 4096, 13312, 32, 8, 128, 1024, False, 5e5, 1 << 18)
-"""The same with weights that each exceed a GPU's cache; also with a single layer, which shows what a step takes besides its layers."""
-
-PROBE_KV_TOKENS = 4096
 SLOW_S = 0.05
-HAVE_KERNELS = ("vertical_slash", "pooled_topk")
-"""Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
-
-MANY_HEADS = 64
-LAYER_WIDTHS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192))
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What a calibration measures.
-
-    Attributes:
-        tile_kinds: (head_dim, block_tokens) of the tile kernel.
-        decode: (batch, keys per sequence); 8 KV heads of four query heads.
-        decode_head_dims: head sizes of decoding.
-        gemm_tokens: rows of the activations of a linear layer.
-        gemm_widths: (outputs, inputs) of a linear layer.
-        pointwise_tokens: rows of the activations of norms and the like.
-        estimator_tokens: prompt lengths of the dynamic rules.
-        layer_batches: batches of whole decoding layers.
-        layer_tokens: prompt lengths of whole layers.
-        peak_side: side of the matrices whose product is the peak.
-        longest_tokens: tile cases beyond this length are left out.
-        time_share: share of the usual time per case.
-    """
-
-    tile_kinds: tuple[tuple[int, int], ...] = ((128, 128), (64, 128), (128, 64), (64, 64))
-    decode: tuple[tuple[int, int], ...] = (
-        (1, 1024), (1, 4096), (1, 16384), (1, 65536), (1, 131072), (4, 8192), (8, 512), (8, 2048), (8, 32768), (32, 512), (32, 4096),
-        (32, 8192),
-    )  # fmt: skip
-    decode_head_dims: tuple[int, ...] = (64, 128)
-    gemm_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192, 32768)
-    gemm_widths: tuple[tuple[int, int], ...] = LAYER_WIDTHS
-    pointwise_tokens: tuple[int, ...] = (1, 8, 32, 1024, 8192, 65536)
-    estimator_tokens: tuple[int, ...] = (4096, 16384, 65536)
-    layer_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    layer_tokens: tuple[int, ...] = (4096, 8192, 16384, 65536)
-    peak_side: int = 8192
-    longest_tokens: int = 1 << 20
-    time_share: float = 1.0
-
-    @property
-    def count(self) -> int:
-        """Rows to expect, for a progress bar; a few large cases may be left out."""
-        tiles = sum(case.length <= self.longest_tokens for kind in self.tile_kinds for case in tile_cases(*kind))
-        decode, gemm = len(self.decode) * len(self.decode_head_dims), len(self.gemm_tokens) * len(self.gemm_widths)
-        layers = 3 * len(self.layer_batches) + len(self.layer_tokens)
-        return (
-            4
-            + tiles
-            + decode
-            + gemm
-            + layers
-            + 5 * len(self.pointwise_tokens)
-            + len(self.estimator_tokens) * (1 + len(estimators()))
-            + len(self.estimator_tokens[:2]) * len(HAVE_KERNELS)
-        )
-
-
-FULL = RunPlan()
-QUICK = RunPlan(
-    tile_kinds=((128, 128),),
-    decode=((1, 4096), (8, 32768)),
-    decode_head_dims=(128,),
-    gemm_tokens=(1, 512, 8192),
-    gemm_widths=((4096, 4096), (14336, 4096)),
-    pointwise_tokens=(1, 1024, 8192),
-    estimator_tokens=(4096, 16384),
-    layer_batches=(1, 8),
-    layer_tokens=(4096, 16384),
-    longest_tokens=16384,
-    time_share=0.4,
-)
-
-
-class Bench:
-    """A device, what runs on it, and the time that a case may take."""
-
-    def __init__(
-        self, device: str, kernel: Backend, dtype: torch.dtype, *, time_share: float = 1.0, seed: int = 0
-    ) -> None:
-        self.device, self.kernel, self.dtype, self.time_share = device, kernel, dtype, time_share
-        self.workers = Workers.of(device)
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Random data: zeros draw less power and run faster."""
-        return torch.randn(shape, device=self.device, generator=self.generator, dtype=self.dtype)
-
-    def copies(self, nbytes: float, most: int = 8) -> int:
-        """How many inputs of this size take turns, so that the cache holds none of them."""
-        return max(1, min(most, int(2.5 * self.workers.l2_bytes // max(nbytes, 1.0)) + 1))
-
-    def time(self, run: Callable[[int], object], *, copies: int = 1, warm_s: float = 0.12, graph: bool = True) -> Timed:
-        """Sustained time of `run(copy)`."""
-        warm_s, measure_s = warm_s * self.time_share, 0.08 * self.time_share
-        return sustained(run, device=self.device, copies=copies, warm_s=warm_s, measure_s=measure_s, graph=graph)
-
-    def row(self, group: str, timed: Timed, **values: Any) -> Row:
-        """One result."""
-        return {"group": group, **values, "seconds": timed.seconds, "spread": timed.spread}
 
 
 def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
@@ -144,11 +35,14 @@ def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
         yield from tile_runs(bench, cases)
     yield from decode_runs(bench, plan.decode, plan.decode_head_dims)
     yield from gemm_runs(bench, plan.gemm_tokens, plan.gemm_widths)
+    for row in gemm_runs(bench, plan.layer_batches, plan.probe_widths):
+        yield row | {"group": "probe_gemm"}
+    yield from skinny_runs(bench, plan.skinny_rows, plan.skinny)
     yield from pointwise_runs(bench, plan.pointwise_tokens)
     yield from estimator_runs(bench, plan.estimator_tokens)
     yield from estimator_runs(bench, plan.estimator_tokens[:2], HAVE_KERNELS, heads=MANY_HEADS)
     yield from permutation_runs(bench, plan.estimator_tokens)
-    yield from layer_runs(bench, plan.layer_batches, plan.layer_tokens)
+    yield from layer_runs(bench, plan.layer_batches, plan.fused_batches, plan.layer_tokens)
 
 
 def peak_runs(bench: Bench, side: int) -> Iterator[Row]:
@@ -226,6 +120,26 @@ def gemm_runs(bench: Bench, tokens: Sequence[int], widths: Sequence[tuple[int, i
             yield bench.row("gemm", timed, m=m, n=n, k=k)
 
 
+def skinny_runs(bench: Bench, rows: Sequence[int], products: Sequence[tuple[int, int, SkinnyUse]]) -> Iterator[Row]:
+    """Products of the fused step, one after the other, as the step launches them: each starts while the one before still runs."""
+    for n, k, use in products:
+        copies = bench.copies(2.0 * n * k)
+        weights = [bench.normal(n, k) for _ in range(copies)]
+        for m in rows:
+            timed = bench.time(skinny_product(bench, weights, m, use), copies=copies, warm_s=0.02)
+            yield bench.row("skinny", timed, m=m, n=n, k=k, use=use)
+
+
+def skinny_product(bench: Bench, weights: Sequence[Tensor], rows: int, use: SkinnyUse) -> Callable[[int], object]:
+    """A product of `rows` rows with the weights of the given number, and what its use adds."""
+    lines, inner = weights[0].shape
+    x, squares = bench.normal(rows, inner), torch.ones(rows, 1, device=bench.device)
+    outer, gain = bench.normal(rows, lines), bench.normal(lines)
+    if use == "added":
+        return lambda copy: skinny_linear(x, weights[copy], None, outer, None, gain, 0.0, False)
+    return lambda copy: skinny_linear(x, weights[copy], None, None, squares, None, 1e-5, use == "gated")
+
+
 def pointwise_runs(bench: Bench, tokens: Sequence[int], width: int = 4096) -> Iterator[Row]:
     """Norm, rotation, gate and residual as transformers' Llama computes them, over their elements."""
     from transformers.activations import ACT2FN
@@ -255,18 +169,12 @@ def pointwise_runs(bench: Bench, tokens: Sequence[int], width: int = 4096) -> It
                 yield bench.row("pointwise", timed, name=name, elements=count * width)
 
 
-def estimators() -> dict[str, Rule]:
-    """A generous example of every dynamic rule that chooses by itself in a causal prompt."""
-    kinds = rule_kinds().items()
-    return {kind: r.examples()[-1] for kind, r in kinds if r.dynamic and not r.reuses and not r.needs_layout}
-
-
 def estimator_runs(
     bench: Bench, tokens: Sequence[int], kinds: Sequence[str] = (), heads: int = 8, head_dim: int = 128
 ) -> Iterator[Row]:
     """What a dynamic rule takes before attention can start: its choice as the runtime makes it and, on a GPU, the schedule built from it.
 
-    A rule that cannot run here gives a row of group `skipped` with the reason; one that is slow is not tried at longer prompts.
+    Of all rules, or of the named kinds. A rule that cannot run here gives a row of group `skipped` with the reason; one that is slow is not tried at longer prompts.
     """
     for kind, rule in estimators().items():
         for length in tokens if not kinds or kind in kinds else ():
@@ -302,26 +210,3 @@ def permutation_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_
         order = torch.randperm(length, device=bench.device)
         timed = bench.time(lambda _: x.index_select(1, order), warm_s=0.02)  # noqa: B023
         yield bench.row("permutation", timed, nbytes=float(x.nbytes))
-
-
-def layer_runs(
-    bench: Bench, batches: Sequence[int], tokens: Sequence[int], shape: ModelShape | None = None
-) -> Iterator[Row]:
-    """Small models of whole layers: decoding steps, and dense prefills."""
-    if not batches and not tokens:
-        return
-    shape = shape or PROBE
-    for probe in (EVICTING, replace(EVICTING, num_layers=1)):
-        yield from _decode_steps(bench, RandomLlama(probe, bench), batches)
-    model = RandomLlama(shape, bench)
-    yield from _decode_steps(bench, model, batches)
-    for length in tokens:
-        case = TileCase("dense", length, shape.head_dim, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads)
-        timed = model.prefill(length, [case.schedule(bench.workers, bench.kernel)])
-        yield bench.row("layer_prefill", timed, tokens=length)
-
-
-def _decode_steps(bench: Bench, model: RandomLlama, batches: Sequence[int]) -> Iterator[Row]:
-    for batch in batches:
-        timed = model.decode(batch, PROBE_KV_TOKENS)
-        yield bench.row("layer_decode", timed, batch=batch, probe=model.shape.name, layers=model.shape.num_layers)

@@ -12,7 +12,7 @@ from sparsesearch.cost.stored import Frozen, StoredModel
 from sparsesearch.errors import SpecError
 
 FORMAT = "sparsesearch.device_cost_model"
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "2.0"
 
 
 class Peaks(Frozen):
@@ -93,14 +93,26 @@ class Correction(Frozen):
         return float(np.interp(math.log(max(amount, 1e-9)), np.log(self.amounts), self.values))
 
 
+class PairPoints(Frozen):
+    """Decoding of so many (sequence, KV head) pairs."""
+
+    pairs: int = Field(ge=1)
+    points: Points = Field(description="bytes of keys and values -> seconds")
+
+
 class DecodeCost(Frozen):
-    """Ragged decoding of one layer: by its bytes of keys and values and its (sequence, KV head) pairs, and a line through the same points."""
+    """Ragged decoding of one layer: curves over its bytes of keys and values, one per number of pairs, and a plane through the same points."""
 
     head_dim: int = Field(ge=1)
-    points: Points = Field(description="bytes of keys and values -> seconds, without what pairs add")
+    curves: tuple[PairPoints, ...] = Field(min_length=1, description="pairs rise")
     pair_s: float = Field(ge=0, description="per (sequence, KV head)")
     call_s: float = Field(ge=0)
     byte_s: float = Field(gt=0)
+
+    def at(self, nbytes: float, pairs: float) -> float:
+        """Seconds; straight in log-log between two numbers of pairs, constant beyond the fewest and the most."""
+        seconds = [math.log(curve.points.at(nbytes)) for curve in self.curves]
+        return math.exp(float(np.interp(math.log(pairs), [math.log(curve.pairs) for curve in self.curves], seconds)))
 
 
 class LinearCost(Frozen):
@@ -109,6 +121,22 @@ class LinearCost(Frozen):
     outputs: int = Field(ge=1)
     inputs: int = Field(ge=1)
     points: Points
+
+
+class SkinnyCost(Frozen):
+    """A product of the fused step, cut in one way, for up to `rows` rows.
+
+    seconds = launch_s + longest(inner columns·column_s, bytes of weights·byte_s)
+
+    The first is one program's walk along its lines of weights, which few programs cannot hide; `longest` is that of `TileKernelCost`.
+    """
+
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1, description="lines of weights per program")
+    step_columns: int = Field(ge=1, description="inner columns per step; a row's last step counts as a whole one")
+    launch_s: float = Field(ge=0)
+    column_s: float = Field(ge=0)
+    byte_s: float = Field(gt=0)
 
 
 class EstimatorCost(Frozen):
@@ -167,6 +195,13 @@ class DeviceTable(StoredModel):
     )
     decode_step_s: Correction | None = Field(
         None, description="batch -> seconds that a decoding step takes beyond its layers and the output layer"
+    )
+    skinny: tuple[SkinnyCost, ...] = Field((), description="products of the fused decoding step")
+    fused_layer_s: Correction | None = Field(
+        None, description="rows -> seconds that a fused layer takes beyond its products and its attention"
+    )
+    fused_start_s: Correction | None = Field(
+        None, description="rows -> seconds that fused layers take to start, once per step"
     )
     permutation: Points = Field(description="bytes of a tensor whose tokens are gathered in another order -> seconds")
     fit: dict[str, float] = Field(

@@ -57,26 +57,30 @@ def sustained(
     torch.cuda.synchronize()
     (once,) = event_times(lambda: run(0), 1)
     if once > LONG_S:
-        return _timed([once, *event_times(lambda: run(0), 1)])
+        return timed_of([once, *event_times(lambda: run(0), 1)])
     calls = min(MOST_CALLS, max(1, ceil(GRAPH_S / once)))
     calls = ceil(calls / copies) * copies if calls > 1 else 1
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for call in range(calls):
-                run(call % copies)
-        replay: Callable[[], object] = captured.replay
-    else:
-
-        def replay() -> None:
-            for call in range(calls):
-                run(call % copies)
-
+    replay = repeated(run, calls, copies=copies, graph=graph)
     (first,) = event_times(replay, 1)
     for _ in range(ceil(warm_s / first)):
         replay()
     samples = event_times(replay, max(3, ceil(measure_s / first)))
-    return _timed([sample / calls for sample in samples])
+    return timed_of([sample / calls for sample in samples])
+
+
+def repeated(run: Callable[[int], object], calls: int, *, copies: int = 1, graph: bool = True) -> Callable[[], object]:
+    """So many calls that take turns over the copies, as one call: captured in a CUDA graph, or launched anew each time."""
+
+    def launch() -> None:
+        for call in range(calls):
+            run(call % copies)
+
+    if not graph:
+        return launch
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        launch()
+    return captured.replay
 
 
 def event_times(replay: Callable[[], object], repeats: int) -> list[float]:
@@ -98,10 +102,11 @@ def _on_host(run: Callable[[int], object], copies: int, measure_s: float) -> Tim
         start = perf_counter()
         run(len(samples) % copies)
         samples.append(perf_counter() - start)
-    return _timed(samples)
+    return timed_of(samples)
 
 
-def _timed(samples: list[float]) -> Timed:
+def timed_of(samples: list[float]) -> Timed:
+    """Median and spread of at least two samples."""
     middle = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4)
     return Timed(middle, (high - low) / middle)

@@ -1,0 +1,61 @@
+"""Compile what a calibration will time, all at once: most of a compiler's time is spent outside Python's lock.
+
+Compiling one kernel after the other, as the cases come, took more than half of a calibration.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from sparsesearch.cost.device import runs
+from sparsesearch.cost.device.fused_chain import FusedChain
+from sparsesearch.cost.device.micro_bench import Bench, CompilingBench
+from sparsesearch.cost.device.run_plan import EVICTING, RunPlan, estimators
+from sparsesearch.cost.device.tile_cases import tile_cases
+
+Job = Callable[[], object]
+FEW_TOKENS = 256
+
+
+def compile_ahead(bench: Bench, plan: RunPlan) -> None:
+    """Run one case of every kernel that the plan's runs will launch, on as many threads as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for done in [threads.submit(_tried, job) for job in jobs(CompilingBench(bench), plan)]:
+            done.result()
+    if torch.device(bench.device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _tried(job: Job) -> None:
+    with suppress(Exception), torch.inference_mode():  # what fails here fails again, and is reported, where it is timed
+        job()
+
+
+def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
+    """The longest ones first."""
+    for head_dim, block_tokens in plan.tile_kinds:
+        cases = [case for case in tile_cases(head_dim, block_tokens) if case.length <= plan.longest_tokens]
+        kinds = {case.family: case for case in reversed(cases)}  # one of them is cut, and merged
+        yield partial(list, runs.tile_runs(bench, list(kinds.values())))
+    for kind in estimators():
+        for length in plan.estimator_tokens:
+            yield partial(list, runs.estimator_runs(bench, (length,), (kind,)))
+    batches = {(head_dim, batch) for head_dim in plan.decode_head_dims for batch, _ in plan.decode}
+    probed = {(EVICTING.head_dim, batch) for batch in plan.layer_batches}
+    for head_dim, batch in sorted(batches | probed):
+        yield partial(list, runs.decode_runs(bench, ((batch, FEW_TOKENS),), (head_dim,)))
+    for product in plan.skinny:
+        for rows in plan.skinny_rows:
+            yield partial(list, runs.skinny_runs(bench, (rows,), (product,)))
+    for batch in plan.fused_batches:
+        yield partial(_one_layer, bench, batch)
+
+
+def _one_layer(bench: Bench, batch: int) -> None:
+    FusedChain(replace(EVICTING, num_layers=1), bench).step(batch, FEW_TOKENS)
