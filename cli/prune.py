@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import options as o
 from .errors import usage
-from .render import emit_json, lines, pairs, progress_bar, table
+from .render import emit_json, lines, pairs, progress_bar, say, table
 
 if TYPE_CHECKING:
     from sparsesearch.cut import Compensation
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.quality import Batch
     from sparsesearch.pruning.record import PruningProfile
+    from sparsesearch.pruning.search import PruningQuestion
     from sparsesearch.search_space import PruningMenu
 
 MEASURED_SAMPLES = 2
@@ -89,10 +90,13 @@ def search_cuts(
     refit_samples: int,
     uniform: bool,
     lengths: str,
+    refine: int,
+    model: str | None,
     json: bool,
 ) -> None:
     """`search` on a profile that covers removals, alone or with attention rules."""
     from sparsesearch.cost import load_cost_model
+    from sparsesearch.errors import SpecError
     from sparsesearch.profiling.record import Profile
     from sparsesearch.pruning.joint import find_joint
     from sparsesearch.pruning.record import PruningProfile
@@ -110,12 +114,42 @@ def search_cuts(
         cost_model=None if device is None else load_cost_model(device),
         compensation=refit_spec(opened, refit_samples, uniform=uniform),
     )
+    if refine and (uniform or attention is not None):
+        raise SpecError("--refine must be for a search of removals alone, without --uniform. Leave it out.")
     if uniform:
         plan = uniform_cut(opened, question)
+    elif refine:
+        plan = _refined(opened, question, model, refine)
     else:
         plan = find_cut(opened, question) if attention is None else find_joint(opened, attention, question)
     plan.save(out)
     _show_cut(plan, out, json)
+
+
+def _refined(profile: "PruningProfile", question: "PruningQuestion", model: str | None, evaluations: int) -> "Plan":
+    """The best of some plans, each tried on the model; what each loses is printed."""
+    from sparsesearch.cut import Compensation
+    from sparsesearch.pruning.data import compensation_batches
+    from sparsesearch.pruning.models import load_prunable
+    from sparsesearch.pruning.refine import MOST_SAMPLES, refine_cut
+
+    live, tokenizer = load_prunable(model or profile.manifest.base_model.name_or_path, dtype="float32")
+    asked = REFIT_SAMPLES if question.compensation is None else question.compensation.num_samples
+    data = Compensation.model_validate(
+        {**profile.manifest.calibration, "num_samples": min(MOST_SAMPLES, asked), "bias": False}
+    )
+    with progress_bar() as progress:
+        plan, trials = refine_cut(
+            live,
+            profile,
+            question,
+            compensation_batches(live, tokenizer, data),
+            evaluations=evaluations,
+            progress=progress,
+        )
+    for trial in trials:
+        say(f"tilt {trial.tilt:g}: {profile.manifest.distance} {trial.distance:.4g} on calibration data set aside")
+    return plan
 
 
 def _show_cut(plan: "Plan", out: Path, json: bool) -> None:

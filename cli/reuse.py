@@ -58,7 +58,7 @@ def search_reuse(
     from sparsesearch.errors import ArtifactError
     from sparsesearch.index_reuse import search_reuse as run
     from sparsesearch.profiling.record import Profile
-    from sparsesearch.profiling.reuse import reuse_menu
+    from sparsesearch.profiling.reuse_menu import reuse_menu
     from sparsesearch.reuse_lanes import ReuseQuestion
     from sparsesearch.runtime.loading import load_model
     from sparsesearch.search.budget import parse_budgets

@@ -20,7 +20,7 @@ FOR_REMOVALS = ("criterion", "refit_samples", "uniform", "lengths")
 NOT_FOR_PIPELINES = ("workload", "decode", "dtype", "model_shape", "unit", "answer_weight", "pareto")
 NOT_FOR_REMOVALS = (
     *("space", "workload", "decode", "dtype", "max_groups_per_layer", "model_shape", "unit", "objective"),
-    *("answer_weight", "refine", "model", "pareto"),
+    *("answer_weight", "pareto"),
 )
 """Options of `search` that mean something only, or nothing, for a kind of profile."""
 
@@ -141,7 +141,7 @@ def search(
         o.refuse_given(context, f"is not for removals, which {profile} covers", *NOT_FOR_REMOVALS)
         prune.search_cuts(
             profile, budget, out, criterion=criterion, device=device, refit_samples=refit_samples, uniform=uniform,
-            lengths=lengths, json=json,
+            lengths=lengths, refine=refine, model=model, json=json,
         )  # fmt: skip
         return
     o.refuse_given(context, f"is for removals, and {profile} covers none", *FOR_REMOVALS)

@@ -19,7 +19,8 @@ from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.plan import BudgetRecord, Certificate, Plan
 from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT
 from sparsesearch.profiling.proxies import reference_candidate
-from sparsesearch.profiling.reuse import HeadMap, ReuseMenu, ReuseScores, map_heads, score_reuse
+from sparsesearch.profiling.reuse import HeadMap, ReuseScores, map_heads, score_reuse
+from sparsesearch.profiling.reuse_menu import ReuseMenu
 from sparsesearch.profiling.run import silent
 from sparsesearch.reuse_lanes import Resource, ReuseQuestion, lanes_of, resources
 from sparsesearch.rules import Rule

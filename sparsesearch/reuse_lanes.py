@@ -11,7 +11,8 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import CostModel, UnitWork
 from sparsesearch.errors import SpecError
 from sparsesearch.pricing import unit_work
-from sparsesearch.profiling.reuse import HeadMap, ReuseMenu, ReuseScores
+from sparsesearch.profiling.reuse import HeadMap, ReuseScores
+from sparsesearch.profiling.reuse_menu import ReuseMenu
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.layer_dp import Lane
 

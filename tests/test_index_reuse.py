@@ -15,7 +15,8 @@ from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
 from sparsesearch.index_reuse import overlap_path, search_reuse
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.reuse import ReuseScores, map_heads, reuse_menu, score_reuse
+from sparsesearch.profiling.reuse import ReuseScores, map_heads, score_reuse
+from sparsesearch.profiling.reuse_menu import reuse_menu
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.reuse_lanes import ReuseQuestion, lanes_of, resources
 from sparsesearch.runtime.fingerprint import describe

@@ -30,9 +30,6 @@ __all__ = [
 ]
 
 _CALIBRATION_NEEDLES, _CALIBRATION_QUESTIONS = 8, 4
-_TOKENS_PER_NEEDLE = (
-    96  # statement and question take 30 to 45 tokens together, and at most half of a sequence may be needles
-)
 _STREAM_WINDOWS = 64  # read no more of a hub dataset than gives every sequence its own stretch
 
 

@@ -22,8 +22,9 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Sample
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.capture import logits_and_calls
+from sparsesearch.profiling.layer_inputs import head_tiles, layer_input
 from sparsesearch.profiling.record import Profile
-from sparsesearch.profiling.run import frozen, head_tiles, layer_input
+from sparsesearch.profiling.run import frozen
 from sparsesearch.profiling.tile_scores import score_layer
 from sparsesearch.runtime.live import apply
 from sparsesearch.shapes import Granularity

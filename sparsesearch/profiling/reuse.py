@@ -12,7 +12,6 @@ Given a plan, the model runs under it, so that what is measured is what a chain 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,80 +23,17 @@ from transformers import PreTrainedModel
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Sample
-from sparsesearch.errors import SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.capture import AttentionCall, forward_calls, logits_and_calls
+from sparsesearch.profiling.layer_inputs import head_tiles, layer_input, repeated
 from sparsesearch.profiling.losses import sample_gradients
-from sparsesearch.profiling.record import Profile
-from sparsesearch.profiling.run import frozen, head_tiles, layer_input, silent
+from sparsesearch.profiling.reuse_menu import ReuseMenu
+from sparsesearch.profiling.run import frozen, silent
 from sparsesearch.profiling.tile_scores import LayerScores, score_layer, tile_mass
-from sparsesearch.rules import LengthLaw, Rule
 from sparsesearch.rules.dense import Dense
-from sparsesearch.rules.dense_source import DenseSource
 from sparsesearch.runtime.live import apply
-from sparsesearch.search_space import SearchSpace
 
-ReuseUnit = Literal["layer", "kv_group"]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ReuseMenu:
-    """What a layer may run, and what of it may be reused.
-
-    Attributes:
-        profile: candidates, calibrated templates and geometry.
-        sources: rules beyond the profile's that layers may run in order to be reused, such as `dense_source`.
-        emitters: places in `rules` of the dynamic rules that may be reused.
-        span: layers that a selection may be carried on; bounds the pairs that are measured.
-        unit: what decides, see the module.
-    """
-
-    profile: Profile
-    sources: tuple[Rule, ...]
-    emitters: tuple[int, ...]
-    span: int
-    unit: ReuseUnit
-
-    def __post_init__(self) -> None:
-        info = self.profile.manifest.base_model
-        if self.span < 1 or not self.emitters:
-            raise SpecError(
-                "a reuse must be able to span at least one layer and to name an emitter. Raise --span or give --emitters."
-            )
-        for place in self.emitters:
-            if not self.rules[place].dynamic or self.rules[place].reuses or self.rules[place].rest != "drop":
-                raise SpecError(
-                    f"an emitter must be a dynamic rule that chooses by itself, but {self.rules[place].label} is not."
-                )
-        if len(set(zip(info.num_heads, info.num_kv_heads, strict=True))) != 1:
-            raise SpecError(
-                "index reuse must find the same number of heads in every layer, but this model's layers differ."
-            )
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The whole menu: the profile's candidates, then the sources."""
-        return (*self.profile.manifest.candidates, *self.sources)
-
-    @property
-    def num_layers(self) -> int:
-        """Attention modules."""
-        return len(self.profile.manifest.base_model.modules)
-
-    @property
-    def num_groups(self) -> int:
-        """KV heads per layer."""
-        return self.profile.manifest.base_model.num_kv_heads[0]
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per KV head."""
-        return self.profile.manifest.base_model.num_heads[0] // self.num_groups
-
-    def pairs(self, target: int) -> list[int]:
-        """Source layers of a layer."""
-        return list(range(max(0, target - self.span), target))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +91,7 @@ def map_heads(
         calls = forward_calls(model, sample.input_ids)
         left = [_left(menu, layer, call, grid).float().mean(1) for layer, call in enumerate(calls)]
         for target, call in enumerate(calls):
-            mass = tile_mass(_repeated(call), grid, call.sliding_window)
+            mass = tile_mass(repeated(call), grid, call.sliding_window)
             for source in menu.pairs(target):
                 by_group = (x.unflatten(0, (groups, -1)).float() for x in (mass, left[source]))
                 recall[source, target] += torch.einsum("gmpj,hmpj->gh", *by_group).cpu().numpy()
@@ -244,13 +180,9 @@ def _module(menu: ReuseMenu, layer: int) -> str:
     return menu.profile.manifest.base_model.modules[layer]
 
 
-def _repeated(call: AttentionCall) -> tuple[Float[Tensor, "H S D"], Float[Tensor, "H S D"]]:
-    return call.q, call.k.repeat_interleave(call.q.shape[0] // call.k.shape[0], 0)
-
-
 def _left(menu: ReuseMenu, layer: int, call: AttentionCall, grid: BlockGrid) -> Bool[Tensor, "H E N N"]:
     """What every emitter would leave in a layer."""
-    q, k = _repeated(call)
+    q, k = repeated(call)
     rules = [menu.rules[place] for place in menu.emitters]
     return torch.stack([rule.left_behind(rule.select(grid, q, k), grid, q, k) for rule in rules], 1)
 
@@ -305,41 +237,3 @@ def _add_overlap(
         share = torch.where(chosen > 0, (wanted & carried).sum((-1, -2)) / chosen.clamp(min=1), 1.0)
         per_group = share.unflatten(0, (menu.num_groups, menu.group_size)).mean(1)
         getattr(found, name)[source, :, target] += per_group.T.double().cpu().numpy() / count
-
-
-def reuse_menu(
-    profile: Profile,
-    keeps: Sequence[float],
-    *,
-    span: int,
-    unit: ReuseUnit,
-    space: SearchSpace | None = None,
-    max_emitters: int = 6,
-) -> ReuseMenu:
-    """The menu of a profile: its candidates, dense layers that leave a share `keep` of each row, and its own dynamic rules as emitters.
-
-    Args:
-        profile: whose candidates may be run.
-        keeps: shares of each row; the first is the emitter of the published objectives.
-        span: see `ReuseMenu`.
-        unit: see `ReuseMenu`.
-        space: only these of the profile's candidates.
-        max_emitters: dynamic candidates beyond the dense sources that may be reused; evenly spaced over the profile's, since each is scored
-            for every pair of layers.
-
-    Raises:
-        SpecError: the space has rules that were not profiled.
-    """
-    if space is not None:
-        kept = {0, *profile.indices(space.candidates)}
-        manifest = profile.manifest
-        candidates = tuple(rule for place, rule in enumerate(manifest.candidates) if place in kept)
-        profile = Profile(profile.folder, manifest.model_copy(update={"candidates": candidates}))
-    known = profile.manifest.candidates
-    wanted = [DenseSource(keep=LengthLaw(b=keep), sink=profile.manifest.block_tokens) for keep in keeps]
-    sources = tuple(rule for rule in wanted if rule not in known)
-    rules = (*known, *sources)
-    dynamic = [place for place, rule in enumerate(known) if rule.dynamic and not rule.reuses and rule not in wanted]
-    if len(dynamic) > max_emitters:
-        dynamic = [dynamic[round(step)] for step in np.linspace(0, len(dynamic) - 1, max_emitters)]
-    return ReuseMenu(profile, sources, tuple([rules.index(rule) for rule in wanted] + dynamic), span, unit)

@@ -6,31 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsesearch.artifacts import sha256_file, write_bytes
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.calibration import Calibration, Sample, check_context
+from sparsesearch.calibration import Calibration, check_context
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import BaseModelInfo
 from sparsesearch.profiling.activations import InMemory, Key
-from sparsesearch.profiling.capture import AttentionCall, forward_calls, logits_and_calls, recorded
+from sparsesearch.profiling.capture import AttentionCall, forward_calls, recorded
+from sparsesearch.profiling.layer_inputs import Calibrated, head_tiles, layer_inputs, repeated, swept_input
 from sparsesearch.profiling.layer_stack import LayerStack
-from sparsesearch.profiling.losses import sample_gradients
-from sparsesearch.profiling.projection import projection_gram
 from sparsesearch.profiling.record import Manifest, Profile, provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.profiling.sweeps import Sweeps
-from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, score_layer, tile_mass
+from sparsesearch.profiling.tile_scores import LayerInput, score_layer, tile_mass
 from sparsesearch.profiling.world import World
 from sparsesearch.rules import Rule
 from sparsesearch.search_space import SearchSpace
 
 Progress = Callable[[str, int, int], None]
-Calibrated = dict[str, dict[str, tuple[Rule, ...]]]
 _AVERAGED = ("mass", "influence")
 
 
@@ -188,7 +186,7 @@ def _calls(model: PreTrainedModel, stack: LayerStack | None, input_ids: Tensor) 
 
 def mass_of(call: AttentionCall, grid: BlockGrid) -> Float[Tensor, "H N N"]:
     """Attention mass per tile of one call, on the CPU."""
-    return tile_mass(_repeated(call), grid, call.sliding_window).cpu()
+    return tile_mass(repeated(call), grid, call.sliding_window).cpu()
 
 
 def calibrated_rules(request: Request, masses: Iterable[Sequence[Float[Tensor, "H N N"]]]) -> Calibrated:
@@ -241,81 +239,6 @@ def write_scores(
     grid = grid_of(request, key[0])
     tiles = head_tiles(request.space.candidates, calibrated, request.base_model.modules[layer], inputs, grid)
     store.write(*key, layer, vars(score_layer(request.space.candidates, tiles, inputs, grid)))
-
-
-def swept_input(call: AttentionCall, gradients: Float[Tensor, "K S H D"], sample: Sample) -> LayerInput:
-    """What scoring needs of one layer, from the backward sweep: probes first, then the two answer losses."""
-    generated = sample.answer_mask if sample.answer_mask.any() else None
-    return layer_input(call, list(gradients[:-2]), gradients[-2], gradients[-1], generated=generated)
-
-
-def layer_inputs(model: PreTrainedModel, sample: Sample, *, num_probes: int, seed: int) -> list[LayerInput]:
-    """Run one sequence forward and every loss backward through one graph; what scoring needs, per layer."""
-    logits, calls = logits_and_calls(model, sample.input_ids)
-    generator = torch.Generator(device=logits.device).manual_seed(seed)
-    gradients = sample_gradients(
-        logits,
-        [call.out for call in calls],
-        sample.input_ids,
-        sample.answer_mask,
-        num_probes=num_probes,
-        generator=generator,
-    )
-    generated = sample.answer_mask if sample.answer_mask.any() else None
-    return [
-        layer_input(
-            call,
-            [probe[layer] for probe in gradients.fisher],
-            gradients.answer[layer],
-            gradients.answer_ce[layer],
-            generated=generated,
-        )
-        for layer, call in enumerate(calls)
-    ]
-
-
-def layer_input(
-    call: AttentionCall,
-    probes: Sequence[Float[Tensor, "S H D"]],
-    answer: Float[Tensor, "S H D"],
-    answer_ce: Float[Tensor, "S H D"],
-    *,
-    generated: Bool[Tensor, " S"] | None = None,
-) -> LayerInput:
-    """A recorded call and its gradients, as scoring wants them."""
-    return LayerInput(
-        q=call.q,
-        k=_repeated(call)[1],
-        v=call.v.repeat_interleave(call.q.shape[0] // call.v.shape[0], 0),
-        probes=torch.stack([gradient.transpose(0, 1) for gradient in probes]),
-        answer=answer.transpose(0, 1),
-        answer_ce=answer_ce.transpose(0, 1),
-        projection_gram=projection_gram(call.module, call.q.shape[0]),
-        sliding_window=call.sliding_window,
-        num_kv_heads=call.k.shape[0],
-        generated=None if generated is None else generated.to(call.q.device),
-    )
-
-
-def head_tiles(
-    candidates: Sequence[Rule], calibrated: Calibrated, module: str, layer: LayerInput, grid: BlockGrid
-) -> Tensor:
-    """Each candidate's tiles in each head [H C N N], templates replaced by the head's own rule."""
-    heads = layer.q.shape[0]
-    per_head = {label: rules[module] for label, rules in calibrated.items()}
-    plain = [rule for rule in candidates if not rule.needs_calibration]
-    chosen = iter(choose_tiles(plain, layer, grid).unbind(1))
-    columns = [
-        torch.stack([per_head[rule.label][head].select(grid) for head in range(heads)]).to(layer.q.device)
-        if rule.needs_calibration
-        else next(chosen)
-        for rule in candidates
-    ]
-    return torch.stack(columns, 1)
-
-
-def _repeated(call: AttentionCall) -> tuple[Float[Tensor, "H S D"], Float[Tensor, "H S D"]]:
-    return call.q, call.k.repeat_interleave(call.q.shape[0] // call.k.shape[0], 0)
 
 
 def merge(request: Request, calibrated: Calibrated, store: ShardStore, dtype: str) -> Profile:

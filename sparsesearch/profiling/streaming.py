@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsesearch.calibration import check_context
 from sparsesearch.profiling.activations import Key, OnDisk
 from sparsesearch.profiling.capture import AttentionCall
+from sparsesearch.profiling.layer_inputs import swept_input
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import (
     Progress,
@@ -18,7 +19,6 @@ from sparsesearch.profiling.run import (
     mass_of,
     merge,
     silent,
-    swept_input,
     write_scores,
 )
 from sparsesearch.profiling.shards import ShardStore

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from numpy import ndarray
 
 from sparsesearch.errors import BudgetInfeasibleError
@@ -17,7 +17,13 @@ from sparsesearch.search.budget import Budget
 from sparsesearch.search.solve import Solution, relative_gap, solve
 
 
-def solve_with_a_head(table: ScoreTable, budgets: Sequence[Budget], headless: Bool[ndarray, "U C"]) -> Solution:
+def solve_with_a_head(
+    table: ScoreTable,
+    budgets: Sequence[Budget],
+    headless: Bool[ndarray, "U C"],
+    *,
+    loss: Float[ndarray, "U C"] | None = None,
+) -> Solution:
     """The plan of least loss in which at least one attention sublayer keeps a head.
 
     A plan that fulfils the condition does so in some layer, so where the unconditional optimum does not, one search per layer in
@@ -27,11 +33,12 @@ def solve_with_a_head(table: ScoreTable, budgets: Sequence[Budget], headless: Bo
         table: losses and costs.
         budgets: all must hold.
         headless: entries that leave an attention sublayer without heads; rows of other sublayers are False throughout.
+        loss: replaces the table's losses.
 
     Raises:
         BudgetInfeasibleError: no such plan fits; the message gives the smallest feasible value.
     """
-    free = solve(table, budgets)
+    free = solve(table, budgets, loss=loss)
     rows = np.flatnonzero(headless.any(1)).tolist()
     if not rows or not headless[rows, free.choice[rows]].all():
         return free
@@ -42,7 +49,7 @@ def solve_with_a_head(table: ScoreTable, budgets: Sequence[Budget], headless: Bo
         valid = allowed.copy()
         valid[row] &= ~headless[row]
         try:
-            found.append(solve(replace(table, valid=valid), budgets))
+            found.append(solve(replace(table, valid=valid), budgets, loss=loss))
         except BudgetInfeasibleError as error:
             refused = refused or error  # of the layer in which a head costs least
     if not found:

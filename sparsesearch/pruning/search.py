@@ -130,16 +130,24 @@ def size_after(shape: LayerShape, kind: Kind, removed: Sequence[int]) -> Sublaye
     return SublayerSize(heads=len(cut.kept_heads), kv_heads=len(cut.kept_groups))
 
 
-def find_cut(profile: PruningProfile, question: PruningQuestion) -> Plan:
+def find_cut(profile: PruningProfile, question: PruningQuestion, *, tilt: float = 0.0) -> Plan:
     """The cut of least predicted loss within the budgets, as a plan.
+
+    Args:
+        profile: menus.
+        question: budgets and criterion.
+        tilt: losses are multiplied by exp(tilt · depth), depth 0 … 1 from the first to the last layer; the plan's certificate then speaks
+            of these losses.
 
     Raises:
         BudgetInfeasibleError: no cut fits.
         SpecError: see `pruning_table`.
     """
     table = pruning_table(profile, question)
-    solution = solve_with_a_head(table.scores, question.budgets, headless(profile, table))
-    return plan_from_cut(profile, question, table, solution.choice, solution)
+    depth = np.array([index for index, _ in table.sublayers]) / max(1, len(profile.manifest.layers) - 1)
+    loss = table.scores.loss * np.exp(tilt * depth)[:, None] if tilt else None
+    solution = solve_with_a_head(table.scores, question.budgets, headless(profile, table), loss=loss)
+    return plan_from_cut(profile, question, table, solution.choice, solution, tilt=tilt)
 
 
 def headless(profile: PruningProfile, table: PruningTable) -> Bool[ndarray, "U C"]:
@@ -184,9 +192,11 @@ def plan_from_cut(
     table: PruningTable,
     choice: Int[ndarray, " U"],
     solution: Solution | None,
+    *,
+    tilt: float = 0.0,
     **more: Any,
 ) -> Plan:
-    """A choice of the table as a plan; attention stays dense unless `more` gives rules and assignments."""
+    """A choice of the table as a plan; attention stays dense unless `more` gives rules and assignments. `tilt` is for the record."""
     manifest = profile.manifest
     attention: dict[str, Any] = {
         "base_model": manifest.base_model,
@@ -202,7 +212,7 @@ def plan_from_cut(
         certificate=None
         if solution is None
         else Certificate(
-            objective=f"{question.criterion} ({manifest.distance})",
+            objective=f"{question.criterion} ({manifest.distance}{f', tilt {tilt:g}' if tilt else ''})",
             loss=solution.loss,
             lower_bound=solution.lower_bound,
             gap=solution.gap,

@@ -178,7 +178,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "set without a value": ("--set search.budget rules", 2, r"must look like"),
     "set names no option": ("--set search.bugdet=density=0.5 rules", 2, r"Did you mean 'budget'"),
     "unknown log level": ("--log-level loud rules", 2, r"debug, info, warning or error"),
-    "option not for removals": ("search {bad}/removals --budget params=0.9x -o {out}/plan.json --refine 2", 2, r"--refine: is not for removals"),
+    "option not for removals": ("search {bad}/removals --budget params=0.9x -o {out}/plan.json --answer-weight 2", 2, r"--answer-weight: is not for removals"),
     "option for removals": (SEARCH + "density=0.5 --uniform", 2, r"--uniform: is for removals, and .*profile covers none"),
     "option for removals, at its default": (SEARCH + "density=0.5 --criterion measured", 2, r"--criterion: is for removals"),
     "option for removals, from --set": ("--set search.uniform=true " + SEARCH + "density=0.5", 2, r"--uniform: is for removals"),

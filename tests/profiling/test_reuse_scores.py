@@ -14,9 +14,11 @@ from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.reference import tile_attention
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.layer_inputs import layer_inputs
 from sparsesearch.profiling.record import Profile
-from sparsesearch.profiling.reuse import HeadMap, ReuseMenu, map_heads, reuse_menu, score_reuse
-from sparsesearch.profiling.run import Request, layer_inputs, profile_model
+from sparsesearch.profiling.reuse import HeadMap, map_heads, score_reuse
+from sparsesearch.profiling.reuse_menu import ReuseMenu, reuse_menu
+from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.fingerprint import describe
