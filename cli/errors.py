@@ -38,7 +38,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             say(
-                "[red]interrupted[/]: what was finished is on disk; profile and heal continue with --resume, tune with --join."
+                "[red]interrupted[/]: what was finished is on disk; profile and heal continue with --resume, tune with --join, quickstart by itself."
             )
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:

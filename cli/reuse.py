@@ -1,13 +1,16 @@
 """The command that searches plans whose layers reuse each other's selections."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import options as o
 from .errors import guarded, usage
 from .render import emit_json, lines, progress_bar, table
+
+if TYPE_CHECKING:
+    from sparsesearch.plan import Plan
 
 OF_OBJECTIVES = {"budget": "reuse", "cost_model": "reuse", "threshold": "hylra", "max_refreshes": "rals"}
 """Options that mean something for one objective only."""
@@ -92,16 +95,20 @@ def search_reuse(
     with progress_bar() as progress:
         plan, rounds = run(live, question, samples, passes=passes, seed=seed, progress=progress)
     plan.save(out)
+    _show(plan, [asdict(one) for one in rounds], out, json)
+
+
+def _show(plan: "Plan", passes: list[dict[str, Any]], out: Path, json: bool) -> None:
     gap = None if plan.certificate is None else plan.certificate.gap
     predicted = {f"{record.metric}@{n}": used for record in plan.budgets for n, used in record.predicted.items()}
     if json:
         content = {"plan": str(out), "sha256": plan.sha256, "rules": plan.kind_counts(), "predicted": predicted}
-        emit_json({**content, "gap": gap, "passes": [asdict(one) for one in rounds]})
+        emit_json({**content, "gap": gap, "passes": passes})
         return
     table(
         "passes",
         ["profiled under", "loss", "text KL", "answer KL", "joint"],
-        [list(asdict(r).values()) for r in rounds],
+        [list(one.values()) for one in passes],
     )
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
     said = [f"{key} = {value:.4f}" for key, value in predicted.items()] + (

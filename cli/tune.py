@@ -9,8 +9,12 @@ from . import options as o
 from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
+OF_NEW_STUDIES = ("name", "densities", "num_sequences", "warm", "unit", "refresh_periods", "model")
+"""Options that describe a study; one that is joined keeps its own."""
+
 
 def tune(
+    context: typer.Context,
     profiles: Annotated[
         list[Path] | None, typer.Argument(help="Profile directories of one model; more than one varies the block size.")
     ] = None,
@@ -48,18 +52,14 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     place, study_name = storage or str(out / "study.journal"), join or name
     if join is None:
-        bounds = o.parsed_shares(densities, "--densities")
-        if len(bounds) != 2 or bounds[0] > bounds[1]:
-            raise typer.BadParameter(
-                f"must be two rising shares, such as 0.1,0.4, but got {densities!r}.", param_hint="--densities"
-            )
+        lowest, highest = _bounds(densities)
         description = StudyDescription.of(
             profiles or [],
             model=model,
             num_sequences=num_sequences,
             batch_sequences=max(2, num_sequences // 3),
-            lowest_density=bounds[0],
-            highest_density=bounds[1],
+            lowest_density=lowest,
+            highest_density=highest,
             unit=unit,
             refresh_periods=refresh_periods,
             seed=seed,
@@ -67,7 +67,9 @@ def tune(
         study = create_study(place, study_name, seed=seed)
         description.save(study)
         warm_start(study, description, warm)
-    elif profiles:
+    else:
+        o.refuse_given(context, "is for a new study; one that is joined keeps its own", *OF_NEW_STUDIES)
+    if join is not None and profiles:
         raise SpecError("--join takes the study's own profiles, but some were named too. Leave them out.")
     where = o.present_device(device)
     with progress_bar() as progress:
@@ -88,6 +90,16 @@ def tune(
         f"trials: {', '.join(f'{count} {state}' for state, count in states.items())}",
         f"written: {out}/front.csv and plans",
     )
+
+
+def _bounds(text: str) -> tuple[float, float]:
+    """`0.1,0.4` as the smallest and the largest density; a usage error otherwise."""
+    shares = o.parsed_shares(text, "--densities")
+    if len(shares) != 2 or shares[0] > shares[1]:
+        raise typer.BadParameter(
+            f"must be two rising shares, such as 0.1,0.4, but got {text!r}.", param_hint="--densities"
+        )
+    return shares[0], shares[1]
 
 
 def register(app: typer.Typer) -> None:

@@ -204,6 +204,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "name like an emoji": (TRIAL + "--data a:b:c:d", 1, r"got 'a:b:c:d'"),
     "workload names a field twice": (SEARCH + "density=0.5 --workload prompt=512,prompt=3", 2, r"must name 'prompt' once"),
     "workload beyond memory": (SEARCH + "density=0.5 --workload prompt=99999999 --unit kv_group", 1, r"must fit into memory.*shorter lengths"),
+    "study that is joined": ("tune --join x --unit kv_group -o {out}/study", 2, r"--unit: is for a new study"),
     # budgets
     "budget zero": (SEARCH + "density=0", 2, r"0 < density <= 1 must hold"),
     "budget above one": (SEARCH + "density=1.5", 2, r"0 < density <= 1 must hold"),
