@@ -61,18 +61,23 @@ def test_smollm2_without_fifteen_percent_is_nearer_to_dense_than_uniform_magnitu
 
 
 def test_a_pruned_encoder_is_nearer_to_dense_than_it_was_and_healing_brings_it_nearer():
-    """all-MiniLM-L6-v2 at 25 % fewer FLOPs on 256 held-out sentences, refitted on 3,072 others. The bar is 0.02; this is how far it got.
+    """all-MiniLM-L6-v2 at 25 % fewer FLOPs on 256 held-out sentences (of each seed), refitted on 3,072 others, then healed twice.
 
     profile all-MiniLM-L6-v2 --space pruning --data text+stdlib --lengths 64 --num-samples 512 -o minilm; search minilm --budget flops=0.75x
-    --lengths 32 --refit-samples 3072 -o minilm.json; apply minilm.json all-MiniLM-L6-v2 -o minilm-smaller; then the record's command.
+    --lengths 32 --refit-samples 3072 -o minilm.json; apply minilm.json all-MiniLM-L6-v2 -o minilm-smaller; then the records' commands.
     """
-    record = json.loads((FOLDER.parent / "healing" / "minilm-cpu.json").read_text())
-    request = record["provenance"]["request"]
-    assert (request["held_out"], request["num_sequences"]) == ("text", 256)
+    first, longer = (
+        json.loads((FOLDER.parent / "healing" / name).read_text())
+        for name in ("minilm-cpu.json", "minilm-longer-cpu.json")
+    )
     earlier = {row.plan: row.distance for row in rows(FOLDER / "minilm-flops-cpu.json")}
-    assert record["distance_before"] <= 0.026 < earlier["searched"]
-    assert record["distance_after"] <= 0.023
-    assert record["recovered"] == pytest.approx(1 - record["distance_after"] / record["distance_before"])
+    assert first["distance_before"] <= 0.026 < earlier["searched"]
+    assert first["distance_after"] <= 0.023
+    assert longer["distance_after"] <= 0.02
+    for record in (first, longer):
+        request = record["provenance"]["request"]
+        assert (request["held_out"], request["num_sequences"]) == ("text", 256)
+        assert record["recovered"] == pytest.approx(1 - record["distance_after"] / record["distance_before"])
 
 
 def test_smollm2_without_fifteen_percent_is_faster_on_a_cpu():
