@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Sample
 from sparsesearch.profiling.capture import AttentionCall, logits_and_calls
-from sparsesearch.profiling.losses import sample_gradients
+from sparsesearch.profiling.losses import SampleGradients, sample_gradients
 from sparsesearch.profiling.projection import projection_gram
 from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles
 from sparsesearch.rules import Rule
@@ -25,18 +25,25 @@ def swept_input(call: AttentionCall, gradients: Float[Tensor, "K S H D"], sample
     return layer_input(call, list(gradients[:-2]), gradients[-2], gradients[-1], generated=generated)
 
 
-def layer_inputs(model: PreTrainedModel, sample: Sample, *, num_probes: int, seed: int) -> list[LayerInput]:
-    """Run one sequence forward and every loss backward through one graph; what scoring needs, per layer."""
+def calls_and_gradients(
+    model: PreTrainedModel, sample: Sample, *, num_probes: int, seed: int
+) -> tuple[list[AttentionCall], SampleGradients]:
+    """Run one sequence forward and every loss backward through one graph."""
     logits, calls = logits_and_calls(model, sample.input_ids)
-    generator = torch.Generator(device=logits.device).manual_seed(seed)
     gradients = sample_gradients(
         logits,
         [call.out for call in calls],
         sample.input_ids,
         sample.answer_mask,
         num_probes=num_probes,
-        generator=generator,
+        generator=torch.Generator(device=logits.device).manual_seed(seed),
     )
+    return calls, gradients
+
+
+def layer_inputs(model: PreTrainedModel, sample: Sample, *, num_probes: int, seed: int) -> list[LayerInput]:
+    """What scoring needs of every layer, from one sweep."""
+    calls, gradients = calls_and_gradients(model, sample, num_probes=num_probes, seed=seed)
     generated = sample.answer_mask if sample.answer_mask.any() else None
     return [
         layer_input(

@@ -24,9 +24,8 @@ from transformers import PreTrainedModel
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Sample
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.capture import AttentionCall, forward_calls, logits_and_calls
-from sparsesearch.profiling.layer_inputs import head_tiles, layer_input, repeated
-from sparsesearch.profiling.losses import sample_gradients
+from sparsesearch.profiling.capture import AttentionCall, forward_calls
+from sparsesearch.profiling.layer_inputs import calls_and_gradients, head_tiles, layer_input, repeated
 from sparsesearch.profiling.reuse_menu import ReuseMenu
 from sparsesearch.profiling.run import frozen, silent
 from sparsesearch.profiling.tile_scores import LayerScores, score_layer, tile_mass
@@ -139,15 +138,8 @@ def score_reuse(
     for index, sample in enumerate(samples):
         progress("score reuse", index, len(samples))
         with frozen(model), nullcontext() if plan is None else apply(model, plan, allow_other_weights=True):
-            logits, calls = logits_and_calls(model, sample.input_ids)
-            generator = torch.Generator(device=logits.device).manual_seed(seed + 1000 * length + index)
-            gradients = sample_gradients(
-                logits,
-                [call.out for call in calls],
-                sample.input_ids,
-                sample.answer_mask,
-                num_probes=num_probes,
-                generator=generator,
+            calls, gradients = calls_and_gradients(
+                model, sample, num_probes=num_probes, seed=seed + 1000 * length + index
             )
         grid = _grid(menu, sample)
         left = [_left(menu, layer, call, grid) for layer, call in enumerate(calls)]
