@@ -85,18 +85,8 @@ class DecodeWork:
         return 2.0 * self.kv_tokens * self.head_dim * self.batch * self.dtype_bytes
 
 
-@runtime_checkable
-class CostModel(Protocol):
-    """Seconds of attention on a device.
-
-    Answers are per unit and are summed over the units of a layer and over layers. That is exact for a device that works
-    on one unit at a time and an approximation elsewhere (units share launches, caches and the last wave), so
-    predictions are always shown beside measurements. A model of whole tile lists may add a method for a layer; the
-    search needs only this one.
-
-    Contract: more tiles, more cached keys or a longer sequence never cost less, and `zero` costs no more than anything
-    else.
-    """
+class OfDevice(Protocol):
+    """What costs belong to."""
 
     @property
     def name(self) -> str:
@@ -109,6 +99,20 @@ class CostModel(Protocol):
     @property
     def measured(self) -> bool:
         """False for a model made from a datasheet; shown wherever its numbers are."""
+
+
+@runtime_checkable
+class CostModel(OfDevice, Protocol):
+    """Seconds of attention on a device.
+
+    Answers are per unit and are summed over the units of a layer and over layers. That is exact for a device that works
+    on one unit at a time and an approximation elsewhere (units share launches, caches and the last wave), so
+    predictions are always shown beside measurements. A model of whole tile lists may add a method for a layer; the
+    search needs only this one.
+
+    Contract: more tiles, more cached keys or a longer sequence never cost less, and `zero` costs no more than anything
+    else.
+    """
 
     def unit_latency_s(self, work: UnitWork) -> float:
         """Seconds that one unit adds to its attention call."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from sparsesearch.cost.base import DecodeWork
+from sparsesearch.cost.base import DecodeWork, OfDevice
 from sparsesearch.kernels.dispatch import Backend
 from sparsesearch.kernels.schedule import TileSchedule, Workers
 
@@ -36,20 +36,8 @@ class PartCosts(Protocol):
 
 
 @runtime_checkable
-class LayerCosts(PartCosts, Protocol):
+class LayerCosts(OfDevice, PartCosts, Protocol):
     """A cost model that knows whole layers: a calibrated accelerator, or a datasheet's roofline."""
-
-    @property
-    def name(self) -> str:
-        """What it is loaded by."""
-
-    @property
-    def device(self) -> str:
-        """The device it speaks of."""
-
-    @property
-    def measured(self) -> bool:
-        """False for a datasheet."""
 
     @property
     def workers(self) -> Workers:

@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -51,9 +51,8 @@ Criterion = Literal[
     "sparse_then_prune",
     "learned",
 ]
-CRITERIA: tuple[Criterion, ...] = (
-    "reconstruction", "fisher", "taylor", "activation_magnitude", "magnitude", "vtrans", "ofb", "sparse_then_prune",
-)  # fmt: skip
+CRITERIA: tuple[Criterion, ...] = tuple(name for name in get_args(Criterion) if name != "learned")
+"""Those that every profile holds."""
 _STEPS_PER_LEVEL = 8
 """Channels of one level leave in this many steps, each scored after the ones before."""
 

@@ -1,6 +1,7 @@
 """Menus, measured corrections, the search over sublayers, and compensation."""
 
 from itertools import pairwise
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sparsesearch.errors import ArtifactError, BudgetInfeasibleError, SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.pruning.compensate import compensate
 from sparsesearch.pruning.live import narrowed
-from sparsesearch.pruning.menus import CRITERIA
+from sparsesearch.pruning.menus import CRITERIA, Criterion
 from sparsesearch.pruning.moments import collect
 from sparsesearch.pruning.prices import SublayerSize, flops, memory_bytes, params
 from sparsesearch.pruning.profile_run import PruningRequest, profile_pruning
@@ -191,3 +192,11 @@ def test_sums_of_scores_need_no_steps(llama):
                 assert list(single.values()) == sorted(single.values())
                 rates = [menu[i + 1].loss - menu[i].loss for i in range(len(menu) - 1)]
                 assert rates == sorted(rates), "each further step costs more than the one before"
+
+
+def test_the_command_line_offers_every_criterion():
+    """The CLI imports the library inside its commands only, so it writes the names out."""
+    from sparsesearch_cli.search import search
+
+    choices, _ = get_args(get_type_hints(search, include_extras=True)["criterion"])
+    assert set(get_args(choices)) == {"measured", *get_args(Criterion)}
