@@ -30,11 +30,12 @@ def measured(bench: Bench, tokens: list[int], kinds: list[str]) -> Iterator[Row]
 
 
 def updated(table: DeviceTable, rows: list[Row]) -> DeviceTable:
-    """The cost model with these rules' choices priced anew."""
+    """The cost model with these rules' choices priced anew, which its provenance says."""
     fresh = {cost.kind: cost for cost in fit_estimators(rows)}
     kept = tuple(cost for cost in table.estimators if cost.kind not in fresh)
     estimators = tuple(sorted((*kept, *fresh.values()), key=lambda cost: cost.kind))
-    return table.model_copy(update={"estimators": estimators})
+    provenance = table.provenance | {"choosing": f"python -m sparsesearch.bench.choosing: {', '.join(sorted(fresh))}"}
+    return table.model_copy(update={"estimators": estimators, "provenance": provenance})
 
 
 def main() -> None:
