@@ -29,16 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparsesearch.kernels.hopper_softmax import LOG2E, MASKED, keep_first, late_softmax, no_keys, rescale, softmax
+
 # Triton 3.9 renamed the two copies; 3.6 has only the old names.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-MASKED = gl.constexpr(-1.0e30)  # finite: -inf - -inf would be NaN in rows that have met no key yet
-NO_KEY = gl.constexpr(
-    -1.0e25
-)  # running maximum before any key: above MASKED · scale, so that masked weights are 0 and never 2^(a rounding)
 FIELDS = gl.constexpr(12)  # int32 per tile record, schedule.TILE_FIELDS
 ENTRY_SHIFT = gl.constexpr(3)  # schedule.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
 
@@ -110,30 +107,6 @@ def _producer(
 
 
 @gluon.jit
-def _row_sums(p, ROWS: gl.constexpr, BN: gl.constexpr, APART: gl.constexpr):
-    """Sum of each row [ROWS]; or eight sums [ROWS, 8] that no two threads share, so that adding them up can wait until the tile is done."""
-    if APART:
-        sums = gl.sum(p.reshape([ROWS, BN // 8, 8]), 1)
-    else:
-        sums = gl.sum(p, 1)
-    return sums
-
-
-@gluon.jit
-def _softmax_step(s, m, total, scale, ROWS: gl.constexpr, BN: gl.constexpr, APART: gl.constexpr):
-    """Weights of one block in base 2, the factor for what was summed before, and the running maximum and sums."""
-    m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    p = gl.exp2(s * scale - m_new[:, None])
-    decay = gl.exp2(m - m_new)
-    sums = _row_sums(p, ROWS, BN, APART)
-    if APART:
-        factor = gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))[:, None]
-    else:
-        factor = decay
-    return p, decay, m_new, total * factor + sums
-
-
-@gluon.jit
 def _adjust(
     s, entry, at, q_pos, kv_len, bias, scale, masks, words, word_stride, G: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr,
     CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr, LAYOUT: gl.constexpr,
@@ -143,13 +116,10 @@ def _adjust(
         offs = (entry >> ENTRY_SHIFT) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
         s = s + (gl.load(bias + offs) * (LOG2E / scale))[None, :]
     if (entry & 1) != 0:
-        k_pos = (entry >> ENTRY_SHIFT) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
         limit = gl.where(((entry >> (1 + G)) & 1) != 0, 0, kv_len)
         if CAUSAL:
-            limits = gl.minimum(q_pos + 1, limit)
-            s = gl.where(k_pos[None, :] < limits[:, None], s, MASKED)
-        else:
-            s = gl.where((k_pos < limit)[None, :], s, MASKED)
+            limit = gl.minimum(q_pos + 1, limit)
+        s = keep_first(s, limit - (entry >> ENTRY_SHIFT) * BN, ROWS, BN, CAUSAL)
         if MASKS:
             # one word of every row at a time: a [ROWS, BN] gather would hold 64 addresses per thread
             start = gl.load(masks + 2 * at + G)
@@ -165,7 +135,7 @@ def _adjust(
 def _write(
     acc, m, total, o_desc, o_smem, o_ptr, lse_ptr, parts, lse_parts, record, strides,
     HEADS: gl.constexpr, G: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, DTYPE: gl.constexpr,
-    ROW_S: gl.constexpr, ROW_O: gl.constexpr, APART: gl.constexpr,
+    ROW_S: gl.constexpr, ROW_O: gl.constexpr,
 ):  # fmt: skip
     """Normalise and store one consumer's rows: by the copy engine if all are real; row by row if not, or if this is a piece of a tile."""
     batch = gl.load(record)
@@ -175,8 +145,8 @@ def _write(
     row_hi = gl.load(record + 4)
     slot = gl.load(record + 10)
     whole = slot < 0
-    if APART:
-        total = gl.convert_layout(gl.sum(total, 1), ROW_S)
+    total = gl.convert_layout(gl.sum(total, 1), ROW_S)
+    m = gl.convert_layout(gl.max(m, 1), ROW_S)
     seen = total > 0
     lse = gl.where(seen, m * LN2 + gl.log(total), -float("inf"))
     inverse = gl.where(seen, 1.0 / total, 0.0)
@@ -234,14 +204,13 @@ def _consumer(
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     OVERLAP: gl.constexpr = Q_BUFFERS == 2
-    APART: gl.constexpr = (
-        D <= 64
-    )  # where softmax sets the pace: 2-4 % faster (H200); at 128 nothing is gained, and registers run out
+    LATE: gl.constexpr = D <= 128  # beyond, the registers do not hold scores and weights side by side
+    # weights are rounded once the product before has released its own, or at once where registers are short
+    W_TYPE: gl.constexpr = gl.float32 if D * BN <= 64 * 128 else DTYPE
     scale2 = scale * LOG2E
     rows = G * ROWS + gl.arange(0, ROWS, ROW_S)
     zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-    no_max = gl.full([ROWS], NO_KEY, gl.float32, ROW_S)
-    no_sum = _row_sums(zero, ROWS, BN, APART)
+    no_max, no_sum = no_keys(zero, ROWS, BN)
     kc = 0
     first = gl.load(bin_ptr + gl.program_id(0))
     end = gl.load(bin_ptr + gl.program_id(0) + 1)
@@ -262,7 +231,7 @@ def _consumer(
         kc += 1
         s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
                     G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
-        p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2, ROWS, BN, APART)
+        p, _, m, total = softmax(s, no_max, no_sum, scale2, ROWS, BN)
         weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     for t in range(first, end):
         # read again (it is in L1), not carried over: Triton 3.6's loop-aware CSE replaces a carried loop bound by its first value
@@ -281,7 +250,7 @@ def _consumer(
             kc += 1
             s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
                     G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
-            p, decay, m, total = _softmax_step(s, no_max, no_sum, scale2, ROWS, BN, APART)
+            p, _, m, total = softmax(s, no_max, no_sum, scale2, ROWS, BN)
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
         q_pos = q_pos0 + rows
@@ -298,12 +267,15 @@ def _consumer(
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             s = _adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
                         G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
-            p, decay, m, total = _softmax_step(s, m, total, scale2, ROWS, BN, APART)
+            if LATE:
+                w, rise, m, total = late_softmax(s, m, total, scale2, W_TYPE, ROWS, BN)
+            else:
+                w, rise, m, total = softmax(s, m, total, scale2, ROWS, BN)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
             kc += 1
-            acc = acc * gl.convert_layout(decay, ROW_O)[:, None]
-            weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+            acc = rescale(acc, rise, ROWS, D, LATE)
+            weights = gl.convert_layout(w.to(DTYPE), P_LAYOUT)
         if OVERLAP:
             more = t + 1 < end
             # asked for here, not before the loop over keys: values that live through it cost up to a tenth (measured, H200)
@@ -326,13 +298,13 @@ def _consumer(
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
             s = _adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
                         G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
-            p, decay, m_next, total_next = _softmax_step(s, no_max, no_sum, scale2, ROWS, BN, APART)
+            p, _, m_next, total_next = softmax(s, no_max, no_sum, scale2, ROWS, BN)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
             kc += 1
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
             _write(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
-                   HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O, APART)  # fmt: skip
+                   HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O)  # fmt: skip
             m = m_next
             total = total_next
         else:
@@ -343,7 +315,7 @@ def _consumer(
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
             _write(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
-                   HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O, APART)  # fmt: skip
+                   HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O)  # fmt: skip
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(half), count=1)
     tma.store_wait(0)
