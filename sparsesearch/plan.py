@@ -68,7 +68,7 @@ class BudgetRecord(_Frozen):
     absolute: bool = Field(False, description="bound and predictions are in seconds or bytes, not shares of dense")
     replayed: dict[str, float] = Field(
         default_factory=dict,
-        description="seconds only: the same by replay of every layer's schedule; `predicted` is the sum over units",
+        description="seconds only: the same by replay of every layer's schedule or calls; `predicted` is the sum over units",
     )
 
     @model_serializer(mode="wrap")
@@ -219,6 +219,10 @@ class Plan(_Frozen):
     def sha256(self) -> str:
         """Digest of the content."""
         return sha256_text(canonical_json(self.to_dict()))
+
+    def has_sha256(self, digest: str) -> bool:
+        """Whether a digest is this plan's, as it is or as it was before figures were recorded in its `quality`."""
+        return digest in (self.sha256, self.model_copy(update={"quality": {}}).sha256)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content, as embedded in a checkpoint's config."""
