@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from sparsesearch.kernels import (
     device_schedule,
+    hopper_attention,
     hopper_prefill,
     triton_cache,
     triton_decode,
@@ -34,7 +35,7 @@ def hopper(
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, padded], gl.bfloat16)
         return f"tensordesc<{dtype}[1, 1, {rows}, {padded}],{layout!r}>"
 
-    kernel = hopper_prefill.hopper_attention
+    kernel = hopper_attention.hopper_attention
     types = dict.fromkeys(kernel.arg_names, "i32") | {
         **dict.fromkeys(("q_desc", "o_desc"), descriptor(64)),
         **dict.fromkeys(("k_desc", "v_desc"), descriptor(config.tile_keys)),
