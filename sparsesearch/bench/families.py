@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--time-limit", type=float, default=3600, help="seconds per target after which budgets move no more"
     )
+    parser.add_argument("--refine", type=int, default=0, help="most steps that improve every family's plan")
     parser.add_argument("--space", default="mixture")
     parser.add_argument("--profile", type=Path, help="kept there, and continued if it is there already")
     parser.add_argument("--resume", action="store_true", help="start from the budgets in --json of an earlier run")
@@ -107,6 +108,7 @@ def main() -> None:
             rounds=max(1, given.rounds // 3),
             final_rounds=given.rounds,
             time_limit_s=given.time_limit,
+            steps=given.refine,
         )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(

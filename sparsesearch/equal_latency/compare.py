@@ -11,10 +11,12 @@ from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times
-from sparsesearch.equal_latency.ladders import ladders
+from sparsesearch.equal_latency.ladders import SearchedLadder, ladders
 from sparsesearch.equal_latency.menus import MENUS, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.equal_latency.settle import Progress, Replay, Search, Setting, Settled
+from sparsesearch.equal_latency.standings import Steps
+from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import ApplyPlan, Comparison, DenseReference
@@ -29,6 +31,9 @@ from sparsesearch.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXPANDED = 6
+"""Calibration sequences around whose loss plans are expanded; plans are judged on all of them."""
 
 
 def compare_at_latency(
@@ -59,7 +64,8 @@ def compare_at_latency(
         needles: held-out sequences with answers, all of one length; prompts for timing come from them.
         text: held-out plain sequences of that length.
         choose_on: calibration sequences, neither profiled nor judged, on which the family on trial chooses among the parts of its space
-            (`ladders.MENUS`) and the rivals whose rules it contains; none: it takes the optimum of its whole space.
+            (`menus.MENUS`) and the rivals whose rules it contains, and on which all families' plans are improved (`Setting.steps`);
+            none: every family takes the optimum of its whole space.
         suite: long-context tasks that are judged besides; they need the model's tokenizer.
         tokenizer: the model's.
         data: description of each data set -> its id, for the record.
@@ -70,7 +76,7 @@ def compare_at_latency(
         progress: called with (stage, done, total).
 
     Raises:
-        SpecError: a family is unknown, or its candidates were not profiled.
+        SpecError: a family is unknown, or its candidates were not profiled; steps without `choose_on`.
     """
     prompts = torch.stack([needles[row % len(needles)].input_ids for row in range(setting.batch)])
     workload = Workload(prompts.shape[1], batch=setting.batch)
@@ -84,6 +90,10 @@ def compare_at_latency(
     if choose_on:
         search.menus.update(menu_ladders(profile, setting.families[0], MENUS, workload, cost_model))
         search.reference = DenseReference(model, choose_on, apply=apply)
+        spaces = {name: ladder for name, ladder in search.ladder_of.items() if isinstance(ladder, SearchedLadder)}
+        search.local = Steps(model, profile, spaces, choose_on[:EXPANDED])
+    elif setting.steps:
+        raise SpecError("steps must have calibration sequences to be judged on. Give choose_on some.")
     stated: dict[str, Any] = {
         "model": profile.manifest.base_model.name_or_path,
         "length_tokens": workload.prompt_tokens,
@@ -93,6 +103,7 @@ def compare_at_latency(
         "cost_model": cost_model.name,
         "objective": "combined",
         "first": setting.families[0],
+        "steps": setting.steps,
         "suite": suite,
         "data": dict(data or {}),
         "provenance": provenance(model, setting.seed, command),
@@ -160,8 +171,8 @@ def _entries(
             rules=rung.plan.kind_counts(),
             quality=summary(needles, found[family], found["dense"], density[family]),
             excess=excess(found[family], found[setting.families[0]], len(needles)),
-            menu=settled.menu if family == setting.families[0] else None,
-            tried=dict(settled.tried) if family == setting.families[0] else {},
+            menu=settled.chosen.get(family),
+            tried=dict(settled.tried.get(family, {})),
         )
     return entries
 

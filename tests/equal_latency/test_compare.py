@@ -1,6 +1,6 @@
 """The whole comparison on a tiny model, with a clock that counts computed tiles; and the parts of a timed evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from sparsesearch.bench.families import random_samples
 from sparsesearch.calibration import Calibration
 from sparsesearch.comparison import TileShares
 from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.equal_latency import compare
 from sparsesearch.equal_latency.compare import compare_at_latency
-from sparsesearch.equal_latency.ladders import ladders
+from sparsesearch.equal_latency.ladders import SearchedLadder, ladders
 from sparsesearch.equal_latency.menus import MENUS, Menu
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.equal_latency.settle import Replay, Setting
@@ -79,6 +80,21 @@ class CountedTiles:
         return 1.0 if plan is None else TileShares(plan, LENGTH).mean([rule for _, _, rule in plan.heads()]) or 0.0
 
 
+class TilePrices:
+    """Seconds are tiles."""
+
+    name, device, measured, decode_call_s = "tiles", "none", False, 0.0
+
+    def latency_s(self, works: Sequence[UnitWork]) -> np.ndarray:
+        dense = [work.query_heads * work.query_blocks * (work.query_blocks + 1) / 2 for work in works]
+        return np.array(
+            [w.tiles if w.kind == "tiles" else d * (w.kind == "dense") for w, d in zip(works, dense, strict=True)]
+        )
+
+    def decode_latency_s(self, works: Sequence[DecodeWork]) -> np.ndarray:
+        return np.zeros(len(works))
+
+
 def test_families_meet_and_are_compared_pairwise(
     model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -133,13 +149,58 @@ def test_the_family_on_trial_chooses_among_parts_of_its_space_and_its_rivals(
     assert own.menu is not None
     assert own.tried[own.menu] == min(own.tried.values())
     assert list(row) == ["mixture", "MoA", "uniform window"]
-    assert row["MoA"].menu is None
-    assert row["MoA"].tried == {}
+    assert set(row["MoA"].tried) <= {"MoA"}
+    assert row["uniform window"].menu is None
+    assert row["uniform window"].tried == {}
     again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=judged[:1])
     seen = again.targets["0.6"]
     if "MoA" in seen["mixture"].tried:  # judged on what it chose on, it cannot lose to a rival that it could take
         kl = {name: entry.quality.kl_text.mean + 0.1 * entry.quality.kl_answer.mean for name, entry in seen.items()}
         assert kl["mixture"] <= kl["MoA"] + 1e-9
+
+
+def test_steps_improve_every_family_within_its_own_space(
+    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
+    judged, fresh = random_samples(64, LENGTH, 2, seed=1), random_samples(64, LENGTH, 3, seed=2)
+    setting = Setting((0.7,), ("mixture", "MoA", "uniform window"), rounds=1, final_rounds=1, tolerance=0.1, steps=1)
+    costs = TilePrices()
+    row = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=fresh).targets["0.7"]
+    ours, theirs = row["mixture"], row["MoA"]
+    assert row["MoA"].share <= 0.77, "else it is not improved"
+    stepped = {family: [name for name in row[family].tried if name.startswith("step 1, price")] for family in row}
+    assert len(stepped["mixture"]) >= 2
+    assert len(stepped["MoA"]) >= 2
+    assert not set(stepped["mixture"]) & set(stepped["MoA"])
+    assert stepped["uniform window"] == []
+    assert ours.tried[ours.menu or ""] == min(ours.tried.values()), "the best of all that was replayed"
+    assert set(theirs.rules) <= {"dense", "sink_window"}
+    assert theirs.tried[theirs.menu or ""] <= theirs.tried["MoA"]
+    assert ours.share <= 0.77, "a step never takes more than the target's time"
+    assert 0.63 <= theirs.share <= 0.77
+
+
+def test_steps_without_sequences_to_judge_on_are_refused(model: PreTrainedModel, profile: Profile) -> None:
+    judged, setting = random_samples(64, LENGTH, 2, seed=1), Setting((0.6,), ("mixture", "MoA"), steps=1)
+    with pytest.raises(SpecError, match="choose_on"):
+        compare_at_latency(model, profile, setting, load_cost_model("roofline:h100"), judged[:1], judged[1:])
+
+
+@pytest.mark.parametrize("family", ["mixture", "DuoAttention"])
+def test_a_ladder_knows_its_own_plans_again(profile: Profile, family: str) -> None:
+    found = ladders(profile, [family, "MoA"], Workload(LENGTH, batch=8), TilePrices())
+    ladder = found[family]
+    assert isinstance(ladder, SearchedLadder)
+    for bound in (max(0.5, ladder.lowest), 0.9):
+        plan = ladder.at(bound)
+        choice = ladder.choice_of(plan)
+        assert choice is not None
+        assert ladder.bound_of(choice) <= bound * (1 + 1e-6)
+        around = ladder.around(np.where(np.arange(len(ladder.columns)) == choice[:, None], 0.0, 1.0), "stay")
+        assert around.at(bound).assignments == plan.assignments
+    taken = ladder.choice_of(found["MoA"].at(0.7))
+    assert (taken is None) == (family == "DuoAttention"), "a space that lacks a rule says so"
 
 
 def test_a_menu_says_what_it_leaves_out() -> None:
