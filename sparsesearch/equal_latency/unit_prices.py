@@ -59,6 +59,9 @@ class _Layers:
         self._info, self._block_tokens = profile.manifest.base_model, profile.manifest.block_tokens
         self._shape: ModelShape = heads_alone(self._info.name_or_path, self._info.geometry)
         self._workload, self._costs = workload, costs
+        key = "layer_s", workload, id(costs)
+        known: tuple[LayerCosts, dict[str, float]] = profile.derived.setdefault(key, (costs, {}))
+        self._known = known[1]  # beside the costs, so that no others get their id
         self._empty_s = self._layer_s(Zero())
 
     def head_s(self, rule: Rule) -> float:
@@ -68,7 +71,8 @@ class _Layers:
         return max(0.0, self._layer_s(rule) - self._empty_s) / self._shape.num_heads
 
     def _layer_s(self, rule: Rule) -> float:
-        lengths = (self._workload.prompt_tokens,)
-        plan = uniform_plan(self._info, rule, block_tokens=self._block_tokens, lengths_tokens=lengths)
-        first = predict_layers(plan, self._shape, self._workload, self._costs)[0]
-        return first.attention_s
+        if rule.label not in self._known:
+            lengths = (self._workload.prompt_tokens,)
+            plan = uniform_plan(self._info, rule, block_tokens=self._block_tokens, lengths_tokens=lengths)
+            self._known[rule.label] = predict_layers(plan, self._shape, self._workload, self._costs)[0].attention_s
+        return self._known[rule.label]
