@@ -1,6 +1,7 @@
 """The whole comparison on a tiny model, with a clock that counts computed tiles; and the parts of a timed evaluation."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparsesearch.calibration import Calibration
 from sparsesearch.comparison import TileShares
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork, UnitWork
+from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency import compare
 from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.ladders import SearchedLadder, ladders
@@ -22,16 +24,19 @@ from sparsesearch.equal_latency.menus import MENUS, Menu
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.equal_latency.settle import Replay, Setting
 from sparsesearch.equal_latency.shared_choices import SharedChoices
+from sparsesearch.equal_latency.unit_prices import replayed
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.predicted import predicted_seconds
 from sparsesearch.evaluate.timing import Stopwatch, prefill_seconds
+from sparsesearch.model_shapes import heads_alone
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.report.equal_latency import equal_latency_plot
-from sparsesearch.rules import LengthLaw
+from sparsesearch.rules import LengthLaw, Rule
 from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.runtime.live import AppliedPlan, apply
 from sparsesearch.scoring import Question, score_table
@@ -229,6 +234,34 @@ def test_a_layer_pays_for_choosing_once(profile: Profile) -> None:
     assert not extra[:, static].any()
     assert extra[:3, column, 0] + usual == pytest.approx(costs.estimator_s("vertical_slash", LENGTH, 3 * 2) / 3)
     assert extra[4:, column, 0] + usual == pytest.approx(costs.estimator_s("vertical_slash", LENGTH, 2))
+
+
+def test_heads_cost_their_share_of_a_replayed_layer(profile: Profile) -> None:
+    """Prices of a plan whose heads all follow one static rule add up to what its replayed layers take beyond empty ones."""
+    costs, workload = load_cost_model("h200"), Workload(LENGTH, batch=8)
+    question = Question((Budget("latency", 1.0),), cost_model=costs, workloads=(workload,))
+    plain = score_table(profile, question)
+    priced = replayed(profile, question, plain)
+    info = profile.manifest.base_model
+    shape = heads_alone("tiny", info.geometry)
+
+    def seconds(rule: Rule) -> float:
+        plan = uniform_plan(info, rule, block_tokens=64, lengths_tokens=(LENGTH,))
+        return sum(layer.attention_s for layer in predict_layers(plan, shape, workload, costs))
+
+    for label in ("sink_window(sink=64,window=128)", "tri_shape(sink=64,window=64,last=128)"):
+        column = priced.candidates.index(label)
+        (rule,) = (one for one in profile.manifest.candidates if one.label == label)
+        assert priced.costs["latency"][:, column].sum() == pytest.approx(seconds(rule) - seconds(Zero()))
+    wide = SinkWindow(sink=0, window=LengthLaw(a=LENGTH))
+    assert priced.costs["latency"][:, 0].sum() == pytest.approx(seconds(wide) - seconds(Zero())), "dense beside sparse"
+    assert (priced.costs["density"] == plain.costs["density"]).all()
+    bitmaps = [index for index, label in enumerate(priced.candidates) if label.startswith("fixed_blocks")]
+    more = (priced.costs["latency"] - plain.costs["latency"])[:, bitmaps]
+    windows = [index for index, label in enumerate(priced.candidates) if label.startswith("sink_window")]
+    known = (priced.costs["latency"] - plain.costs["latency"])[:, windows]
+    assert known.min() <= more.min() <= more.max() <= known.max()
+    assert replayed(profile, replace(question, cost_model=TilePrices()), plain) is plain
 
 
 def test_replayed_shares_fall_with_the_budget_and_start_near_the_target(profile: Profile) -> None:
