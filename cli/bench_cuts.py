@@ -95,7 +95,7 @@ def cuts(
     with progress_bar() as progress:
         rows = measure_cuts(live, opened, wanted, bench, progress=progress)
     record = record_of(
-        live, opened, rows, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
+        live, opened, rows, judged_on=device, timed_on=bench.timed_on if rounds else None, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
         time_tokens=time_tokens, held_out=judged_on,
     )  # fmt: skip
     write_bytes(out, as_bytes(record))

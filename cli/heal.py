@@ -7,7 +7,7 @@ import typer
 
 from . import options as o
 from .errors import guarded, usage
-from .render import emit_json, lines, progress_bar, table
+from .render import emit_json, lines, progress_bar, say, table
 
 
 def heal(
@@ -31,17 +31,23 @@ def heal(
     ] = 256,
     num_sequences: Annotated[int, typer.Option(help="Held-out sequences to print the gain on.", min=1)] = 16,
     held_out_data: o.HeldOut = None,
-    save_every: Annotated[int, typer.Option(help="Steps between states that --resume continues from.", min=1)] = 50,
+    save_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between states, which --resume continues from and the best of which is written.", min=1
+        ),
+    ] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     device: o.Device = "cpu",
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Distil the dense model into a pruned checkpoint. The gain on held-out data is printed."""
+    """Distil the dense model into a pruned checkpoint. The state nearest to it on validation data is written, and its gain on held-out data printed."""
     from dataclasses import asdict
 
     from sparsesearch.profiling.record import provenance_versions
-    from sparsesearch.pruning.heal import HealRequest, heal_checkpoint
+    from sparsesearch.pruning.heal import heal_checkpoint
+    from sparsesearch.pruning.heal_data import HealRequest
 
     with usage("--learning-rate"):
         request = HealRequest(
@@ -51,6 +57,11 @@ def heal(
     with progress_bar() as progress:
         found = heal_checkpoint(
             checkpoint, teacher, out, request, device=o.present_device(device), resume=resume, progress=progress
+        )
+    if not found.improved:
+        say(
+            f"[yellow]warning[/]: {out} is further from its teacher on held-out data than {checkpoint} is ({found.distance_after:.4g} against "
+            f"{found.distance_before:.4g}), though validation data said otherwise; keep {checkpoint}, or heal with more --data or a lower --learning-rate."
         )
     if json:
         origin = {"command": o.command_line(), "device": device, "versions": provenance_versions()}
@@ -62,7 +73,7 @@ def heal(
     ]
     if found.loss_dense is not None:
         rows.append(["loss, nats per token", found.loss_dense, found.loss_before, found.loss_after, found.recovered])
-    table(f"{steps} steps, {num_sequences} held-out sequences", columns, rows)
+    table(f"step {found.best_step} of {steps}, {num_sequences} held-out sequences", columns, rows)
     lines(f"written: {out}")
 
 

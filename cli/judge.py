@@ -243,9 +243,10 @@ def report(
     from sparsesearch.report import render
     from sparsesearch.report.front import front_curves
 
-    opened = Plan.load(plan)
+    opened, found = Plan.load(plan), Metrics.load(metrics)
+    variant = found.variant_of(opened)
     front = None if profile is None else front_curves(Profile.load(profile), opened.unit)
-    write_bytes(out, render(opened, Metrics.load(metrics), pareto=front).encode())
+    write_bytes(out, render(opened, found, variant=variant, pareto=front).encode())
     lines(f"written: {out}")
 
 

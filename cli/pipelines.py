@@ -27,7 +27,10 @@ def is_profile(folder: Path) -> bool:
 
 def is_metrics(path: Path) -> bool:
     """Whether METRICS is what `eval` wrote for a pipeline."""
-    return path.with_suffix(FRAMES).is_file()
+    from sparsesearch.artifacts import read_text
+    from sparsesearch.denoising.judge import FORMAT
+
+    return f'"{FORMAT}"' in read_text(path)
 
 
 FRAMES = ".frames.safetensors"
@@ -272,11 +275,16 @@ def report(plan: Path, metrics: Path, out: Path) -> None:
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.denoising.judge import Judgement
     from sparsesearch.denoising.pipeline import load_plans
+    from sparsesearch.errors import ArtifactError
     from sparsesearch.report.video import render_video
 
-    found, plans = Judgement.load(metrics), load_plans(plan)
-    frames = {name: video.float() / 127.5 - 1 for name, video in load_file(metrics.with_suffix(FRAMES)).items()}
-    variant = plan.stem if plan.stem in found.variants else next(iter(found.variants))
+    found, plans, pixels = Judgement.load(metrics), load_plans(plan), metrics.with_suffix(FRAMES)
+    variant = found.variant_of(plans)
+    if not pixels.is_file():
+        raise ArtifactError(
+            f"{metrics} must have its frames beside it, but there is no {pixels.name}. Make both again with `sparsesearch eval --run`."
+        )
+    frames = {name: video.float() / 127.5 - 1 for name, video in load_file(pixels).items()}
     page = render_video(plans, found, frames["dense"], frames[variant], variant=variant)
     write_bytes(out, page.encode())
     lines(f"written: {out}")

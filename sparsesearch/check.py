@@ -227,7 +227,7 @@ def baseline_variant(baseline: Metrics, plan: Plan) -> str:
     Raises:
         SpecError: it cannot be told.
     """
-    same = [name for name, sha256 in baseline.plans.items() if sha256 == plan.sha256]
+    same = [name for name, sha256 in baseline.plans.items() if plan.has_sha256(sha256)]
     named = [name for name in baseline.plans if name == VARIANT]
     for candidates in (same, named, list(baseline.plans)):
         if len(candidates) == 1:

@@ -31,7 +31,7 @@ class UnsupportedModelError(SparseSearchError):
 
 
 class PlanMismatchError(SparseSearchError):
-    """The plan was made for another model."""
+    """The plan was made for another model, or the metrics are those of another plan."""
 
     exit_code = 5
 
@@ -43,7 +43,7 @@ class BudgetInfeasibleError(SparseSearchError):
 
 
 class RegressionError(SparseSearchError):
-    """`check` found that the plan's quality or speed has got worse than allowed."""
+    """`check` found that a plan's quality or speed has got worse than allowed, or healing only made a checkpoint worse."""
 
     exit_code = 4
 

@@ -220,6 +220,10 @@ class Plan(_Frozen):
         """Digest of the content."""
         return sha256_text(canonical_json(self.to_dict()))
 
+    def has_sha256(self, digest: str) -> bool:
+        """Whether a digest is this plan's, as it is or as it was before figures were recorded in its `quality`."""
+        return digest in (self.sha256, self.model_copy(update={"quality": {}}).sha256)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content, as embedded in a checkpoint's config."""
         unset = {name for name in ("schedule", "layout", "decode", "pruning") if not getattr(self, name)}

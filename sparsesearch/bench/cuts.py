@@ -250,9 +250,25 @@ def _at(rows: Sequence[CutRow], seconds: float) -> float | None:
     return None
 
 
-def record_of(model: PreTrainedModel, profile: PruningProfile, rows: Sequence[CutRow], **more: Any) -> dict[str, Any]:
-    """What is written to disk: rows and where they come from."""
-    device = model.device
+def record_of(
+    model: PreTrainedModel,
+    profile: PruningProfile,
+    rows: Sequence[CutRow],
+    *,
+    judged_on: str,
+    timed_on: str | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What is written to disk: rows and where they come from.
+
+    Args:
+        model: what was measured.
+        profile: where the plans come from.
+        rows: what was found.
+        judged_on: device of refits and quality, as torch names it.
+        timed_on: device of the forward that was timed; None if none was.
+        more: further provenance.
+    """
     return {
         "format": "sparsesearch.bench.cuts",
         "model": profile.manifest.base_model.name_or_path,
@@ -261,7 +277,8 @@ def record_of(model: PreTrainedModel, profile: PruningProfile, rows: Sequence[Cu
         "rows": [asdict(row) for row in rows],
         "at_equal_time": at_equal_time(rows),
         "provenance": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "device": _device_name(judged_on),
+            "timed_on": None if timed_on is None else _device_name(timed_on),
             "threads": torch.get_num_threads(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "calibration": profile.manifest.calibration,
@@ -269,3 +286,7 @@ def record_of(model: PreTrainedModel, profile: PruningProfile, rows: Sequence[Cu
             **more,
         },
     }
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"cpu ({platform.machine()})"

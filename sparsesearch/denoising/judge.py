@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.denoising.replay import Replay
-from sparsesearch.errors import ArtifactError, first_problem
+from sparsesearch.errors import ArtifactError, PlanMismatchError, first_problem
 from sparsesearch.layout import Layout
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.menu import static_work
 
-FORMAT, SCHEMA_VERSION = "sparsesearch.video-metrics", "1.0"
+FORMAT, SCHEMA_VERSION = "sparsesearch.video-metrics", "1.1"
 Measure = Callable[[Tensor, Tensor], Float[Tensor, " B"]]
 """Similarity of each found sample to the wanted one; greater is better."""
 
@@ -66,12 +66,29 @@ class Judgement(BaseModel):
         num_steps: denoising steps.
         layout: tokens of a clip.
         variants: name -> what was found.
+        plans: name -> transformer of the pipeline -> sha256 of its plan.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     num_steps: int
     layout: Layout
     variants: dict[str, Variant]
+    plans: dict[str, dict[str, str]] = {}
+
+    def variant_of(self, plans: Mapping[str, Plan]) -> str:
+        """What the plans of a pipeline's transformers are called here.
+
+        Raises:
+            PlanMismatchError: they were not judged.
+        """
+        for name, judged in self.plans.items():
+            if judged.keys() == plans.keys() and all(plans[part].has_sha256(sha256) for part, sha256 in judged.items()):
+                return name
+        own = _digests({part: plan.sha256 for part, plan in plans.items()})
+        others = ", ".join(f"{name} ({_digests(judged)})" for name, judged in self.plans.items()) or "plans not named"
+        raise PlanMismatchError(
+            f"the metrics must be of these plans ({own}), but are of {others}. Measure them with `sparsesearch eval PLAN --run FILE -o METRICS`."
+        )
 
     def save(self, path: Path) -> None:
         """Write it."""
@@ -107,7 +124,17 @@ def judge(
         found = replay.samples(plan)
         values = {key: tuple(measure(found, replay.dense).tolist()) for key, measure in measures.items()}
         variants[name] = Variant(density=static_density(plan, layout, num_steps), values=values)
-    return Judgement(num_steps=num_steps, layout=layout, variants=variants)
+    digests = {name: {component_of(plan): plan.sha256} for name, plan in plans.items()}
+    return Judgement(num_steps=num_steps, layout=layout, variants=variants, plans=digests)
+
+
+def component_of(plan: Plan) -> str:
+    """The transformer of a pipeline that a plan is for; `transformer` where it names none."""
+    return str(plan.provenance.get("component", "transformer"))
+
+
+def _digests(plans: Mapping[str, str]) -> str:
+    return " ".join(f"{part} {sha256[:12]}".strip() for part, sha256 in plans.items())
 
 
 def static_density(plan: Plan, layout: Layout, num_steps: int, *, span: tuple[int, int] | None = None) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.denoising.corridor import Corridor
+from sparsesearch.denoising.judge import component_of
 from sparsesearch.denoising.sampling_run import SamplingRun
 from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError, UnsupportedModelError, first_problem
 from sparsesearch.layout import Layout
@@ -279,7 +280,7 @@ def load_plans(path: Path, component: str | None = None) -> dict[str, Plan]:
     """
     if not path.is_dir():
         plan = Plan.load(path)
-        return {component or str(plan.provenance.get("component", "transformer")): plan}
+        return {component or component_of(plan): plan}
     if component is not None:
         raise PlanMismatchError(
             f"{path} holds plans of several components. Give one of its files to apply it to {component!r} alone."

@@ -103,7 +103,8 @@ def judge_pipeline(
         found[name] = Variant(density=_density(plans, visits), values=values)
     first = next(iter(visits.values()))
     assert first.layout is not None
-    return Judgement(num_steps=run.steps, layout=first.layout, variants=found), frames
+    digests = {name: {part: plan.sha256 for part, plan in plans.items()} for name, plans in variants.items()}
+    return Judgement(num_steps=run.steps, layout=first.layout, variants=found, plans=digests), frames
 
 
 def _density(plans: Plans, visits: Mapping[str, Visits]) -> float | None:

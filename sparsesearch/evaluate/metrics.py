@@ -6,9 +6,10 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsesearch.artifacts import read_json, write_json
-from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
+from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError, first_problem, nearest
 from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.task_metrics import SAYS_LITTLE_BELOW, SuiteSpec, TaskTable
+from sparsesearch.plan import Plan
 
 FORMAT = "sparsesearch.metrics"
 SCHEMA_VERSION = "1.1"
@@ -70,6 +71,20 @@ class Metrics(_Frozen):
     def variants(self) -> tuple[str, ...]:
         """Dense first, then the plans by name."""
         return ("dense", *sorted(self.plans))
+
+    def variant_of(self, plan: Plan) -> str:
+        """What the plan is called here.
+
+        Raises:
+            PlanMismatchError: it was not judged.
+        """
+        for name, sha256 in self.plans.items():
+            if plan.has_sha256(sha256):
+                return name
+        judged = ", ".join(f"{name} ({sha256[:12]})" for name, sha256 in sorted(self.plans.items())) or "dense alone"
+        raise PlanMismatchError(
+            f"the metrics must be of this plan ({plan.sha256[:12]}), but are of {judged}. Measure it with `sparsesearch eval PLAN -o METRICS`."
+        )
 
     def at(self, length_tokens: int, variant: str) -> VariantMetrics:
         """One cell.

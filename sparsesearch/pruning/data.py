@@ -23,7 +23,7 @@ SENTENCES_PER_BATCH = 32
 """What a text encoder reads at once."""
 _SORTED_TOGETHER = 64
 """Batches among which texts are sorted by length."""
-_IMAGES_PER_BATCH = 8
+IMAGES_PER_BATCH = 8
 _WINDOWS_PER_PASS = 4
 
 
@@ -161,7 +161,7 @@ def _images(spec: str, count: int, seed: int, split: Split) -> list[Batch]:
             f"{path} must hold at least {count} images in its {split} part, but holds {len(own)}. Ask for fewer."
         )
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))[:count]
-    return [{"pixel_values": own[part]} for part in order.split(_IMAGES_PER_BATCH)]
+    return [{"pixel_values": own[part]} for part in order.split(IMAGES_PER_BATCH)]
 
 
 def _chunks(values: Sequence[T], size: int) -> list[Sequence[T]]:

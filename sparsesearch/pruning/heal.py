@@ -6,25 +6,23 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from sparsesearch.cut import Cut
-from sparsesearch.errors import SpecError
+from sparsesearch.errors import RegressionError, SpecError
 from sparsesearch.plan import Plan
-from sparsesearch.pruning.data import SENTENCES_PER_BATCH, load_batches, stacked
-from sparsesearch.pruning.heal_state import HealOptimiser, HealState, trained_parameters
+from sparsesearch.pruning.data import load_batches, stacked
+from sparsesearch.pruning.heal_data import HealRequest, drawn, items_of, reads_sentences, training_batches
+from sparsesearch.pruning.heal_state import Best, HealOptimiser, HealState, trained_parameters
 from sparsesearch.pruning.models import load_prunable
 from sparsesearch.pruning.quality import Batch, dense_rows, distance, mean_distance, output_rows
 from sparsesearch.pruning.verify import layout_of
 from sparsesearch.runtime.export import COMPANIONS, PLAN_FILE, check_target, complete_or_nothing
 
 _WARMUP_SHARE = 0.05
-OPENING_TOKENS = 32
-_GENERATED_TOGETHER = 128
-_MOST_SENTENCES = 2**14
 RATES = {"muon": 2e-3, "adamw": 1e-3}
 """Peak learning rates of language models; that of Muon was chosen on documents of the calibration text that were not trained on."""
 ENCODER_RATES = {"muon": 3e-4, "adamw": 5e-5}
@@ -34,57 +32,27 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class HealRequest:
-    """What to do. Two runs of equal requests on equal checkpoints take the same steps.
-
-    Attributes:
-        steps: optimiser steps.
-        data: calibration spec.
-        length_tokens: of a training sequence.
-        batch: sequences per step; a text encoder reads at least a whole batch of sentences.
-        optimiser: `muon` (matrices orthogonalised, vectors by AdamW) or `adamw`.
-        learning_rate: peak of the cosine schedule, after a warm-up over 5 % of the steps; None takes the optimiser's own of `RATES`, or
-            of `ENCODER_RATES`.
-        generated: sequences that the dense model writes itself, after openings from the data, and that are trained on too. A model of
-            language shows what it knows in them, so a small corpus lasts longer. Other models take none.
-        num_sequences: held-out sequences for the gain.
-        held_out: spec of the data whose held-out split they are from; None: `data`.
-        save_every: steps between states.
-        seed: of data and order.
-    """
-
-    steps: int
-    data: str = "text"
-    length_tokens: int = 512
-    batch: int = 4
-    optimiser: Literal["muon", "adamw"] = "muon"
-    learning_rate: float | None = None
-    generated: int = 256
-    num_sequences: int = 16
-    held_out: str | None = None
-    save_every: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise SpecError(f"the learning rate must be positive and finite, but got {self.learning_rate:g}.")
-
-
-@dataclass(frozen=True)
 class HealReport:
     """Held-out distance from dense (KL in nats per token, or 1 − cosine) and, for language models, loss in nats per token.
 
     Attributes:
+        steps: optimiser steps taken.
+        best_step: the one whose state was nearest to the teacher on validation data, and was written.
+        validation: step -> distance there, in units of the held-out one.
         recovered: share of the loss gap to dense (of the distance, where there is no loss) that healing closed.
+        improved: whether the held-out distance became smaller; validation data may have said so and be wrong.
     """
 
     steps: int
+    best_step: int
+    validation: dict[int, float]
     distance_before: float
     distance_after: float
     loss_dense: float | None
     loss_before: float | None
     loss_after: float | None
     recovered: float
+    improved: bool
 
 
 def heal_checkpoint(
@@ -97,7 +65,7 @@ def heal_checkpoint(
     resume: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> HealReport:
-    """Distil and write a healed checkpoint.
+    """Distil and write a healed checkpoint: the state that is nearest to the teacher on validation data of the calibration split.
 
     Args:
         checkpoint: pruned; left as it is.
@@ -111,6 +79,7 @@ def heal_checkpoint(
     Raises:
         ArtifactError: `out` is taken; a state is there and `resume` is off, or it belongs to another request.
         SpecError: nothing was removed from the checkpoint, or it answers as the teacher does.
+        RegressionError: no state is nearer than the checkpoint itself; nothing is written.
     """
     check_target(out, checkpoint, overwrite=False)
     cut = _cut_of(checkpoint)
@@ -131,7 +100,10 @@ def heal_checkpoint(
         raise SpecError(
             f"{checkpoint} must differ from its teacher, but answers exactly as {teacher} does. Give the dense model."
         )
-    train(student, dense, tokenizer or reader, request, state, progress)
+    best = train(student, dense, tokenizer or reader, request, state, progress)
+    if best.step == 0:
+        shutil.rmtree(state.folder, ignore_errors=True)
+        raise RegressionError(_worse(checkpoint, best))
     after = mean_distance(student, held_out, reference), held_out_loss(student, held_out)
     with complete_or_nothing(out, overwrite=False) as staging:
         _write(student, checkpoint, staging)
@@ -141,7 +113,18 @@ def heal_checkpoint(
         share = (before[0] - after[0]) / before[0]
     else:
         share = (before[1] - after[1]) / max(before[1] - goal, 1e-12)
-    return HealReport(request.steps, before[0], after[0], goal, before[1], after[1], share)
+    return HealReport(
+        max(best.distances), best.step, best.distances, before[0], after[0], goal, before[1], after[1], share, after[0] < before[0]
+    )  # fmt: skip
+
+
+def _worse(checkpoint: Path, best: Best) -> str:
+    trained = {step: distance for step, distance in best.distances.items() if step}
+    step = min(trained, key=lambda step: trained[step] if math.isfinite(trained[step]) else math.inf)
+    return (
+        f"healing must bring {checkpoint} nearer to its teacher, but took it from {best.distances[0]:.4g} to {trained[step]:.4g} at best (step "
+        f"{step}) on validation data. Nothing was written. Lower --learning-rate, or give more --data."
+    )
 
 
 def _cut_of(checkpoint: Path) -> Cut:
@@ -161,63 +144,42 @@ def train(
     request: HealRequest,
     state: HealState,
     progress: Progress,
-) -> None:
-    """Minimise the distance to the teacher over everything but the embeddings."""
-    pool = load_batches(
-        teacher, tokenizer, request.data, length_tokens=request.length_tokens,
-        num_samples=_pool_size(request, teacher), seed=request.seed,
-    )  # fmt: skip
-    if teacher.can_generate():
-        pool += generated_batches(teacher, tokenizer, request)
-    per_step = max(1, request.batch // _items(pool[0]))
-    usual = ENCODER_RATES if _reads_sentences(teacher) else RATES
+) -> Best:
+    """Minimise the distance to the teacher over everything but the embeddings; the student ends in the best state seen."""
+    pool, validation = training_batches(teacher, tokenizer, request)
+    wanted = dense_rows(teacher, validation)
+    per_step = max(1, request.batch // items_of(pool[0]))
+    usual = ENCODER_RATES if reads_sentences(teacher) else RATES
     rate = usual[request.optimiser] if request.learning_rate is None else request.learning_rate
     optimiser = HealOptimiser(trained_parameters(student), request.optimiser, rate)
-    first = state.restore(optimiser)
-    for step in range(first, request.steps):
+    first, best = state.restore(optimiser)
+    for step in range(first, request.steps + 1):
         progress("heal", step, request.steps)
-        chosen = [pool[index] for index in _drawn(step, len(pool), per_step, request.seed)]
-        if student.can_generate() and student.device.type != "cpu":
-            chosen = stacked(chosen, len(chosen))
-        items = sum(_items(batch) for batch in chosen)
-        for batch in chosen:
-            with torch.no_grad():
-                rows, logits = output_rows(teacher, batch)
-            share = _items(batch) / items
-            with torch.enable_grad():
-                (share * distance(rows, output_rows(student, batch)[0], logits=logits).mean()).backward()
-        optimiser.step(_schedule(step, request.steps))
-        if (step + 1) % request.save_every == 0 and step + 1 < request.steps:
-            state.save(optimiser, step + 1)
-    progress("heal", request.steps, request.steps)
+        if step not in best.distances and (step % request.save_every == 0 or step == request.steps):
+            best.see(step, mean_distance(student, validation, wanted), optimiser.trained)
+            if not math.isfinite(best.distances[step]):
+                break  # it diverged, and stays so
+            if 0 < step < request.steps:
+                state.save(optimiser, best, step)
+        if step < request.steps:
+            chosen = [pool[index] for index in drawn(step, len(pool), per_step, request.seed)]
+            _accumulate(student, teacher, chosen)
+            optimiser.step(_schedule(step, request.steps))
+    best.take(optimiser.trained)
+    return best
 
 
-@torch.no_grad()
-def generated_batches(teacher: PreTrainedModel, tokenizer: Any, request: HealRequest) -> list[Batch]:
-    """What the teacher writes after openings of calibration text, sampled from its own distribution, one sequence per batch.
-
-    Source: generated calibration data as in Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.1; ours opens with text of the corpus.
-    """
-    length, seed = request.length_tokens, request.seed
-    opening = min(OPENING_TOKENS, length // 2)
-    if not request.generated or not opening:
-        return []
-    openings = load_batches(
-        teacher, tokenizer, request.data, length_tokens=opening, num_samples=request.generated, seed=seed + 7
-    )
-    written: list[Batch] = []
-    model: Any = teacher
-    devices = [teacher.device] if teacher.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        for batch in stacked(openings, _GENERATED_TOGETHER):
-            ids = batch["input_ids"].to(teacher.device)
-            found = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0,
-                min_new_tokens=length - opening, max_new_tokens=length - opening,
-            )  # fmt: skip
-            written += [{"input_ids": row[None].cpu()} for row in found]
-    return written
+def _accumulate(student: PreTrainedModel, teacher: PreTrainedModel, chosen: list[Batch]) -> None:
+    """Gradients of the mean distance over the items of several batches."""
+    if student.can_generate() and student.device.type != "cpu":
+        chosen = stacked(chosen, len(chosen))
+    items = sum(items_of(batch) for batch in chosen)
+    for batch in chosen:
+        with torch.no_grad():
+            rows, logits = output_rows(teacher, batch)
+        with torch.enable_grad():
+            share = items_of(batch) / items
+            (share * distance(rows, output_rows(student, batch)[0], logits=logits).mean()).backward()
 
 
 @torch.no_grad()
@@ -232,31 +194,6 @@ def held_out_loss(model: PreTrainedModel, batches: list[Batch]) -> float | None:
         total -= float(log_p.gather(-1, ids[:, 1:, None]).double().sum())
         count += ids[:, 1:].numel()
     return total / count
-
-
-def _items(batch: Batch) -> int:
-    """Sequences, sentences or images of a batch."""
-    return len(next(iter(batch.values())))
-
-
-def _reads_sentences(model: PreTrainedModel) -> bool:
-    return bool(model.main_input_name == "input_ids" and not model.can_generate())
-
-
-def _pool_size(request: HealRequest, teacher: PreTrainedModel) -> int:
-    """Distinct sequences: each is seen about twice at most, up to what a small corpus gives."""
-    if _reads_sentences(teacher):
-        together = max(request.batch, SENTENCES_PER_BATCH)
-        return min(_MOST_SENTENCES, max(together, request.steps * together // 2))
-    return min(512 if request.batch < 32 else 4096, max(request.batch, request.steps * request.batch // 2))
-
-
-def _drawn(step: int, size: int, per_step: int, seed: int) -> list[int]:
-    """The batches of a step, a function of the step alone, so that a resumed run sees the same."""
-    first = step * per_step
-    orders = {epoch: torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-              for epoch in {first // size, (first + per_step - 1) // size}}  # fmt: skip
-    return [orders[place // size][place % size] for place in range(first, first + per_step)]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -1,6 +1,6 @@
 """The optimiser of healing, and its unfinished state on disk."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sparsesearch.artifacts import read_json, write_bytes, write_json
 from sparsesearch.errors import ArtifactError
 from sparsesearch.testbed.muon import Muon
 
-_FORMAT, _VERSION = "sparsesearch.heal-state", "1.1"
+_FORMAT, _VERSION = "sparsesearch.heal-state", "2.0"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 VECTOR_RATE = 1e-3
 """Peak rate of norms and biases under Muon, which AdamW trains."""
@@ -72,6 +72,33 @@ class HealOptimiser:
             average.copy_(tensors[f"momentum.{names[id(parameter)]}"])
 
 
+@dataclass
+class Best:
+    """The state nearest to the teacher so far, on data that are neither trained on nor reported on; step 0 is the checkpoint itself.
+
+    Attributes:
+        distances: step -> mean distance of that step's state.
+        step: of the nearest; the earliest of several.
+        weights: its trained parameters by name, on the CPU.
+    """
+
+    distances: dict[int, float] = field(default_factory=dict)
+    step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def see(self, step: int, distance: float, trained: dict[str, nn.Parameter]) -> None:
+        """Note a state, and keep it if it is the nearest; one that is no number is not."""
+        self.distances[step] = distance
+        if not self.weights or distance < self.distances[self.step]:
+            self.step = step
+            self.weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+
+    def take(self, trained: dict[str, nn.Parameter]) -> None:
+        """Put the nearest state into the parameters."""
+        for name, parameter in trained.items():
+            parameter.data.copy_(self.weights[name])
+
+
 def trained_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Everything but the embeddings, which no cut touched; only these need gradients from now on."""
     embeddings = {
@@ -116,19 +143,26 @@ class HealState:
                     )
         return cls(folder, request)
 
-    def save(self, optimiser: HealOptimiser, step: int) -> None:
+    def save(self, optimiser: HealOptimiser, best: Best, step: int) -> None:
         """Write the state after a step; the one before goes when the new one is whole."""
+        kept = {f"state-{step}.safetensors", f"best-{best.step}.safetensors"}
         write_bytes(self.folder / f"state-{step}.safetensors", save(optimiser.tensors()))
-        content = {"request": asdict(self.request), "step": step}
+        if not (self.folder / f"best-{best.step}.safetensors").exists():
+            write_bytes(self.folder / f"best-{best.step}.safetensors", save(best.weights))
+        content = {"request": asdict(self.request), "step": step, "best": best.step}
+        content["distances"] = {str(seen): distance for seen, distance in best.distances.items()}
         write_json(self.folder / "state.json", content, format=_FORMAT, schema_version=_VERSION)
-        for old in self.folder.glob("state-*.safetensors"):
-            if old.name != f"state-{step}.safetensors":
+        for old in self.folder.glob("*.safetensors"):
+            if old.name not in kept:
                 old.unlink()
 
-    def restore(self, optimiser: HealOptimiser) -> int:
-        """Steps done so far."""
+    def restore(self, optimiser: HealOptimiser) -> tuple[int, Best]:
+        """Steps done so far, and the best state that was seen."""
         if not (self.folder / "state.json").exists():
-            return 0
-        step = int(read_json(self.folder / "state.json", format=_FORMAT, schema_version=_VERSION)["step"])
-        optimiser.restore(load_file(self.folder / f"state-{step}.safetensors"), step)
-        return step
+            return 0, Best()
+        content = read_json(self.folder / "state.json", format=_FORMAT, schema_version=_VERSION)
+        optimiser.restore(load_file(self.folder / f"state-{content['step']}.safetensors"), content["step"])
+        distances = {int(seen): distance for seen, distance in content["distances"].items()}
+        return content["step"], Best(
+            distances, content["best"], load_file(self.folder / f"best-{content['best']}.safetensors")
+        )

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError,
 from sparsesearch.presets import preset_names, preset_path
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.configuration import plan_content
+from sparsesearch.runtime.gguf_reading import parsed_once
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -83,16 +85,18 @@ def load_model(
         SpecError: unknown dtype.
         UnsupportedModelError: it is no causal language model of a known architecture.
     """
-    model = load_weights(
-        source,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        with_plan=with_plan,
-    )
-    return model, load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+    is_gguf = Path(source).suffix == ".gguf"
+    with parsed_once() if is_gguf else nullcontext():
+        model = load_weights(
+            source,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            with_plan=with_plan,
+        )
+        return model, load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
 
 
 def load_tokenizer(
@@ -173,8 +177,10 @@ def _load(kind: Any, source: str | Path, place: Path | str, **options: Any) -> A
     """`kind.from_pretrained`, with errors that say what to do."""
     what = {AutoTokenizer: "tokenizer", AutoConfig: "config"}.get(kind, "model")
     given = {key: value for key, value in options.items() if value is not None}
+    once = parsed_once() if "gguf_file" in given else nullcontext()
     try:
-        return kind.from_pretrained(str(place), **given)
+        with once:
+            return kind.from_pretrained(str(place), **given)
     except json.JSONDecodeError as error:
         raise ArtifactError(
             f"{source}: a JSON file of the {what} is damaged ({error}). Fetch the model again."

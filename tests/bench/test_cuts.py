@@ -57,7 +57,10 @@ def test_rows_say_what_is_left_and_how_far_it_is_from_dense(profiled):
     dense = dense_rows(model, held_out)
     with narrowed(model, plans[(bare, "params=0.75")].pruning):
         assert rows[bare].distance == pytest.approx(mean_distance(model, held_out, dense), rel=1e-6)
-    assert record_of(model, profile, list(rows.values()))["rows"][0]["plan"] == "searched"
+    record = record_of(model, profile, list(rows.values()), judged_on="cpu", timed_on=None, seed=3)
+    assert record["rows"][0]["plan"] == "searched"
+    origin = record["provenance"]
+    assert (origin["device"][:4], origin["timed_on"], origin["seed"]) == ("cpu ", None, 3)
 
 
 def test_only_named_baselines_and_no_unknown_ones(profiled):

@@ -198,6 +198,19 @@ def test_report_is_one_page_that_needs_no_network(corridor: Path, run: Any, tmp_
     assert not any(mark in text for mark in ("src=\"http", "href=\"http", "url(http", "@import"))  # fmt: skip
 
 
+@pytest.mark.usefixtures("metrics")
+def test_report_refuses_the_metrics_of_another_plan(corridor: Path, run: Any, tmp_path: Path) -> None:
+    other, page = tmp_path / "other.json", tmp_path / "report.html"
+    run("search", corridor / "profile", "--budget", "density=0.6", "-o", other)
+    told = " ".join(run("report", other, corridor / "metrics.json", "-o", page, code=5).stderr.split())
+    for plan in (other, corridor / "plan.json"):
+        assert Plan.load(plan).sha256[:12] in told
+    assert not page.exists()
+    judged = Plan.load(corridor / "plan.json").model_copy(update={"quality": {"recorded": "afterwards"}})
+    judged.save(tmp_path / "judged.json")
+    run("report", tmp_path / "judged.json", corridor / "metrics.json", "-o", page)
+
+
 def test_diff_counts_heads(corridor: Path, run: Any, run_json: Any, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     run("search", corridor / "profile", "--budget", "density=0.6", "-o", other)

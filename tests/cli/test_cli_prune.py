@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsesearch.plan import Plan
+from sparsesearch.pruning.heal import HealReport
 from sparsesearch.runtime.loading import load_model
 
 pytestmark = pytest.mark.slow
@@ -59,6 +60,17 @@ def test_profile_search_apply_heal(run: Any, run_json: Any, tmp_path: Path) -> N
     assert "the smallest feasible value is params=0.00" in " ".join(infeasible.split())
     rate = run("heal", out, "--teacher", "needle-7m", "--learning-rate", "-1", "-o", tmp_path / "no", code=2)
     assert "positive" in rate.stderr
+
+
+def test_healing_that_held_out_data_contradict_is_said_aloud(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    found = HealReport(50, 50, {0: 0.2, 50: 0.1}, 0.2, 0.3, 2.0, 2.1, 2.2, -1.0, improved=False)
+    monkeypatch.setattr("sparsesearch.pruning.heal.heal_checkpoint", lambda *args, **kwargs: found)
+    heal = ("heal", tmp_path / "small", "--teacher", "needle-7m", "-o", tmp_path / "healed")
+    told = run(*heal)
+    assert "further from its teacher" in " ".join(told.stderr.split())
+    assert "warning" not in told.stdout
+    record = json.loads(run(*heal, "--json").stdout)
+    assert (record["improved"], record["validation"]["50"]) == (False, 0.1)
 
 
 def _generated(place: Path) -> list[list[int]]:

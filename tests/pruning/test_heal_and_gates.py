@@ -9,19 +9,20 @@ from safetensors.torch import load_file
 from test_encoders import text_encoder
 
 from sparsesearch.cut import Cut
-from sparsesearch.errors import ArtifactError, SpecError
+from sparsesearch.errors import ArtifactError, RegressionError, SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.presets import preset_path
 from sparsesearch.pruning import heal_state
 from sparsesearch.pruning.export import export_pruned
 from sparsesearch.pruning.gates import learn_gates
-from sparsesearch.pruning.heal import HealRequest, generated_batches, heal_checkpoint
+from sparsesearch.pruning.heal import heal_checkpoint
+from sparsesearch.pruning.heal_data import HealRequest, generated_batches, training_batches
 from sparsesearch.pruning.profile_run import describe_layers
 from sparsesearch.runtime.loading import load_model
 from sparsesearch.runtime.shrink import layer_cut
 from sparsesearch.runtime.sublayers import layers_of
 
-REQUEST = HealRequest(steps=6, length_tokens=64, batch=2, num_sequences=4, save_every=2, generated=2)
+REQUEST = HealRequest(steps=6, length_tokens=32, batch=2, num_sequences=4, save_every=2, generated=2)
 
 
 def export_narrower(model, base, out, *, channels, **how):
@@ -70,6 +71,40 @@ def test_healing_lowers_the_distance_and_resumes_to_the_same_bytes(optimiser, ra
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
     assert not (tmp_path / "parts.heal").exists()
+
+
+def test_the_best_state_is_written_though_the_last_one_is_bad(pruned, tmp_path, monkeypatch):
+    step, done = heal_state.HealOptimiser.step, []
+
+    def stumbles(self, share):
+        step(self, share)
+        done.append(share)
+        if len(done) == 5:
+            for parameter in self.trained.values():
+                parameter.data.mul_(1.3)
+
+    monkeypatch.setattr(heal_state.HealOptimiser, "step", stumbles)
+    found = heal_checkpoint(pruned, "needle-7m", tmp_path / "out", REQUEST)
+    assert list(found.validation) == [0, 2, 4, 6]
+    assert found.best_step == 4 == min(found.validation, key=found.validation.get)
+    assert found.validation[6] > found.validation[0]
+    assert found.improved
+    assert found.distance_after < found.distance_before
+
+
+@pytest.mark.parametrize("rate", [0.3, 1e3])  # the second diverges
+def test_a_checkpoint_that_healing_makes_worse_is_not_written(rate, pruned, tmp_path):
+    with pytest.raises(RegressionError, match="Nothing was written"):
+        heal_checkpoint(pruned, "needle-7m", tmp_path / "out", replace(REQUEST, optimiser="adamw", learning_rate=rate))
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_data_are_others_than_those_trained_on(tmp_path):
+    model, tokenizer = load_model("needle-7m")
+    pool, apart = training_batches(model, tokenizer, replace(REQUEST, generated=3))
+    assert len(apart) == 8 + 3
+    seen = {tuple(batch["input_ids"].flatten().tolist()) for batch in pool}
+    assert not seen & {tuple(batch["input_ids"].flatten().tolist()) for batch in apart}
 
 
 def test_an_encoder_is_saved_though_its_pooler_learns_nothing(tmp_path):

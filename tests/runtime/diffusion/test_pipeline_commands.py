@@ -108,6 +108,12 @@ def test_from_a_pipeline_to_a_patched_one(folder: Path, tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 1
     assert "<h3>transformer_2</h3>" in page
     assert page.count("<svg") >= 4
+    call("search", folder / "profile", "--budget", "density=0.8", "-o", tmp_path / "others")
+    told = call("report", tmp_path / "others", tmp_path / "metrics.json", "-o", tmp_path / "no.html", code=5).stderr
+    assert plans["transformer"].sha256[:12] in told
+    (tmp_path / "metrics.frames.safetensors").unlink()
+    told = call("report", tmp_path / "plans", tmp_path / "metrics.json", "-o", tmp_path / "no.html", code=1).stderr
+    assert "metrics.frames.safetensors" in told
 
 
 def test_searches_that_differ_from_the_plain_one(folder: Path, tmp_path: Path) -> None:
