@@ -67,6 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--refine", type=int, default=0, help="most steps that improve every family's plan")
     parser.add_argument("--space", default="mixture")
+    parser.add_argument("--block-tokens", type=int, help="side of a tile; the space's own by default")
     parser.add_argument("--profile", type=Path, help="kept there, and continued if it is there already")
     parser.add_argument("--resume", action="store_true", help="start from the budgets in --json of an earlier run")
     parser.add_argument("--cost-model", help="the device's own by default")
@@ -91,9 +92,10 @@ def main() -> None:
     samples = random_samples(shape.vocab_size, given.length, given.num_samples, seed=0)
     judged = random_samples(shape.vocab_size, given.length, 2 * given.num_sequences, seed=1)
     choose_on = random_samples(shape.vocab_size, given.length, given.choose_sequences, seed=2)
+    space = SearchSpace.load(given.space)
     request = Request(
         describe(model, given.model_shape),
-        SearchSpace.load(given.space),
+        space if given.block_tokens is None else space.in_blocks_of(given.block_tokens),
         {given.length: Calibration(samples, "random tokens")},
         num_probes=given.num_probes,
     )

@@ -11,8 +11,8 @@ from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times
-from sparsesearch.equal_latency.ladders import SearchedLadder, ladders
-from sparsesearch.equal_latency.menus import MENUS, menu_ladders
+from sparsesearch.equal_latency.ladders import SearchedLadder
+from sparsesearch.equal_latency.menus import MENUS, family_ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.equal_latency.settle import Progress, Replay, Search, Setting, Settled
 from sparsesearch.equal_latency.standings import Steps
@@ -81,7 +81,7 @@ def compare_at_latency(
     prompts = torch.stack([needles[row % len(needles)].input_ids for row in range(setting.batch)])
     workload = Workload(prompts.shape[1], batch=setting.batch)
     search = Search(
-        ladders(profile, setting.families, workload, cost_model),
+        family_ladders(profile, setting.families, workload, cost_model),
         Stopwatch(Head(model), prompts, apply),
         setting,
         Replay(profile, workload, cost_model) if isinstance(cost_model, LayerCosts) else None,

@@ -9,7 +9,8 @@ from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder
-from sparsesearch.equal_latency.standings import Judge, Standing, Steps, step
+from sparsesearch.equal_latency.menus import ANSWERS
+from sparsesearch.equal_latency.standings import Judge, Standing, Steps, chosen, step
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.evaluate.timing import Part, Stopwatch
@@ -126,7 +127,7 @@ class Search:
         """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
         setting, first = self.setting, self.setting.families[0]
         deadline, own = monotonic() + setting.time_limit_s, dict(self.ladder_of)
-        chosen, tried = dict[str, str](), dict[str, dict[str, float]]()
+        origin, tried = dict[str, str](), dict[str, dict[str, float]]()
         if self.reference is None:
             rungs = self._climb(own, target, start, deadline)
         else:
@@ -134,7 +135,7 @@ class Search:
             rungs = self._climb({**self.menus, **own}, target, start, deadline)
             judge = Judge(self.reference)
             standings = self._improved(self._standings(judge, rungs, own, target), judge, target, deadline)
-            chosen, tried = {family: standing.label for family, standing in standings.items()}, judge.tried
+            origin, tried = {family: standing.label for family, standing in standings.items()}, judge.tried
             own |= {family: standing.ladder for family, standing in standings.items()}
             rungs |= {family: standing.rung for family, standing in standings.items()}
             rungs = {family: rungs[family] for family in setting.families}
@@ -147,7 +148,7 @@ class Search:
                 break
             begin = {name: rungs[name].bound * target / rungs[name].share for name in moving}
             rungs |= self._climb(moving, target, begin, deadline)
-        return Settled(rungs, times, chosen, tried)
+        return Settled(rungs, times, origin, tried)
 
     def _climb(
         self,
@@ -177,8 +178,8 @@ class Search:
     ) -> dict[str, Standing]:
         """Where families stand after the first climb.
 
-        Every searched rival that is as fast as the target, and for the family on trial the best of them and of the parts of its space that
-        are as fast; its fastest part, if nothing is.
+        Every searched rival that is as fast as the target, and for the family on trial what is `chosen` among them and the parts of its space
+        that are as fast; its fastest part, if nothing is.
         """
         first, most = self.setting.families[0], target * (1 + self.setting.tolerance)
         found = {}
@@ -189,19 +190,17 @@ class Search:
         fast = [menu for menu in self.menus if rungs[menu].share <= most]
         if not fast and not found:
             fast = [min(self.menus, key=lambda menu: rungs[menu].share)]
+        parts = []
         for number, menu in enumerate(fast):
             self.progress(f"choose {target:g}x, {menu}", number, len(fast))
-            standing = judge.standing(first, menu, self.menus[menu], rungs[menu])
-            if first not in found or standing.mean < found[first].mean:
-                found[first] = standing
-        found[first] = self._best(found)
-        judge.tried.setdefault(first, {}).update({family: found[family].mean for family in found if family != first})
+            parts.append(judge.standing(first, menu, self.menus[menu], rungs[menu]))
+        judge.tried.setdefault(first, {}).update({family: standing.mean for family, standing in found.items()})
+        found[first] = chosen([*parts, *found.values()], self._rivals(found))
         return found
 
-    @staticmethod
-    def _best(standings: Mapping[str, Standing]) -> Standing:
-        """What the family on trial takes: the best of what it found and of its rivals' plans, whose rules it contains."""
-        return min(standings.values(), key=lambda standing: standing.mean)
+    def _rivals(self, standings: Mapping[str, Standing]) -> list[Standing]:
+        """Of the family on trial: all but itself and the mixture for answers, whose space is its own."""
+        return [standings[family] for family in standings if family not in (self.setting.families[0], ANSWERS)]
 
     def _improved(
         self, standings: dict[str, Standing], judge: Judge, target: float, deadline: float
@@ -222,13 +221,12 @@ class Search:
                 target * (1 + self.setting.tolerance),
                 first,
             )
+            before = standings[first]
             standings |= better
-            open_families = set(better)
-            best = self._best(standings)
-            if best is not standings[first]:
-                standings[first] = best
-                judge.tried[first][best.label] = best.mean
-                open_families.add(first)
+            best = chosen([before, *standings.values()], self._rivals(standings))
+            open_families = set(better) | ({first} if best is not before else set())
+            standings[first] = best
+            judge.tried[first][best.label] = best.mean
         return standings
 
     def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:

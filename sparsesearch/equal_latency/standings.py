@@ -23,7 +23,7 @@ from sparsesearch.refinement import clearly_less, priced, true_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PRICES = (0.1, 0.5, 2.0)
+PRICES = (2.0, 8.0, 32.0)
 """Of a unit that changes, in mean absolute changes of the loss; the plans of all of them are timed together and judged."""
 
 
@@ -36,17 +36,36 @@ class Standing:
         ladder: what moves its budget.
         rung: the plan and its measured time.
         loss: `refinement.true_loss` of the n calibration sequences.
+        kl_text: the part of its mean that is over all positions.
     """
 
     label: str
     ladder: Ladder
     rung: Rung
     loss: Float[Tensor, " n"]
+    kl_text: float
 
     @property
     def mean(self) -> float:
         """Over the sequences."""
         return float(self.loss.mean())
+
+    @property
+    def at_answers(self) -> float:
+        """The part of the mean that is at answers."""
+        return self.mean - self.kl_text
+
+
+def chosen(candidates: Sequence[Standing], rivals: Sequence[Standing]) -> Standing:
+    """The plan of least loss among those that no rival beats: neither over all positions nor at answers; else not over all positions.
+
+    The weight of the answers is a convention. What is better in their sum alone is taken only where nothing else is left.
+    """
+    text = min((rival.kl_text for rival in rivals), default=float("inf"))
+    answers = min((rival.at_answers for rival in rivals), default=float("inf"))
+    as_good = [one for one in candidates if one.kl_text <= text]
+    better = [one for one in as_good if one.at_answers <= answers]
+    return min(better or as_good or candidates, key=lambda standing: standing.mean)
 
 
 @dataclass
@@ -63,7 +82,8 @@ class Judge:
 
     def standing(self, family: str, label: str, ladder: Ladder, rung: Rung) -> Standing:
         """Replay a plan on behalf of a family."""
-        found = Standing(label, ladder, rung, true_loss(self.reference.compare(rung.plan)))
+        seen = self.reference.compare(rung.plan)
+        found = Standing(label, ladder, rung, true_loss(seen), float(seen.kl_text.mean()))
         self.tried.setdefault(family, {})[label] = found.mean
         return found
 
