@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from sparsesearch.evaluate.task_metrics import SuiteSpec, TaskMetrics
 from sparsesearch.evaluate.timing import Stopwatch
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.record import Profile
-from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.live import AppliedPlan, apply
 from sparsesearch.workload import Workload
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def compare_at_latency(
         settled = search.settled(target, begun.bounds(target) if begun is not None else {})
         plans = settled.plans
         walls = settled.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)
-        found, density = compare_all(model, plans, [*needles, *text], apply, progress, f"judge {target:g}x")
+        kept = _Kept(apply)
+        found, density = compare_all(model, plans, [*needles, *text], kept, progress, f"judge {target:g}x")
         record = record or EqualLatency(
             dense_s=median(settled.times["dense"]),
             dense_prefill_s=median(walls["dense"]),
@@ -123,11 +125,29 @@ def compare_at_latency(
         )
         record = record.with_target(target, _entries(settled, walls, found, density, needles, setting, target))
         saved(record)
-        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, apply, progress):
+        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, kept, progress):
             record = record.with_task(target, task, cells)
             saved(record)
     assert record is not None, "a setting has targets"
     return record
+
+
+class _Kept:
+    """Puts plans on a model, each put together once: its schedules are there again for the next set of sequences."""
+
+    def __init__(self, apply: ApplyPlan) -> None:
+        self._apply = apply
+        self._known: dict[int, tuple[Plan, AbstractContextManager[Any]]] = {}
+
+    def __call__(self, model: "PreTrainedModel", plan: Plan) -> AbstractContextManager[Any]:
+        """Entered once per use; what cannot be entered again is made anew."""
+        known = self._known.get(id(plan))
+        if known is not None:
+            return known[1]
+        made = self._apply(model, plan)
+        if isinstance(made, AppliedPlan):
+            self._known[id(plan)] = plan, made  # holds the plan, so that no other one gets its id
+        return made
 
 
 def _tasks(

@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from sparsesearch.cost.base import CostModel
 from sparsesearch.equal_latency.shared_choices import SharedChoices
-from sparsesearch.equal_latency.unit_prices import replayed
+from sparsesearch.equal_latency.unit_prices import bound_for, replayed
 from sparsesearch.errors import BudgetInfeasibleError, SpecError, nearest
 from sparsesearch.measured_front import FAMILIES, UNIFORM
 from sparsesearch.plan import Plan, uniform_plan
@@ -70,6 +70,10 @@ class SearchedLadder:
         """The least budget that allows a choice: its summed latency over dense's, each layer's choosing dealt to the heads that choose."""
         table = self._table if self._shared is None else self._shared.charged(self._table, choice)
         return min(1.0, max(table.used("latency", choice).values()))
+
+    def bound_for(self, share: float) -> float | None:
+        """The budget whose plans take a share of dense's time by the prices of heads; None where these do not know."""
+        return bound_for(self._profile, self.question, self._table, share)
 
     def around(self, loss: Float[ndarray, "U C"], objective: str) -> "SearchedLadder":
         """The same space and prices with other losses."""

@@ -47,7 +47,6 @@ class Menu:
 
 MENUS = (
     Menu(),
-    Menu(silent_heads=False),
     Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=0.3),
     Menu(bitmaps=False, silent_heads=False, dynamic=False),
     Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=3.0),

@@ -8,7 +8,7 @@ from time import monotonic
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
-from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder
+from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS
 from sparsesearch.equal_latency.standings import Judge, Standing, Steps, chosen, step
 from sparsesearch.errors import SpecError
@@ -166,7 +166,7 @@ class Search:
             target,
             lambda plans: self.stopwatch(plans, rounds=setting.rounds, part=setting.part),
             favoured=(setting.families[0], *self.menus, *favoured),
-            start={**self._replayed_start(unknown, target), **start},
+            start={**self._predicted_start(unknown, target), **start},
             tolerance=setting.tolerance / 2,
             most_tries=MOST_PROBES,
             deadline=deadline,
@@ -233,14 +233,19 @@ class Search:
         """Whether a plan misses the target, and its family may have a nearer one."""
         return abs(rung.share / target - 1) > self.setting.tolerance and not ladder_ends(ladder, rung, target)
 
-    def _replayed_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
-        """Bounds whose plans take the target's time by replay: what is measured then is a few per cent off, not tens."""
+    def _predicted_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
+        """Bounds whose plans take the target's time as heads are priced, or else by replay: what is measured then is a few per cent off."""
         replay = self.replay
-        if replay is None or self.setting.part != "attention" or not ladder_of:
+        if replay is None or self.setting.part != "attention":
             return {}
+        priced = {name: own.bound_for(target) for name, own in ladder_of.items() if isinstance(own, SearchedLadder)}
+        start = {name: bound for name, bound in priced.items() if bound is not None}
+        others = {name: own for name, own in ladder_of.items() if name not in start}
+        if not others:
+            return start
 
         def clock(plans: Mapping[str, Plan | None]) -> Times:
             return {name: (1.0 if plan is None else replay(plan),) for name, plan in plans.items()}
 
-        found = climb(ladder_of, target, clock, tolerance=2 * self.setting.tolerance, most_tries=MOST_REPLAYS)
-        return {name: rung.bound for name, rung in found.items()}
+        found = climb(others, target, clock, tolerance=2 * self.setting.tolerance, most_tries=MOST_REPLAYS)
+        return start | {name: rung.bound for name, rung in found.items()}

@@ -10,6 +10,7 @@ from sparsesearch.model_shapes import ModelShape, heads_alone
 from sparsesearch.plan import uniform_plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import LengthLaw, Rule
+from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
 from sparsesearch.scores import ScoreTable
@@ -52,6 +53,20 @@ def replayed(profile: Profile, question: Question, table: ScoreTable) -> ScoreTa
     return replace(table, costs=prices)
 
 
+def bound_for(profile: Profile, question: Question, table: ScoreTable, share: float) -> float | None:
+    """The budget, as a share of the table's dense, whose plans take a share of the dense model's attention by these prices.
+
+    None where the cost model does not know whole layers, and heads therefore cost what the table said.
+    """
+    costs = question.cost_model
+    if not isinstance(costs, LayerCosts) or len(question.workloads) != 1:
+        return None
+    layers = _Layers(profile, question.workloads[0], costs)
+    count = len(profile.manifest.base_model.modules)
+    spent_s = share * count * layers.dense_s - count * layers.empty_s
+    return max(0.0, spent_s / float(table.dense_cost("latency")[0]))
+
+
 class _Layers:
     """Layers whose heads all follow one rule."""
 
@@ -62,13 +77,18 @@ class _Layers:
         key = "layer_s", workload, id(costs)
         known: tuple[LayerCosts, dict[str, float]] = profile.derived.setdefault(key, (costs, {}))
         self._known = known[1]  # beside the costs, so that no others get their id
-        self._empty_s = self._layer_s(Zero())
+        self.empty_s = self._layer_s(Zero())
+
+    @property
+    def dense_s(self) -> float:
+        """A layer in the model's own dense attention."""
+        return self._layer_s(Dense())
 
     def head_s(self, rule: Rule) -> float:
         """Seconds of one head beyond what an empty layer takes."""
         if rule.kind == "dense":  # in tiles, as beside sparse heads
             rule = SinkWindow(sink=0, window=LengthLaw(a=self._workload.prompt_tokens))
-        return max(0.0, self._layer_s(rule) - self._empty_s) / self._shape.num_heads
+        return max(0.0, self._layer_s(rule) - self.empty_s) / self._shape.num_heads
 
     def _layer_s(self, rule: Rule) -> float:
         if rule.label not in self._known:

@@ -25,7 +25,7 @@ from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.equal_latency.settle import Replay, Setting
 from sparsesearch.equal_latency.shared_choices import SharedChoices
 from sparsesearch.equal_latency.standings import Standing, chosen
-from sparsesearch.equal_latency.unit_prices import replayed
+from sparsesearch.equal_latency.unit_prices import bound_for, replayed
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.predicted import predicted_seconds
@@ -37,6 +37,7 @@ from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.report.equal_latency import equal_latency_plot
 from sparsesearch.rules import LengthLaw, Rule
+from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.fingerprint import describe
@@ -310,6 +311,11 @@ def test_heads_cost_their_share_of_a_replayed_layer(profile: Profile) -> None:
     known = (priced.costs["latency"] - plain.costs["latency"])[:, windows]
     assert known.min() <= more.min() <= more.max() <= known.max()
     assert replayed(profile, replace(question, cost_model=TilePrices()), plain) is plain
+    bound = bound_for(profile, question, priced, 3.0)
+    assert bound is not None
+    whole = seconds(Dense())
+    assert seconds(Zero()) + bound * priced.costs["latency"][:, 0].sum() == pytest.approx(3.0 * whole)
+    assert bound_for(profile, replace(question, cost_model=TilePrices()), plain, 0.5) is None
 
 
 def test_replayed_shares_fall_with_the_budget_and_start_near_the_target(profile: Profile) -> None:
@@ -338,6 +344,25 @@ def test_a_plan_is_put_together_once_however_often_it_is_timed(model: PreTrained
     assert put == [narrow, wide]
     stopwatch({"wide": wide}, rounds=1, part="attention")
     assert put == [narrow, wide, wide], "what a call does not name is not kept"
+
+
+def test_a_plan_is_put_together_once_for_all_that_judges_it(model: PreTrainedModel) -> None:
+    put: list[Plan] = []
+
+    def counting(live: PreTrainedModel, plan: Plan) -> AppliedPlan:
+        put.append(plan)
+        return apply(live, plan)
+
+    kept, prompt = compare._Kept(counting), random_samples(64, LENGTH, 1, seed=2)[0].input_ids[None]
+    narrow, wide = window(model, 64), window(model, 256)
+    seen = []
+    for plan in (narrow, wide, narrow):
+        with kept(model, plan), torch.no_grad():
+            seen.append(model(prompt).logits)
+    assert put == [narrow, wide]
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_attention_is_a_part_of_the_prefill(model: PreTrainedModel) -> None:
