@@ -10,6 +10,7 @@ import torch
 
 from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
+from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times
 from sparsesearch.equal_latency.ladders import SearchedLadder
@@ -85,7 +86,7 @@ def compare_at_latency(
         family_ladders(profile, setting.families, workload, cost_model),
         Stopwatch(Head(model), prompts, apply),
         setting,
-        Replay(profile, workload, cost_model) if isinstance(cost_model, LayerCosts) else None,
+        Replay(profile, workload, cost_model) if isinstance(cost_model, (LayerCosts, CallCosts)) else None,
         progress,
     )
     if choose_on:

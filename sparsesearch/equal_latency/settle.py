@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
+from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
@@ -67,9 +68,9 @@ class Setting:
 
 
 class Replay:
-    """Attention time of a plan over dense's, by replay of its schedules: the sums that a search works with are off by several per cent."""
+    """Attention time of a plan over dense's, by replay of its schedules or calls: the sums that a search works with are off by several per cent."""
 
-    def __init__(self, profile: Profile, workload: Workload, costs: LayerCosts) -> None:
+    def __init__(self, profile: Profile, workload: Workload, costs: LayerCosts | CallCosts) -> None:
         info = profile.manifest.base_model
         self._shape = heads_alone(info.name_or_path, info.geometry)
         self._workload, self._costs = workload, costs
