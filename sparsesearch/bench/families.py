@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--space", default="mixture")
     parser.add_argument("--block-tokens", type=int, help="side of a tile; the space's own by default")
     parser.add_argument("--profile", type=Path, help="kept there, and continued if it is there already")
+    parser.add_argument("--profile-only", action="store_true", help="stop when --profile is there")
     parser.add_argument("--resume", action="store_true", help="start from the budgets in --json of an earlier run")
     parser.add_argument("--cost-model", help="the device's own by default")
     parser.add_argument("--device", default="cuda")
@@ -101,7 +102,12 @@ def main() -> None:
     )
     begun = EqualLatency.load(given.json) if given.resume and given.json.exists() else None
     with tempfile.TemporaryDirectory() as folder:
-        profile = profile_model(model, request, given.profile or Path(folder) / "profile", progress=progress)
+        kept = given.profile is not None
+        profile = profile_model(
+            model, request, given.profile or Path(folder) / "profile", resume=kept, progress=progress
+        )
+        if given.profile_only:
+            return
         setting = Setting(
             given.at,
             given.families,
@@ -114,7 +120,7 @@ def main() -> None:
         )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(
-            model, profile, setting, costs, needles, text, choose_on=choose_on, command=" ".join(sys.argv), begun=begun,
+            model, profile, setting, costs, needles, text, choose_on=choose_on, command=" ".join(["python -m sparsesearch.bench.families", *sys.argv[1:]]), begun=begun,
             saved=lambda record: record.save(given.json), progress=progress,
         )  # fmt: skip
     for target, row in found.targets.items():
