@@ -14,7 +14,7 @@ from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times
 from sparsesearch.equal_latency.ladders import SearchedLadder
-from sparsesearch.equal_latency.menus import MENUS, family_ladders, menu_ladders
+from sparsesearch.equal_latency.menus import MENUS, Menu, family_ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.equal_latency.settle import Progress, Replay, Search, Setting, Settled
 from sparsesearch.equal_latency.standings import Steps
@@ -47,6 +47,7 @@ def compare_at_latency(
     text: Sequence[Sample],
     *,
     choose_on: Sequence[Sample] = (),
+    menus: Sequence[Menu] = MENUS,
     suite: SuiteSpec | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     data: Mapping[str, str] | None = None,
@@ -68,6 +69,7 @@ def compare_at_latency(
         choose_on: calibration sequences, neither profiled nor judged, on which the family on trial chooses among the parts of its space
             (`menus.MENUS`) and the rivals whose rules it contains, and on which all families' plans are improved (`Setting.steps`);
             none: every family takes the optimum of its whole space.
+        menus: those parts.
         suite: long-context tasks that are judged besides; they need the model's tokenizer.
         tokenizer: the model's.
         data: description of each data set -> its id, for the record.
@@ -90,7 +92,7 @@ def compare_at_latency(
         progress,
     )
     if choose_on:
-        search.menus.update(menu_ladders(profile, setting.families[0], MENUS, workload, cost_model))
+        search.menus.update(menu_ladders(profile, setting.families[0], menus, workload, cost_model))
         search.reference = DenseReference(model, choose_on, apply=apply)
         spaces = {name: ladder for name, ladder in search.ladder_of.items() if isinstance(ladder, SearchedLadder)}
         search.local = Steps(model, profile, spaces, choose_on[:EXPANDED])
