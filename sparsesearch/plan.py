@@ -68,7 +68,7 @@ class BudgetRecord(_Frozen):
     absolute: bool = Field(False, description="bound and predictions are in seconds or bytes, not shares of dense")
     replayed: dict[str, float] = Field(
         default_factory=dict,
-        description="seconds only: the same by replay of every layer's schedule; `predicted` is the sum over units",
+        description="seconds only: the same by replay of every layer's schedule or calls; `predicted` is the sum over units",
     )
 
     @model_serializer(mode="wrap")

@@ -17,14 +17,14 @@ from numpy import ndarray
 
 from sparsesearch.artifacts import read_text
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.cost.base import CostModel, DecodeWork, UnitWork, WorkKind
+from sparsesearch.cost.base import CostModel, DecodeWork
+from sparsesearch.cost.layer_calls import unit_work
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape, model_shape, shape_of_config
 from sparsesearch.plan import BaseModelInfo
 from sparsesearch.presets import preset_names, preset_path
 from sparsesearch.profiling.proxies import length_terms, profile_units
 from sparsesearch.profiling.record import Profile
-from sparsesearch.rules import Rule
 from sparsesearch.shapes import Granularity, Unit
 from sparsesearch.workload import Workload
 
@@ -178,25 +178,3 @@ def shape_of(base_model: BaseModelInfo, name: str | None = None) -> ModelShape |
             f"the shape {found.name} must have the heads of {base}, but has others. Name the model's own shape."
         )
     return found
-
-
-def unit_work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_heads: int, batch: int = 1) -> UnitWork:
-    """What a unit under a rule computes in one prefill, in the words of the cost models."""
-    kind: WorkKind = "dense" if rule.kind == "dense" else "tiles"
-    match rule.rest:
-        case "zero":
-            kind = "zero"
-        case "mean_value":
-            kind = "mean_value"
-    return UnitWork(
-        kind=kind,
-        q_len=grid.q_len,
-        kv_len=grid.kv_len,
-        head_dim=head_dim,
-        query_heads=query_heads,
-        tiles=tiles,
-        query_blocks=grid.num_q_blocks,
-        block_tokens=grid.block_tokens,
-        estimator=rule.kind if rule.dynamic else None,
-        batch=batch,
-    )

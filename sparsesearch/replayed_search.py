@@ -1,7 +1,7 @@
-"""Search whose seconds are those of the replayed schedule.
+"""Search whose seconds are those of the replayed schedule, or on a processor of the calls that a layer makes.
 
-The exact search adds up what units cost by themselves. A layer really takes as long as its busiest worker, and a dense head beside sparse ones
-runs in their tiles, so the sum is off by some per cent, and by different amounts for different plans. Here the plan of every search is
+The exact search adds up what units cost by themselves. A layer really takes as long as its busiest worker, a dense head beside sparse ones
+runs in their tiles, and on a processor heads of one rule share a call, so the sum is off, by different amounts for different plans. Here the plan of every search is
 predicted by replay (`cost.predict`), and the bounds of the sum are moved until the replayed seconds keep what was asked: never above it,
 and not needlessly below it. A layer whose replayed time is no shorter than dense's is made dense, so no layer is ever slowed down.
 
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
 from sparsesearch.cost.predict import LayerPrediction, predict_layers
@@ -39,7 +40,7 @@ CLOSE = 0.005
 
 
 def search_plan(profile: Profile, question: Question) -> Plan:
-    """The plan of least loss within the budgets; seconds by replay where the cost model knows whole layers.
+    """The plan of least loss within the budgets; seconds by replay where the cost model knows whole layers or calls.
 
     Raises:
         BudgetInfeasibleError: no plan keeps the budgets, or none whose replayed seconds do.
@@ -54,9 +55,9 @@ def search_plan(profile: Profile, question: Question) -> Plan:
 
 
 def is_replayed(question: Question) -> bool:
-    """Whether seconds are limited, and the cost model knows whole layers."""
+    """Whether seconds are limited, and the cost model knows whole layers or calls."""
     timed = any(budget.metric in PRICED_BY_DEVICE for budget in question.budgets)
-    return timed and isinstance(question.cost_model, LayerCosts)
+    return timed and isinstance(question.cost_model, (LayerCosts, CallCosts))
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,13 @@ class ReplayedSearch:
 
     def __init__(self, profile: Profile, question: Question, table: ScoreTable) -> None:
         costs = question.cost_model
-        assert isinstance(costs, LayerCosts)
+        assert isinstance(costs, (LayerCosts, CallCosts))
         manifest = profile.manifest
         info = manifest.base_model
         self.profile: Profile = profile
         self.question: Question = question
         self.table: ScoreTable = table
-        self.costs: LayerCosts = costs
-        self.whole: bool = question.shape is not None
+        self.costs: LayerCosts | CallCosts = costs
         self.shape: ModelShape = question.shape or heads_alone(info.name_or_path, info.geometry)
         self.served: tuple[Workload, ...] = question.workloads or tuple(Workload(n) for n in manifest.lengths)
         self.element_bytes: int = question.dtype_bytes or DTYPE_BYTES[manifest.dtype]
@@ -220,12 +220,13 @@ class ReplayedSearch:
         )
 
     def _seconds(self, metric: str, workload: Workload, layers: Layers) -> float:
-        """Of the whole model, or of attention alone where its sizes are not known, as in the score table."""
+        """Of the whole model, or of attention alone where its sizes or costs are not known, as in the score table."""
+        whole = self.question.layer_costs
         if metric == "tpot":
-            rest_s = decode_rest_s(self.shape, self.costs, batch=workload.batch) if self.whole else 0.0
+            rest_s = 0.0 if whole is None else decode_rest_s(self.shape, whole, batch=workload.batch)
             return rest_s + sum(layer.decode_attention_s for layer in layers)
         rows = workload.batch * workload.prompt_tokens
-        rest_s = prefill_rest_s(self.shape, self.costs, rows=rows, batch=workload.batch) if self.whole else 0.0
+        rest_s = 0.0 if whole is None else prefill_rest_s(self.shape, whole, rows=rows, batch=workload.batch)
         return rest_s + sum(layer.attention_s + layer.index_s for layer in layers)
 
     def recorded(self, plan: Plan, best: Pass, passes: Sequence[Pass]) -> Plan:

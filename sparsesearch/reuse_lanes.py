@@ -9,8 +9,8 @@ from numpy import ndarray
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import CostModel, UnitWork
+from sparsesearch.cost.layer_calls import unit_work
 from sparsesearch.errors import SpecError
-from sparsesearch.pricing import unit_work
 from sparsesearch.profiling.reuse import HeadMap, ReuseScores
 from sparsesearch.profiling.reuse_menu import ReuseMenu
 from sparsesearch.search.budget import Budget

@@ -52,6 +52,19 @@ def test_latency_by_replay_keeps_the_budget_and_uses_it(bound: float) -> None:
     assert 0.97 * bound <= record.replayed["workload"] <= bound * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("bound", [0.6, 0.9])
+def test_on_a_processor_the_calls_keep_the_budget_and_no_head_falls_silent(bound: float) -> None:
+    """Priced as a call of its own every window costs more than it saves at 1024 tokens, and only silence would help."""
+    profile, _, _ = opened()
+    costs = load_cost_model("cpu")
+    asked = Question(parse_budgets(f"latency={bound}x"), cost_model=costs, workloads=(Workload(1024),), dtype_bytes=4)
+    plan = search_plan(profile, asked)
+    (record,) = plan.budgets
+    assert 0.97 * bound <= record.replayed["workload"] <= bound * (1 + 1e-9)
+    rules = [rule for module in plan.base_model.modules for rule in plan.module_rules(module)]
+    assert not any(rule.rest == "zero" for rule in rules)
+
+
 def test_sums_alone_would_break_the_budget() -> None:
     """Otherwise there would be nothing to correct."""
     profile, _, _ = opened()

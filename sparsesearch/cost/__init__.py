@@ -33,6 +33,11 @@ def load_cost_model(name_or_path: str | Path) -> CostModel:
     if isinstance(name_or_path, Path) or name.endswith(".json"):
         return _opened(Path(name_or_path))
     if name not in preset_names("cost_models"):
+        if name.lower() in DATASHEETS:
+            raise SpecError(
+                f"a cost model must have been measured to be called {name!r}, but nobody has measured that GPU. Pass roofline:{name.lower()} "
+                "for lower bounds from its datasheet, or the file that `sparsesearch calibrate` writes there."
+            )
         raise SpecError(
             f"a cost model must be a shipped name or a .json file, but got {name!r}.{nearest(name, cost_model_names())}"
         )

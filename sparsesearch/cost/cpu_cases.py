@@ -1,14 +1,15 @@
 """What is timed on a CPU: dense SDPA, tile attention, estimators, mean values and decoding, over lengths and head sizes.
 
-Every case is run once per round, in turn, and its fastest round counts: on a machine that others use too, interference
-comes and goes within the minute and only ever adds time. Inputs rotate over several buffers, so that a case does not
-find its own data in the cache.
+Every case is run once per round, in turn. With one thread its CPU time is taken, which other processes do not lengthen except through
+caches and memory, and the median round counts. With more it is the wall clock's time, and the fastest round counts: interference comes and
+goes within the minute and only ever adds time. Inputs rotate over several buffers, so that a case does not find its own data in the cache.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
+from statistics import median
+from time import perf_counter, thread_time
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ QUICK = Grid((128, 512, 1024), (128, 512), (512, 1024), (128, 256), (32, 64), (6
 
 @dataclass
 class Case:
-    """One thing to time: `run` on the next buffer; the fastest of its rounds is its cost."""
+    """One thing to time: `run` on the next buffer; `taken_s` is its cost, from all its rounds."""
 
     group: str
     head_dim: int
@@ -67,11 +68,25 @@ class Case:
     run: Callable[[Tensor, Tensor, Tensor], object]
     work: UnitWork | None = None
     seconds: list[float] = field(default_factory=list)
+    taken_s: float = float("nan")
 
-    @property
-    def best_s(self) -> float:
-        """Of all rounds."""
-        return min(self.seconds)
+
+@dataclass(frozen=True)
+class Clock:
+    """What is read around each case, and which of its rounds counts."""
+
+    name: str
+    now: Callable[[], float]
+    typical: Callable[[Sequence[float]], float]
+
+
+CPU_TIME = Clock("CPU time of one thread, median of the rounds, cases interleaved", thread_time, median)
+WALL = Clock("fastest of the rounds, cases interleaved", perf_counter, min)
+
+
+def clock() -> Clock:
+    """CPU time where all work is the calling thread's."""
+    return CPU_TIME if torch.get_num_threads() == 1 else WALL
 
 
 def all_cases(shapes: Grid, generator: torch.Generator) -> list[Case]:
@@ -116,7 +131,12 @@ def _mean_value(grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _dense(head_dim: int) -> Callable[[Tensor, Tensor, Tensor], object]:
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5)
+    return lambda q, k, v: _handed_on(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5))
+
+
+def _handed_on(out: Float[Tensor, "1 H S D"]) -> Float[Tensor, "1 S H D"]:
+    """As the output projection takes it."""
+    return out.transpose(1, 2).contiguous()
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,9 +202,10 @@ def _tile_case(group: str, head_dim: int, grid: BlockGrid, tiles: Bool[Tensor, "
     picked = torch.arange(heads)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> object:
-        # heads that share a rule seldom lie side by side
+        # heads that share a rule seldom lie side by side, so they are picked from the layer's and put back among them
         own_q, own_k, own_v = (x.index_select(1, picked) for x in (q, k, v))
-        return tile_attention_torch(own_q, own_k, own_v, tiles, grid, scale=head_dim**-0.5)
+        out = tile_attention_torch(own_q, own_k, own_v, tiles, grid, scale=head_dim**-0.5)
+        return _handed_on(out.index_select(1, picked))
 
     return Case(group, head_dim, grid.kv_len, heads, run, work)
 
@@ -197,7 +218,7 @@ def measure(
     progress: Callable[[str, int, int], None],
 ) -> int:
     """Run rounds over all cases until the time is spent; the number of rounds after the warm-up."""
-    start = perf_counter()
+    start, read = perf_counter(), clock()
     size = max(case.heads * case.tokens * case.head_dim for case in cases)
     pools = [[torch.randn(size, generator=generator).to(dtype) for _ in range(3)] for _ in range(NUM_BUFFERS)]
     between = [torch.ones(size, dtype=dtype) for size in ((64, 256), (704, 256))]
@@ -207,14 +228,16 @@ def measure(
             for case in cases:
                 shape = (1, case.heads, case.tokens, case.head_dim)
                 q, k, v = (flat[: int(np.prod(shape))].view(shape) for flat in pools[rounds % NUM_BUFFERS])
-                if not case.seconds or case.best_s < BETWEEN_S:
+                if not case.seconds or min(case.seconds) < BETWEEN_S:
                     _linear_layers(*between)
-                before = perf_counter()
+                before = read.now()
                 case.run(q, k, v)
                 if rounds >= 0:
-                    case.seconds.append(perf_counter() - before)
+                    case.seconds.append(read.now() - before)
             rounds += 1
             progress("calibrate", min(round(perf_counter() - start), round(time_limit_s)), round(time_limit_s))
+    for case in cases:
+        case.taken_s = read.typical(case.seconds)
     progress("calibrate", round(time_limit_s), round(time_limit_s))
     return rounds
 

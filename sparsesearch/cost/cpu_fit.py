@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from sparsesearch.cost.cpu_cases import Case, Grid, estimators
+from sparsesearch.cost.cpu_cases import Case, Grid, clock, estimators
 from sparsesearch.cost.table import CostTable, Curve, DecodeCost, TableCostModel, TileCost
 
 
 def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: dict[str, object]) -> CostTable:
-    """Curves through the fastest rounds, lines for tiles and decoding, and their errors."""
+    """Curves through what the cases took, lines for tiles and decoding, and their errors."""
     dtype_bytes = torch.finfo(dtype).bits // 8
     tiles, errors = _fit_tiles([case for case in cases if case.group == "tiles"])
     choosing = {kind: _choosing_curves([case for case in cases if case.group == kind], shapes) for kind in estimators()}
-    spread = [float(np.median(case.seconds)) / case.best_s - 1 for case in cases]
+    spread = [float(np.median(case.seconds)) / min(case.seconds) - 1 for case in cases]
     table = CostTable(
         name="cpu",
         device=_processor(),
@@ -41,7 +41,7 @@ def _curves(cases: Sequence[Case], group: str, shapes: Grid) -> tuple[Curve, ...
     curves = []
     for head_dim in shapes.head_dims:
         own = [case for case in cases if case.group == group and case.head_dim == head_dim]
-        seconds = np.maximum.accumulate([case.best_s / case.heads for case in own])
+        seconds = np.maximum.accumulate([case.taken_s / case.heads for case in own])
         curves.append(
             Curve(head_dim=head_dim, tokens=tuple(case.tokens for case in own), seconds=tuple(seconds.tolist()))
         )
@@ -57,9 +57,9 @@ def _choosing_curves(cases: Sequence[Case], shapes: Grid) -> tuple[tuple[Curve, 
         for tokens in shapes.estimator_tokens:
             own = [case for case in cases if (case.head_dim, case.tokens) == (head_dim, tokens)]
             one, many = sorted(own, key=lambda case: case.heads)
-            each_s = min(max((many.best_s - one.best_s) / (many.heads - one.heads), 1e-9), many.best_s / many.heads)
+            each_s = min(max((many.taken_s - one.taken_s) / (many.heads - one.heads), 1e-9), many.taken_s / many.heads)
             head_s.append(each_s)
-            call_s.append(max(many.best_s - many.heads * each_s, 1e-9))
+            call_s.append(max(many.taken_s - many.heads * each_s, 1e-9))
         for found, seconds in ((per_head, head_s), (per_call, call_s)):
             rising = tuple(np.maximum.accumulate(seconds).tolist())
             found.append(Curve(head_dim=head_dim, tokens=shapes.estimator_tokens, seconds=rising))
@@ -69,7 +69,7 @@ def _choosing_curves(cases: Sequence[Case], shapes: Grid) -> tuple[tuple[Curve, 
 def _fit_tiles(cases: Sequence[Case]) -> tuple[tuple[TileCost, ...], list[float]]:
     """Non-negative least squares on relative errors, per head_dim and block size."""
     fits, errors = [], []
-    works = [(case.work, case.best_s) for case in cases if case.work is not None]
+    works = [(case.work, case.taken_s) for case in cases if case.work is not None]
     for head_dim, block in sorted({(work.head_dim, work.block_tokens) for work, _ in works}):
         own = [(work, s) for work, s in works if (work.head_dim, work.block_tokens) == (head_dim, block)]
         features = np.array(
@@ -98,7 +98,7 @@ def _fit_decode(cases: Sequence[Case]) -> tuple[DecodeCost, ...]:
     fits = []
     for head_dim in sorted({case.head_dim for case in cases}):
         own = [case for case in cases if case.head_dim == head_dim]
-        seconds = np.array([case.best_s / case.heads for case in own])
+        seconds = np.array([case.taken_s / case.heads for case in own])
         features = np.array([[1.0, case.tokens] for case in own])
         (head_s, key_s), _ = nnls(features / seconds[:, None], np.ones(len(own)))
         fits.append(DecodeCost(head_dim=head_dim, head_s=float(head_s), key_s=max(float(key_s), 1e-12)))
@@ -110,7 +110,7 @@ def _held_out_errors(model: TableCostModel, cases: Sequence[Case], dtype_bytes: 
     for case in cases:
         if case.group == "held_out" and case.work is not None:
             work = case.work
-            errors[work.kind].append(abs(model.unit_latency_s(work) / case.best_s - 1))
+            errors[work.kind].append(abs(model.call_latency_s(work) / case.taken_s - 1))
     return {
         "held_out_dense_mape": float(np.mean(errors["dense"])),
         "held_out_tiles_mape": float(np.mean(errors["tiles"])),
@@ -136,5 +136,5 @@ def _provenance(dtype: torch.dtype, settings: dict[str, object]) -> dict[str, ob
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "clock": "fastest of the rounds, cases interleaved",
+        "clock": clock().name,
     }

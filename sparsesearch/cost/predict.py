@@ -1,7 +1,7 @@
 """What a plan will take on a device: time to first token, time per output token, cache and peak memory, for a stated workload.
 
-Prefill attention is priced from the exact tile list of every layer, dealt to the device's workers as the kernel will have it. The rest of a
-layer is priced by shape (`layer_parts`). Decoding is priced as `DecodeStep` runs it, with and without a plan: fused where that serves.
+Prefill attention is priced from the exact tile list of every layer, dealt to the device's workers as the kernel will have it; on a processor,
+as the calls that the layer makes. The rest of a layer is priced by shape (`layer_parts`). Decoding is priced as `DecodeStep` runs it, with and without a plan: fused where that serves.
 Tokenisation, sampling and the host are left out.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import DecodeWork
+from sparsesearch.cost.layer_calls import CallCosts, calls_of
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import activation_bytes, decode_rest_s, is_fused, prefill_rest_s
 from sparsesearch.cost.layer_schedule import layer_schedule
@@ -31,20 +32,20 @@ class LayerPrediction:
     """One layer.
 
     Attributes:
-        module: its attention module.
         density: computed tiles over dense attention's, in prefill.
         attention_s: prefill attention.
         index_s: choosing tiles, for dynamic rules.
         decode_attention_s: decoding attention per step, halfway through the generated tokens.
         kv_bytes: cache after the last token.
+        module: its attention module.
     """
 
-    module: str
     density: float
     attention_s: float
     index_s: float
-    decode_attention_s: float
-    kv_bytes: float
+    decode_attention_s: float = 0.0
+    kv_bytes: float = 0.0
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def predict(
 
 
 def predict_layers(
-    plan: Plan | None, shape: ModelShape, workload: Workload, costs: LayerCosts, *, dtype_bytes: int = 2
+    plan: Plan | None, shape: ModelShape, workload: Workload, costs: LayerCosts | CallCosts, *, dtype_bytes: int = 2
 ) -> tuple[LayerPrediction, ...]:
     """The attention of every layer; arguments and errors as in `predict`. Of the shape, only its heads count."""
     rules, decode_rules = _rules_of(plan, shape), _rules_of(plan, shape, decode=True)
@@ -149,12 +150,35 @@ def _layer(
     block_tokens: int,
     shape: ModelShape,
     workload: Workload,
-    costs: LayerCosts,
+    costs: LayerCosts | CallCosts,
     dtype_bytes: int,
 ) -> LayerPrediction:
     rules, tile_rules, decode_rules = heads
     if all(rule.kind == "dense" for rule in rules):
         block_tokens = DENSE_BLOCK_TOKENS  # the runtime leaves such a layer to the model's own attention
+    halfway = workload.prompt_tokens + -(-workload.generate_tokens // 2)
+    step = decode_works(decode_rules, block_tokens, shape, workload, halfway, dtype_bytes)
+    kept = decode_works(decode_rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
+    if isinstance(costs, LayerCosts):
+        prefill = _scheduled(rules, tile_rules, block_tokens, shape, workload, costs)
+    else:
+        prefill = _called(rules, tile_rules, block_tokens, shape, workload, costs)
+    return replace(
+        prefill,
+        decode_attention_s=_step_s(costs, step) if workload.generate_tokens else 0.0,
+        kv_bytes=sum(work.kv_bytes for work in kept),
+    )
+
+
+def _scheduled(
+    rules: tuple[Rule, ...],
+    tile_rules: tuple[Rule, ...],
+    block_tokens: int,
+    shape: ModelShape,
+    workload: Workload,
+    costs: LayerCosts,
+) -> LayerPrediction:
+    """A prefill in one launch for all heads."""
     schedule, repeats = layer_schedule(tile_rules, block_tokens, shape, workload, costs)
     attention_s = repeats * costs.attention_s(schedule, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
     mean_heads = sum(rule.rest == "mean_value" for rule in rules)
@@ -165,17 +189,32 @@ def _layer(
         costs.estimator_s(kind, workload.prompt_tokens, workload.batch * sum(rule.kind == kind for rule in rules))
         for kind in sorted({rule.kind for rule in rules if rule.dynamic and not rule.reuses})
     )
-    halfway = workload.prompt_tokens + -(-workload.generate_tokens // 2)
-    step = decode_works(decode_rules, block_tokens, shape, workload, halfway, dtype_bytes)
-    kept = decode_works(decode_rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
-    return LayerPrediction(
-        module="",
-        density=schedule.density,
-        attention_s=attention_s,
-        index_s=index_s,
-        decode_attention_s=costs.decode_attention_s(step) if workload.generate_tokens else 0.0,
-        kv_bytes=sum(work.kv_bytes for work in kept),
+    return LayerPrediction(schedule.density, attention_s, index_s)
+
+
+def _called(
+    rules: tuple[Rule, ...],
+    tile_rules: tuple[Rule, ...],
+    block_tokens: int,
+    shape: ModelShape,
+    workload: Workload,
+    costs: CallCosts,
+) -> LayerPrediction:
+    """A prefill in one call per rule and sequence."""
+    grid = BlockGrid(workload.prompt_tokens, workload.prompt_tokens, block_tokens)
+    calls = calls_of(rules, tile_rules, grid, shape.head_dim)
+    dense = len(rules) * float(grid.reachable().sum())
+    whole_s, static_s = (
+        workload.batch * sum(costs.call_latency_s(call) for call in own)
+        for own in (calls, [replace(call, estimator=None) for call in calls])
     )
+    return LayerPrediction(sum(call.tiles for call in calls) / dense, static_s, whole_s - static_s)
+
+
+def _step_s(costs: LayerCosts | CallCosts, works: tuple[DecodeWork, ...]) -> float:
+    if isinstance(costs, LayerCosts):
+        return costs.decode_attention_s(works)
+    return costs.decode_call_s + float(costs.decode_latency_s(works).sum())
 
 
 def decode_works(

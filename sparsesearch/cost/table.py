@@ -17,6 +17,8 @@ from sparsesearch.errors import SpecError, nearest
 
 FORMAT = "sparsesearch.cost_model"
 SCHEMA_VERSION = "1.2"
+SHARED_HEADS = 4
+"""Query heads of a layer that a call is taken to serve where a unit is priced by itself."""
 
 
 class Curve(Frozen):
@@ -58,10 +60,10 @@ class TileCost(Frozen):
     row_s: float = Field(ge=0, description="per query head and row of tiles")
     tile_s: float = Field(gt=0, description="per computed tile")
 
-    def seconds(self, *, heads: int, rows: float, tiles: float) -> float:
-        """Of one call; `rows` per head, `tiles` over all heads."""
-        per_head_s = self.call_s + rows * self.row_s
-        return self.group_s + rows * self.launch_s + heads * per_head_s + tiles * self.tile_s
+    def seconds(self, *, heads: int, rows: float, tiles: float, share: float = 1.0) -> float:
+        """Of a call, or of heads that pay a share of its bookkeeping; `rows` per head, `tiles` over all heads."""
+        bookkeeping_s = self.group_s + rows * self.launch_s
+        return share * bookkeeping_s + heads * (self.call_s + rows * self.row_s) + tiles * self.tile_s
 
 
 class DecodeCost(Frozen):
@@ -100,8 +102,8 @@ class CostTable(StoredModel):
 class TableCostModel:
     """Dense attention, estimators and mean values by curves over length; tiles by a line per head_dim and block size.
 
-    A unit is priced as a call of its own, with all of that call's bookkeeping. Units of a layer that follow one rule share a call, so a plan
-    never takes longer than its units' sum, and one that gains nothing by itself (a short prompt) stays dense.
+    Heads of a layer that follow one rule share a call, and its bookkeeping. What a unit adds is therefore priced as in a call of
+    `SHARED_HEADS`; what a layer takes is the sum of its calls, each with all of its bookkeeping (`call_latency_s`).
     A call of q queries against longer context is priced as the prefill with equally many query-key pairs. Between
     measured head_dims costs are interpolated in log-log, beyond them taken as proportional; the nearest measured block
     size is scaled by its area.
@@ -122,13 +124,20 @@ class TableCostModel:
         return self.table.device
 
     def unit_latency_s(self, work: UnitWork) -> float:
-        """Seconds that one unit adds.
+        """Seconds that one unit adds to a call that others join.
 
         Raises:
             SpecError: the element size or the estimator was not measured.
         """
+        return self._latency_s(work, share=work.query_heads / max(work.query_heads, SHARED_HEADS))
+
+    def call_latency_s(self, work: UnitWork) -> float:
+        """Seconds of a call of just these heads; errors as in `unit_latency_s`."""
+        return self._latency_s(work, share=1.0)
+
+    def _latency_s(self, work: UnitWork, share: float) -> float:
         self._check_dtype(work.dtype_bytes)
-        chosen = self._kind_s(work)
+        chosen = self._kind_s(work, share)
         if work.estimator is None:
             return chosen
         curves = self.table.estimators
@@ -139,7 +148,11 @@ class TableCostModel:
             )
         calls = self.table.estimator_calls.get(work.estimator, ())
         call_s = _at(calls, work.head_dim, work.kv_len, growth=1.0) if calls else 0.0
-        return chosen + call_s + work.query_heads * _at(curves[work.estimator], work.head_dim, work.kv_len, growth=1.0)
+        return (
+            chosen
+            + share * call_s
+            + work.query_heads * _at(curves[work.estimator], work.head_dim, work.kv_len, growth=1.0)
+        )
 
     def latency_s(self, works: Sequence[UnitWork]) -> Float[ndarray, " works"]:
         """The same for many units."""
@@ -171,19 +184,19 @@ class TableCostModel:
         facts = {key: value for key, value in self.table.provenance.items() if isinstance(value, str | int | float)}
         return {"name": self.name, "device": self.device, "backend": self.table.backend, **facts, **self.table.fit}
 
-    def _kind_s(self, work: UnitWork) -> float:
+    def _kind_s(self, work: UnitWork, share: float) -> float:
         match work.kind:
             case "dense":
                 same_pairs = (2.0 * work.pairs) ** 0.5
                 return work.query_heads * _at(self.table.dense, work.head_dim, same_pairs, growth=2.0)
             case "tiles":
-                return self._tiles_s(work)
+                return self._tiles_s(work, share)
             case "mean_value":
                 return work.query_heads * _at(self.table.mean_value, work.head_dim, work.kv_len, growth=1.0)
             case "zero":
                 return 0.0
 
-    def _tiles_s(self, work: UnitWork) -> float:
+    def _tiles_s(self, work: UnitWork, share: float) -> float:
         def distance(cost: TileCost) -> float:
             return abs(math.log(cost.block_tokens / work.block_tokens))
 
@@ -193,7 +206,7 @@ class TableCostModel:
         for cost in costs:
             side = work.block_tokens / cost.block_tokens
             rows, tiles = work.query_blocks * side, work.tiles * side**2
-            seconds[cost.head_dim] = cost.seconds(heads=work.query_heads, rows=rows, tiles=tiles)
+            seconds[cost.head_dim] = cost.seconds(heads=work.query_heads, rows=rows, tiles=tiles, share=share)
         return between_sizes(seconds, work.head_dim)
 
 

@@ -101,7 +101,7 @@ def ragged_decode(
     sms = (
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     )  # the interpreter's, for tests
-    workers = sms * triton_decode.workers_per_sm(q.shape[0] * q.shape[1])
+    workers = sms * triton_decode.WORKERS_PER_SM
     with torch.cuda.device(q.get_device()):
         triton_decode.launch(
             q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers

@@ -13,6 +13,7 @@ class Tiling:
         stages: steps in flight.
         warps: per program.
         ahead: cache lines of each line of weights that are asked for before the input is there, a power of 2.
+        late: whether the next kernel is launched only when the last weights were read, or at once.
     """
 
     columns: int
@@ -20,6 +21,7 @@ class Tiling:
     stages: int
     warps: int
     ahead: int = 16
+    late: bool = False
 
     def for_bytes(self, element_bytes: int) -> "Tiling":
         """As many bytes in flight for elements of another size than 2 bytes."""
@@ -51,9 +53,9 @@ ONE_ROW: Ways = (
 ONE_SHORT_ROW: Ways = ((None, Tiling(8, 512, 4, 4, 4)),)
 EIGHT_ROWS: Ways = (
     (2112, Tiling(16, 256, 4, 2, 8)),
-    (5120, Tiling(32, 512, 3, 2, 0)),
-    (16384, Tiling(16, 256, 6, 1, 16)),
-    (65536, Tiling(32, 512, 3, 2, 0)),
+    (5120, Tiling(16, 512, 4, 1, 16)),
+    (16384, Tiling(16, 512, 4, 1, 0)),
+    (65536, Tiling(32, 256, 4, 2, 0, late=True)),
     (None, Tiling(32, 256, 4, 2, 0)),
 )
 SIXTEEN_ROWS: Ways = (

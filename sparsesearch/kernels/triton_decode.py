@@ -7,11 +7,13 @@ lengths may change from one replay of a CUDA graph to the next. The query heads 
 part of pair p in slot w + p, which is unique because a step to the next part moves to the next worker or to the next pair; a second kernel
 merges them by their log-sum-exp.
 
-Tried on an H200, with A/B runs: a pair's last worker merging in place of the second kernel (268 MB: 8 sequences, 4 parts a pair, 2-3 %
-faster; 16 sequences 1-2 % slower; one sequence, 134 MB, 33 to 50 parts a pair, 20-40 % slower), a pair's workers taking its blocks in turns
-(0-1 % slower), first blocks brought into L2 before the wait (0-5 % faster, seen only together with the first).
-
 On Hopper both kernels are launched while the one before still runs (programmatic dependent launch) and wait for its results on the device.
+With few heads the merge is launched at once and waits beside the workers, and a worker's first block is brought into L2 before the wait (at
+134 MB 3 % faster, H200). With many, programs of the merge that wait would keep a third worker off every multiprocessor, so it is launched
+when the workers have read their shares (8 sequences: 3 workers 18 % slower with an early merge, 6 % faster with a late one, than 2 workers).
+
+Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
+blocks in turns.
 """
 
 import torch
@@ -19,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sparsesearch.kernels.triton_skinny import LINE_BYTES, ask_for, starts_early
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,20 +33,19 @@ BLOCK_KEYS = 64  # 128 leave room for one block per multiprocessor instead of th
 UNIT_KEYS = 64  # a share that ends inside a block pays for a whole one in latency
 IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
+WORKERS_PER_SM = 3  # most loads in flight
 MANY_HEADS = 256
 
 
 @triton.jit
-def _units(kv_lens, num_pairs, workers, PAIRS: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, IDLE: tl.constexpr):
-    """Keys of each pair, where its units end when all are laid end to end; busy workers, units of each, and how many have one more."""
-    pairs = tl.arange(0, PAIRS)
-    lens = tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0)
+def _units(lens, workers, BN: tl.constexpr, UNIT: tl.constexpr, IDLE: tl.constexpr):
+    """Where each pair's units end when all are laid end to end; busy workers, units of each, and how many have one more."""
     units = tl.where(lens > 0, (lens + UNIT - 1) // UNIT + IDLE, 0)
     total = tl.sum(units, 0)
     # no worker between two busy ones is idle: the merge reads them all
     busy = tl.maximum(tl.minimum(workers, (total * UNIT + BN - 1) // BN), 1)
     share = total // busy
-    return pairs, lens, tl.cumsum(units, 0), busy, share, total - share * busy
+    return tl.cumsum(units, 0), busy, share, total - share * busy
 
 
 @triton.jit
@@ -53,17 +56,51 @@ def _owner(unit, share, longer):
 
 
 @triton.jit
+def _ask_ahead(
+    k, v, kv_start, kv_lens, num_pairs, num_rows, k_stride, v_stride, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PAIRS: tl.constexpr, UNIT: tl.constexpr, IDLE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Bring what seem to be this worker's first blocks into L2. Lengths may be about to change: only rows that exist are asked for."""
+    pairs = tl.arange(0, PAIRS)
+    lens = tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0, volatile=True)
+    lens = tl.minimum(tl.maximum(lens, 0), num_rows)
+    ends, _, share, longer = _units(lens, tl.num_programs(0), BN, UNIT, IDLE)
+    worker = tl.program_id(0)
+    at = worker * share + tl.minimum(worker, longer)
+    pair = tl.minimum(tl.sum((ends <= at).to(tl.int32), 0), num_pairs - 1)
+    own = pairs == pair
+    kv_len = tl.sum(tl.where(own, lens, 0), 0)
+    pair_first = tl.sum(tl.where(own, ends, 0), 0) - (kv_len + UNIT - 1) // UNIT
+    pos = tl.maximum(at - pair_first, 0) * UNIT + tl.arange(0, BN * AHEAD)
+    row = tl.load(kv_start + pair) + tl.maximum(tl.minimum(pos, kv_len - 1), 0)
+    row = tl.minimum(tl.maximum(row, 0), num_rows - 1)
+    per_line: tl.constexpr = LINE_BYTES // (k.dtype.element_ty.primitive_bitwidth // 8)
+    col = tl.minimum(tl.arange(0, D // per_line if per_line < D else 1) * per_line, DV - 1)
+    ask_for(k + row[:, None] * k_stride + col[None, :])
+    ask_for(v + row[:, None] * v_stride + col[None, :])
+
+
+@triton.jit
 def ragged_decode_parts(
-    q, k, v, kv_start, kv_lens, table, parts, lse_parts, num_pairs, k_stride, v_stride, table_stride, scale,
+    q, k, v, kv_start, kv_lens, table, parts, lse_parts, num_pairs, num_rows, k_stride, v_stride, table_stride, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
     UNIT: tl.constexpr, IDLE: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """One worker's share of all keys. Grid: workers."""
     if EARLY:
+        if AHEAD > 0 and PAGE == 0:
+            _ask_ahead(
+                k, v, kv_start, kv_lens, num_pairs, num_rows, k_stride, v_stride, BN, D, DV, PAIRS, UNIT, IDLE, AHEAD
+            )
         gdc_wait()
-        gdc_launch_dependents()
+        if not LATE:
+            gdc_launch_dependents()
     worker = tl.program_id(0)
-    pairs, lens, ends, busy, share, longer = _units(kv_lens, num_pairs, tl.num_programs(0), PAIRS, BN, UNIT, IDLE)
+    pairs = tl.arange(0, PAIRS)
+    # not from L1, where older ones may lie that were read ahead
+    lens = tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0, cache_modifier=".cg")
+    ends, busy, share, longer = _units(lens, tl.num_programs(0), BN, UNIT, IDLE)
     if PAIRS <= IN_REGISTERS:  # loaded with the lengths: one wait for memory instead of two
         starts = tl.load(kv_start + pairs, mask=pairs < num_pairs, other=0)
     at = worker * share + tl.minimum(worker, longer)
@@ -118,6 +155,8 @@ def ragged_decode_parts(
         part = parts + (slot * GROUP + rows)[:, None] * D + cols[None, :]
         tl.store(part, acc / total[:, None], mask=(rows < GROUP)[:, None])
         at = until
+    if EARLY and LATE:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -131,7 +170,9 @@ def merge_decode_parts(
         gdc_launch_dependents()
     head = tl.program_id(0)
     pair = head // GROUP
-    pairs, lens, ends, _, share, longer = _units(kv_lens, num_pairs, workers, PAIRS, BN, UNIT, IDLE)
+    pairs = tl.arange(0, PAIRS)
+    lens = tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0)
+    ends, _, share, longer = _units(lens, workers, BN, UNIT, IDLE)
     end = tl.sum(tl.where(pairs == pair, ends, 0), 0)
     first = end - (tl.sum(tl.where(pairs == pair, lens, 0), 0) + UNIT - 1) // UNIT
     lo = _owner(first, share, longer)
@@ -162,9 +203,14 @@ def merge_decode_parts(
     tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
 
 
-def workers_per_sm(num_heads: int) -> int:
-    """Three blocks keep most loads in flight; with many query heads two are faster, which leave room for the merge to start early (H200)."""
-    return 3 if num_heads < MANY_HEADS else 2
+def is_late(num_heads: int) -> bool:
+    """Whether the merge is launched only when the workers have read their shares."""
+    return num_heads >= MANY_HEADS
+
+
+def blocks_ahead(num_heads: int) -> int:
+    """Blocks of each worker that are brought into L2 while the kernel before still runs."""
+    return 0 if is_late(num_heads) else 1
 
 
 def launch(
@@ -173,8 +219,9 @@ def launch(
 ) -> None:  # fmt: skip
     """Run both kernels. Shapes as in `decode.ragged_decode`."""
     num_pairs = kv_lens.numel()
-    early = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    group = q.shape[0] * q.shape[1] // num_pairs
+    early = starts_early(q)
+    num_heads = q.shape[0] * q.shape[1]
+    group = num_heads // num_pairs
     fixed = constants(
         group=group, head_dim=q.shape[-1], num_pairs=num_pairs, page_tokens=0 if table is None else page_tokens,
         fp32=q.dtype == torch.float32, early=early,
@@ -185,15 +232,18 @@ def launch(
     pages = kv_lens if table is None else table
     options = OPTIONS | ({"launch_pdl": True} if early else {})
     ragged_decode_parts[(workers,)](
-        q, k, v, kv_start, kv_lens, pages, parts, lse_parts, num_pairs, k.stride(0), v.stride(0), pages.stride(0), scale,
+        q, k, v, kv_start, kv_lens, pages, parts, lse_parts, num_pairs, k.shape[0], k.stride(0), v.stride(0), pages.stride(0), scale,
         **fixed, **options,
     )  # fmt: skip
-    shared = {name: value for name, value in fixed.items() if name not in ("ROWS", "PAGE", "PRECISION")}
+    shared = {
+        name: value for name, value in fixed.items() if name not in ("ROWS", "PAGE", "PRECISION", "AHEAD", "LATE")
+    }
     # few heads: their columns are shared out too; parts are read in as many rows at once as a pair longer than the others may have
-    cols = padded if q.shape[0] * q.shape[1] >= MANY_HEADS else min(padded, 32)
+    cols = padded if num_heads >= MANY_HEADS else min(padded, 32)
     chunk = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
-    merge_decode_parts[(q.shape[0] * q.shape[1], padded // cols)](
-        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=chunk, COLS=cols, **(options | {"num_stages": 1})
+    merge_decode_parts[(num_heads, padded // cols)](
+        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=chunk, COLS=cols,
+        **(options | {"num_stages": 1}),
     )  # fmt: skip
 
 
@@ -213,6 +263,8 @@ def constants(
         "PAGE": page_tokens,
         "PRECISION": "ieee" if fp32 else "tf32",
         "EARLY": early,
+        "AHEAD": blocks_ahead(group * num_pairs),
+        "LATE": is_late(group * num_pairs),
     }
 
 

@@ -40,10 +40,10 @@ def skinny_linear(
     x, w, bias, add, squares, gain, out, scaled, squares_out, num_rows, num_cols, inner_stride, num_parts, eps,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PAIRED: tl.constexpr, NORMED: tl.constexpr,
     BIASED: tl.constexpr, ADDED: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """BN rows of weights against all rows of x. Grid: tiles of columns."""
-    if EARLY:
+    if EARLY and not LATE:
         gdc_launch_dependents()
     inner = inner_stride  # columns of x and of w
     tile = tl.program_id(0)
@@ -104,6 +104,8 @@ def skinny_linear(
                 w_tile = tl.load(w_tile_at + first, mask=within[:, None] & left[None, :], other=0.0)
                 x_tile = tl.load(x_tile_at + first, mask=left[:, None] & present[None, :], other=0.0)
             acc = tl.dot(w_tile, x_tile, acc, input_precision=PRECISION)
+    if EARLY and LATE:
+        gdc_launch_dependents()
     if NORMED:
         acc = acc * tl.rsqrt(tl.sum(part, 1) / inner + eps)[None, :]
     if BIASED:
@@ -186,6 +188,7 @@ def constants(
         "EARLY": early,
         "AHEAD": tiling.ahead if early else 0,
         "STAGES": tiling.stages,
+        "LATE": tiling.late,
     }
 
 

@@ -100,6 +100,11 @@ class Profile:
             raise ArtifactError(f"{self.folder}/scores-{length}.safetensors cannot be read. Profile again.") from error
 
     @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What was worked out from the scores once, by whoever did it: reading them takes seconds for a large model."""
+        return {}
+
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """Names of the candidates, templates included."""
         return tuple(rule.label for rule in self.manifest.candidates)

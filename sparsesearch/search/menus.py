@@ -12,9 +12,9 @@ Source: Fu et al. 2024, MoA, arXiv:2406.14909, section 4.2 (two rules per layer)
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -26,6 +26,8 @@ from sparsesearch.scores import LayerMenus
 
 MAX_MENUS = 250_000
 PADDING = -2
+ENTRIES_AT_ONCE = 1 << 21
+"""Prices that are gathered at once, which bounds the memory of looking at all menus."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +78,7 @@ class Menus:
     @cached_property
     def all(self) -> Int[ndarray, "S G"]:
         """Every menu, in lexicographic order."""
-        return np.array(list(combinations(range(self.num_groups), self.size)), dtype=np.int64).reshape(
-            self.num_menus, self.size
-        )
+        return _combinations(self.num_groups, self.size)
 
     @cached_property
     def rows(self) -> Int[ndarray, "L n"]:
@@ -102,11 +102,29 @@ class Menus:
         if not self.num_groups:  # only what is on every menu
             free = np.append(np.where(self.group == -1, priced, np.inf).min(1), 0.0)[self.rows]
             return np.asarray(free.sum(1, keepdims=True))
-        return np.concatenate(list(_sums(padded, None, 0, self.size)), axis=1)
+        if self.size == 1:
+            return np.asarray(padded.sum(1))
+        first, second = np.triu_indices(self.num_groups, 1)
+        pairs = np.minimum(padded[:, :, first], padded[:, :, second])
+        begin = np.searchsorted(first, np.arange(self.num_groups))  # where the pairs of later groups begin
+        tails = ((least, pairs[:, :, begin[after] :]) for least, after in _prefixes(padded, None, 0, self.size - 2))
+        return np.concatenate(
+            [(tail if least is None else np.minimum(least, tail)).sum(1) for least, tail in tails], axis=1
+        )
 
     def cheapest(self, priced: Float[ndarray, "U C"]) -> Int[ndarray, " L"]:
-        """The menu of least price of each layer, the first of equal ones."""
-        return np.asarray(self.totals(priced).argmin(1))
+        """A menu of least price of each layer: among groups that no other one undercuts, the first of equal ones."""
+        if not self.num_groups:
+            return np.zeros(len(self.rows), dtype=np.int64)
+        of_unit = self.per_group(priced)
+        chosen = []
+        for rows in self.rows:
+            prices = of_unit[rows[rows >= 0]]
+            kept = _undominated(prices)
+            best = _least(prices, kept[_combinations(len(kept), min(self.size, len(kept)))])
+            others = np.setdiff1d(np.arange(self.num_groups), best)[: self.size - len(best)]
+            chosen.append(_rank(np.sort(np.concatenate([best, others])).tolist(), self.num_groups))
+        return np.array(chosen, dtype=np.int64)
 
     def open_under(self, chosen: Int[ndarray, " L"]) -> Bool[ndarray, "U C"]:
         """Entries that the menus chosen for the layers have; all of them where a unit has no layer."""
@@ -132,14 +150,43 @@ class Menus:
         return all(len(set(taken[rows[rows >= 0]]) - {-1}) <= self.max_groups for rows in self.rows)
 
 
-def _sums(
+def _prefixes(
     prices: Float[ndarray, "L n G"], least: Float[ndarray, "L n 1"] | None, start: int, left: int
-) -> Iterator[Float[ndarray, "L s"]]:
-    """Layer totals of all menus that add `left` groups from `start` on, in lexicographic order."""
-    if left == 1:
-        last = prices[:, :, start:]
-        yield (last if least is None else np.minimum(least, last)).sum(1)
+) -> Iterator[tuple[Float[ndarray, "L n 1"] | None, int]]:
+    """The least prices under the first `left` groups of menus, from `start` on, and the first group that may follow; in lexicographic order."""
+    if not left:
+        yield least, start
         return
-    for group in range(start, prices.shape[2] - left + 1):
+    for group in range(start, prices.shape[2] - left - 1):
         own = prices[:, :, [group]]
-        yield from _sums(prices, own if least is None else np.minimum(least, own), group + 1, left - 1)
+        yield from _prefixes(prices, own if least is None else np.minimum(least, own), group + 1, left - 1)
+
+
+@lru_cache(maxsize=64)
+def _combinations(num_groups: int, size: int) -> Int[ndarray, "S size"]:
+    """Every choice of so many groups, in lexicographic order."""
+    return np.array(list(combinations(range(num_groups), size)), dtype=np.int64).reshape(-1, size)
+
+
+def _least(prices: Float[ndarray, "n G"], menus: Int[ndarray, "S size"]) -> Int[ndarray, " size"]:
+    """The first menu of least price."""
+    step = max(1, ENTRIES_AT_ONCE // (prices.shape[0] * menus.shape[1]))
+    totals = [prices[:, menus[at : at + step]].min(2).sum(0) for at in range(0, len(menus), step)]
+    return np.asarray(menus[np.concatenate(totals).argmin()])
+
+
+def _rank(menu: Sequence[int], num_groups: int) -> int:
+    """The place of a menu, ascending, among all of its size."""
+    rank, after = 0, 0
+    for place, group in enumerate(menu):
+        left = len(menu) - place - 1
+        rank += sum(math.comb(num_groups - skipped - 1, left) for skipped in range(after, group))
+        after = group + 1
+    return rank
+
+
+def _undominated(prices: Float[ndarray, "n G"]) -> Int[ndarray, " g"]:
+    """Groups that no other group undercuts in every unit; of equal ones the first."""
+    lower = (prices[:, :, None] <= prices[:, None, :]).all(0)  # [G, G]: the first is nowhere dearer than the second
+    first = np.tril(np.ones_like(lower), -1).T  # the first comes before the second
+    return np.flatnonzero(~(lower & (~lower.T | first)).any(0))

@@ -4,18 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.calibrate import calibrate
-from sparsesearch.cost.cpu_cases import Grid, all_cases, estimators
+from sparsesearch.cost.cpu_cases import CPU_TIME, WALL, Grid, all_cases, clock, estimators
 from sparsesearch.cost.cpu_fit import fitted
 from sparsesearch.cost.table import CostTable, Curve, DecodeCost, TableCostModel, TileCost
 from sparsesearch.errors import ArtifactError, SpecError
-from sparsesearch.pricing import unit_work
-from sparsesearch.rules.base import LengthLaw
-from sparsesearch.rules.pooled_topk import PooledTopk
-from sparsesearch.rules.sink_window import SinkWindow
 
 
 def table() -> CostTable:
@@ -100,6 +95,14 @@ def test_a_falling_curve_is_refused() -> None:
         Curve(head_dim=32, tokens=(1, 2), seconds=(2.0, 1.0))
 
 
+def test_one_thread_is_timed_by_its_own_clock_and_several_by_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert clock() is CPU_TIME
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert clock() is WALL
+    assert (CPU_TIME.typical([1.0, 2.0, 9.0]), WALL.typical([1.0, 2.0, 9.0])) == (2.0, 1.0)
+
+
 def test_quick_calibration(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     threads = torch.get_num_threads()
@@ -118,19 +121,19 @@ def test_quick_calibration(tmp_path: Path) -> None:
     assert 0 < model.unit_latency_s(sparse) < model.unit_latency_s(dense)
 
 
-def test_a_call_pays_its_bookkeeping_once() -> None:
+def test_a_call_pays_its_bookkeeping_once_and_a_unit_its_share() -> None:
     plain = TableCostModel(table())
     tiles = tuple(cost.model_copy(update={"group_s": 3.0, "launch_s": 0.2}) for cost in plain.table.tiles)
     calls = {"pooled_topk": (Curve(head_dim=32, tokens=(100, 1000), seconds=(0.7, 0.7)),)}
     booked = TableCostModel(plain.table.model_copy(update={"tiles": tiles, "estimator_calls": calls}))
-    assert booked.unit_latency_s(TILES) == pytest.approx(plain.unit_latency_s(TILES) + 3.0 + 10 * 0.2)
+    assert booked.call_latency_s(TILES) == pytest.approx(plain.call_latency_s(TILES) + 3.0 + 10 * 0.2)
     chosen = replace(TILES, estimator="pooled_topk")
-    assert booked.unit_latency_s(chosen) == pytest.approx(plain.unit_latency_s(chosen) + 3.0 + 10 * 0.2 + 0.7)
+    assert booked.call_latency_s(chosen) == pytest.approx(plain.call_latency_s(chosen) + 3.0 + 10 * 0.2 + 0.7)
     each = replace(TILES, query_heads=1, tiles=20)
-    assert booked.unit_latency_s(TILES) < 2 * booked.unit_latency_s(
-        each
-    )  # heads that share a call share its bookkeeping
-    assert plain.unit_latency_s(TILES) == pytest.approx(2 * plain.unit_latency_s(each))
+    four = replace(TILES, query_heads=4, tiles=80)
+    assert booked.unit_latency_s(each) == pytest.approx(booked.call_latency_s(four) / 4)
+    assert booked.call_latency_s(TILES) < 2 * booked.call_latency_s(each)
+    assert plain.call_latency_s(TILES) == pytest.approx(2 * plain.unit_latency_s(each))
 
 
 def test_bookkeeping_is_found_in_calls_of_one_head_and_of_four() -> None:
@@ -138,27 +141,16 @@ def test_bookkeeping_is_found_in_calls_of_one_head_and_of_four() -> None:
     shapes = Grid((128, 256), (128, 256), (512, 1024), (128, 256, 512), (32,), (64,), (768,), (256,))
     cases = all_cases(shapes, torch.Generator().manual_seed(0))
     for case in cases:
-        case.seconds = [1e-3 if case.work is None else 1e-3 * case.work.query_heads]
+        case.taken_s = 1e-3 if case.work is None else 1e-3 * case.work.query_heads
         if case.work is not None and case.work.kind == "tiles":
             work = case.work
-            case.seconds = [truth.seconds(heads=work.query_heads, rows=work.query_blocks, tiles=work.tiles)]
+            case.taken_s = truth.seconds(heads=work.query_heads, rows=work.query_blocks, tiles=work.tiles)
         if case.group in estimators():
-            case.seconds = [5e-4 + 1e-5 * case.heads]
+            case.taken_s = 5e-4 + 1e-5 * case.heads
+        case.seconds = [case.taken_s]
     found = fitted(cases, shapes, torch.float32, {})
     (cost,) = found.tiles
     for name in ("group_s", "launch_s", "call_s", "row_s", "tile_s"):
         assert getattr(cost, name) == pytest.approx(getattr(truth, name), rel=1e-3), name
     assert found.estimators["pooled_topk"][0].seconds == pytest.approx((1e-5, 1e-5))
     assert found.estimator_calls["pooled_topk"][0].seconds == pytest.approx((5e-4, 5e-4))
-
-
-@pytest.mark.parametrize(("tokens", "gains"), [(256, False), (512, False), (4096, True)])
-def test_short_prompts_stay_dense_on_the_shipped_processor(tokens: int, gains: bool) -> None:
-    """One query head under a window, and under a dynamic rule at a quarter of the tiles, beside dense."""
-    model = load_cost_model("cpu")
-    grid = BlockGrid(tokens, tokens, 64)
-    window = unit_work(SinkWindow(sink=64, window=LengthLaw(a=128)), float(3 * grid.num_q_blocks), grid, 32, 1)
-    chosen = unit_work(PooledTopk(keep=LengthLaw(b=0.25)), 0.25 * float(grid.reachable().sum()), grid, 32, 1)
-    dense_s = model.unit_latency_s(UnitWork("dense", tokens, tokens, 32))
-    assert (model.unit_latency_s(window) < dense_s) is gains
-    assert (model.unit_latency_s(chosen) < dense_s) is gains

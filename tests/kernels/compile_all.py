@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from sparsesearch.kernels import (
     device_schedule,
+    hopper_attention,
     hopper_prefill,
     triton_cache,
     triton_decode,
@@ -34,7 +35,7 @@ def hopper(
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, padded], gl.bfloat16)
         return f"tensordesc<{dtype}[1, 1, {rows}, {padded}],{layout!r}>"
 
-    kernel = hopper_prefill.hopper_attention
+    kernel = hopper_attention.hopper_attention
     types = dict.fromkeys(kernel.arg_names, "i32") | {
         **dict.fromkeys(("q_desc", "o_desc"), descriptor(64)),
         **dict.fromkeys(("k_desc", "v_desc"), descriptor(config.tile_keys)),
@@ -63,7 +64,7 @@ def portable(head_dim: int, block: int, *, masks: bool = False) -> CompileReport
     return compile_report(kernel, types, constants, options=triton_prefill.options(block, block, head_dim))
 
 
-def decode(page_tokens: int) -> CompileReport:
+def decode(page_tokens: int, num_pairs: int) -> CompileReport:
     kernel = triton_decode.ragged_decode_parts
     types = dict.fromkeys(kernel.arg_names, "i32") | {
         **dict.fromkeys(("q", "k", "v"), "*bf16"),
@@ -74,7 +75,7 @@ def decode(page_tokens: int) -> CompileReport:
         "scale": "fp32",
     }
     constants = triton_decode.constants(
-        group=4, head_dim=128, num_pairs=8, page_tokens=page_tokens, fp32=False, early=True
+        group=4, head_dim=128, num_pairs=num_pairs, page_tokens=page_tokens, fp32=False, early=True
     )
     return compile_report(kernel, types, constants, options=triton_decode.OPTIONS)
 
@@ -180,7 +181,8 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
         yield f"triton {head_dim} {block}", portable(head_dim, block)
     for page_tokens in (0, 64):
-        yield f"decode {page_tokens}", decode(page_tokens)
+        for num_pairs in (8, 64):
+            yield f"decode {page_tokens} {num_pairs}", decode(page_tokens, num_pairs)
     yield from schedule()
     yield "index mass", index()
     yield "select best", select()

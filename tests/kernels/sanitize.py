@@ -63,7 +63,7 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer must be on PATH; it comes with the CUDA toolkit.")
     if not given.no_warm:
-        subprocess.run([sys.executable, str(SHAPES)], check=True)
+        subprocess.run([sys.executable, str(SHAPES), *["--quick"] * given.quick], check=True)
     rows = []
     for tool in given.tools:
         rows.append(check(tool, timeout_s=given.timeout_s, quick=given.quick))

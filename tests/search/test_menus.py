@@ -12,6 +12,7 @@ from sparsesearch.search.budget import Budget
 from sparsesearch.search.exhaustive import solve_exhaustive
 from sparsesearch.search.knapsack import TOLERANCE, knapsack_of
 from sparsesearch.search.lagrangian import evaluate
+from sparsesearch.search.menus import Menus
 from sparsesearch.search.pareto import pareto
 from sparsesearch.search.solve import solve
 from sparsesearch.search.speed import synthetic_table
@@ -74,6 +75,29 @@ def test_cheapest_menu_is_the_cheapest(max_groups: int) -> None:
         taken[some] = choice[some]
         if problem.menus.allow(taken):
             assert priced[np.arange(11), taken].sum() >= least - 1e-9
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_totals_and_cheapest_menus_are_those_of_looking_at_each(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with equal prices, entries that are forbidden, units without a layer, and few prices at once."""
+    monkeypatch.setattr("sparsesearch.search.menus.ENTRIES_AT_ONCE", 50)
+    rng = np.random.default_rng(size)
+    for num_groups in (size, size + 1, 7):
+        layer = rng.integers(-1, 3, 12)
+        menus = Menus(layer, np.tile(np.arange(-1, num_groups), (12, 1)), size)
+        priced = rng.integers(0, 6, (12, num_groups + 1)).astype(float)
+        priced[rng.random(priced.shape) < 0.2] = np.inf
+        priced[:, 0] = np.where(rng.random(12) < 0.5, 9.0, np.inf)  # on every menu
+        priced[:, 1] = 7.0
+        expected = np.array(
+            [
+                [np.minimum(priced[rows, 0], priced[rows][:, menu + 1].min(1)).sum() for menu in menus.all]
+                for rows in (row[row >= 0] for row in menus.rows)
+            ]
+        )
+        assert np.array_equal(menus.totals(priced), expected)
+        chosen = menus.cheapest(priced)
+        assert np.array_equal(expected[np.arange(len(expected)), chosen], expected.min(1))
 
 
 def layered(num_layers: int, num_heads: int, num_candidates: int, max_groups: int) -> ScoreTable:

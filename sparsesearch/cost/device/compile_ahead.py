@@ -4,7 +4,7 @@ Compiling one kernel after the other, as the cases come, took more than half of 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -24,8 +24,13 @@ FEW_TOKENS = 256
 
 def compile_ahead(bench: Bench, plan: RunPlan) -> None:
     """Run one case of every kernel that the plan's runs will launch, on as many threads as there are cores."""
+    run_all(bench, jobs(CompilingBench(bench), plan))
+
+
+def run_all(bench: Bench, todo: Iterable[Job]) -> None:
+    """Run jobs on as many threads as there are cores, and give the memory back."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for done in [threads.submit(_tried, job) for job in jobs(CompilingBench(bench), plan)]:
+        for done in [threads.submit(_tried, job) for job in todo]:
             done.result()
     if torch.device(bench.device).type == "cuda":
         torch.cuda.synchronize()
@@ -43,11 +48,7 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
         cases = [case for case in tile_cases(head_dim, block_tokens) if case.length <= plan.longest_tokens]
         kinds = {case.family: case for case in reversed(cases)}  # one of them is cut, and merged
         yield partial(list, runs.tile_runs(bench, list(kinds.values())))
-    for kind in estimators():
-        for length in plan.estimator_tokens:
-            yield partial(list, runs.estimator_runs(bench, (length,), (kind,)))
-    for length in plan.estimator_tokens[:2]:
-        yield partial(list, runs.estimator_runs(bench, (length,), HAVE_KERNELS, heads=MANY_HEADS))
+    yield from choices(bench, plan.estimator_tokens, tuple(estimators()))
     batches = {(head_dim, batch) for head_dim in plan.decode_head_dims for batch, _ in plan.decode}
     probed = {(EVICTING.head_dim, batch) for batch in plan.layer_batches}
     for head_dim, batch in sorted(batches | probed):
@@ -57,6 +58,16 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
             yield partial(list, runs.skinny_runs(bench, (rows,), (product,)))
     for batch in plan.fused_batches:
         yield partial(_one_layer, bench, batch)
+
+
+def choices(bench: CompilingBench, tokens: Sequence[int], kinds: Sequence[str]) -> Iterator[Job]:
+    """Those of `runs.choosing_runs`."""
+    for kind in kinds:
+        for length in tokens:
+            yield partial(list, runs.estimator_runs(bench, (length,), (kind,)))
+    for kind in set(kinds) & set(HAVE_KERNELS):
+        for length in tokens[:2]:
+            yield partial(list, runs.estimator_runs(bench, (length,), (kind,), heads=MANY_HEADS))
 
 
 def _one_layer(bench: Bench, batch: int) -> None:

@@ -35,12 +35,6 @@ SKINNY: tuple[tuple[int, int, SkinnyUse], ...] = (
 """Lines of weights, inner columns and use: every tiling of `kernels.skinny_tiling`, short and long."""
 
 
-HAVE_KERNELS = ("vertical_slash", "pooled_topk")
-"""Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
-
-MANY_HEADS = 64
-
-
 def estimators() -> dict[str, Rule]:
     """A generous example of every dynamic rule that chooses by itself in a causal prompt."""
     kinds = rule_kinds().items()

@@ -39,8 +39,7 @@ def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
         yield row | {"group": "probe_gemm"}
     yield from skinny_runs(bench, plan.skinny_rows, plan.skinny)
     yield from pointwise_runs(bench, plan.pointwise_tokens)
-    yield from estimator_runs(bench, plan.estimator_tokens)
-    yield from estimator_runs(bench, plan.estimator_tokens[:2], HAVE_KERNELS, heads=MANY_HEADS)
+    yield from choosing_runs(bench, plan.estimator_tokens, tuple(estimators()))
     yield from permutation_runs(bench, plan.estimator_tokens)
     yield from layer_runs(bench, plan.layer_batches, plan.fused_batches, plan.layer_tokens)
 
@@ -167,6 +166,14 @@ def pointwise_runs(bench: Bench, tokens: Sequence[int], width: int = 4096) -> It
             for name, run in works.items():
                 timed = bench.time(run, copies=copies, warm_s=0.02)
                 yield bench.row("pointwise", timed, name=name, elements=count * width)
+
+
+def choosing_runs(bench: Bench, tokens: Sequence[int], kinds: Sequence[str]) -> Iterator[Row]:
+    """Dynamic rules of these kinds: each for few heads, and those with kernels for many at the two shortest lengths too."""
+    yield from estimator_runs(bench, tokens, kinds)
+    several = tuple(kind for kind in kinds if kind in HAVE_KERNELS)
+    if several:
+        yield from estimator_runs(bench, tokens[:2], several, heads=MANY_HEADS)
 
 
 def estimator_runs(

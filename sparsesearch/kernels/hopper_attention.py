@@ -1,0 +1,338 @@
+"""Prefill on Hopper: a persistent, warp-specialised Gluon kernel that runs a tile schedule.
+
+One warp (the producer) walks a worker's tiles and copies queries, keys and values into shared memory with the tensor copy engine; two
+warpgroups (the consumers) own 64 query rows each. A consumer issues the scores of key block i + 1 before it multiplies the weights of
+block i with the values, so the tensor cores work while it takes exponentials (Shah et al. 2024, FlashAttention-3, arXiv:2407.08608,
+algorithm 2). Differs: the key blocks come from compact lists, full and partial in one loop (two loops make ptxas serialise the
+matrix instructions), and each worker has its own list of tiles, balanced beforehand.
+
+All four tensors are read through rank-4 descriptors [B, H, S, D] of any strides, so heads of 96 read zeros beyond their width and rows
+beyond the tensor read zeros. Rows of V that a list reaches must be finite: a masked weight is 0, and 0 · NaN is NaN.
+
+What limits it (H200, `sparsesearch.bench.counters`, tests/golden/counters_h200.json). head_dim 128 at 32k: power. The matrix units are busy 81 %
+of the time (cuDNN's 76 %), at a clock that the 690 W cap holds near 1.5 of 1.98 GHz. head_dim 64: neither matrix units (54 %) nor exponentials
+(55 %) nor issue slots (45 %) are full: both warpgroups wait for scores, then both for exponentials. At 8k, launch and drain and workers that finish
+early take 6 % of the time at head_dim 128 and 11 % at 64, and tiles of ten blocks lower the matrix units to 68 % and 44 %.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparsesearch.kernels.hopper_softmax import LOG2E, MASKED, keep_first, late_softmax, no_keys, rescale, softmax
+
+# Triton 3.9 renamed the two copies; 3.6 has only the old names.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+LN2 = gl.constexpr(0.6931471805599453)
+FIELDS = gl.constexpr(12)  # int32 per tile record, schedule.TILE_FIELDS
+ENTRY_SHIFT = gl.constexpr(3)  # schedule.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    tiles, entries, bin_ptr, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    Q_BUFFERS: gl.constexpr,
+):  # fmt: skip
+    count = 0
+    done = 0
+    for t in range(gl.load(bin_ptr + gl.program_id(0)), gl.load(bin_ptr + gl.program_id(0) + 1)):
+        record = tiles + t * FIELDS
+        batch = gl.load(record)
+        head = gl.load(record + 1)
+        q_row = gl.load(record + 2)
+        k_row = gl.load(record + 5)
+        lo = gl.load(record + 8)
+        hi = gl.load(record + 9)
+        for g in gl.static_range(2):
+            half = (done % Q_BUFFERS) * 2 + g
+            mbarrier.wait(q_empty.index(half), ((done // Q_BUFFERS) & 1) ^ 1)
+            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, head, q_row + g * ROWS, 0], q_full.index(half), q_smem.index(half))
+        kv_head = head // GROUP
+        for i in range(lo, hi):
+            row = k_row + (gl.load(entries + i) >> ENTRY_SHIFT) * BN
+            stage = count % STAGES
+            phase = ((count // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [batch, kv_head, row, 0], k_full.index(stage), k_smem.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            tma_load(v_desc, [batch, kv_head, row, 0], v_full.index(stage), v_smem.index(stage))
+            count += 1
+        done += 1
+
+
+@gluon.jit
+def _adjust(
+    s, entry, at, q_pos, kv_len, bias, scale, masks, words, word_stride, G: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr,
+    CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Add the per-key bias; cut a partial block by the sequence's end, causality, the half tile that does not attend to it, its bitmap."""
+    if BIAS:  # the running maximum is of s · scale, so the bias is brought to s's unit
+        offs = (entry >> ENTRY_SHIFT) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+        s = s + (gl.load(bias + offs) * (LOG2E / scale))[None, :]
+    if (entry & 1) != 0:
+        limit = gl.where(((entry >> (1 + G)) & 1) != 0, 0, kv_len)
+        if CAUSAL:
+            limit = gl.minimum(q_pos + 1, limit)
+        s = keep_first(s, limit - (entry >> ENTRY_SHIFT) * BN, ROWS, BN, CAUSAL)
+        if MASKS:
+            # one word of every row at a time: a [ROWS, BN] gather would hold 64 addresses per thread
+            start = gl.load(masks + 2 * at + G)
+            row = words + gl.maximum(start, 0) + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) * word_stride
+            bit = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+            for w in gl.static_range(BN // 32):
+                word = gl.where(start >= 0, gl.load(row + w), -1)[:, None]
+                s = gl.where((bit // 32 == w)[None, :] & (((word >> (bit % 32)[None, :]) & 1) == 0), MASKED, s)
+    return s
+
+
+@gluon.jit
+def _write(
+    acc, m, total, o_desc, o_smem, o_ptr, lse_ptr, parts, lse_parts, record, strides,
+    HEADS: gl.constexpr, G: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, DTYPE: gl.constexpr,
+    ROW_S: gl.constexpr, ROW_O: gl.constexpr,
+):  # fmt: skip
+    """Normalise and store one consumer's rows: by the copy engine if all are real; row by row if not, or if this is a piece of a tile."""
+    batch = gl.load(record)
+    head = gl.load(record + 1)
+    q_row = gl.load(record + 2)
+    row_lo = gl.load(record + 3)
+    row_hi = gl.load(record + 4)
+    slot = gl.load(record + 10)
+    whole = slot < 0
+    total = gl.convert_layout(gl.sum(total, 1), ROW_S)
+    m = gl.convert_layout(gl.max(m, 1), ROW_S)
+    seen = total > 0
+    lse = gl.where(seen, m * LN2 + gl.log(total), -float("inf"))
+    inverse = gl.where(seen, 1.0 / total, 0.0)
+    acc = acc * gl.convert_layout(inverse, ROW_O)[:, None]
+    rows_s = G * ROWS + gl.arange(0, ROWS, ROW_S)
+    lse_base = gl.where(whole, lse_ptr + (batch * HEADS + head) * strides[3] + q_row, lse_parts + slot * (2 * ROWS))
+    gl.store(lse_base + rows_s, lse, mask=(rows_s >= row_lo) & (rows_s < row_hi))
+    tma.store_wait(0)
+    staged = o_smem.reshape((ROWS, D))
+    staged.store(acc.to(DTYPE))
+    if whole & (row_lo <= G * ROWS) & (row_hi >= (G + 1) * ROWS):
+        fence_async_shared()
+        tma_store(o_desc, [batch, head, q_row + G * ROWS, 0], o_smem)
+    else:
+        THREADS: gl.constexpr = D // 8
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
+        rows = G * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, FLAT))
+        cols = gl.arange(0, D, gl.SliceLayout(0, FLAT))
+        stride = gl.where(whole, strides[2], D).to(gl.int64)
+        home = o_ptr + batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1] + q_row * stride
+        base = gl.where(whole, home, parts + slot.to(gl.int64) * (2 * ROWS * D))
+        real = (rows >= row_lo) & (rows < row_hi)
+        gl.store(
+            base + (rows * stride)[:, None] + cols[None, :],
+            staged.load(FLAT),
+            mask=real[:, None] & (cols < DV)[None, :],
+        )
+
+
+@gluon.jit
+def _read(tiles, bias, t, bias_stride_b, bias_stride_g, GROUP: gl.constexpr, BIAS: gl.constexpr):
+    """What scores of a tile need: length, first position, list, bias."""
+    record = tiles + t * FIELDS
+    tile_bias = bias
+    if BIAS:
+        tile_bias = (
+            bias
+            + gl.load(record) * bias_stride_b
+            + (gl.load(record + 1) // GROUP) * bias_stride_g
+            + gl.load(record + 5)
+        )
+    return gl.load(record + 6), gl.load(record + 7), gl.load(record + 8), gl.load(record + 9), tile_bias
+
+
+@gluon.jit
+def _consumer(
+    G: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    OVERLAP: gl.constexpr = Q_BUFFERS == 2
+    LATE: gl.constexpr = D <= 128  # beyond, the registers do not hold scores and weights side by side
+    # weights are rounded once the product before has released its own, or at once where registers are short
+    W_TYPE: gl.constexpr = gl.float32 if D * BN <= 64 * 128 else DTYPE
+    scale2 = scale * LOG2E
+    rows = G * ROWS + gl.arange(0, ROWS, ROW_S)
+    zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
+    no_max, no_sum = no_keys(zero, ROWS, BN)
+    kc = 0
+    first = gl.load(bin_ptr + gl.program_id(0))
+    end = gl.load(bin_ptr + gl.program_id(0) + 1)
+    last = gl.load(bin_ptr + gl.num_programs(0)) - 1
+    kv_len, q_pos0, lo, hi, tile_bias = _read(tiles, bias, gl.minimum(first, last), strides[4], strides[5], GROUP, BIAS)
+    m = no_max
+    total = no_sum
+    weights = gl.convert_layout(zero.to(DTYPE), P_LAYOUT)
+    if OVERLAP:
+        # the first block of the first tile; a worker without tiles computes on what is there and waits for nothing
+        entry = gl.load(entries + lo)
+        mbarrier.wait(q_full.index(G), 0, pred=first < end)
+        mbarrier.wait(k_full.index(0), 0, pred=first < end)
+        k = k_smem.index(0).reshape((BN, D))
+        s = warpgroup_mma(q_smem.index(G).reshape((ROWS, D)), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(0), count=1, pred=first < end)
+        kc += 1
+        s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+                    G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+        p, _, m, total = softmax(s, no_max, no_sum, scale2, ROWS, BN)
+        weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+    for t in range(first, end):
+        # read again (it is in L1), not carried over: Triton 3.6's loop-aware CSE replaces a carried loop bound by its first value
+        kv_len, q_pos0, lo, hi, tile_bias = _read(tiles, bias, t, strides[4], strides[5], GROUP, BIAS)
+        done = t - first
+        half = (done % Q_BUFFERS) * 2 + G
+        q = q_smem.index(half).reshape((ROWS, D))
+        if not OVERLAP:
+            entry = gl.load(entries + lo)
+            mbarrier.wait(q_full.index(half), done & 1)
+            mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1)
+            k = k_smem.index(kc % STAGES).reshape((BN, D))
+            s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
+            kc += 1
+            s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+                    G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+            p, _, m, total = softmax(s, no_max, no_sum, scale2, ROWS, BN)
+            weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+        q_pos = q_pos0 + rows
+        for i in range(lo + 1, hi):
+            entry = gl.load(entries + i)
+            mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1)
+            k = k_smem.index(kc % STAGES).reshape((BN, D))
+            s_next = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            vc = kc - 1
+            mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
+            v = v_smem.index(vc % STAGES).reshape((BN, D))
+            acc_next = warpgroup_mma(weights, v, acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s_next,))
+            mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
+            s = _adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
+                        G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+            if LATE:
+                w, rise, m, total = late_softmax(s, m, total, scale2, W_TYPE, ROWS, BN)
+            else:
+                w, rise, m, total = softmax(s, m, total, scale2, ROWS, BN)
+            acc = warpgroup_mma_wait(0, deps=(acc_next,))
+            mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
+            kc += 1
+            acc = rescale(acc, rise, ROWS, D, LATE)
+            weights = gl.convert_layout(w.to(DTYPE), P_LAYOUT)
+        if OVERLAP:
+            more = t + 1 < end
+            # asked for here, not before the loop over keys: values that live through it cost up to a tenth (measured, H200)
+            len_next, pos_next, lo_next, _, bias_next = _read(
+                tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
+            )
+            mbarrier.arrive(q_empty.index(half), count=1)
+            entry = gl.load(entries + lo_next)
+            half_next = ((done + 1) % Q_BUFFERS) * 2 + G
+            mbarrier.wait(q_full.index(half_next), ((done + 1) // Q_BUFFERS) & 1, pred=more)
+            mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
+            k = k_smem.index(kc % STAGES).reshape((BN, D))
+            q_next = q_smem.index(half_next).reshape((ROWS, D))
+            s_next = warpgroup_mma(q_next, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            vc = kc - 1
+            mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
+            v = v_smem.index(vc % STAGES).reshape((BN, D))
+            acc_next = warpgroup_mma(weights, v, acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s_next,))
+            mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
+            s = _adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
+                        G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
+            p, _, m_next, total_next = softmax(s, no_max, no_sum, scale2, ROWS, BN)
+            acc = warpgroup_mma_wait(0, deps=(acc_next,))
+            mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
+            kc += 1
+            weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+            _write(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
+                   HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O)  # fmt: skip
+            m = m_next
+            total = total_next
+        else:
+            vc = kc - 1
+            mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
+            v = v_smem.index(vc % STAGES).reshape((BN, D))
+            acc_next = warpgroup_mma(weights, v, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc_next,))
+            mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
+            _write(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
+                   HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O)  # fmt: skip
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(half), count=1)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_attention(
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, tiles, entries, bin_ptr,
+    o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, word_stride, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
+):  # fmt: skip
+    """One persistent worker: see the module. Grid: one program per bin of the schedule."""
+    ROWS: gl.constexpr = 64
+    DTYPE: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(DTYPE, [2 * Q_BUFFERS, 1, 1, ROWS, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BN, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BN, D], v_desc.layout)
+    o_smem = q_smem
+    if Q_BUFFERS == 2:
+        o_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, ROWS, D], o_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * Q_BUFFERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_BUFFERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * Q_BUFFERS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    strides = (o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, word_stride)
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                gl.constexpr(0), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
+            (_consumer, (
+                gl.constexpr(1), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
+            (_producer, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                tiles, entries, bin_ptr, GROUP, BN, STAGES, ROWS, Q_BUFFERS)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
