@@ -15,7 +15,7 @@ def heal(
         Path, typer.Argument(help="Pruned checkpoint, written by `sparsesearch apply`.", metavar="DIR")
     ],
     teacher: Annotated[str, typer.Option(help="The dense model.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
+    out: o.CheckpointOut,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 200,
     data: o.Data = "text",
     length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = 512,
