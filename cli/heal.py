@@ -45,7 +45,7 @@ def heal(
     """Distil the dense model into a pruned checkpoint. The state nearest to it on validation data is written, and its gain on held-out data printed."""
     from dataclasses import asdict
 
-    from sparsesearch.profiling.record import provenance_versions
+    from sparsesearch.profiling.record import device_name, provenance_versions
     from sparsesearch.pruning.heal import heal_checkpoint
     from sparsesearch.pruning.heal_data import HealRequest
 
@@ -64,7 +64,7 @@ def heal(
             f"{found.distance_before:.4g}), though validation data said otherwise; keep {checkpoint}, or heal with more --data or a lower --learning-rate."
         )
     if json:
-        origin = {"command": o.command_line(), "device": device, "versions": provenance_versions()}
+        origin = {"command": o.command_line(), "device": device_name(device), "versions": provenance_versions()}
         emit_json({**asdict(found), "provenance": {**origin, "request": asdict(request)}})
         return
     columns = ["held-out", "dense", "pruned", "healed", "recovered"]
