@@ -9,6 +9,7 @@ Streamed, the shape's weights are first written to disk in bf16, at fewer layers
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from sparsesearch import calibration
 from sparsesearch.bench.meter import emptied, peak_bytes, synchronize
 from sparsesearch.bench.random_model import random_model
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape
+from sparsesearch.profiling.record import device_name
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.profiling.streamed_model import open_streamed
 from sparsesearch.profiling.streaming import profile_streamed
@@ -147,13 +149,13 @@ def main() -> None:
         "space": menu.name,
         "streamed": options.stream,
         "ready_s": ready_s,
-        "device": torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else options.device,
+        "device": device_name(options.device),
         "torch": torch.__version__,
     }
     text = json.dumps(found, indent=1, sort_keys=True)
-    print(text)
+    sys.stdout.write(f"{text}\n")
     if options.json is not None:
-        options.json.write_text(text + "\n")
+        options.json.write_text(f"{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
