@@ -124,6 +124,18 @@ def schema(
             raise typer.BadParameter(message, param_hint="ARTIFACT")
 
 
+PACKAGES = {
+    **dict.fromkeys(("sparsesearch", "torch", "transformers", "triton", "optuna", "scipy"), ""),
+    **dict.fromkeys(("gguf", "accelerate"), "gguf"),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    "diffusers": "diffusers",
+    "lm-eval": "lm-eval",
+    "psycopg": "postgresql",
+    "redis": "redis",
+}
+"""Packages that something here needs -> the extra that brings them."""
+
+
 def doctor(json: o.Json = False) -> None:
     """Show what this installation can do here."""
     import os
@@ -132,23 +144,11 @@ def doctor(json: o.Json = False) -> None:
     import torch
 
     content: dict[str, object] = {}
-    for name in (
-        "sparsesearch",
-        "torch",
-        "transformers",
-        "triton",
-        "optuna",
-        "scipy",
-        "gguf",
-        "accelerate",
-        "datasets",
-        "pyarrow",
-        "lm-eval",
-    ):
+    for name, extra in PACKAGES.items():
         try:
             content[name] = version(name)
         except PackageNotFoundError:
-            content[name] = "not installed"
+            content[name] = f"not installed: pip install 'sparsesearch[{extra}]'" if extra else "not installed"
     content["cpu cores"] = os.cpu_count()
     content["torch threads"] = torch.get_num_threads()
     content["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "not set (set it to passive on shared machines)")
