@@ -11,6 +11,7 @@ from .render import emit_json, lines, progress_bar, say, table
 
 
 def video_quality(
+    context: typer.Context,
     mode: Annotated[Literal["t2v", "i2v"], typer.Option(help="Text to video, or image to video.")] = "t2v",
     out: o.JsonOut = Path("bench-video-quality.json"),
     folder: Annotated[Path, typer.Option(help="Folder for profiles and plans; must be new or empty.")] = Path(
@@ -22,7 +23,10 @@ def video_quality(
         Literal["layer", "head"], typer.Option(help="What is perturbed alone to learn what its errors matter.")
     ] = "layer",
     menus: Annotated[
-        str | None, typer.Option(help="Menus with commas, of sparse_vdit, svg, video_mixture; all by default.")
+        str | None,
+        typer.Option(
+            help="Menus with commas, of sparse_vdit, svg, video_mixture, video_mixture with rest terms; all by default."
+        ),
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Leave out profiles under the plan, ranges by DP, other steps and lengths.")
@@ -63,7 +67,10 @@ def video_quality(
         menus=MENUS if menus is None else _menus(menus, MENUS),
     )
     if reduced:
+        o.refuse_given(context, "is what --reduced takes care of", "held_out_clips")
         request = replace(request, frames=8, side=16, steps=6, held_out_clips=4, other_steps=(4, 9), other_frames=(4,))
+    elif device == "cpu":
+        say("on a CPU the whole run takes many hours; --reduced shows in minutes that everything runs")
     if plain:
         request = replace(request, again=False, slices=0, other_steps=(), other_frames=())
     with progress_bar() as progress:

@@ -242,6 +242,7 @@ def _thresholds(**bounds: float | None) -> "Thresholds":
 
 
 def report(
+    context: typer.Context,
     plan: o.PlanFile,
     metrics: Annotated[Path, typer.Argument(help="Metrics file written by eval or quickstart.", metavar="METRICS")],
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("report.html"),
@@ -249,6 +250,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page. It shows rules per head, masks, front, and predicted beside measured."""
     if pipelines.is_metrics(metrics):
+        o.refuse_given(context, "is not for plans of a pipeline", "profile")
         pipelines.report(plan, metrics, out)
         return
     from sparsesearch.artifacts import write_bytes

@@ -111,6 +111,7 @@ def test_from_a_pipeline_to_a_patched_one(folder: Path, tmp_path: Path) -> None:
     call("search", folder / "profile", "--budget", "density=0.8", "-o", tmp_path / "others")
     told = call("report", tmp_path / "others", tmp_path / "metrics.json", "-o", tmp_path / "no.html", code=5).stderr
     assert plans["transformer"].sha256[:12] in told
+    call("report", tmp_path / "plans", tmp_path / "metrics.json", "--profile", folder / "profile", code=2)
     (tmp_path / "metrics.frames.safetensors").unlink()
     told = call("report", tmp_path / "plans", tmp_path / "metrics.json", "-o", tmp_path / "no.html", code=1).stderr
     assert "metrics.frames.safetensors" in told
