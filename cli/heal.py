@@ -38,6 +38,7 @@ def heal(
         ),
     ] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory.")] = False,
     device: o.Device = "cpu",
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -56,7 +57,14 @@ def heal(
         )  # fmt: skip
     with progress_bar() as progress:
         found = heal_checkpoint(
-            checkpoint, teacher, out, request, device=o.present_device(device), resume=resume, progress=progress
+            checkpoint,
+            teacher,
+            out,
+            request,
+            device=o.present_device(device),
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
         )
     if not found.improved:
         say(

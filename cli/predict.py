@@ -1,6 +1,5 @@
 """Command that predicts what a plan will take."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -84,22 +83,16 @@ def _costs(device: str) -> "LayerCosts":
 
 
 def _shape(plan: "Plan", name: str | None) -> "ModelShape":
-    import json
-
-    from sparsesearch.artifacts import read_text
     from sparsesearch.errors import SpecError
-    from sparsesearch.model_shapes import MODEL_SHAPES, model_shape, shape_of_config
-    from sparsesearch.presets import preset_names, preset_path
+    from sparsesearch.pricing import shape_of
 
-    base = plan.base_model.name_or_path
-    if name is not None or base in MODEL_SHAPES:
-        return model_shape(name or base)
-    folder = preset_path("models", base) if base in preset_names("models") else Path(base)
-    if not (folder / "config.json").is_file():
+    found = shape_of(plan.base_model, name)
+    if found is None:
         raise SpecError(
-            f"the sizes of {base} must be known, but it is no local folder with a config.json. Pass --model-shape, such as llama3-8b."
+            f"the sizes of {plan.base_model.name_or_path} must be known, but it is no local folder with a config.json. Pass --model-shape, such "
+            "as llama3-8b."
         )
-    return shape_of_config(json.loads(read_text(folder / "config.json")), base)
+    return found
 
 
 def _row(found: "Prediction") -> list[object]:

@@ -63,6 +63,7 @@ def heal_checkpoint(
     *,
     device: str = "cpu",
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> HealReport:
     """Distil and write a healed checkpoint: the state that is nearest to the teacher on validation data of the calibration split.
@@ -74,6 +75,7 @@ def heal_checkpoint(
         request: see there.
         device: where to train.
         resume: continue from that state.
+        overwrite: replace what is at `out`, once the new checkpoint is whole.
         progress: called with (stage, done, total).
 
     Raises:
@@ -81,7 +83,7 @@ def heal_checkpoint(
         SpecError: nothing was removed from the checkpoint, or it answers as the teacher does.
         RegressionError: no state is nearer than the checkpoint itself; nothing is written.
     """
-    check_target(out, checkpoint, overwrite=False)
+    check_target(out, checkpoint, overwrite)
     cut = _cut_of(checkpoint)
     state = HealState.open(out.with_name(f"{out.name}.heal"), request, resume=resume)
     student, tokenizer = load_prunable(checkpoint, device=device, dtype="float32")
@@ -105,7 +107,7 @@ def heal_checkpoint(
         shutil.rmtree(state.folder, ignore_errors=True)
         raise RegressionError(_worse(checkpoint, best))
     after = mean_distance(student, held_out, reference), held_out_loss(student, held_out)
-    with complete_or_nothing(out, overwrite=False) as staging:
+    with complete_or_nothing(out, overwrite) as staging:
         _write(student, checkpoint, staging)
     shutil.rmtree(state.folder, ignore_errors=True)
     goal = held_out_loss(dense, held_out)

@@ -47,7 +47,7 @@ def test_a_datasheet_says_that_it_was_not_measured(run: Any) -> None:
         (("--device", "cpu", *WORK), 1, "prices attention alone"),
         (("--device", "h20", *WORK), 1, "Did you mean 'h200'"),
         (("--device", "h200", "--workload", "promt=5"), 2, "--workload"),
-        (("--device", "h200", *WORK, "--model-shape", "llama3-8b"), 5, "Name the shape of the plan's own model"),
+        (("--device", "h200", *WORK, "--model-shape", "llama3-8b"), 5, "Name the model's own shape"),
         (("--device", "h200", *WORK, "--model-shape", "llama3-9b"), 1, "Did you mean 'llama3-8b'"),
     ],
 )
