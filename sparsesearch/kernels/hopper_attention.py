@@ -9,8 +9,8 @@ matrix instructions), and each worker has its own list of tiles, balanced before
 All four tensors are read through rank-4 descriptors [B, H, S, D] of any strides, so heads of 96 read zeros beyond their width and rows
 beyond the tensor read zeros. Rows of V that a list reaches must be finite: a masked weight is 0, and 0 · NaN is NaN.
 
-What limits it (H200, tests/golden/attention_h200.json). head_dim 128 at 32k: power. It computes 670-710 TFLOP/s on blocks that are read, cuBLAS 686 in
-a product of 8192 cubed on the same card; before the late softmax, at 629, the card was near its cap of 690 W at 1.5 of 1.98 GHz. head_dim 64 (480-500):
+What limits it (H200, tests/golden/attention_h200.json). head_dim 128 at 32k: power. It computes 620-710 TFLOP/s on its blocks, cuBLAS 686 in
+a product of 8192 cubed on the same card; before the late softmax, at 629, the card was near its cap of 690 W at 1.5 of 1.98 GHz. head_dim 64 (450-500):
 the two warpgroups issue when they like, so both may wait for scores and then share the exponentials; counters, of the kernel before
 (`sparsesearch.bench.counters`, tests/golden/counters_h200.json), show neither matrix units (54 %) nor exponentials (55 %) nor issue slots (45 %) full.
 At 8k a sparse tile has five blocks: its output, the first block's exponentials (ptxas puts them after the last product, see `hopper_softmax`) and the

@@ -68,6 +68,15 @@ def test_errors_are_within_twice_those_of_cudnn() -> None:
             assert 0 < row["fp64_error"] <= 2 * cudnn[row["head_dim"], row["length"], row["causal"]]
 
 
+def test_memcheck_found_nothing_in_any_kernel() -> None:
+    """And racecheck, cut off, nothing but the word by which Triton wakes its warps (see sanitize.py)."""
+    record = json.loads((GOLDEN / "sanitizer_h200.json").read_text())
+    tools = {row["tool"]: row for row in record["rows"]}
+    assert tools["memcheck"]["finished"]
+    assert "0 errors" in tools["memcheck"]["summary"]
+    assert set(tools["racecheck"]["kernels"]) == {"hopper_attention"}
+
+
 def test_decode_record_is_complete() -> None:
     record = json.loads((GOLDEN / "decode_h200.json").read_text())
     copy = record["ceilings"]["copy_bytes_per_s"]
