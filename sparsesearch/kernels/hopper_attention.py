@@ -34,8 +34,8 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 LN2 = gl.constexpr(0.6931471805599453)
-FIELDS = gl.constexpr(12)  # int32 per tile record, schedule.TILE_FIELDS
-ENTRY_SHIFT = gl.constexpr(3)  # schedule.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
+FIELDS = gl.constexpr(12)  # int32 per tile record, tile_lists.TILE_FIELDS
+ENTRY_SHIFT = gl.constexpr(3)  # tile_lists.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
 
 
 @gluon.jit
