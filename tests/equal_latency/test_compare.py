@@ -18,13 +18,14 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency import compare
+from sparsesearch.equal_latency.climb import Rung
 from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.ladders import SearchedLadder, ladders
 from sparsesearch.equal_latency.menus import ANSWERS, MENUS, Menu, family_ladders
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.equal_latency.settle import Replay, Setting
 from sparsesearch.equal_latency.shared_choices import SharedChoices
-from sparsesearch.equal_latency.standings import Standing, chosen
+from sparsesearch.equal_latency.standings import SHARES, Standing, Steps, chosen
 from sparsesearch.equal_latency.unit_prices import bound_for, replayed
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.evaluate.head import Head
@@ -176,7 +177,7 @@ def test_steps_improve_every_family_within_its_own_space(
     row = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=fresh).targets["0.7"]
     ours, theirs = row["mixture"], row["MoA"]
     assert row["MoA"].share <= 0.77, "else it is not improved"
-    stepped = {family: [name for name in row[family].tried if name.startswith("step 1, price")] for family in row}
+    stepped = {family: [name for name in row[family].tried if name.startswith("step 1, ")] for family in row}
     assert len(stepped["mixture"]) >= 2
     assert len(stepped["MoA"]) >= 2
     assert not set(stepped["mixture"]) & set(stepped["MoA"])
@@ -186,6 +187,28 @@ def test_steps_improve_every_family_within_its_own_space(
     assert theirs.tried[theirs.menu or ""] <= theirs.tried["MoA"]
     assert ours.share <= 0.77, "a step never takes more than the target's time"
     assert 0.63 <= theirs.share <= 0.77
+
+
+def test_a_step_changes_no_more_units_than_it_may(model: PreTrainedModel, profile: Profile) -> None:
+    """Whatever the scale of the losses, and at the bound that allows the present plan."""
+    space = ladders(profile, ["MoA"], Workload(LENGTH, batch=8), TilePrices())["MoA"]
+    assert isinstance(space, SearchedLadder)
+    plan = space.at(0.8)
+    now = space.choice_of(plan)
+    assert now is not None
+    samples = random_samples(64, LENGTH, 1, seed=3)
+    rung = Rung(0.8, plan, 0.8)
+    found = Steps(model, profile, {"MoA": space}, samples).ladders(
+        "MoA", Standing("", space, rung, torch.zeros(1), 0.0)
+    )
+    assert found is not None
+    made, bound = found
+    assert list(made) == list(SHARES)
+    for share, ladder in made.items():
+        choice = ladder.choice_of(ladder.at(bound))
+        assert choice is not None
+        assert (choice != now).mean() <= share
+        assert ladder.bound_of(choice) <= bound + 1e-9
 
 
 def test_steps_without_sequences_to_judge_on_are_refused(model: PreTrainedModel, profile: Profile) -> None:
