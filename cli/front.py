@@ -22,7 +22,10 @@ def front(
     profile: o.ProfileDir,
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("front.json"),
     model: o.OptionalModel = None,
-    families: Annotated[str | None, typer.Option(help="Families separated by semicolons; all by default.")] = None,
+    families: Annotated[
+        str | None,
+        typer.Option(help="Families separated by semicolons; all by default. With --at also `mixture, answers`."),
+    ] = None,
     densities: Annotated[str, typer.Option(help="Density budgets, by commas.")] = "0.15,0.2,0.25,0.35,0.5",
     at: Annotated[
         str | None,
@@ -265,6 +268,9 @@ def _show(found: "EqualLatency", out: Path, plot: Path | None, json: bool) -> No
             rows,
         )  # fmt: skip
         _show_tasks(target, row)
+        chosen = [f"{family}: {entry.menu}" for family, entry in row.items() if entry.menu not in (None, family)]
+        if chosen:
+            lines(*(f"plan of {one}" for one in chosen))
     lines(f"written: {out}")
 
 
