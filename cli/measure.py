@@ -50,7 +50,12 @@ def profile(
     ] = "text",
     lengths: o.Lengths = "2048",
     num_samples: Annotated[int, typer.Option(help="Sequences per length.", min=1)] = 6,
-    num_probes: Annotated[int, typer.Option(help="Fisher probes per sequence.", min=1)] = 4,
+    num_probes: Annotated[
+        int,
+        typer.Option(
+            help="Random probes of the output per sequence; more of them estimate losses more closely.", min=1
+        ),
+    ] = 4,
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,

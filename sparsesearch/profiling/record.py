@@ -66,6 +66,10 @@ class Profile:
             raise ArtifactError(f"{folder} must be a profile directory, but there is none. Run `sparsesearch profile`.")
         if not (folder / "profile.json").exists() and (folder / "state.json").exists():
             raise ArtifactError(f"{folder} is an unfinished profile. Run its command again with --resume.")
+        if not (folder / "profile.json").exists():
+            raise ArtifactError(
+                f"{folder} must be a profile directory, but has no profile.json. Give what `sparsesearch profile` wrote."
+            )
         content = read_json(folder / "profile.json", format=FORMAT, schema_version=SCHEMA_VERSION)
         try:
             manifest = Manifest.model_validate(content)
