@@ -12,7 +12,7 @@ from sparsesearch.bench.families import random_samples
 from sparsesearch.cost import load_cost_model
 from sparsesearch.equal_latency import compare
 from sparsesearch.equal_latency.compare import compare_at_latency
-from sparsesearch.equal_latency.menus import MENUS
+from sparsesearch.equal_latency.menus import ANSWERS, MENUS
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.equal_latency.settle import Setting
 from sparsesearch.errors import SpecError
@@ -90,7 +90,8 @@ def test_steps_improve_every_family_within_its_own_space(
 ) -> None:
     monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
     judged, fresh = random_samples(64, LENGTH, 2, seed=1), random_samples(64, LENGTH, 3, seed=2)
-    setting = Setting((0.7,), ("mixture", "MoA", "uniform window"), rounds=1, final_rounds=1, tolerance=0.1, steps=1)
+    families = ("mixture", ANSWERS, "MoA", "uniform window")
+    setting = Setting((0.7,), families, rounds=1, final_rounds=1, tolerance=0.1, steps=1)
     costs = TilePrices()
     row = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=fresh).targets["0.7"]
     ours, theirs = row["mixture"], row["MoA"]
@@ -99,7 +100,7 @@ def test_steps_improve_every_family_within_its_own_space(
     assert len(stepped["mixture"]) >= 2
     assert len(stepped["MoA"]) >= 2
     assert not set(stepped["mixture"]) & set(stepped["MoA"])
-    assert stepped["uniform window"] == []
+    assert stepped["uniform window"] == stepped[ANSWERS] == []
     assert ours.menu in ours.tried
     assert set(theirs.rules) <= {"dense", "sink_window"}
     assert theirs.tried[theirs.menu or ""] <= theirs.tried["MoA"]
