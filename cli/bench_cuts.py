@@ -12,15 +12,18 @@ from .errors import guarded, usage
 from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
+    from sparsesearch.cost import CostModel
     from sparsesearch.pruning.quality import Batch
+    from sparsesearch.pruning.record import PruningProfile
 
 
 def cuts(
+    context: typer.Context,
     profile: o.ProfileDir,
     budget: Annotated[
         list[str], typer.Option(help="Budget such as params=0.8x; several are measured one after the other.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-cuts.json"),
+    out: o.JsonOut = Path("bench-cuts.json"),
     model: o.OptionalModel = None,
     plans: Annotated[
         str | None, typer.Option("--plans", help="Baselines to measure, separated by semicolons; all by default.")
@@ -42,8 +45,6 @@ def cuts(
     """Measure plans that remove beside baselines at the same budget. A joint profile also compares attention and removals alone."""
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.bench.cuts import CutBench, joint_plans, measure_cuts, record_of, rival_plans
-    from sparsesearch.bench.priced_here import PricedHere
-    from sparsesearch.cost import load_cost_model
     from sparsesearch.plan import Plan
     from sparsesearch.profiling.record import Profile
     from sparsesearch.pruning.data import load_batches
@@ -54,32 +55,28 @@ def cuts(
 
     from .bench import as_bytes
 
-    opened = PruningProfile.load(profile)
+    opened, timed_on = PruningProfile.load(profile), o.present_device(time_device or device)
+    if not prune.only_cuts(profile):
+        o.refuse_given(context, f"is for profiles of removals alone, and {profile} covers attention too", "plans")
     attention = None if prune.only_cuts(profile) else Profile.load(profile)
     lengths = (time_tokens,) if attention is None else attention.manifest.lengths
-    priced = None if cost_model is None else load_cost_model(cost_model)
-    shape = next((layer for layer in opened.manifest.layers if layer.num_heads), None)
-    if priced is not None and shape is not None and not hasattr(priced, "linear_s"):
-        priced = PricedHere(priced, num_heads=shape.num_heads, head_dim=shape.head_dim, tokens=time_tokens)
-    compensation = prune.refit_spec(opened, refit_samples)
     names = None if plans is None else [name.strip() for name in plans.split(";")]
+    priced = None if cost_model is None else _priced(opened, cost_model, time_tokens)
+    compensation = prune.refit_spec(opened, refit_samples)
     wanted: dict[tuple[str, str], Plan] = {}
     for text in budget:
         with usage("--budget"):
             question = PruningQuestion(parse_budgets(text), lengths, cost_model=priced, compensation=compensation)
-        made = (
-            rival_plans(opened, question, names=names)
-            if attention is None
-            else joint_plans(opened, attention, question)
-        )
+        if attention is None:
+            made = rival_plans(opened, question, names=names)
+        else:
+            made = joint_plans(opened, attention, question)
         wanted |= {(name, text): plan for name, plan in made.items()}
     live, tokenizer = load_prunable(
         model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype
     )
     where = opened.manifest.calibration
-    window = (
-        where["length_tokens"] if attention is None else time_tokens
-    )  # attention rules show at their own length only
+    window = where["length_tokens"] if attention is None else time_tokens  # rules of attention show at their own length
     judged_on = held_out_data or where["data"]
     held_out = load_batches(
         live, tokenizer, judged_on, length_tokens=window, num_samples=num_sequences, seed=seed, split="heldout"
@@ -90,12 +87,12 @@ def cuts(
         timed=_timed_batch(live, held_out, time_tokens, seed),
         timed_tokens=time_tokens,
         rounds=rounds,
-        timed_on=o.present_device(time_device or device),
+        timed_on=timed_on,
     )
     with progress_bar() as progress:
         rows = measure_cuts(live, opened, wanted, bench, progress=progress)
     record = record_of(
-        live, opened, rows, judged_on=device, timed_on=bench.timed_on if rounds else None, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
+        live, opened, rows, judged_on=device, timed_on=timed_on if rounds else None, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
         time_tokens=time_tokens, held_out=judged_on,
     )  # fmt: skip
     write_bytes(out, as_bytes(record))
@@ -104,6 +101,18 @@ def cuts(
         return
     _show(record)
     lines(f"written: {out}")
+
+
+def _priced(profile: "PruningProfile", cost_model: str, tokens: int) -> "CostModel":
+    """A cost model for whole layers; linear layers that it does not know are timed here."""
+    from sparsesearch.bench.priced_here import PricedHere
+    from sparsesearch.cost import load_cost_model
+
+    found = load_cost_model(cost_model)
+    shape = next((layer for layer in profile.manifest.layers if layer.num_heads), None)
+    if shape is None or hasattr(found, "linear_s"):
+        return found
+    return PricedHere(found, num_heads=shape.num_heads, head_dim=shape.head_dim, tokens=tokens)
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def attention(
 
 
 def decode(
-    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-decode.json"),
+    out: o.JsonOut = Path("bench-decode.json"),
     device: o.Device = "cuda",
     json: o.Json = False,
 ) -> None:

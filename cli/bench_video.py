@@ -12,7 +12,7 @@ from .render import emit_json, lines, progress_bar, say, table
 
 def video_quality(
     mode: Annotated[Literal["t2v", "i2v"], typer.Option(help="Text to video, or image to video.")] = "t2v",
-    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-video-quality.json"),
+    out: o.JsonOut = Path("bench-video-quality.json"),
     folder: Annotated[Path, typer.Option(help="Folder for profiles and plans; must be new or empty.")] = Path(
         "bench-video-quality"
     ),
@@ -114,7 +114,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def video(
-    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("bench-video.json"),
+    out: o.JsonOut = Path("bench-video.json"),
     measured: Annotated[
         Path | None,
         typer.Option(help="Measure nothing: put the cost model's predictions into this record (no device needed)."),

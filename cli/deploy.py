@@ -22,7 +22,7 @@ def apply(
     context: typer.Context,
     plan: o.PlanFile,
     model: o.Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
+    out: o.CheckpointOut,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory.")] = False,

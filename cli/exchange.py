@@ -12,7 +12,14 @@ from .render import emit_json, lines
 Format = Literal["plan", "minference", "moa", "duo_attention", "ucm", "modelopt"]
 
 
+OF_IMPORTS = ("model", "lengths", "block_tokens", "revision", "trust_remote_code")
+"""Options that fill in what a foreign file leaves open."""
+OF_FORMATS = {"streaming_share": "duo_attention", "target_sparsity": "modelopt"}
+"""Options of --from one format only."""
+
+
 def convert(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="File or folder to read.", metavar="SOURCE")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File or folder to write.")],
     from_: Annotated[Format, typer.Option("--from", help="Format of SOURCE.")] = "plan",
@@ -44,6 +51,13 @@ def convert(
     from sparsesearch.errors import ArtifactError
     from sparsesearch.exchange import Target, read_plan, write_plan
 
+    if from_ == "plan":
+        o.refuse_given(context, "is for plans of other systems, named by --from", *OF_IMPORTS)
+    for option, own in OF_FORMATS.items():
+        if from_ != own:
+            o.refuse_given(context, f"is for --from {own}, and not for {from_}", option)
+    if to == "plan":
+        o.refuse_given(context, "is for formats without laws, and a plan has them", "length")
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
     target = None

@@ -15,7 +15,7 @@ def heal(
         Path, typer.Argument(help="Pruned checkpoint, written by `sparsesearch apply`.", metavar="DIR")
     ],
     teacher: Annotated[str, typer.Option(help="The dense model.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
+    out: o.CheckpointOut,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 200,
     data: o.Data = "text",
     length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = 512,
@@ -45,7 +45,7 @@ def heal(
     """Distil the dense model into a pruned checkpoint. The state nearest to it on validation data is written, and its gain on held-out data printed."""
     from dataclasses import asdict
 
-    from sparsesearch.profiling.record import provenance_versions
+    from sparsesearch.profiling.record import device_name, provenance_versions
     from sparsesearch.pruning.heal import heal_checkpoint
     from sparsesearch.pruning.heal_data import HealRequest
 
@@ -64,7 +64,7 @@ def heal(
             f"{found.distance_before:.4g}), though validation data said otherwise; keep {checkpoint}, or heal with more --data or a lower --learning-rate."
         )
     if json:
-        origin = {"command": o.command_line(), "device": device, "versions": provenance_versions()}
+        origin = {"command": o.command_line(), "device": device_name(device), "versions": provenance_versions()}
         emit_json({**asdict(found), "provenance": {**origin, "request": asdict(request)}})
         return
     columns = ["held-out", "dense", "pruned", "healed", "recovered"]

@@ -14,7 +14,7 @@ from .render import emit_json, lines, progress_bar, table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsesearch.check import Thresholds
+    from sparsesearch.check_result import Thresholds
     from sparsesearch.cost import CostModel
 
 
@@ -45,7 +45,7 @@ def evaluate(
     ] = None,
     model: o.OptionalModel = None,
     lengths: o.Lengths = "2048",
-    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
+    num_sequences: o.HeldOutNeedles = 96,
     num_needles: o.NumNeedles = 8,
     data: o.TextData = "text",
     timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.", min=0)] = 5,
@@ -69,17 +69,8 @@ def evaluate(
 ) -> None:
     """Measure plans beside dense on held-out data. One job gives loss, KL to dense, needle accuracy and prefill time."""
     if run is not None:
-        if not plans:
-            raise typer.BadParameter(
-                "must be named with --run: dense is what plans are compared with.", param_hint="PLAN"
-            )
-        for path in plans:
-            if not pipelines.is_pipeline_plan(path):
-                raise typer.BadParameter(
-                    f"is for plans of diffusers pipelines, and {path} is none.", param_hint="--run"
-                )
-        o.refuse_given(context, "is not for plans of a pipeline", *FOR_TEXT)
-        pipelines.evaluate(plans, run, out, model=model, device=device, dtype=dtype, json=json)
+        _require_pipeline_plans(context, plans)
+        pipelines.evaluate(plans or [], run, out, model=model, device=device, dtype=dtype, json=json)
         return
     from sparsesearch.evaluate import evaluate as run_all
     from sparsesearch.evaluate.tasks import lm_eval_tasks
@@ -88,16 +79,7 @@ def evaluate(
     from sparsesearch.runtime.loading import load_model
 
     paths = plans or []
-    if paths and pipelines.is_pipeline_plan(paths[0]):
-        raise typer.BadParameter(
-            "must name a YAML file with held-out prompts, steps and size for plans of a pipeline.", param_hint="--run"
-        )
-    if not paths and model is None:
-        raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
-    if suite is None:
-        o.refuse_given(context, "is for --suite, which was not given", *OF_TASKS, "generate")
-    if not timing_rounds:
-        o.refuse_given(context, "stands beside measured times, and --timing-rounds 0 measures none", "cost_model")
+    _require_text_plans(context, paths, model, suite, timing_rounds)
     opened = {name: Plan.load(path) for name, path in o.variant_names(paths).items()}
     name = model or next(iter(opened.values())).base_model.name_or_path
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype, with_plan=False)
@@ -133,6 +115,32 @@ def evaluate(
         lines(str(content["lm_eval"]))
 
 
+def _require_pipeline_plans(context: typer.Context, plans: list[Path] | None) -> None:
+    """Plans that --run can judge, and no option that means nothing for them."""
+    if not plans:
+        raise typer.BadParameter("must be named with --run: dense is what plans are compared with.", param_hint="PLAN")
+    for path in plans:
+        if not pipelines.is_pipeline_plan(path):
+            raise typer.BadParameter(f"is for plans of diffusers pipelines, and {path} is none.", param_hint="--run")
+    o.refuse_given(context, "is not for plans of a pipeline", *FOR_TEXT)
+
+
+def _require_text_plans(
+    context: typer.Context, plans: list[Path], model: str | None, suite: str | None, timing_rounds: int
+) -> None:
+    """Plans that text can judge, of a model that is named, and no option that means nothing for what is judged."""
+    if plans and pipelines.is_pipeline_plan(plans[0]):
+        raise typer.BadParameter(
+            "must name a YAML file with held-out prompts, steps and size for plans of a pipeline.", param_hint="--run"
+        )
+    if not plans and model is None:
+        raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
+    if suite is None:
+        o.refuse_given(context, "is for --suite, which was not given", *OF_TASKS, "generate")
+    if not timing_rounds:
+        o.refuse_given(context, "stands beside measured times, and --timing-rounds 0 measures none", "cost_model")
+
+
 def _priced(cost_model: str | None, live: "PreTrainedModel") -> "CostModel | None":
     """The cost model asked for, or that of the device in the model's data type; None if nobody has measured it."""
     from sparsesearch.cost import load_cost_model
@@ -156,7 +164,7 @@ def check(
     lengths: Annotated[
         str | None, typer.Option(help="Lengths to judge; those of the baseline or plan by default.")
     ] = None,
-    num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 48,
+    num_sequences: o.HeldOutNeedles = 48,
     num_needles: o.NumNeedles = 8,
     device: o.Device = "cpu",
     junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.")] = None,
@@ -224,7 +232,7 @@ def _thresholds(**bounds: float | None) -> "Thresholds":
     """The bounds, or a usage error that names the one out of range."""
     from pydantic import ValidationError
 
-    from sparsesearch.check import Thresholds
+    from sparsesearch.check_result import Thresholds
     from sparsesearch.errors import first_problem
 
     try:

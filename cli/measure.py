@@ -99,7 +99,39 @@ def profile(
     from sparsesearch.profiling.estimate import estimate
     from sparsesearch.profiling.record import summary
     from sparsesearch.profiling.world import World, own_device
-    from sparsesearch.pruning.models import load_prunable
+
+    menu, wanted = _menu(context, space, block_tokens, stream, device_map), o.parsed_lengths(lengths)
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if dry_run:
+        needs = estimate(model, menu, wanted, num_samples=num_samples, num_probes=num_probes, stream=stream, **origin)
+        emit_json(needs) if json else pairs(f"a profile of {model} needs", needs)
+        return
+    if menu.pruning is not None:
+        prune.profile_cuts(
+            model, menu.pruning, out, device=device, dtype=dtype, data=data, length=max(wanted), num_samples=num_samples,
+            num_probes=num_probes, learn_masks=learn_masks, resume=resume, seed=seed, json=json,
+        )  # fmt: skip
+        if len(menu.candidates) == 1:
+            return
+    world = World.joined()
+    try:
+        found = _profiled(
+            model, menu, wanted, out, world,
+            loading={"dtype": dtype, "device": o.present_device(own_device(device, world)), **origin},
+            sampling={"data": data, "text_column": text_column, "num_samples": num_samples, "seed": seed},
+            num_probes=num_probes, stream=stream, device_map=device_map, resume=resume,
+        )  # fmt: skip
+        if world.rank == 0:
+            content = summary(found)
+            emit_json(content) if json else pairs(f"profile in {out}", content)
+    finally:
+        world.leave()
+
+
+def _menu(
+    context: typer.Context, space: str, block_tokens: int | None, stream: bool, device_map: str | None
+) -> "SearchSpace":
+    """The space in the blocks asked for; options that contradict it or each other are refused."""
     from sparsesearch.search_space import SearchSpace
 
     if stream and device_map is not None:
@@ -108,64 +140,14 @@ def profile(
         raise typer.BadParameter(
             f"must be one of {', '.join(DEVICE_MAPS)}, but got {device_map!r}.", param_hint="--device-map"
         )
-    menu, wanted = SearchSpace.load(space), o.parsed_lengths(lengths)
+    menu = SearchSpace.load(space)
     menu = menu if block_tokens is None else menu.in_blocks_of(block_tokens)
     if menu.pruning is None:
         o.refuse_given(context, f"is for spaces that remove, and {space} does not", "learn_masks")
     else:
         alone = NOT_FOR_REMOVALS_ALONE if len(menu.candidates) == 1 else ()
         o.refuse_given(context, f"is not for spaces that remove, such as {space}", *NOT_FOR_REMOVALS, *alone)
-    if dry_run:
-        needs = estimate(
-            model,
-            menu,
-            wanted,
-            num_samples=num_samples,
-            num_probes=num_probes,
-            stream=stream,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        emit_json(needs) if json else pairs(f"a profile of {model} needs", needs)
-        return
-    if menu.pruning is not None:
-        cuts: dict[str, Any] = {
-            "data": data,
-            "length": max(wanted),
-            "num_samples": num_samples,
-            "num_probes": num_probes,
-            "seed": seed,
-        }
-        prunable, reader = load_prunable(model, device=o.present_device(device), dtype=dtype, with_plan=False)
-        if not (resume and prune.has_cuts(out)):
-            prune.profile_cuts(prunable, reader, model, menu.pruning, out, **cuts, learn_masks=learn_masks, json=json)
-        if len(menu.candidates) == 1:
-            return
-    world = World.joined()
-    try:
-        found = _profiled(
-            model,
-            menu,
-            wanted,
-            out,
-            world,
-            loading={
-                "dtype": dtype,
-                "device": o.present_device(own_device(device, world)),
-                "revision": revision,
-                "trust_remote_code": trust_remote_code,
-            },
-            sampling={"data": data, "text_column": text_column, "num_samples": num_samples, "seed": seed},
-            num_probes=num_probes,
-            stream=stream,
-            device_map=device_map,
-            resume=resume,
-        )
-        if world.rank == 0:
-            content = summary(found)
-            emit_json(content) if json else pairs(f"profile in {out}", content)
-    finally:
-        world.leave()
+    return menu
 
 
 def _profiled(

@@ -58,6 +58,11 @@ HeldOut = Annotated[
         help="Spec of the data to judge on, of its held-out split; that of the calibration data by default.",
     ),
 ]
+JsonOut = Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")]
+PlanOut = Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")]
+CheckpointOut = Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")]
+OverwritePlan = Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")]
+HeldOutNeedles = Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)]
 NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
 Suite = Annotated[
     str | None,

@@ -26,12 +26,12 @@ def diff(
     if json:
         emit_json(asdict(found))
         return
-    if not found.changes and not found.other_fields:
-        lines(f"the plans are the same: all {found.num_heads} heads follow equal rules")
-        return
-    layers = {module: index for index, module in enumerate(first.base_model.modules)}
-    rows = [[f"{layers[change.module]}:{change.head}", change.before, change.after] for change in found.changes]
-    table(f"{len(rows)} of {found.num_heads} heads differ", ["layer:head", str(plan_a), str(plan_b)], rows)
+    if found.identical:
+        lines(f"the plans run the same: all {found.num_heads} heads follow equal rules")
+    else:
+        layers = {module: index for index, module in enumerate(first.base_model.modules)}
+        rows = [[f"{layers[change.module]}:{change.head}", change.before, change.after] for change in found.changes]
+        table(f"{len(rows)} of {found.num_heads} heads differ", ["layer:head", str(plan_a), str(plan_b)], rows)
     for name, before, after in found.other_fields:
         lines(f"{name}: {before} -> {after}")
 
@@ -45,8 +45,8 @@ def explain(
     """Say what a plan does, or one of its heads. With a profile, also what that head could have done."""
     from dataclasses import asdict
 
-    from sparsesearch.comparison import PlanExplanation
-    from sparsesearch.comparison import explain as run
+    from sparsesearch.explanation import PlanExplanation
+    from sparsesearch.explanation import explain as run
     from sparsesearch.plan import Plan
     from sparsesearch.planning import Question, score_table
 

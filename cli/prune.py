@@ -31,23 +31,29 @@ def only_cuts(profile: Path) -> bool:
 
 
 def profile_cuts(
-    model: Any,
-    tokenizer: Any,
     name: str,
     menu: "PruningMenu",
     out: Path,
     *,
+    device: str,
+    dtype: str,
     data: str,
     length: int,
     num_samples: int,
     num_probes: int,
     learn_masks: int,
+    resume: bool,
     seed: int,
     json: bool,
 ) -> None:
     """The pruning part of `profile`; text windows are at most 512 tokens long, because second moments want many different tokens."""
     from sparsesearch.pruning.data import load_batches
+    from sparsesearch.pruning.models import load_prunable
     from sparsesearch.pruning.profile_run import PruningRequest, profile_pruning
+
+    if resume and has_cuts(out):
+        return
+    model, tokenizer = load_prunable(name, device=o.present_device(device), dtype=dtype, with_plan=False)
 
     spec = "text" if data == "needle" else data
     window = min(length, WINDOW_TOKENS)

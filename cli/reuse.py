@@ -27,7 +27,7 @@ def search_reuse(
         list[str] | None,
         typer.Option(help="density=0.25 or latency=0.5x; for --objective reuse.", metavar="METRIC=SHARE"),
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
+    out: o.PlanOut = Path("sparse_plan.json"),
     space: Annotated[str | None, typer.Option(help="Choose among this space's rules only (name or YAML file).")] = None,
     keep: Annotated[
         str,
@@ -49,7 +49,7 @@ def search_reuse(
     ] = None,
     model: o.OptionalModel = None,
     device: o.Device = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
+    overwrite: o.OverwritePlan = False,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:

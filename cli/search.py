@@ -36,7 +36,7 @@ def search(
             metavar="METRIC=BOUND",
         ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")] = Path("sparse_plan.json"),
+    out: o.PlanOut = Path("sparse_plan.json"),
     space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
     workload: Annotated[
         list[str] | None,
@@ -117,7 +117,7 @@ def search(
     lengths: Annotated[
         str, typer.Option(help="Removals: lengths in tokens where flops, memory and latency count.")
     ] = "1024",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")] = False,
+    overwrite: o.OverwritePlan = False,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:

@@ -44,40 +44,41 @@ def tune(
 ) -> None:
     """Improve the exact front by true evaluations. Many workers, here and elsewhere, may join one study."""
     import optuna
-    import pandas as pd
 
-    from sparsesearch.artifacts import write_bytes
     from sparsesearch.errors import SpecError
     from sparsesearch.studies.processes import run_workers
-    from sparsesearch.studies.storage import create_study, open_study
-    from sparsesearch.studies.tune import StudyDescription, front_rows, plan_of, warm_start
+    from sparsesearch.studies.storage import create_study
+    from sparsesearch.studies.tune import StudyDescription, warm_start
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    place, study_name = storage or str(out / "study.journal"), join or name
+    place, study_name, where = storage or str(out / "study.journal"), join or name, o.present_device(device)
     if join is None:
         lowest, highest = _bounds(densities)
         description = StudyDescription.of(
-            profiles or [],
-            model=model,
-            num_sequences=num_sequences,
-            batch_sequences=max(2, num_sequences // 3),
-            lowest_density=lowest,
-            highest_density=highest,
-            unit=unit,
-            refresh_periods=refresh_periods,
-            seed=seed,
-        )
+            profiles or [], model=model, num_sequences=num_sequences, batch_sequences=max(2, num_sequences // 3),
+            lowest_density=lowest, highest_density=highest, unit=unit, refresh_periods=refresh_periods, seed=seed,
+        )  # fmt: skip
         study = create_study(place, study_name, seed=seed)
         description.save(study)
         warm_start(study, description, warm)
     else:
         o.refuse_given(context, "is for a new study; one that is joined keeps its own", *OF_NEW_STUDIES)
-    if join is not None and profiles:
-        raise SpecError("--join takes the study's own profiles, but some were named too. Leave them out.")
-    where = o.present_device(device)
+        if profiles:
+            raise SpecError("--join takes the study's own profiles, but some were named too. Leave them out.")
     with progress_bar() as progress:
         run_workers(place, study_name, num_trials=trials, num_workers=workers, device=where, progress=progress)
-    study = open_study(place, study_name, seed=seed)
+    _write(place, study_name, out, seed=seed, json=json)
+
+
+def _write(place: str, name: str, out: Path, *, seed: int, json: bool) -> None:
+    """The front of a study and its plans, on disk and in print."""
+    import pandas as pd
+
+    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.studies.storage import open_study
+    from sparsesearch.studies.tune import StudyDescription, front_rows, plan_of
+
+    study = open_study(place, name, seed=seed)
     description = StudyDescription.load(study)
     rows, opened = front_rows(study), description.open_profiles()
     for trial in study.best_trials:
@@ -85,10 +86,10 @@ def tune(
     write_bytes(out / "front.csv", pd.DataFrame(rows).to_csv(index=False).encode())
     states = pd.Series([trial.state.name.lower() for trial in study.trials]).value_counts().to_dict()
     if json:
-        emit_json({"study": study_name, "storage": place, "trials": states, "front": rows})
+        emit_json({"study": name, "storage": place, "trials": states, "front": rows})
         return
     shown = [[row["trial"], row["density"], row["joint_loss"], row["origin"]] for row in rows]
-    table(f"front of {study_name!r}", ["trial", "density", "joint loss (nats)", "origin"], shown)
+    table(f"front of {name!r}", ["trial", "density", "joint loss (nats)", "origin"], shown)
     lines(
         f"trials: {', '.join(f'{count} {state}' for state, count in states.items())}",
         f"written: {out}/front.csv and plans",

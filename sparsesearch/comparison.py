@@ -1,14 +1,13 @@
-"""Reading plans: what changed between two of them, and why a head follows its rule."""
+"""What changed between two plans for one model."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsesearch.block_mask import BlockGrid, density
-from sparsesearch.errors import PlanMismatchError, SpecError, nearest
+from sparsesearch.errors import PlanMismatchError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
-from sparsesearch.scores import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -46,69 +45,7 @@ class PlanDiff:
     @property
     def identical(self) -> bool:
         """Whether both plans compute the same."""
-        return not self.changes and not {name for name, _, _ in self.other_fields} & {"block_tokens", *_PARTS}
-
-
-@dataclass(frozen=True)
-class HeadExplanation:
-    """What one head does under a plan, and what it could have done.
-
-    Attributes:
-        module: dotted path.
-        head: query head.
-        rule: its label.
-        meaning: first paragraph of the rule's docstring.
-        source: the paper.
-        parameters: (name, value, meaning) of each parameter.
-        densities: length in tokens -> share of dense's tiles; None where the data decide.
-        shares_kv_with: (head, rule) of the other query heads that read the same KV head.
-        decode_rule: label of the rule for generated tokens.
-        removed: whether the plan takes the head out of the model, so that no rule applies.
-        alternatives: the profile's candidates for this head, least loss first; empty without scores.
-    """
-
-    module: str
-    head: int
-    rule: str
-    meaning: str
-    source: str
-    parameters: tuple[tuple[str, str, str], ...]
-    densities: dict[int, float | None]
-    shares_kv_with: tuple[tuple[int, str], ...]
-    decode_rule: str
-    removed: bool
-    alternatives: tuple["Alternative", ...] = ()
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A candidate the search could choose for a unit: its predicted loss and its cost as a share of the unit's dense cost."""
-
-    rule: str
-    loss: float
-    cost: dict[str, float]
-    chosen: bool
-
-
-@dataclass(frozen=True)
-class PlanExplanation:
-    """A plan at a glance.
-
-    Attributes:
-        num_heads: query heads.
-        kinds: (kind, heads), most frequent first.
-        densities: length in tokens -> share of dense's tiles over all heads; None where the data decide.
-        layers: (module, share of dense's tiles at the longest length or None, kinds of its heads).
-        dense_heads: addresses `module:head` of the heads left dense: those that the search found it could not cut.
-        parts: what the plan holds besides `kinds`, as (field, summary): rules of decoding, steps, removals.
-    """
-
-    num_heads: int
-    kinds: tuple[tuple[str, int], ...]
-    densities: dict[int, float | None]
-    layers: tuple[tuple[str, float | None, tuple[tuple[str, int], ...]], ...]
-    dense_heads: tuple[str, ...]
-    parts: tuple[tuple[str, str], ...]
+        return not self.changes and not {name for name, _, _ in self.other_fields} & {"block_tokens", *PARTS}
 
 
 def diff(plan_a: Plan, plan_b: Plan) -> PlanDiff:
@@ -144,101 +81,6 @@ def diff(plan_a: Plan, plan_b: Plan) -> PlanDiff:
     )
 
 
-def explain(
-    plan: Plan, where: str | None = None, *, scores: ScoreTable | None = None
-) -> PlanExplanation | HeadExplanation:
-    """Say what a plan does, as a whole or for one head.
-
-    Args:
-        plan: the plan.
-        where: `module:head`, where module is a dotted path, its end, or the number of the layer; None for the whole plan.
-        scores: the table the search saw, for the alternatives of that head.
-
-    Raises:
-        SpecError: no such module or head.
-    """
-    return _explain_plan(plan) if where is None else _explain_head(plan, *_address(plan, where), scores)
-
-
-def _explain_plan(plan: Plan) -> PlanExplanation:
-    rules = [rule for _, _, rule in plan.heads()]
-    shares = {length: TileShares(plan, length) for length in plan.lengths_tokens}
-    longest = TileShares(plan, max(plan.lengths_tokens))
-    return PlanExplanation(
-        len(rules),
-        _counted(rules),
-        {length: share.mean(rules) for length, share in shares.items()},
-        tuple(
-            (module, longest.mean(plan.module_rules(module)), _counted(plan.module_rules(module)))
-            for module in plan.base_model.modules
-        ),
-        tuple(f"{module}:{head}" for module, head, rule in plan.heads() if rule.kind == "dense"),
-        tuple((name, summary(plan)) for name, summary in _PARTS.items() if getattr(plan, name)),
-    )
-
-
-def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None) -> HeadExplanation:
-    rules = plan.module_rules(module)
-    rule = rules[head]
-    index = plan.base_model.modules.index(module)
-    group = plan.base_model.num_heads[index] // plan.base_model.num_kv_heads[index]
-    mates = [other for other in range(head // group * group, (head // group + 1) * group) if other != head]
-    return HeadExplanation(
-        module,
-        head,
-        rule.label,
-        (type(rule).__doc__ or "").strip().split("\n\n")[0],
-        rule.source,
-        tuple(
-            (name, _shown(getattr(rule, name)), field.description or "")
-            for name, field in type(rule).model_fields.items()
-            if name != "kind"
-        ),
-        {length: TileShares(plan, length).of(rule) for length in plan.lengths_tokens},
-        tuple((other, rules[other].label) for other in mates),
-        plan.decode_rule(module, head).label,
-        plan.pruning is not None and index in plan.pruning.layers and head in plan.pruning.layers[index].removed_heads,
-        () if scores is None else _alternatives(scores, module, head, rule),
-    )
-
-
-def _alternatives(scores: ScoreTable, module: str, head: int, rule: Rule) -> tuple[Alternative, ...]:
-    units = [index for index, unit in enumerate(scores.units) if unit.module == module and head in unit.heads]
-    if not units:
-        raise SpecError(f"the profile must cover {module}:{head}, but does not; give the profile the plan came from.")
-    unit = units[0]
-    found = [
-        Alternative(
-            label,
-            float(scores.loss[unit, index]),
-            {
-                metric: float((cost[unit, index] / cost[unit, scores.dense_index]).max())
-                for metric, cost in scores.costs.items()
-            },
-            chosen=label == rule.label or rule.label.startswith(label.removesuffix(")") + ","),
-        )
-        for index, label in enumerate(scores.candidates)
-        if scores.valid[unit, index]
-    ]
-    return tuple(sorted(found, key=lambda alternative: (alternative.loss, alternative.rule)))
-
-
-def _address(plan: Plan, where: str) -> tuple[str, int]:
-    """Find `module:head`; a module may be given by the end of its path or by its number."""
-    place, colon, head = where.rpartition(":")
-    modules = plan.base_model.modules
-    matches = [name for name in modules if name == place] or [name for name in modules if name.endswith(f".{place}")]
-    if place.isdecimal() and int(place) < len(modules):
-        matches = [modules[int(place)]]
-    if not colon or len(matches) != 1:
-        known = ", ".join(matches) if len(matches) > 1 else nearest(place or where, modules).strip()
-        raise SpecError(f"{where!r} must be module:head and name one module. {known}")
-    count = plan.base_model.num_heads[modules.index(matches[0])]
-    if not head.isdecimal() or int(head) >= count:
-        raise SpecError(f"{where!r} must name a query head of {matches[0]}: 0 to {count - 1}.")
-    return matches[0], int(head)
-
-
 class TileShares:
     """Share of dense's tiles of each rule at one length, computed once per rule; None where the data decide."""
 
@@ -266,7 +108,7 @@ def _other_fields(plan_a: Plan, plan_b: Plan) -> tuple[tuple[str, str, str], ...
     names = ("block_tokens", "unit", "lengths_tokens", "budgets")
     pairs = [(name, str(getattr(plan_a, name)), str(getattr(plan_b, name))) for name in names]
     found = [pair for pair in pairs if pair[1] != pair[2]]
-    for name, summary in _PARTS.items():
+    for name, summary in PARTS.items():
         if getattr(plan_a, name) != getattr(plan_b, name):
             before, after = summary(plan_a), summary(plan_b)
             found.append((name, before, after if after != before else f"{after}, but others"))
@@ -291,15 +133,5 @@ def _removals(plan: Plan) -> str:
     )
 
 
-_PARTS = {"decode": _decoding, "schedule": _steps, "pruning": _removals}
+PARTS = {"decode": _decoding, "schedule": _steps, "pruning": _removals}
 """Fields of a plan beside its assignments that change what runs -> how each is summed up."""
-
-
-def _counted(rules: Sequence[Rule]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(Counter(rule.kind for rule in rules).items(), key=lambda entry: (-entry[1], entry[0])))
-
-
-def _shown(value: object) -> str:
-    """A parameter as text; a bitmap by its length only."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"

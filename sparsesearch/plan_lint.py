@@ -13,7 +13,7 @@
 Densities are named by what they are a share of, see `densities`: PowerAttention's 94 % and MoA's 50 % are of different areas.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -82,20 +82,19 @@ def lint(
 
 
 def densities(plan: Plan, length_tokens: int) -> dict[str, float]:
-    """Computed tiles of the static heads over two areas that are both called density elsewhere.
+    """Computed tiles of the static heads, over all denoising steps, over two areas that are both called density elsewhere.
 
     Returns:
         `reachable`: over what dense attention computes, the only density of this project; `full_square`: over all tiles, future ones too.
     """
     grid = _grid(plan.layout, length_tokens, plan.block_tokens)
-    cost: dict[Rule, int] = {}
-    heads = [rule for _, _, rule in plan.heads() if not rule.dynamic]
-    for rule in heads:
-        if rule not in cost:
-            cost[rule] = int(rule.select(grid).sum())
-    computed = sum(cost[rule] for rule in heads)
+    heads: Counter[Rule] = Counter()
+    for part, steps in _weighted_parts(plan):
+        for _, _, rule in part.heads():
+            heads[rule] += 0 if rule.dynamic else steps
+    computed = sum(int(rule.select(grid).sum()) * times for rule, times in heads.items() if times)
     reachable, square = int(grid.reachable().sum()), grid.num_q_blocks * grid.num_k_blocks
-    count = max(len(heads), 1)
+    count = max(heads.total(), 1)
     return {"reachable": computed / (reachable * count), "full_square": computed / (square * count)}
 
 
@@ -119,6 +118,20 @@ def _parts(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 else f"{_chunks(item)}, steps {item.first}-{item.end - 1}: ",
                 plan.model_copy(update={"assignments": table, "schedule": None}),
             )
+
+
+def _weighted_parts(plan: Plan) -> Iterator[tuple[Plan, int]]:
+    """The plan in every range of steps and the steps it holds; the base assignments for steps that no range covers."""
+    schedule = plan.schedule
+    if schedule is None:
+        yield plan, 1
+        return
+    covered = {step for item in schedule.ranges for step in range(item.first, item.end)}
+    if left := schedule.num_steps - len(covered):
+        yield plan.model_copy(update={"schedule": None}), left
+    for place, item in enumerate(schedule.ranges):
+        part = plan.model_copy(update={"assignments": schedule.assignments(place), "schedule": None})
+        yield part, item.end - item.first
 
 
 def _chunks(item: StepRange) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sparsesearch import calibration
 from sparsesearch.artifacts import require_unfinished, write_bytes
 from sparsesearch.block_mask import BlockGrid, density
-from sparsesearch.check import CheckResult, Thresholds, judge
+from sparsesearch.check import judge
+from sparsesearch.check_result import CheckResult, Thresholds
 from sparsesearch.evaluate import Metrics, evaluate
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.planning import Question

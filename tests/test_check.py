@@ -7,7 +7,8 @@ import pytest
 import torch
 from embedded_model import embedded, silence, silencing
 
-from sparsesearch.check import CheckResult, Thresholds, _repeated_suite, baseline_variant, check, judge
+from sparsesearch.check import _repeated_suite, baseline_variant, check, judge
+from sparsesearch.check_result import CheckResult, Thresholds
 from sparsesearch.errors import RegressionError, SpecError
 from sparsesearch.evaluate import Metrics, SuiteSpec
 from sparsesearch.runtime.live import apply

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from embedded_model import INFO, plan_of
 
-from sparsesearch.comparison import HeadExplanation, PlanExplanation, diff, explain
+from sparsesearch.comparison import diff
 from sparsesearch.cut import Cut, LayerCut
 from sparsesearch.errors import PlanMismatchError, SpecError
+from sparsesearch.explanation import HeadExplanation, PlanExplanation, explain
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import LengthLaw
 from sparsesearch.rules.pooled_topk import PooledTopk

@@ -62,6 +62,9 @@ def test_every_artefact_is_there(made: tuple[Path, VideoQuickstart]) -> None:
     assert page.count("data:image/png;base64,") == 2
     assert page.count("<svg") >= 2
     assert "calibrated_tiles" in page
+    assert page.index("<th>plan</th>") < page.index("<th>permuted</th>"), "the plan comes first"
+    assert ".tick{" in page, "the map's labels have their size"
+    assert f"{found.judgement.variants['plan'].values['psnr_db'][0]:.1f} dB</figcaption>" in page
 
 
 @pytest.mark.slow

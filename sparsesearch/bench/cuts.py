@@ -5,7 +5,6 @@ plan gets, and the criteria that stand for published methods, with it. Of a join
 plans that only thin attention out.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 
 from sparsesearch.errors import BudgetInfeasibleError, SpecError, nearest
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.record import Profile, provenance_versions
+from sparsesearch.profiling.record import Profile, device_name, provenance_versions
 from sparsesearch.pruning.apply import PrunedApply
 from sparsesearch.pruning.heal import held_out_loss
 from sparsesearch.pruning.joint import find_joint
@@ -277,8 +276,8 @@ def record_of(
         "rows": [asdict(row) for row in rows],
         "at_equal_time": at_equal_time(rows),
         "provenance": {
-            "device": _device_name(judged_on),
-            "timed_on": None if timed_on is None else _device_name(timed_on),
+            "device": device_name(judged_on),
+            "timed_on": None if timed_on is None else device_name(timed_on),
             "threads": torch.get_num_threads(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "calibration": profile.manifest.calibration,
@@ -286,7 +285,3 @@ def record_of(
             **more,
         },
     }
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"cpu ({platform.machine()})"

@@ -1,9 +1,9 @@
 """The evaluation itself: which sequences, in which order, and how single numbers become means with errors."""
 
-import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from sparsesearch.evaluate.suite import judge_tasks
 from sparsesearch.evaluate.task_metrics import SuiteSpec
 from sparsesearch.evaluate.timing import prefill_seconds
 from sparsesearch.plan import Plan
+from sparsesearch.profiling.record import device_name, provenance_versions
 from sparsesearch.runtime.live import apply, require_dense
 
 if TYPE_CHECKING:
@@ -262,14 +263,14 @@ def _timed(
     head, prompt = Head(model), sample.input_ids[None]
     runs = prefill_seconds(head, prompt, variants, rounds=rounds, apply=apply)
     found: dict[str, dict[str, Any]] = {
-        name: {"prefill_s": sorted(own)[len(own) // 2], "prefill_runs_s": own} for name, own in runs.items()
+        name: {"prefill_s": median(own), "prefill_runs_s": own} for name, own in runs.items()
     }
     if costs is None:
         return found
     attention = prefill_seconds(head, prompt, variants, rounds=rounds, apply=apply, part="attention")
     for name, seconds in predicted_seconds(model, variants, len(sample.input_ids), costs).items():
         found[name] |= {
-            "attention_s": sorted(attention[name])[rounds // 2],
+            "attention_s": median(attention[name]),
             "predicted": seconds,
             "cost_model": costs.name,
         }
@@ -278,11 +279,9 @@ def _timed(
 
 def provenance(model: "PreTrainedModel", seed: int, command: str | None) -> dict[str, Any]:
     """What another person needs to get the same numbers."""
-    device = model.device
     return {
-        "versions": {name: importlib.metadata.version(name) for name in ("sparsesearch", "torch", "transformers")}
-        | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "versions": {**provenance_versions(), "python": platform.python_version()},
+        "device": device_name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(model.config._attn_implementation),

@@ -1,10 +1,12 @@
 """The profile on disk: `profile.json` says what was measured, `scores-<length>.safetensors` holds the sums of every sample."""
 
+import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -129,6 +131,12 @@ class Profile:
         if not rule.needs_calibration:
             return (rule,) * len(unit.heads)
         return tuple(self.manifest.calibrated[rule.label][unit.module][head] for head in unit.heads)
+
+
+def device_name(device: str | torch.device) -> str:
+    """What a record calls a device: the GPU's own name, or `cpu` with the machine's architecture."""
+    where = torch.device(device)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where} ({platform.machine()})"
 
 
 def provenance_versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The map: one cell per query head, one row per layer."""
 
+from collections.abc import Callable
 from html import escape
 
 from sparsesearch.comparison import TileShares
@@ -11,18 +12,31 @@ from sparsesearch.rules.base import Rule
 _LEFT, _TOP, _BARS = 64.0, 34.0, 190.0
 
 
+ShareOf = Callable[[Rule], float | None]
+"""Share of dense's tiles that a rule computes; None where the data decide."""
+
+
 def head_map(plan: Plan, length_tokens: int) -> str:
+    """The map of a language model's plan at a length."""
+    return rule_map(plan, TileShares(plan, length_tokens).of)
+
+
+def rule_map(plan: Plan, share_of: ShareOf, *, title: str = "query head") -> str:
     """Colour and letter say the kind of rule, the filled height says the share of dense's tiles; a bar per layer sums them up.
 
     Heads of one KV group stand closer together. Every cell carries its address and rule as a tooltip.
+
+    Args:
+        plan: the plan; of a schedule, its rules at one step.
+        share_of: the share of tiles of each rule.
+        title: what stands above the numbers of the heads.
     """
     info = plan.base_model
     cell = _cell(max(info.num_heads), len(info.modules))
-    shares = TileShares(plan, length_tokens)
     columns = max(_x(index, heads // kv, cell) + cell for heads, kv in zip(info.num_heads, info.num_kv_heads, strict=True)
                   for index in (heads - 1,))  # fmt: skip
     rows = [
-        _row(plan, layer, module, _TOP + layer * (cell + 3), cell, columns, shares)
+        _row(plan, layer, module, _TOP + layer * (cell + 3), cell, columns, share_of)
         for layer, module in enumerate(info.modules)
     ]
     heads = [
@@ -37,7 +51,7 @@ def head_map(plan: Plan, length_tokens: int) -> str:
         if cell >= 18 or head % 8 == 0
     ]
     width, height = _LEFT + columns + _BARS, _TOP + len(rows) * (cell + 3) + 10
-    caption = text(_LEFT, 11, "query head", css="axis") + text(
+    caption = text(_LEFT, 11, title, css="axis") + text(
         _LEFT + columns + 20, _TOP - 8, "tiles computed in the layer", css="axis"
     )
     counts = ", ".join(f"{count} {kind}" for kind, count in plan.kind_counts().items())
@@ -45,12 +59,12 @@ def head_map(plan: Plan, length_tokens: int) -> str:
         width,
         height,
         caption + "".join(heads) + "".join(rows),
-        label=f"Rule of each query head, {len(rows)} layers",
+        label=f"Rule of each query head, {len(rows)} layers" + ("" if title == "query head" else f", {title}"),
         description=f"{counts}. A full list follows from `sparsesearch explain`.",
     )
 
 
-def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: float, shares: TileShares) -> str:
+def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: float, share_of: ShareOf) -> str:
     rules = plan.module_rules(module)
     group = plan.base_model.num_heads[layer] // plan.base_model.num_kv_heads[layer]
     parts = [
@@ -64,11 +78,11 @@ def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: fl
     ]
     known = swatches(rule.kind for rule in rules)
     for head, rule in enumerate(rules):
-        share = shares.of(rule)
+        share = share_of(rule)
         parts.append(
             _square(_LEFT + _x(head, group, cell), y, cell, rule, share, f"{module}:{head}", known[rule.kind].letter)
         )
-    found = [shares.of(rule) for rule in rules]
+    found = [share_of(rule) for rule in rules]
     certain = [share for share in found if share is not None]
     x, length = _LEFT + columns + 20, 110.0
     mean = sum(certain) / len(found)

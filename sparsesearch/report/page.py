@@ -1,6 +1,7 @@
 """The report: one HTML file with inline SVG. No script, no network, light and dark, readable by screen readers and on paper."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -12,6 +13,8 @@ from sparsesearch.report.masks import mask_cards
 from sparsesearch.report.palette import INK, kind_css, series_css, swatches
 from sparsesearch.report.plot import PLOT_CSS, Curve, Panel, plot
 from sparsesearch.report.svg import FONT, MONO
+
+_SMALLEST_LOSS = 1e-4
 
 
 def render(
@@ -47,7 +50,10 @@ def render(
             "What it costs and what it keeps",
             tables.quality_table(metrics, variant) + _quality_plot(metrics, length, variant),
         ),
-        ("Which head follows which rule", _legend(plan) + f'<div class="scroll">{head_map(plan, length)}</div>'),
+        (
+            "Which head follows which rule",
+            legend(plan.kind_counts()) + f'<div class="scroll">{head_map(plan, length)}</div>',
+        ),
         ("What the rules compute", mask_cards(plan, length)),
         ("The search", _pareto(pareto, pareto_y_label)),
         ("Predicted and measured", tables.predictions_table(plan, metrics, variant) + tables.seconds_table(metrics)),
@@ -55,13 +61,24 @@ def render(
         ("Task by task", tables.task_table(metrics, variant)),
         ("Provenance", tables.provenance(plan, metrics, profile_summary or {})),
     ]
+    return assembled(heading, tables.headline(plan, metrics, variant), sections, kinds)
+
+
+def assembled(heading: str, headline: str, sections: Sequence[tuple[str, str]], kinds: Iterable[str]) -> str:
+    """The whole page.
+
+    Args:
+        heading: its title.
+        headline: HTML of the figures below it.
+        sections: (title, HTML); those without content are left out.
+        kinds: rule kinds that it colours.
+    """
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
         f"<title>{escape(heading)}</title><style>{INK}{kind_css(kinds)}{series_css()}{PLOT_CSS}{PAGE_CSS}</style></head>\n"
-        f'<body><main><header><p class="over">sparsesearch report</p><h1>{escape(heading)}</h1>'
-        f"{tables.headline(plan, metrics, variant)}</header>{body}</main></body></html>\n"
+        f'<body><main><header><p class="over">sparsesearch report</p><h1>{escape(heading)}</h1>{headline}</header>{body}</main></body></html>\n'
     )
 
 
@@ -92,14 +109,20 @@ def _quality_plot(metrics: Metrics, length: int, variant: str) -> str:
 def _pareto(curves: Sequence[Curve] | None, y_label: str) -> str:
     if not curves:
         return ""
-    positive = all(point[1] > 0 for curve in curves for point in curve.points)
-    panel = Panel("Least predicted loss at each budget", "density", y_label, curves, log_y=positive, zero_y=True)
+    # a logarithm cannot show that dense loses nothing, and losses of rounding would take most of the height
+    least = max((point[1] for curve in curves for point in curve.points), default=0.0) * _SMALLEST_LOSS
+    lossy = [replace(curve, points=[point for point in curve.points if point[1] > least]) for curve in curves]
+    shown = [curve for curve in lossy if curve.points]
+    if not shown:
+        return ""
+    panel = Panel("Least predicted loss at each budget", "density", y_label, shown, log_y=True, x_range=(0, 1))
     picture = plot([panel], title="Predicted loss against density", width=960, standalone=False)
-    return f'<div class="scroll">{picture}</div>'
+    note = f"Loss of the objective that was searched; plans with less than {_SMALLEST_LOSS:g} of the greatest, such as dense, are not drawn."
+    return f'<div class="scroll">{picture}</div><p class="soft">{note}</p>'
 
 
-def _legend(plan: Plan) -> str:
-    counts = plan.kind_counts()
+def legend(counts: Mapping[str, int]) -> str:
+    """Kinds by their heads, most of them first, with the colours and letters of the map."""
     known = swatches(counts)
     items = "".join(
         f'<li><svg width="22" height="22" viewBox="0 0 22 22" aria-hidden="true"><rect width="22" height="22" rx="4" class="k-{kind}"/>'
@@ -109,7 +132,7 @@ def _legend(plan: Plan) -> str:
     )
     return (
         f'<ul class="legend">{items}</ul><p class="soft">The filled height is the share of tiles the head computes; a full cell of a dynamic '
-        "rule means that the data decide. Point at a cell for its rule.</p>"
+        "rule means that the data decide, and + that such heads come on top. Point at a cell for its rule.</p>"
     )
 
 
@@ -137,5 +160,7 @@ dl.facts dt{{color:var(--soft)}}dl.facts dd{{margin:0;overflow-wrap:anywhere}}.g
 .meter{{display:inline-block;width:64px;height:8px;border-radius:4px;background:var(--faint);margin-right:8px;overflow:hidden;vertical-align:1px}}
 .meter i{{display:block;height:100%;background:var(--accent)}}
 @media(max-width:640px){{dl.facts{{grid-template-columns:1fr;gap:0}}dl.facts dd{{margin-bottom:8px}}section{{padding:18px 14px}}}}
+h3{{font-size:15px;margin:18px 0 0}}img.film{{display:block;image-rendering:pixelated;max-width:100%;height:auto;border-radius:8px}}
+figure.clip{{margin:0 0 18px}}figure.clip figcaption{{font-size:13px;color:var(--soft);margin-bottom:6px}}
 @media print{{section,.kpi{{break-inside:avoid}}}}
 """

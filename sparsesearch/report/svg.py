@@ -24,6 +24,9 @@ def figure(width: float, height: float, body: str, *, label: str, description: s
     )
 
 
+_MOST_DECADES = 8
+
+
 @dataclass(frozen=True)
 class Axis:
     """Data values low … high along pixels start … end, linear or logarithmic."""
@@ -49,8 +52,12 @@ class Axis:
             first = math.ceil(self.low / step - 1e-9)
             return [round(index * step, 12) for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
         span = self.high / self.low
-        steps: tuple[float, ...] = (1, 3) if span > 30 else (1, 2, 5) if span > 8 else (1, 1.5, 2, 3, 4, 5, 7)
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        sparse: tuple[float, ...] = (1,) if span > 1e4 else (1, 3)
+        steps = sparse if span > 30 else (1, 2, 5) if span > 8 else (1, 1.5, 2, 3, 4, 5, 7)
+        stride = max(1, math.ceil(math.log10(span) / _MOST_DECADES))
+        decades = range(
+            math.floor(math.log10(self.low) / stride) * stride, math.ceil(math.log10(self.high)) + 1, stride
+        )
         values = [step * 10.0**decade for decade in decades for step in steps]
         return [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
 

@@ -1,6 +1,6 @@
 """The report's tables and lists, as HTML."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -26,11 +26,16 @@ def headline(plan: Plan, metrics: Metrics, variant: str) -> str:
     if slowdown and timed.prefill_s is not None and timed_dense.prefill_s is not None:
         note = f"{_seconds(timed.prefill_s)} against {_seconds(timed_dense.prefill_s)} dense at {longest} tokens"
         entries.append(("Prefill speed", f"{1 / slowdown:.2f} ×", note))
-    cards = "".join(
+    return cards(entries)
+
+
+def cards(entries: Sequence[tuple[str, str, str]]) -> str:
+    """(name, value, note) in large print."""
+    shown = "".join(
         f'<div class="kpi"><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><small>{escape(note)}</small></dd></div>'
         for name, value, note in entries
     )
-    return f'<dl class="kpis">{cards}</dl>'
+    return f'<dl class="kpis">{shown}</dl>'
 
 
 def quality_table(metrics: Metrics, variant: str) -> str:
@@ -147,8 +152,8 @@ def _measured_share(metrics: Metrics, length: int, variant: str, metric: str) ->
 
 
 def needle_table(metrics: Metrics, variant: str) -> str:
-    """Accuracy by wording and by depth, dense beside the plan, at the longest length."""
-    length = metrics.lengths_tokens[-1]
+    """Accuracy by wording and by depth, dense beside the plan, at the length with the most sequences."""
+    length = metrics.best_judged_length
     own, dense = metrics.at(length, variant), metrics.at(length, "dense")
     rows = []
     for group, ours, theirs in (
@@ -199,19 +204,41 @@ def provenance(plan: Plan, metrics: Metrics, profile_summary: Mapping[str, Any])
         **{f"evaluation: {name}": value for name, value in sorted(metrics.provenance.items())},
         **{f"data: {name}": identity for name, identity in metrics.data.items()},
     }
-    return (
-        '<dl class="facts">'
-        + "".join(f"<dt>{escape(name)}</dt><dd>{_fact(value)}</dd>" for name, value in facts.items())
-        + "</dl>"
+    return named(facts)
+
+
+def named(facts: Mapping[str, Any]) -> str:
+    """Names and values, a line for every entry of a list of mappings; digests are cut."""
+    items = "".join(
+        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{_fact(value)}</dd>" for name, value in facts.items()
     )
+    return f'<dl class="facts">{items}</dl>'
 
 
 def _fact(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return escape(", ".join(f"{name} {part}" for name, part in value.items()))
-    shown = str(value)
+    if isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value):
+        return "<br>".join(_fact(part) for part in value)
+    shown = _plain(value)
     code = len(shown) == 64 and " " not in shown
     return f"<code>{escape(shown[:16])}…</code>" if code else escape(shown)
+
+
+def _plain(value: Any) -> str:
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case Mapping():
+            return ", ".join(f"{name} {_plain(part)}" for name, part in value.items()) or "none"
+        case list() | tuple():
+            return ", ".join(
+                _plain(part) if not isinstance(part, list | tuple) else f"({_plain(part)})" for part in value
+            )
+        case _:
+            return str(value)
 
 
 def _estimate(found: Estimate, digits: int) -> str:

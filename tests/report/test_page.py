@@ -74,6 +74,14 @@ def page() -> str:
     return render(_plan(), _metrics(), pareto=pareto, profile_summary={"sequences": 8})
 
 
+def test_losses_of_rounding_do_not_take_the_height_of_the_search() -> None:
+    pareto = [Curve("front", [(0.1, 20.0), (0.5, 0.01), (0.9, 1e-12), (1.0, 0.0)]), Curve("nothing", [(1.0, 0.0)])]
+    section = render(_plan(), _metrics(), pareto=pareto).split("<h2>The search</h2>")[1].split("</section>")[0]
+    assert section.count('class="mark') == 1 + 2, "one in the legend"
+    assert ">1e-12<" not in section
+    assert "nothing" not in section
+
+
 def test_the_page_needs_nothing_from_outside(page: str) -> None:
     assert not re.search(r"<script|<link|<img|@import|url\(|\ssrc=|\shref=", page)
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
@@ -216,7 +224,13 @@ def test_plots_that_cannot_be_drawn_are_refused(panel: Panel, message: str) -> N
 
 @pytest.mark.parametrize(
     "axis",
-    [Axis(0, 1, 0, 9), Axis(0.013, 0.017, 0, 9), Axis(1e-5, 3.0, 9, 0, log=True), Axis(0.03, 0.09, 9, 0, log=True)],
+    [
+        Axis(0, 1, 0, 9),
+        Axis(0.013, 0.017, 0, 9),
+        Axis(1e-5, 3.0, 9, 0, log=True),
+        Axis(0.03, 0.09, 9, 0, log=True),
+        Axis(1e-13, 40.0, 9, 0, log=True),
+    ],
 )
 def test_axes_have_a_readable_number_of_ticks(axis: Axis) -> None:
     ticks = axis.ticks()

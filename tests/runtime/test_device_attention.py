@@ -10,9 +10,9 @@ from runtime_plans import RULES, cycled_plan, group_plan, left_padded, oracle_lo
 import sparsesearch
 from sparsesearch.bench.rules import no_host_wait
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.comparison import explain
 from sparsesearch.errors import UnsupportedKernelError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
+from sparsesearch.explanation import explain
 from sparsesearch.kernels.device_select import acting_rules
 from sparsesearch.plan import uniform_plan
 from sparsesearch.rules import parse_rule

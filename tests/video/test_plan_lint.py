@@ -17,6 +17,7 @@ from sparsesearch.rules.neighbourhood import Neighbourhood
 from sparsesearch.rules.pooled_topk import PooledTopk
 from sparsesearch.rules.reuse import Reuse
 from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.zero import Zero
 from sparsesearch.step_schedule import StepSchedule
 
 VIDEO = video_layout(4, 8, 8, text_last=10)
@@ -150,3 +151,9 @@ def test_densities_are_named_by_their_area() -> None:
     assert named == {"reachable": 1.0, "full_square": (16 * 17 / 2) / 256}
     video = densities(plan((Dense(),), layout=VIDEO), 1024)
     assert video == {"reachable": 1.0, "full_square": 1.0}
+
+
+def test_densities_are_of_all_steps() -> None:
+    """Dense in two of four steps, then one layer of nothing in the other two: three quarters."""
+    made = scheduled(Dense(), Zero())
+    assert densities(made, 1024)["reachable"] == pytest.approx((2 * 2 + 2 * 1) / 8)
