@@ -107,7 +107,8 @@ def calibrate_cuda(
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "triton": triton.__version__,
-        "clock": "sustained: medians after 20 ms to 120 ms of the same work; random data; inputs rotate through the cache",
+        "clock": f"sustained: medians after {20 * plan.time_share:g} ms to {120 * plan.time_share:g} ms of the same work, whole layers after "
+        f"{micro_bench.SETTLE_S:g} s of matrix products; random data; inputs rotate through the cache",
         "micro_runs": len(rows),
         "group_s": {group: round(seconds, 1) for group, seconds in group_s.items()},
         "micro_runs_s": round(perf_counter() - start, 1),
