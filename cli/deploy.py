@@ -92,10 +92,15 @@ def verify(
     """Check a patched checkpoint against the oracle. It looks at files, weights, prefill and decoding."""
     from dataclasses import asdict
 
-    from sparsesearch.errors import ArtifactError
+    from sparsesearch.errors import ArtifactError, UnsupportedModelError
     from sparsesearch.pruning.verify import is_pruned, verify_pruned
     from sparsesearch.runtime.verify import verify as run
 
+    if pipelines.is_pipeline(str(checkpoint)):
+        raise UnsupportedModelError(
+            f"{checkpoint} must be a language model or an encoder to be verified, but is a diffusers checkpoint. Judge its plans by "
+            "`sparsesearch eval --run`."
+        )
     found = verify_pruned(checkpoint) if is_pruned(checkpoint) else run(checkpoint)
     verdict = "is sound" if found.ok else "is NOT sound"
     emit_json(asdict(found)) if json else pairs(f"{checkpoint} {verdict}", asdict(found))

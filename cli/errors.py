@@ -11,6 +11,13 @@ import typer
 from .render import say
 
 INTERRUPTED = 130
+CONTINUES = {
+    **dict.fromkeys(("profile", "heal"), "what was finished is on disk; run the command again with --resume."),
+    "front": "what was finished is on disk; with --at, run the command again with --resume, else anew.",
+    "tune": "finished trials are in the study; go on with --join and its name.",
+    "quickstart": "what was finished is on disk; run the command again to go on.",
+}
+"""Command -> what to do after Ctrl-C; the others write their results last."""
 EXTRAS = {
     "diffusers": "diffusers",
     "optuna_dashboard": "dashboard",
@@ -38,7 +45,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             say(
-                "[red]interrupted[/]: what was finished is on disk; profile and heal continue with --resume, tune with --join, quickstart by itself."
+                f"[red]interrupted[/]: {CONTINUES.get(command.__name__, 'nothing half-made was left; run the command again.')}"
             )
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:

@@ -55,6 +55,14 @@ def front(
             help="With --at, how many such sequences; 0: the first family takes its whole space's optimum.", min=0
         ),
     ] = 12,
+    refine: Annotated[
+        int,
+        typer.Option(
+            help="With --at, most steps that improve every family's plan: the loss expanded around it, searched again, brought to the "
+            "same measured time, and replayed on the --choose-on data.",
+            min=0,
+        ),
+    ] = 0,
     resume: Annotated[
         bool,
         typer.Option(
@@ -86,7 +94,7 @@ def front(
     if at is not None:
         found = _at_latency(
             live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model, out=out, resume=resume,
-            choose=(choose_on, choose_sequences),
+            choose=(choose_on, choose_sequences), steps=refine,
             lengths=o.parsed_lengths(lengths), num_sequences=num_sequences, seed=seed,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),
         )  # fmt: skip
@@ -155,6 +163,7 @@ def _at_latency(
     out: Path,
     resume: bool,
     choose: tuple[str, int],
+    steps: int,
     lengths: list[int],
     num_sequences: int,
     seed: int,
@@ -170,7 +179,7 @@ def _at_latency(
         raise typer.BadParameter(f"must be one length with --at, but got {lengths}.", param_hint="--lengths")
     setting = Setting(
         _targets(at), families or DEFAULT_FAMILIES, batch, part, rounds=max(1, rounds // 3), final_rounds=rounds,
-        time_limit_s=time_limit_s, seed=seed,
+        time_limit_s=time_limit_s, steps=steps, seed=seed,
     )  # fmt: skip
     parts = held_out_parts(tokenizer, lengths[0], num_sequences, seed=seed)  # type: ignore[arg-type]
     fresh = _fresh(choose, tokenizer, lengths[0], profile.manifest.seed)  # type: ignore[attr-defined]

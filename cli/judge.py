@@ -34,6 +34,8 @@ FOR_TEXT = (
     *("task_sequences", "generate", "seed"),
 )
 """Options of `eval` that mean nothing for plans of a pipeline, which --run judges."""
+OF_TASKS = ("task_format", "shots", "task_sequences")
+"""Options that mean something for --suite only."""
 
 
 def evaluate(
@@ -45,7 +47,7 @@ def evaluate(
     lengths: o.Lengths = "2048",
     num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
     num_needles: o.NumNeedles = 8,
-    data: o.Data = "text",
+    data: o.TextData = "text",
     timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.", min=0)] = 5,
     cost_model: Annotated[
         str | None, typer.Option(help="Whose predictions stand beside the times; the device's own by default.")
@@ -92,6 +94,8 @@ def evaluate(
         )
     if not paths and model is None:
         raise typer.BadParameter("must be named where no plan names it.", param_hint="--model")
+    if suite is None:
+        o.refuse_given(context, "is for --suite, which was not given", *OF_TASKS, "generate")
     if not timing_rounds:
         o.refuse_given(context, "stands beside measured times, and --timing-rounds 0 measures none", "cost_model")
     opened = {name: Plan.load(path) for name, path in o.variant_names(paths).items()}
@@ -142,6 +146,7 @@ def _priced(cost_model: str | None, live: "PreTrainedModel") -> "CostModel | Non
 
 
 def check(
+    context: typer.Context,
     plan: o.PlanFile,
     baseline: Annotated[Path | None, typer.Option(help="Metrics file recorded with `sparsesearch eval -o`.")] = None,
     model: o.OptionalModel = None,
@@ -164,6 +169,8 @@ def check(
     json: o.Json = False,
 ) -> None:
     """Gate for CI: exit 4 when a plan has got worse. Its bounds are relative to dense, and to a recorded baseline, whose tasks are repeated."""
+    if suite is None:
+        o.refuse_given(context, "is for --suite, which was not given", *OF_TASKS)
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.check import check as run
     from sparsesearch.evaluate import Metrics
@@ -239,13 +246,12 @@ def report(
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan
-    from sparsesearch.profiling.record import Profile
     from sparsesearch.report import render
     from sparsesearch.report.front import front_curves
 
     opened, found = Plan.load(plan), Metrics.load(metrics)
     variant = found.variant_of(opened)
-    front = None if profile is None else front_curves(Profile.load(profile), opened.unit)
+    front = None if profile is None else front_curves(o.profile_for(opened, profile), opened.unit)
     write_bytes(out, render(opened, found, variant=variant, pareto=front).encode())
     lines(f"written: {out}")
 

@@ -9,6 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from sparsesearch.evaluate import SuiteSpec
+    from sparsesearch.plan import Plan
+    from sparsesearch.profiling.record import Profile
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
@@ -39,6 +41,14 @@ Data = Annotated[
     str,
     typer.Option(
         help="needle, tasks:NAMES:FORMAT, text, stdlib, a .jsonl/.txt/.parquet file, several joined by +, or a hub dataset name:config:split."
+    ),
+]
+TextData = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Where the text of held-out sequences is from: text, stdlib, a .jsonl/.txt/.parquet file, several joined by +, or a hub dataset "
+        "name:config:split.",
     ),
 ]
 HeldOut = Annotated[
@@ -116,6 +126,26 @@ def parsed_suite(
             "generate": generate,
         }
     )
+
+
+def profile_for(plan: "Plan", folder: Path) -> "Profile":
+    """The profile in a folder, of the plan's model.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+        PlanMismatchError: it is of another model.
+    """
+    from sparsesearch.errors import PlanMismatchError
+    from sparsesearch.profiling.record import Profile
+
+    opened = Profile.load(folder)
+    own, other = plan.base_model, opened.manifest.base_model
+    if own.geometry != other.geometry or {own.weights_sha256, other.weights_sha256} - {None, own.weights_sha256}:
+        raise PlanMismatchError(
+            f"{folder} must be a profile of the plan's model, {own.name_or_path!r}, but is of {other.name_or_path!r}. Give the profile that "
+            "the plan was searched in."
+        )
+    return opened
 
 
 def refuse_given(context: typer.Context, why: str, *names: str) -> None:

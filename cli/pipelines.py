@@ -33,9 +33,6 @@ def is_metrics(path: Path) -> bool:
     return f'"{FORMAT}"' in read_text(path)
 
 
-FRAMES = ".frames.safetensors"
-
-
 def is_pipeline_plan(path: Path) -> bool:
     """Whether a plan was made for a transformer of diffusers, or PLAN is a folder of such plans."""
     if path.is_dir():
@@ -232,9 +229,7 @@ def evaluate(
     json: bool,
 ) -> None:
     """Compare pixels with dense sampling from the same noise, on a run of other prompts and seeds."""
-    from safetensors.torch import save
-
-    from sparsesearch.artifacts import write_bytes
+    from sparsesearch.denoising.frames import save_frames
     from sparsesearch.denoising.pipeline import load_pipeline, load_plans
     from sparsesearch.denoising.pipeline_plans import judge_pipeline
     from sparsesearch.denoising.sampling_run import SamplingRun
@@ -246,10 +241,7 @@ def evaluate(
     found, frames = judge_pipeline(live, SamplingRun.load(run), variants)
     if out is not None:
         found.save(out)
-        pixels = {
-            name: ((video + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for name, video in frames.items()
-        }
-        write_bytes(out.with_suffix(FRAMES), save(pixels))
+        save_frames(out, frames)
     if json:
         emit_json(found.model_dump(mode="json"))
         return
@@ -270,21 +262,15 @@ def show(found: "Judgement", title: str) -> None:
 
 def report(plan: Path, metrics: Path, out: Path) -> None:
     """One page with frames, rule maps and every sample's verdict; the first component's plan is drawn."""
-    from safetensors.torch import load_file
-
     from sparsesearch.artifacts import write_bytes
+    from sparsesearch.denoising.frames import load_frames
     from sparsesearch.denoising.judge import Judgement
     from sparsesearch.denoising.pipeline import load_plans
-    from sparsesearch.errors import ArtifactError
     from sparsesearch.report.video import render_video
 
-    found, plans, pixels = Judgement.load(metrics), load_plans(plan), metrics.with_suffix(FRAMES)
+    found, plans = Judgement.load(metrics), load_plans(plan)
     variant = found.variant_of(plans)
-    if not pixels.is_file():
-        raise ArtifactError(
-            f"{metrics} must have its frames beside it, but there is no {pixels.name}. Make both again with `sparsesearch eval --run`."
-        )
-    frames = {name: video.float() / 127.5 - 1 for name, video in load_file(pixels).items()}
+    frames = load_frames(metrics)
     page = render_video(plans, found, frames["dense"], frames[variant], variant=variant)
     write_bytes(out, page.encode())
     lines(f"written: {out}")

@@ -11,8 +11,8 @@ from .render import emit_json, entries, lines, table
 
 
 def diff(
-    plan_a: Annotated[Path, typer.Argument(metavar="PLAN_A")],
-    plan_b: Annotated[Path, typer.Argument(metavar="PLAN_B")],
+    plan_a: Annotated[Path, typer.Argument(help="A plan.", metavar="PLAN_A")],
+    plan_b: Annotated[Path, typer.Argument(help="The plan to compare it with.", metavar="PLAN_B")],
     json: o.Json = False,
 ) -> None:
     """Compare two plans for one model, head by head."""
@@ -25,6 +25,9 @@ def diff(
     found = compare(first, Plan.load(plan_b))
     if json:
         emit_json(asdict(found))
+        return
+    if not found.changes and not found.other_fields:
+        lines(f"the plans are the same: all {found.num_heads} heads follow equal rules")
         return
     layers = {module: index for index, module in enumerate(first.base_model.modules)}
     rows = [[f"{layers[change.module]}:{change.head}", change.before, change.after] for change in found.changes]
@@ -46,12 +49,11 @@ def explain(
     from sparsesearch.comparison import explain as run
     from sparsesearch.plan import Plan
     from sparsesearch.planning import Question, score_table
-    from sparsesearch.profiling.record import Profile
 
     opened = Plan.load(plan)
     scores = None
     if profile is not None:
-        scores = score_table(Profile.load(profile), Question((), granularity=opened.unit))
+        scores = score_table(o.profile_for(opened, profile), Question((), granularity=opened.unit))
     found = run(opened, head, scores=scores)
     if json:
         emit_json(asdict(found))

@@ -9,8 +9,12 @@ from . import options as o
 from .errors import guarded, usage
 from .render import emit_json, lines, progress_bar, say, table
 
+FOR_TEXT = ("from_scratch", "evaluations", "num_sequences", "seed")
+"""Options that mean nothing with --video."""
+
 
 def quickstart(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder to fill: new, empty, or of an interrupted run.")
     ] = Path("quickstart"),
@@ -31,8 +35,10 @@ def quickstart(
 ) -> None:
     """Run the whole corridor on the embedded model. It does profile, search, apply, eval, check, report."""
     if video:
+        o.refuse_given(context, "is for the embedded language model, and not for --video", *FOR_TEXT)
         _quickstart_video(out, density, mode, json)
         return
+    o.refuse_given(context, "is for --video, which was not given", "mode")
     from sparsesearch.quickstart import quickstart as run
 
     with progress_bar() as progress:

@@ -70,6 +70,8 @@ def search_reuse(
     for option, own in OF_OBJECTIVES.items():
         if objective != own:
             o.refuse_given(context, f"is for --objective {own}, and not for {objective}", option)
+    if objective == "reuse" and not budget:
+        raise typer.BadParameter("must be given, such as density=0.25.", param_hint="--budget")
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
     with usage("--budget"):

@@ -179,6 +179,11 @@ def _question(
 
     with usage("--budget"):
         budgets = parse_budgets(budget)
+    if own := sorted({each.metric for each in budgets} & {"params", "flops"}):
+        raise typer.BadParameter(
+            f"{own[0]} is for removals, and {profile.folder} covers none: profile again with --space pruning.",
+            param_hint="--budget",
+        )
     with usage("--workload"):
         workloads = parse_workloads(workload) if workload else ()
     menu = None if space is None else SearchSpace.load(space)

@@ -16,7 +16,10 @@ OF_NEW_STUDIES = ("name", "densities", "num_sequences", "warm", "unit", "refresh
 def tune(
     context: typer.Context,
     profiles: Annotated[
-        list[Path] | None, typer.Argument(help="Profile directories of one model; more than one varies the block size.")
+        list[Path] | None,
+        typer.Argument(
+            help="Profile directories of one model; more than one varies the block size.", metavar="[PROFILE]..."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the front and its plans.")] = Path("study"),
     name: Annotated[str, typer.Option(help="Name of the new study.")] = "study",

@@ -10,6 +10,7 @@ import torch
 from sparsesearch.artifacts import require_unfinished, write_bytes
 from sparsesearch.denoising.controls import best_uniform, permuted_plan
 from sparsesearch.denoising.corridor import Accepted, Corridor
+from sparsesearch.denoising.frames import save_frames
 from sparsesearch.denoising.judge import Judgement, judge
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.errors import SpecError
@@ -119,7 +120,7 @@ def quickstart_video(
 ) -> VideoQuickstart:
     """Run the corridor into `out`, which must be new, empty, or left behind by an interrupted run, which goes on.
 
-    Leaves `profile/`, `sparse_plan.json`, `patched/`, `judgement.json` and `report.html`.
+    Leaves `profile/`, `sparse_plan.json`, `patched/`, `judgement.json` with its frames, and `report.html`.
 
     Args:
         out: the folder.
@@ -135,7 +136,9 @@ def quickstart_video(
         SpecError: unknown mode.
         UnsupportedModelError: diffusers is not installed.
     """
-    require_unfinished(out, {"profile", "sparse_plan.json", "patched", "judgement.json"})
+    require_unfinished(
+        out, {"profile", "sparse_plan.json", "patched", "judgement.json", "judgement.frames.safetensors"}
+    )
     if mode not in MODES:
         raise SpecError(f"mode must be one of {', '.join(MODES)}, but got {mode!r}.")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,6 +164,7 @@ def quickstart_video(
     export_diffusers({"": plan}, preset_path("models", MODEL), out / "patched", overwrite=True)
     found.save(out / "judgement.json")
     shown = replay.samples(plan)[:SHOWN_CLIPS]
+    save_frames(out / "judgement.json", {"dense": replay.dense[:SHOWN_CLIPS], "plan": shown})
     facts = {"mode": mode, "clips": chosen.held_out_clips, "run": chosen.expected}
     write_bytes(out / "report.html", render_video(plan, found, replay.dense[:SHOWN_CLIPS], shown, facts=facts).encode())
     return VideoQuickstart(plan, found, accepted, chosen)

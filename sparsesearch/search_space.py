@@ -1,6 +1,6 @@
 """Search spaces: a YAML file -> the menu of candidate rules. A list value is an axis of the grid, also inside a law."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,16 @@ class SearchSpace:
     def labels(self) -> tuple[str, ...]:
         """The candidates' names."""
         return tuple(rule.label for rule in self.candidates)
+
+    def in_blocks_of(self, block_tokens: int) -> "SearchSpace":
+        """The same candidates on tiles of another side: larger ones are cheaper per key and coarser.
+
+        Raises:
+            SpecError: no multiple of 16 from 16 to 256.
+        """
+        if block_tokens % 16 or not 16 <= block_tokens <= 256:
+            raise SpecError(f"blocks must be a multiple of 16 tokens from 16 to 256, but got {block_tokens}.")
+        return replace(self, block_tokens=block_tokens)
 
     @property
     def sha256(self) -> str:

@@ -20,7 +20,7 @@ from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.proxy_validation import validate_proxies
-from sparsesearch.refinement import _clearly_less, refine
+from sparsesearch.refinement import clearly_less, refine
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.search.budget import Budget, parse_budgets
 from sparsesearch.search_space import SearchSpace
@@ -248,10 +248,10 @@ def test_budgets_are_checked_at_every_profiled_length(profile: Profile) -> None:
 
 def test_only_a_clear_improvement_is_accepted() -> None:
     best = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert _clearly_less(best - 0.5, best)
-    assert not _clearly_less(best + torch.tensor([-3.0, 1.0, 1.0, 0.9]), best), "one lucky sequence is no improvement"
-    assert _clearly_less(best[:1] - 0.1, best[:1])
-    assert not _clearly_less(best, best)
+    assert clearly_less(best - 0.5, best)
+    assert not clearly_less(best + torch.tensor([-3.0, 1.0, 1.0, 0.9]), best), "one lucky sequence is no improvement"
+    assert clearly_less(best[:1] - 0.1, best[:1])
+    assert not clearly_less(best, best)
 
 
 PUBLISHED_SPACE = """

@@ -103,6 +103,7 @@ PAPERS = {
         for variable in (False, True)
     ],
     "quest": [f"bounds_topk(keep={budget},sink=64,prefill=False)" for budget in (256, 512, 1024, 2048, 4096)],
+    "tri_shape": ["tri_shape(sink=64,window=128,last=128)", "tri_shape(sink=64,window=0.5N,last=128)"],
     "token_sparse": ["token_rows(tail=0.005,min_tokens=1024,window=64,probe=64)"],
     "duo_attention": ["sink_window(sink=128,window=256)", "sink_window(sink=64,window=256)"],
     "minference": [

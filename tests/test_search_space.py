@@ -92,3 +92,13 @@ def test_a_yaml_file_is_loaded_by_path(tmp_path: Path) -> None:
 def test_yaml_may_not_build_objects() -> None:
     with pytest.raises(SpecError, match="must be YAML"):
         SearchSpace.parse("!!python/object/apply:os.getcwd []", where="test.yaml")
+
+
+def test_tiles_of_another_side() -> None:
+    space = SearchSpace.load("moa")
+    larger = space.in_blocks_of(128)
+    assert (larger.block_tokens, larger.candidates) == (128, space.candidates)
+    assert larger.sha256 != space.sha256
+    for side in (100, 8, 512):
+        with pytest.raises(SpecError, match="multiple of 16"):
+            space.in_blocks_of(side)

@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out (it compiles for minutes)")
     parser.add_argument("--no-full", action="store_true", help="causal only")
+    parser.add_argument("--backends", nargs="+", choices=("gluon", "triton"), default=["gluon", "triton"])
+    parser.add_argument("--budget-s", type=float, default=0.1, help="device time per row")
     given = parser.parse_args()
 
     def show(row: dict[str, Any]) -> None:
@@ -274,6 +276,8 @@ def main() -> None:
         head_dims=given.head_dims,
         flex_lengths=() if given.no_flex else (8192, 32768),
         causal=(True,) if given.no_full else (True, False),
+        backends=given.backends,
+        budget_s=given.budget_s,
         progress=show,
     )
     given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

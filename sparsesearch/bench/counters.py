@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from sparsesearch.bench.attention import BLOCK_TOKENS, PlanName, plan_rules
+from sparsesearch.bench.attention import BLOCK_TOKENS, PLANS, PlanName, plan_rules
 from sparsesearch.bench.timing import provenance
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedKernelError
@@ -159,10 +159,18 @@ def _loaded(attend: Callable[[], None], *, budget_s: float = 0.7) -> dict[str, f
     }
 
 
+def _case(text: str) -> tuple[int, int, PlanName]:
+    head_dim, length, plan = text.split(":")
+    if plan not in PLANS:
+        raise argparse.ArgumentTypeError(f"{plan!r} is no plan of {PLANS}")
+    return int(head_dim), int(length), plan
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="where to write the record")
+    parser.add_argument("--cases", nargs="+", type=_case, default=CASES, help="head_dim:tokens:plan, each")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
@@ -171,7 +179,7 @@ def main() -> None:
     if given.json is None:
         parser.error("--json is missing.")
     try:
-        record = run()
+        record = run(given.cases)
     except UnsupportedKernelError as error:
         parser.exit(1, f"{error}\n")
     given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

@@ -21,6 +21,7 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.shipped import shipped_for
 from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
+from sparsesearch.equal_latency.menus import FOR_ANSWERS, MENUS
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.equal_latency.settle import Setting
 from sparsesearch.errors import SpecError
@@ -61,12 +62,21 @@ def main() -> None:
         default=4,
         help="on which the first family chooses among its parts; 0: it does not",
     )
+    parser.add_argument(
+        "--answer-weights",
+        type=float,
+        nargs="+",
+        help="the parts: static rules without bitmaps and silent heads, searched with each of these; the usual parts by default",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of the final measurement")
     parser.add_argument(
         "--time-limit", type=float, default=3600, help="seconds per target after which budgets move no more"
     )
+    parser.add_argument("--refine", type=int, default=0, help="most steps that improve every family's plan")
     parser.add_argument("--space", default="mixture")
+    parser.add_argument("--block-tokens", type=int, help="side of a tile; the space's own by default")
     parser.add_argument("--profile", type=Path, help="kept there, and continued if it is there already")
+    parser.add_argument("--profile-only", action="store_true", help="stop when --profile is there")
     parser.add_argument("--resume", action="store_true", help="start from the budgets in --json of an earlier run")
     parser.add_argument("--cost-model", help="the device's own by default")
     parser.add_argument("--device", default="cuda")
@@ -90,15 +100,21 @@ def main() -> None:
     samples = random_samples(shape.vocab_size, given.length, given.num_samples, seed=0)
     judged = random_samples(shape.vocab_size, given.length, 2 * given.num_sequences, seed=1)
     choose_on = random_samples(shape.vocab_size, given.length, given.choose_sequences, seed=2)
+    space = SearchSpace.load(given.space)
     request = Request(
         describe(model, given.model_shape),
-        SearchSpace.load(given.space),
+        space if given.block_tokens is None else space.in_blocks_of(given.block_tokens),
         {given.length: Calibration(samples, "random tokens")},
         num_probes=given.num_probes,
     )
     begun = EqualLatency.load(given.json) if given.resume and given.json.exists() else None
     with tempfile.TemporaryDirectory() as folder:
-        profile = profile_model(model, request, given.profile or Path(folder) / "profile", progress=progress)
+        kept = given.profile is not None
+        profile = profile_model(
+            model, request, given.profile or Path(folder) / "profile", resume=kept, progress=progress
+        )
+        if given.profile_only:
+            return
         setting = Setting(
             given.at,
             given.families,
@@ -107,10 +123,16 @@ def main() -> None:
             rounds=max(1, given.rounds // 3),
             final_rounds=given.rounds,
             time_limit_s=given.time_limit,
+            steps=given.refine,
+        )
+        menus = (
+            MENUS
+            if given.answer_weights is None
+            else [replace(FOR_ANSWERS, answer_weight=w) for w in given.answer_weights]
         )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(
-            model, profile, setting, costs, needles, text, choose_on=choose_on, command=" ".join(sys.argv), begun=begun,
+            model, profile, setting, costs, needles, text, choose_on=choose_on, menus=menus, command=" ".join(["python -m sparsesearch.bench.families", *sys.argv[1:]]), begun=begun,
             saved=lambda record: record.save(given.json), progress=progress,
         )  # fmt: skip
     for target, row in found.targets.items():

@@ -50,6 +50,10 @@ def documents(spec: str, split: Split, *, text_column: str = "text") -> Iterator
         return _part(_local(Path(spec), text_column), split, spec)
     if spec.count(":") == 2:
         return _part(_hub(spec, text_column), split, spec)
+    if spec == "needle" or spec.startswith(("needle:", "tasks:")):
+        raise SpecError(
+            f"plain text must be named here, such as text, stdlib or a file, but {spec} makes sequences of its own."
+        )
     raise SpecError(
         f"calibration must be built in, a file ending in {', '.join(SUFFIXES)}, or a hub dataset written name:config:split, "
         f"but got {spec!r}.{nearest(spec, BUILT_IN)}"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times
-from sparsesearch.equal_latency.ladders import ladders
-from sparsesearch.equal_latency.menus import MENUS, menu_ladders
+from sparsesearch.equal_latency.ladders import SearchedLadder
+from sparsesearch.equal_latency.menus import MENUS, Menu, family_ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.equal_latency.settle import Progress, Replay, Search, Setting, Settled
+from sparsesearch.equal_latency.standings import Steps
+from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import ApplyPlan, Comparison, DenseReference
@@ -25,11 +28,14 @@ from sparsesearch.evaluate.task_metrics import SuiteSpec, TaskMetrics
 from sparsesearch.evaluate.timing import Stopwatch
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.record import Profile
-from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.live import AppliedPlan, apply
 from sparsesearch.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXPANDED = 6
+"""Calibration sequences around whose loss plans are expanded; plans are judged on all of them."""
 
 
 def compare_at_latency(
@@ -41,6 +47,7 @@ def compare_at_latency(
     text: Sequence[Sample],
     *,
     choose_on: Sequence[Sample] = (),
+    menus: Sequence[Menu] = MENUS,
     suite: SuiteSpec | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     data: Mapping[str, str] | None = None,
@@ -60,7 +67,9 @@ def compare_at_latency(
         needles: held-out sequences with answers, all of one length; prompts for timing come from them.
         text: held-out plain sequences of that length.
         choose_on: calibration sequences, neither profiled nor judged, on which the family on trial chooses among the parts of its space
-            (`ladders.MENUS`) and the rivals whose rules it contains; none: it takes the optimum of its whole space.
+            (`menus.MENUS`) and the rivals whose rules it contains, and on which all families' plans are improved (`Setting.steps`);
+            none: every family takes the optimum of its whole space.
+        menus: those parts.
         suite: long-context tasks that are judged besides; they need the model's tokenizer.
         tokenizer: the model's.
         data: description of each data set -> its id, for the record.
@@ -71,20 +80,24 @@ def compare_at_latency(
         progress: called with (stage, done, total).
 
     Raises:
-        SpecError: a family is unknown, or its candidates were not profiled.
+        SpecError: a family is unknown, or its candidates were not profiled; steps without `choose_on`.
     """
     prompts = torch.stack([needles[row % len(needles)].input_ids for row in range(setting.batch)])
     workload = Workload(prompts.shape[1], batch=setting.batch)
     search = Search(
-        ladders(profile, setting.families, workload, cost_model),
+        family_ladders(profile, setting.families, workload, cost_model),
         Stopwatch(Head(model), prompts, apply),
         setting,
         Replay(profile, workload, cost_model) if isinstance(cost_model, (LayerCosts, CallCosts)) else None,
         progress,
     )
     if choose_on:
-        search.menus.update(menu_ladders(profile, setting.families[0], MENUS, workload, cost_model))
+        search.menus.update(menu_ladders(profile, setting.families[0], menus, workload, cost_model))
         search.reference = DenseReference(model, choose_on, apply=apply)
+        spaces = {name: ladder for name, ladder in search.ladder_of.items() if isinstance(ladder, SearchedLadder)}
+        search.local = Steps(model, profile, spaces, choose_on[:EXPANDED])
+    elif setting.steps:
+        raise SpecError("steps must have calibration sequences to be judged on. Give choose_on some.")
     stated: dict[str, Any] = {
         "model": profile.manifest.base_model.name_or_path,
         "length_tokens": workload.prompt_tokens,
@@ -94,6 +107,7 @@ def compare_at_latency(
         "cost_model": cost_model.name,
         "objective": "combined",
         "first": setting.families[0],
+        "steps": setting.steps,
         "suite": suite,
         "data": dict(data or {}),
         "provenance": provenance(model, setting.seed, command),
@@ -103,7 +117,8 @@ def compare_at_latency(
         settled = search.settled(target, begun.bounds(target) if begun is not None else {})
         plans = settled.plans
         walls = settled.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)
-        found, density = compare_all(model, plans, [*needles, *text], apply, progress, f"judge {target:g}x")
+        kept = _Kept(apply)
+        found, density = compare_all(model, plans, [*needles, *text], kept, progress, f"judge {target:g}x")
         record = record or EqualLatency(
             dense_s=median(settled.times["dense"]),
             dense_prefill_s=median(walls["dense"]),
@@ -113,11 +128,29 @@ def compare_at_latency(
         )
         record = record.with_target(target, _entries(settled, walls, found, density, needles, setting, target))
         saved(record)
-        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, apply, progress):
+        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, kept, progress):
             record = record.with_task(target, task, cells)
             saved(record)
     assert record is not None, "a setting has targets"
     return record
+
+
+class _Kept:
+    """Puts plans on a model, each put together once: its schedules are there again for the next set of sequences."""
+
+    def __init__(self, apply: ApplyPlan) -> None:
+        self._apply = apply
+        self._known: dict[int, tuple[Plan, AbstractContextManager[Any]]] = {}
+
+    def __call__(self, model: "PreTrainedModel", plan: Plan) -> AbstractContextManager[Any]:
+        """Entered once per use; what cannot be entered again is made anew."""
+        known = self._known.get(id(plan))
+        if known is not None:
+            return known[1]
+        made = self._apply(model, plan)
+        if isinstance(made, AppliedPlan):
+            self._known[id(plan)] = plan, made  # holds the plan, so that no other one gets its id
+        return made
 
 
 def _tasks(
@@ -161,8 +194,8 @@ def _entries(
             rules=rung.plan.kind_counts(),
             quality=summary(needles, found[family], found["dense"], density[family]),
             excess=excess(found[family], found[setting.families[0]], len(needles)),
-            menu=settled.menu if family == setting.families[0] else None,
-            tried=dict(settled.tried) if family == setting.families[0] else {},
+            menu=settled.chosen.get(family),
+            tried=dict(settled.tried.get(family, {})),
         )
     return entries
 

@@ -4,8 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
 from sparsesearch.cost.base import CostModel
 from sparsesearch.equal_latency.shared_choices import SharedChoices
+from sparsesearch.equal_latency.unit_prices import bound_for, replayed
 from sparsesearch.errors import BudgetInfeasibleError, SpecError, nearest
 from sparsesearch.measured_front import FAMILIES, UNIFORM
 from sparsesearch.plan import Plan, uniform_plan
@@ -13,6 +18,7 @@ from sparsesearch.planning import write_plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.scores import ScoreTable
 from sparsesearch.scoring import Question, score_table
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.pareto import feasible_bounds
@@ -40,12 +46,40 @@ class Ladder(Protocol):
 class SearchedLadder:
     """The best plans of a search space, by an exact search under a budget in predicted latency."""
 
-    def __init__(self, profile: Profile, question: Question) -> None:
-        self._profile, self._question = profile, question
-        self._table = score_table(profile, self._question)
-        self.lowest = feasible_bounds(self._table, "latency", 2, others=self._question.constraints[1:])[0]
+    def __init__(self, profile: Profile, question: Question, table: ScoreTable | None = None) -> None:
+        """`table`: the question's own, perhaps with other losses; it is made where None."""
+        self._profile, self.question = profile, question
+        self._table = replayed(profile, question, score_table(profile, question)) if table is None else table
+        self.lowest = feasible_bounds(self._table, "latency", 2, others=question.constraints[1:])[0]
         self._solved: dict[float, Plan] = {}
         self._shared = SharedChoices.of(profile, question, self._table)
+        self.columns = tuple(profile.labels.index(label) for label in self._table.candidates)
+
+    def choice_of(self, plan: Plan) -> Int[ndarray, " U"] | None:
+        """The candidate of every unit under a plan; None where the plan has a rule that the space lacks."""
+        wanted = [tuple(plan.rule(unit.module, head) for head in unit.heads) for unit in self._table.units]
+        found = [
+            next(
+                (index for index, column in enumerate(self.columns) if self._profile.rule_for(unit, column) == own), -1
+            )
+            for unit, own in zip(self._table.units, wanted, strict=True)
+        ]
+        return None if -1 in found else np.array(found)
+
+    def bound_of(self, choice: Int[ndarray, " U"]) -> float:
+        """The least budget that allows a choice: its summed latency over dense's, each layer's choosing dealt to the heads that choose."""
+        table = self._table if self._shared is None else self._shared.charged(self._table, choice)
+        return min(1.0, max(table.used("latency", choice).values()))
+
+    def bound_for(self, share: float) -> float | None:
+        """The budget whose plans take a share of dense's time by the prices of heads; None where these do not know."""
+        return bound_for(self._profile, self.question, self._table, share)
+
+    def around(self, loss: Float[ndarray, "U C"], objective: str) -> "SearchedLadder":
+        """The same space and prices with other losses."""
+        return SearchedLadder(
+            self._profile, replace(self.question, objective=objective), replace(self._table, loss=loss)
+        )
 
     def at(self, bound: float) -> Plan:
         """Solve within max(bound, lowest), once."""
@@ -56,12 +90,12 @@ class SearchedLadder:
 
     def _within(self, budget: Budget) -> Plan:
         table = self._table
-        found = solve(table, (budget, *self._question.constraints[1:]))
+        found = solve(table, (budget, *self.question.constraints[1:]))
         for _ in range(MOST_CHARGES if self._shared is not None else 0):
             assert self._shared is not None
             table = self._shared.charged(self._table, found.choice)
             try:
-                again = solve(table, (budget, *self._question.constraints[1:]))
+                again = solve(table, (budget, *self.question.constraints[1:]))
             except (
                 BudgetInfeasibleError
             ):  # with every layer's choosing paid in full; what is measured will move the bound
@@ -69,7 +103,7 @@ class SearchedLadder:
             if (again.choice == found.choice).all():
                 break
             found = again
-        question = replace(self._question, budgets=(budget,))
+        question = replace(self.question, budgets=(budget,))
         return write_plan(self._profile, question, self._table, found.choice, found)
 
 

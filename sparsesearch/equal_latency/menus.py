@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsesearch.cost.base import CostModel
-from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder, question_of
+from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder, ladders, question_of
 from sparsesearch.measured_front import FAMILIES
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import Rule
@@ -29,10 +29,10 @@ class Menu:
     @property
     def label(self) -> str:
         """What it leaves out."""
-        left_out = [
-            name for name, there in (("bitmaps", self.bitmaps), ("silent heads", self.silent_heads)) if not there
-        ]
-        menu = f"without {' and '.join(left_out)}" if left_out else "all rules"
+        parts = {"bitmaps": self.bitmaps, "silent heads": self.silent_heads, "dynamic rules": self.dynamic}
+        left_out = [name for name, there in parts.items() if not there]
+        *most, last = left_out or [""]
+        menu = f"without {', '.join(most)}{' and ' if most else ''}{last}" if left_out else "all rules"
         return menu if self.answer_weight == 1 else f"{menu}, answers x {self.answer_weight:g}"
 
     def allows(self, rule: Rule) -> bool:
@@ -47,12 +47,24 @@ class Menu:
 
 MENUS = (
     Menu(),
-    Menu(bitmaps=False),
-    Menu(silent_heads=False),
-    Menu(bitmaps=False, silent_heads=False),
-    Menu(bitmaps=False, silent_heads=False, answer_weight=3.0),
+    Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=0.3),
+    Menu(bitmaps=False, silent_heads=False, dynamic=False),
+    Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=3.0),
 )
-"""Parts without dynamic rules are left to the rivals: windows alone are MoA's."""
+ANSWERS = "mixture, answers"
+"""The mixture for those whose tasks are judged by their answers: `FOR_ANSWERS` of its space, not chosen among others."""
+FOR_ANSWERS = Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=10.0)
+
+
+def family_ladders(
+    profile: Profile, families: Sequence[str], workload: Workload, cost_model: CostModel
+) -> dict[str, Ladder]:
+    """The ladder of every family, in their order; see `ladders`."""
+    others = [family for family in families if family != ANSWERS]
+    found = ladders(profile, others, workload, cost_model)
+    if ANSWERS in families:
+        found |= {ANSWERS: menu_ladders(profile, "mixture", (FOR_ANSWERS,), workload, cost_model)[FOR_ANSWERS.label]}
+    return {family: found[family] for family in families}
 
 
 def menu_ladders(

@@ -36,12 +36,12 @@ class Entry(_Frozen):
         "positions; `kl_answer`; `heldout_loss`; `needle_error`: share of questions missed"
     )
     menu: str | None = Field(
-        None, description="of the family on trial: which part of its space, or which rival's, gave its plan"
+        None,
+        description="where its plan came from: its search, a step from it, or of the family on trial also a part of its space or a rival",
     )
     tried: dict[str, float] = Field(
         default={},
-        description="of the family on trial: part of its space, or rival whose space it contains -> KL + 0.1 x answer KL of that plan, on "
-        "calibration sequences that were neither profiled nor judged",
+        description="where plans came from -> their KL + 0.1 x answer KL on calibration sequences that were neither profiled nor judged",
     )
     tasks: dict[str, TaskMetrics] = Field(default={}, description="long-context task -> what was found")
 
@@ -70,6 +70,7 @@ class EqualLatency(_Frozen):
     dense_prefill_s: float
     dense_quality: VariantMetrics
     targets: dict[str, dict[str, Entry]] = Field(description="share of dense's time -> family -> what was found")
+    steps: int = Field(0, description="how often every family's plan could be improved by the loss expanded around it")
     suite: SuiteSpec | None = Field(None, description="which long-context tasks were judged besides, and how")
     data: dict[str, str]
     provenance: dict[str, Any]

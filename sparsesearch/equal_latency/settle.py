@@ -9,14 +9,15 @@ from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
-from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder
+from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, SearchedLadder
+from sparsesearch.equal_latency.menus import ANSWERS
+from sparsesearch.equal_latency.standings import Judge, Standing, Steps, chosen, step
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.evaluate.timing import Part, Stopwatch
 from sparsesearch.measured_front import UNIFORM
 from sparsesearch.model_shapes import heads_alone
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.local_model import ANSWER_KL_WEIGHT
 from sparsesearch.profiling.record import Profile
 from sparsesearch.workload import Workload
 
@@ -42,6 +43,7 @@ class Setting:
         rounds: interleaved measurements per plan while budgets move.
         final_rounds: of the measurement that is reported.
         time_limit_s: per target; past it budgets move no more, and families stay at the nearest plan known.
+        steps: how often every family's plan is improved by the loss expanded around it (`standings`), while time lasts.
         seed: recorded.
     """
 
@@ -53,6 +55,7 @@ class Setting:
     rounds: int = 5
     final_rounds: int = 15
     time_limit_s: float = math.inf
+    steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,8 +63,8 @@ class Setting:
             raise SpecError(f"targets must be shares of dense's time between 0 and 1, but got {list(self.targets)}.")
         if len(set(self.families)) < 2:
             raise SpecError(f"at least two families must be compared, but got {list(self.families)}.")
-        if min(self.batch, self.rounds, self.final_rounds) < 1 or not 0 < self.tolerance < 1:
-            raise SpecError(f"batch, rounds >= 1 and a tolerance in (0, 1) must hold, but got {self}.")
+        if min(self.batch, self.rounds, self.final_rounds) < 1 or self.steps < 0 or not 0 < self.tolerance < 1:
+            raise SpecError(f"batch, rounds >= 1, steps >= 0 and a tolerance in (0, 1) must hold, but got {self}.")
 
 
 class Replay:
@@ -84,12 +87,17 @@ class Replay:
 
 @dataclass(frozen=True)
 class Settled:
-    """The families' plans at one target, and the rounds that say so."""
+    """The families' plans at one target, and the rounds that say so.
+
+    Attributes:
+        chosen: family -> where its plan came from, of families that chose by replaying.
+        tried: family -> plan's origin -> its loss on the calibration sequences.
+    """
 
     rungs: Mapping[str, Rung]
     times: Times
-    menu: str | None = None
-    tried: Mapping[str, float] = field(default_factory=dict)
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    tried: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def plans(self) -> dict[str, Plan | None]:
@@ -103,7 +111,8 @@ class Search:
 
     Attributes:
         menus: parts of the space of the family on trial, by label; none: it is searched whole.
-        reference: judges their plans.
+        reference: judges plans on calibration sequences; None: every family takes what its search finds.
+        local: improves them; None: nothing is improved.
     """
 
     ladder_of: Mapping[str, Ladder]
@@ -113,77 +122,131 @@ class Search:
     progress: Progress
     menus: dict[str, Ladder] = field(default_factory=dict)
     reference: DenseReference | None = None
+    local: Steps | None = None
 
     def settled(self, target: float, start: Mapping[str, float]) -> Settled:
         """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
         setting, first = self.setting, self.setting.families[0]
         deadline, own = monotonic() + setting.time_limit_s, dict(self.ladder_of)
-        menu, tried = None, dict[str, float]()
+        origin, tried = dict[str, str](), dict[str, dict[str, float]]()
         if self.reference is None:
             rungs = self._climb(own, target, start, deadline)
         else:
             del own[first]
             rungs = self._climb({**self.menus, **own}, target, start, deadline)
-            tried = self._judged(rungs, target)
-            menu = min(tried, key=lambda name: tried[name])
-            own = {name: {**own, **self.menus}[menu if name == first else name] for name in setting.families}
-            rungs = {name: rungs[menu if name == first else name] for name in setting.families}
+            judge = Judge(self.reference)
+            standings = self._improved(self._standings(judge, rungs, own, target), judge, target, deadline)
+            origin, tried = {family: standing.label for family, standing in standings.items()}, judge.tried
+            own |= {family: standing.ladder for family, standing in standings.items()}
+            rungs |= {family: standing.rung for family, standing in standings.items()}
+            rungs = {family: rungs[family] for family in setting.families}
         for correction in range(MOST_CORRECTIONS):
             times = self.stopwatch(Settled(rungs, {}).plans, rounds=setting.final_rounds, part=setting.part)
             again = shares_of(times)
             rungs = {name: replace(rungs[name], share=again[name]) for name in setting.families}
-            moving = {name: ladder for name, ladder in own.items() if self._is_off(rungs[name], ladder, target)}
+            moving = {name: own[name] for name in rungs if self._is_off(rungs[name], own[name], target)}
             if not moving or monotonic() > deadline or correction == MOST_CORRECTIONS - 1:
                 break
             begin = {name: rungs[name].bound * target / rungs[name].share for name in moving}
             rungs |= self._climb(moving, target, begin, deadline)
-        return Settled(rungs, times, menu, tried)
+        return Settled(rungs, times, origin, tried)
 
     def _climb(
-        self, ladder_of: Mapping[str, Ladder], target: float, start: Mapping[str, float], deadline: float
+        self,
+        ladder_of: Mapping[str, Ladder],
+        target: float,
+        start: Mapping[str, float],
+        deadline: float,
+        favoured: Sequence[str] = (),
     ) -> dict[str, Rung]:
-        """Every ladder's plan at the target's measured time; parts of the space on trial give way as it does."""
+        """Every ladder's plan at the target's measured time; what belongs to the family on trial gives way as it does."""
         setting = self.setting
         unknown = {name: ladder for name, ladder in ladder_of.items() if name not in start}
         return climb(
             ladder_of,
             target,
             lambda plans: self.stopwatch(plans, rounds=setting.rounds, part=setting.part),
-            favoured=(setting.families[0], *self.menus),
-            start={**self._replayed_start(unknown, target), **start},
+            favoured=(setting.families[0], *self.menus, *favoured),
+            start={**self._predicted_start(unknown, target), **start},
             tolerance=setting.tolerance / 2,
             most_tries=MOST_PROBES,
             deadline=deadline,
             progress=self.progress,
         )
 
-    def _judged(self, rungs: Mapping[str, Rung], target: float) -> dict[str, float]:
-        """KL + 0.1 x answer KL of every part's and every searched rival's plan that is as fast as the target; of the fastest, if none is."""
-        assert self.reference is not None
-        usable = {name: rung for name, rung in rungs.items() if name != UNIFORM}
-        fast = {name: rung for name, rung in usable.items() if rung.share <= target * (1 + self.setting.tolerance)}
-        if not fast:
-            name = min(self.menus, key=lambda menu: rungs[menu].share)
-            fast = {name: rungs[name]}
+    def _standings(
+        self, judge: Judge, rungs: Mapping[str, Rung], own: Mapping[str, Ladder], target: float
+    ) -> dict[str, Standing]:
+        """Where families stand after the first climb.
+
+        Every searched rival that is as fast as the target, and for the family on trial what is `chosen` among them and the parts of its space
+        that are as fast; its fastest part, if nothing is.
+        """
+        first, most = self.setting.families[0], target * (1 + self.setting.tolerance)
         found = {}
-        for number, (name, rung) in enumerate(fast.items()):
-            self.progress(f"choose {target:g}x, {name}", number, len(fast))
-            score = self.reference.score(rung.plan)
-            found[name] = score["kl_text"] + ANSWER_KL_WEIGHT * score.get("kl_answer", 0.0)
+        for family in own:
+            if family != UNIFORM and rungs[family].share <= most:
+                self.progress(f"choose {target:g}x, {family}", 0, 1)
+                found[family] = judge.standing(family, family, own[family], rungs[family])
+        fast = [menu for menu in self.menus if rungs[menu].share <= most]
+        if not fast and not found:
+            fast = [min(self.menus, key=lambda menu: rungs[menu].share)]
+        parts = []
+        for number, menu in enumerate(fast):
+            self.progress(f"choose {target:g}x, {menu}", number, len(fast))
+            parts.append(judge.standing(first, menu, self.menus[menu], rungs[menu]))
+        judge.tried.setdefault(first, {}).update({family: standing.mean for family, standing in found.items()})
+        found[first] = chosen([*parts, *found.values()], self._rivals(found))
         return found
+
+    def _rivals(self, standings: Mapping[str, Standing]) -> list[Standing]:
+        """Of the family on trial: all but itself and the mixture for answers, whose space is its own."""
+        return [standings[family] for family in standings if family not in (self.setting.families[0], ANSWERS)]
+
+    def _improved(
+        self, standings: dict[str, Standing], judge: Judge, target: float, deadline: float
+    ) -> dict[str, Standing]:
+        """Steps for every family until none helps it; the first family goes on from a rival's plan where that is better."""
+        first, open_families = self.setting.families[0], set(standings)
+        for number in range(1, self.setting.steps + 1 if self.local is not None else 1):
+            if monotonic() > deadline or not open_families:
+                break
+            assert self.local is not None
+            self.progress(f"step {number} at {target:g}x", number - 1, self.setting.steps)
+            better = step(
+                number,
+                {family: standings[family] for family in standings if family in open_families},
+                self.local,
+                judge,
+                lambda ladder_of, start, favoured: self._climb(ladder_of, target, start, deadline, favoured),
+                target * (1 + self.setting.tolerance),
+                first,
+            )
+            before = standings[first]
+            standings |= better
+            best = chosen([before, *standings.values()], self._rivals(standings))
+            open_families = set(better) | ({first} if best is not before else set())
+            standings[first] = best
+            judge.tried[first][best.label] = best.mean
+        return standings
 
     def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:
         """Whether a plan misses the target, and its family may have a nearer one."""
         return abs(rung.share / target - 1) > self.setting.tolerance and not ladder_ends(ladder, rung, target)
 
-    def _replayed_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
-        """Bounds whose plans take the target's time by replay: what is measured then is a few per cent off, not tens."""
+    def _predicted_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
+        """Bounds whose plans take the target's time as heads are priced, or else by replay: what is measured then is a few per cent off."""
         replay = self.replay
-        if replay is None or self.setting.part != "attention" or not ladder_of:
+        if replay is None or self.setting.part != "attention":
             return {}
+        priced = {name: own.bound_for(target) for name, own in ladder_of.items() if isinstance(own, SearchedLadder)}
+        start = {name: bound for name, bound in priced.items() if bound is not None}
+        others = {name: own for name, own in ladder_of.items() if name not in start}
+        if not others:
+            return start
 
         def clock(plans: Mapping[str, Plan | None]) -> Times:
             return {name: (1.0 if plan is None else replay(plan),) for name, plan in plans.items()}
 
-        found = climb(ladder_of, target, clock, tolerance=2 * self.setting.tolerance, most_tries=MOST_REPLAYS)
-        return {name: rung.bound for name, rung in found.items()}
+        found = climb(others, target, clock, tolerance=2 * self.setting.tolerance, most_tries=MOST_REPLAYS)
+        return start | {name: rung.bound for name, rung in found.items()}

@@ -31,6 +31,8 @@ class CompileReport:
         wgmma: HGMMA instructions in the machine code.
         local_accesses: LDL and STL instructions in the machine code.
         warnings: ptxas lines that say matrix instructions were serialised, or register reallocation ignored.
+        exp2_under_product: per place that waits for all but the last group of matrix instructions, and then for that one, the exponentials in
+            between. ptxas moves waits: 0 means that the exponentials come after both, and nothing runs beside the last group.
     """
 
     registers: int
@@ -39,6 +41,7 @@ class CompileReport:
     wgmma: int
     local_accesses: int
     warnings: tuple[str, ...]
+    exp2_under_product: tuple[int, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -92,4 +95,6 @@ def _inspect(ptx: str, cubin: bytes, shared_bytes: int) -> CompileReport:
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
     warnings = tuple(line.strip() for line in log.splitlines() if re.search(r"C75\d\d|setmaxnreg", line))
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return CompileReport(registers, spills, shared_bytes, len(re.findall(r"\bHGMMA\b", sass)), local, warnings)
+    between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b((?:(?!DEPBAR\.LE gsb0)[\s\S])*)DEPBAR\.LE gsb0, 0x0\b", sass)
+    under = tuple(len(re.findall(r"\bMUFU\.EX2\b", code)) for code in between)
+    return CompileReport(registers, spills, shared_bytes, len(re.findall(r"\bHGMMA\b", sass)), local, warnings, under)

@@ -5,6 +5,9 @@ anyway, tells whether it rose: only if one is above LIMIT do the rows of a warp 
 again. So most blocks pay for neither maximum nor rescaling. Any reference gives the same quotient; LIMIT keeps weights finite in 16 bits.
 FlashAttention-4 (Zadouri et al. 2026, arXiv:2603.05451) skips the rescaling below a threshold, and still finds every maximum.
 
+The first branch also keeps an order that the sources ask for and ptxas does not: it moves the wait for the product in flight up to the last branch
+before it. In straight code the exponentials came after that wait, so that nothing ran beside the product (tests/kernels/test_compile_gate.py).
+
 Quantities of a row have shape [ROWS, 4]: the matrix instructions' layout gives a thread two rows, and of each the columns 2q and 2q + 1 of every
 eight, so one entry per q is private to a thread and sums need no shuffles until a tile is done. The two branches are in PTX: Triton's belong to
 a whole warpgroup, these to a warp.

@@ -38,6 +38,25 @@ def tile_attention_torch(
     return _gathered(q, k, v, tiles, grid, scale, _sdpa)[0]
 
 
+def tile_attention_masked(
+    q: Float[Tensor, "*unit S D"],
+    k: Float[Tensor, "*unit T D"],
+    v: Float[Tensor, "*unit T D"],
+    tiles: Bool[Tensor, "*#unit M N"],
+    grid: BlockGrid,
+    *,
+    scale: float,
+) -> Float[Tensor, "*unit S D"]:
+    """The same by one SDPA under an element mask: all of dense's work, in one launch each way.
+
+    For gradients on a GPU, where the row groups of `tile_attention_torch` are thousands of small launches per layer.
+    """
+    mask = expand(tiles.to(q.device), grid)
+    empty = ~mask.any(-1, keepdim=True)  # SDPA makes NaN of a row without keys
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty, scale=scale)
+    return out.masked_fill(empty, 0.0)
+
+
 def tile_state_torch(
     q: Float[Tensor, "*unit S D"],
     k: Float[Tensor, "*unit T D"],

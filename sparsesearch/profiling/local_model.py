@@ -26,6 +26,7 @@ from sparsesearch.profiling.layer_inputs import head_tiles, layer_input
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import frozen
 from sparsesearch.profiling.tile_scores import score_layer
+from sparsesearch.rules import Rule
 from sparsesearch.runtime.live import apply
 from sparsesearch.shapes import Granularity
 
@@ -49,6 +50,7 @@ def loss_around(
     samples: Sequence[Sample],
     granularity: Granularity,
     *,
+    columns: Sequence[int] | None = None,
     num_probes: int = 4,
     seed: int = 0,
 ) -> LossAround:
@@ -61,14 +63,17 @@ def loss_around(
         profile: candidates and calibrated rules.
         samples: sequences to average over.
         granularity: what a unit is.
+        columns: the candidates that are scored, as indices into the profile's, and what `choice` counts in; None: all of them.
         num_probes: Fisher probes per sequence.
         seed: of the probes.
     """
+    rules = profile.manifest.candidates
+    scored = rules if columns is None else tuple(rules[column] for column in columns)
+    per_head = _per_head(profile, choice, granularity)
     per_layer: list[list[Float[Tensor, "R H C"]]] = [[] for _ in profile.manifest.base_model.modules]
     for index, sample in enumerate(samples):
-        for layer, products in enumerate(
-            _products(model, plan, _per_head(profile, choice, granularity), profile, sample, num_probes, seed + index)
-        ):
+        found = _products(model, plan, per_head, profile, scored, sample, num_probes, seed + index)
+        for layer, products in enumerate(found):
             per_layer[layer].append(products)
     rows = []
     for layer, of_samples in enumerate(per_layer):
@@ -85,6 +90,7 @@ def _products(
     plan: Plan,
     per_head: list[list[int]],
     profile: Profile,
+    scored: Sequence[Rule],
     sample: Sample,
     num_probes: int,
     seed: int,
@@ -107,9 +113,9 @@ def _products(
     for layer, (module, call) in enumerate(zip(profile.manifest.base_model.modules, calls, strict=True)):
         own = [gradient[layer][0].float() for gradient in gradients]
         inputs = layer_input(call, own, own[0], own[0])
-        tiles = head_tiles(profile.manifest.candidates, profile.manifest.calibrated, module, inputs, grid)
+        tiles = head_tiles(scored, profile.manifest.calibrated, module, inputs, grid)
         now = torch.tensor(per_head[layer], device=tiles.device)
-        found.append(score_layer(profile.manifest.candidates, tiles, inputs, grid, now).fisher.cpu())
+        found.append(score_layer(scored, tiles, inputs, grid, now).fisher.cpu())
     return found
 
 

@@ -49,6 +49,18 @@ def length_terms(
 
     `sample_weights` mixes the calibration sequences otherwise than equally; only their ratios count.
     """
+    if sample_weights is None:
+        key = "length_terms", length, granularity
+        if key not in profile.derived:
+            profile.derived[key] = _terms(profile, length, granularity, None)
+        found: LengthTerms = profile.derived[key]
+        return found
+    return _terms(profile, length, granularity, sample_weights)
+
+
+def _terms(
+    profile: Profile, length: int, granularity: Granularity, sample_weights: tuple[float, ...] | None
+) -> LengthTerms:
     scores = profile.scores(length)
     answers = np.array(profile.manifest.num_answers[str(length)])
     share = (

@@ -66,6 +66,10 @@ class Profile:
             raise ArtifactError(f"{folder} must be a profile directory, but there is none. Run `sparsesearch profile`.")
         if not (folder / "profile.json").exists() and (folder / "state.json").exists():
             raise ArtifactError(f"{folder} is an unfinished profile. Run its command again with --resume.")
+        if not (folder / "profile.json").exists():
+            raise ArtifactError(
+                f"{folder} must be a profile directory, but has no profile.json. Give what `sparsesearch profile` wrote."
+            )
         content = read_json(folder / "profile.json", format=FORMAT, schema_version=SCHEMA_VERSION)
         try:
             manifest = Manifest.model_validate(content)
@@ -94,6 +98,11 @@ class Profile:
             return load_file(self.folder / f"scores-{length}.safetensors")
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{self.folder}/scores-{length}.safetensors cannot be read. Profile again.") from error
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What was worked out from the scores once, by whoever did it: reading them takes seconds for a large model."""
+        return {}
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from sparsesearch.profiling.layer_stack import LayerStack
 from sparsesearch.profiling.record import Manifest, Profile, provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.profiling.sweeps import Sweeps
+from sparsesearch.profiling.templates import FittedTemplates
 from sparsesearch.profiling.tile_scores import LayerInput, score_layer, tile_mass
 from sparsesearch.profiling.world import World
 from sparsesearch.rules import Rule
@@ -118,15 +119,15 @@ def profile_model(
         return Profile.load(out)
     with store.in_work(), frozen(model):
         stack = LayerStack.of(model, request.base_model.modules)
-        calibrated = _calibrate(model, stack, request, progress, world)
+        fitted = _calibrate(model, stack, request, progress, world)
         todo = world.share([(length, index) for length in request.lengths for index in range(num_samples)])
         for done, (length, index) in enumerate(todo):
             progress("score", done, len(todo))
-            _score_sample(model, stack, request, calibrated, store, length, index)
+            _score_sample(model, stack, request, fitted.for_scoring(index), store, length, index)
         progress("score", len(todo), len(todo))
     dtype = str(model.dtype).removeprefix("torch.")
     world.wait()
-    return world.first(lambda first: merge(request, calibrated, store, dtype) if first else Profile.load(out))
+    return world.first(lambda first: merge(request, fitted.rules, store, dtype) if first else Profile.load(out))
 
 
 class frozen:
@@ -156,10 +157,10 @@ def grid_of(request: Request, length: int) -> BlockGrid:
 
 def _calibrate(
     model: PreTrainedModel, stack: LayerStack | None, request: Request, progress: Progress, world: World
-) -> Calibrated:
+) -> FittedTemplates:
     """Turn the space's templates into one rule per head, from the mean attention mass at the longest length."""
     if not request.templates:
-        return {}
+        return FittedTemplates({})
     length = request.lengths[-1]
     samples = request.calibrations[length].samples
     grid = grid_of(request, length)
@@ -168,7 +169,7 @@ def _calibrate(
         progress("calibrate templates", index, len(samples))
         masses[index] = [mass_of(call, grid) for call in _calls(model, stack, samples[index].input_ids)]
     shapes = [(heads, grid.num_k_blocks, grid.num_k_blocks) for heads in request.base_model.num_heads]
-    return calibrated_rules(request, world.gathered(masses, len(samples), shapes))
+    return fitted_templates(request, world.gathered(masses, len(samples), shapes))
 
 
 def _calls(model: PreTrainedModel, stack: LayerStack | None, input_ids: Tensor) -> Iterator[AttentionCall]:
@@ -189,18 +190,9 @@ def mass_of(call: AttentionCall, grid: BlockGrid) -> Float[Tensor, "H N N"]:
     return tile_mass(repeated(call), grid, call.sliding_window).cpu()
 
 
-def calibrated_rules(request: Request, masses: Iterable[Sequence[Float[Tensor, "H N N"]]]) -> Calibrated:
-    """Each template's rule for every head, from every sequence's masses, in the order of the sequences."""
-    total: list[Tensor] = []
-    for found in masses:
-        total = list(found) if not total else [old + new for old, new in zip(total, found, strict=True)]
-    return {
-        template.label: {
-            module: tuple(template.calibrated(head / request.num_samples) for head in total[layer])
-            for layer, module in enumerate(request.base_model.modules)
-        }
-        for template in request.templates
-    }
+def fitted_templates(request: Request, masses: Iterable[Sequence[Float[Tensor, "H N N"]]]) -> FittedTemplates:
+    """The request's templates, from every sequence's masses in the order of the sequences."""
+    return FittedTemplates.fit(request.templates, request.base_model.modules, masses)
 
 
 def _score_sample(

@@ -13,7 +13,7 @@ from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import (
     Progress,
     Request,
-    calibrated_rules,
+    fitted_templates,
     frozen,
     grid_of,
     mass_of,
@@ -24,6 +24,7 @@ from sparsesearch.profiling.run import (
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.profiling.streamed_model import StreamedModel
 from sparsesearch.profiling.sweeps import Sweeps
+from sparsesearch.profiling.templates import FittedTemplates
 
 
 def profile_streamed(
@@ -72,13 +73,14 @@ def profile_streamed(
         sweeps.forward(note_mass, lambda layer: progress("forward", layer + 1, count))
         measured = [key for key in keys if key[0] == longest] if request.templates else []
         masses = ([kept.get("mass", layer, key, "cpu") for layer in range(count)] for key in measured)
-        calibrated = calibrated_rules(request, masses) if measured else {}
+        fitted = fitted_templates(request, masses) if measured else FittedTemplates({})
 
         def score(layer: int, key: Key, call: AttentionCall, gradients: Float[Tensor, "K S H D"]) -> None:
-            write_scores(request, calibrated, store, layer, key, swept_input(call, gradients, samples[key]))
+            inputs = swept_input(call, gradients, samples[key])
+            write_scores(request, fitted.for_scoring(key[1]), store, layer, key, inputs)
 
         sweeps.backward(score, lambda layer: progress("score", count - layer, count))
     dtype = str(streamed.model.dtype).removeprefix("torch.")
-    found = merge(request, calibrated, store, dtype)
+    found = merge(request, fitted.rules, store, dtype)
     kept.clear()
     return found

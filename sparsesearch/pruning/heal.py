@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsesearch.cut import Cut
-from sparsesearch.errors import RegressionError, SpecError
+from sparsesearch.errors import ArtifactError, RegressionError, SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.pruning.data import load_batches, stacked
 from sparsesearch.pruning.heal_data import HealRequest, drawn, items_of, reads_sentences, training_batches
@@ -129,6 +129,10 @@ def _worse(checkpoint: Path, best: Best) -> str:
 
 def _cut_of(checkpoint: Path) -> Cut:
     """What was removed from a checkpoint."""
+    if not checkpoint.is_dir():
+        raise ArtifactError(
+            f"{checkpoint} must be the directory of a pruned checkpoint, but there is none. Check the path."
+        )
     cut = Plan.load(checkpoint / PLAN_FILE).pruning if (checkpoint / PLAN_FILE).is_file() else None
     if cut is None:
         raise SpecError(

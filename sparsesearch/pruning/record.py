@@ -77,6 +77,10 @@ class PruningProfile:
         Raises:
             ArtifactError: it is missing, edited or damaged.
         """
+        if not (folder / FILE).exists():
+            raise ArtifactError(
+                f"{folder} must cover removals, but has no {FILE}. Make a profile with `sparsesearch profile --space pruning`."
+            )
         content = read_json(folder / FILE, format=FORMAT, schema_version=SCHEMA_VERSION)
         try:
             manifest = PruningManifest.model_validate(content)

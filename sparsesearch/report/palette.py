@@ -51,6 +51,7 @@ _KNOWN = {
     "strided_shards": Swatch("Z", "#8a2346", "#f58fb3"),
     "token_rows": Swatch("I", "#39506b", "#a5bcd9"),
     "tree_topk": Swatch("E", "#1e6b4f", "#6fd3ad"),
+    "tri_shape": Swatch("^", "#1d5a73", "#79c4e0"),
     "zero": Swatch("0", "#dfe4ea", "#2f3843", "#4a5461", "#aeb8c3"),
 }
 _OTHERS = (

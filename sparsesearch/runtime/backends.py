@@ -17,7 +17,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError, UnsupportedKernelError, nearest
 from sparsesearch.kernels import reference
 from sparsesearch.kernels.dispatch import why_not
-from sparsesearch.kernels.torch_gather import tile_attention_torch
+from sparsesearch.kernels.torch_gather import tile_attention_masked, tile_attention_torch
 
 Backend = Literal["auto", "gluon", "triton", "torch", "reference"]
 Kernel = Literal["gluon", "triton"]
@@ -55,7 +55,7 @@ def serving_kernel(
     """
     if backend in ("torch", "reference") or (backend == "auto" and not q.is_cuda):
         return None
-    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    trained = _needs_gradients(q, k, v)
     wanted = KERNELS if backend == "auto" else tuple(name for name in KERNELS if name == backend)
     reasons = []
     for name in wanted:
@@ -88,4 +88,9 @@ def attend_tiles(
     """Attention of one sequence over the chosen tiles, by `reference` or else `torch`."""
     if backend == "reference":
         return reference.tile_attention(q, k, v, tiles, grid, scale=scale)
-    return tile_attention_torch(q, k, v, tiles, grid, scale=scale)
+    attend = tile_attention_masked if q.is_cuda and _needs_gradients(q, k, v) else tile_attention_torch
+    return attend(q, k, v, tiles, grid, scale=scale)
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -181,17 +181,35 @@ def layer_call(
 
 
 def _put_means(out: Tensor, rules: tuple[Rule, ...], v: Tensor, places: tuple[Place, ...]) -> None:
-    """Overwrite the heads that follow mean_value."""
+    """Overwrite the heads that follow mean_value; a batch of whole sequences at once."""
     group = len(rules) // v.shape[1]
     heads: dict[int, list[int]] = {}
     for head, rule in enumerate(rules):
         if rule.rest == "mean_value":
             heads.setdefault(head // group, []).append(head)
-    for place in places if heads else ():
+    if not heads:
+        return
+    whole = places == tuple(Place(places[0].grid, row, 0, 0) for row in range(len(v)))
+    grid = places[0].grid
+    if whole and (grid.q_len, grid.kv_len) == (out.shape[2], v.shape[2]):
         for kv_head, members in heads.items():
-            mean = running_mean(keys_of(v, place)[kv_head], place.grid).to(out.dtype)
+            mean = _running_mean(v[:, kv_head], grid).to(out.dtype)
+            for head in members:
+                out[:, head] = mean
+        return
+    for place in places:
+        for kv_head, members in heads.items():
+            mean = _running_mean(keys_of(v, place)[kv_head], place.grid).to(out.dtype)
             for head in members:
                 sequence(out, place.batch, place.q_offset, place.grid.q_len)[head] = mean
+
+
+def _running_mean(v: Float[Tensor, "*unit T D"], grid: BlockGrid) -> Float[Tensor, "*unit S D"]:
+    """As `reference.running_mean`, with the tokens in the last place: a GPU sums along any other one token after token."""
+    if not grid.causal:
+        return running_mean(v, grid)
+    counts = torch.arange(1, grid.kv_len + 1, device=v.device, dtype=torch.float64)
+    return (v.mT.contiguous().double().cumsum(-1) / counts).mT[..., grid.q_start :, :]
 
 
 def sequence(x: Float[Tensor, "B H S D"], batch: int, first: int, count: int) -> Float[Tensor, "H s D"]:

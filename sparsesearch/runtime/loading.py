@@ -50,7 +50,9 @@ def locate(source: str | Path) -> Path | str:
         return path
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ArtifactError(f"{path} must hold a model, but has no config.json. Give the directory that has one.")
+            packed = min(path.glob("*.gguf"), default=None)
+            instead = "the directory that has one" if packed is None else f"the file {packed}"
+            raise ArtifactError(f"{path} must hold a model, but has no config.json. Give {instead}.")
         return path
     text = str(source)
     if path.suffix == ".gguf" or text.startswith((".", "/", "~")) or text.count("/") > 1:

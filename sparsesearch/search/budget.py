@@ -50,7 +50,9 @@ class Budget:
         if self.absolute and not 0 < self.bound < math.inf:
             raise SpecError(f"{self.metric} must be limited to a positive amount, but got {self.bound:g}.")
         if not self.absolute and not 0 < self.bound <= 1:
-            raise SpecError(f"0 < {self.metric} <= 1 must hold (a share of dense), but got {self.bound:g}.")
+            units = METRICS.get(self.metric, {})
+            hint = f" An amount has a unit: {', '.join(units)}." if units else ""
+            raise SpecError(f"0 < {self.metric} <= 1 must hold (a share of dense), but got {self.bound:g}.{hint}")
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
             raise SpecError(f"the lengths of a budget must be positive token counts, but got {self.lengths}.")
 

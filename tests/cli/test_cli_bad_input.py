@@ -70,6 +70,7 @@ def bad(corridor: Path, run: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "removals" / "pruning.json").write_text("{}")
     scores = folder / "damaged" / "scores-256.safetensors"
     scores.write_bytes(scores.read_bytes()[:-1])
+    _foreign_profile(corridor / "profile", folder / "foreign")
     shutil.copytree(folder / "other", folder / "config")
     (folder / "config" / "config.json").write_text('{"model_type": ')
     shutil.copytree(folder / "other", folder / "unweighted")
@@ -86,6 +87,18 @@ def bad(corridor: Path, run: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "torn" / "model.safetensors").unlink()
     (folder / "torn" / "model.safetensors").write_bytes(b"\0" * 7)
     return folder
+
+
+def _foreign_profile(good: Path, folder: Path) -> None:
+    """The same profile of other weights."""
+    shutil.copytree(good, folder)
+    stamp = {
+        "format": "sparsesearch.profile",
+        "schema_version": json.loads((good / "profile.json").read_text())["schema_version"],
+    }
+    content = read_json(good / "profile.json", **stamp)
+    content["base_model"]["weights_sha256"] = "0" * 64
+    write_json(folder / "profile.json", content, **stamp)
 
 
 def _rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
@@ -201,6 +214,13 @@ CASES: dict[str, tuple[str, int, str]] = {
     "front on a folder": (SEARCH + "density=0.5 --pareto {good}/profile", 1, r"profile must be a file, but is a folder"),
     "unknown device map": (TRIAL + "--device-map nowhere", 2, r"--device-map: must be one of auto, balanced"),
     "bench of a whole model on a CPU": ("bench model llama3-8b --device cpu -o {out}/b.json", 2, r"--device: must be a CUDA device"),
+    "video without --video": ("quickstart --mode i2v -o {out}/q", 2, r"--mode: is for --video"),
+    "sequences of a video": ("quickstart --video --num-sequences 4 -o {out}/q", 2, r"--num-sequences: is for the embedded language model"),
+    "format without tasks": ("eval {good}/plan.json --format chat", 2, r"--format: is for --suite, which was not given"),
+    "answers without tasks": ("eval {good}/plan.json --generate", 2, r"--generate: is for --suite"),
+    "shots without tasks, check": ("check {good}/plan.json --shots 2", 2, r"--shots: is for --suite"),
+    "needles in needles": ("eval {good}/plan.json --lengths 256 --data needle", 1, r"plain text must be named here, such as text.*but needle makes"),
+    "reuse without a budget": ("search-reuse {good}/profile -o {out}/p.json", 2, r"--budget: must be given, such as density=0.25"),
     "name like an emoji": (TRIAL + "--data a:b:c:d", 1, r"got 'a:b:c:d'"),
     "workload names a field twice": (SEARCH + "density=0.5 --workload prompt=512,prompt=3", 2, r"must name 'prompt' once"),
     "workload beyond memory": (SEARCH + "density=0.5 --workload prompt=99999999 --unit kv_group", 1, r"must fit into memory.*shorter lengths"),
@@ -212,6 +232,8 @@ CASES: dict[str, tuple[str, int, str]] = {
     "budget is no number": (SEARCH + "density=half", 2, r"must be a number such as 0.25"),
     "budget of an unknown metric": (SEARCH + "densty=0.5", 2, r"Did you mean 'density'"),
     "budget at no length": (SEARCH + "density=0.5@0", 2, r"must be positive token counts"),
+    "memory without a unit": (SEARCH + "memory=24", 2, r"An amount has a unit: GB"),
+    "removals of a profile without": (SEARCH + "params=0.8x", 2, r"params is for removals, and .*profile covers none: profile again with --space pruning"),
     "cache budget per query head": (SEARCH + "kv_fraction=0.5", 1, r"--unit kv_group"),
     "latency without a cost model": (SEARCH + "latency=0.5x", 1, r"--device cpu"),
     "infeasible": (SEARCH + "density=0.05 --space {bad}/narrow.yaml", 3, r"smallest feasible value is density=0.6.*Raise the budget"),
@@ -220,6 +242,10 @@ CASES: dict[str, tuple[str, int, str]] = {
     "profile is missing": ("search {bad}/none --budget density=0.5 -o {out}/plan.json", 1, r"Run `sparsesearch profile`"),
     "profile is unfinished": ("search {bad}/unfinished --budget density=0.5 -o {out}/plan.json", 1, r"unfinished profile.*--resume"),
     "profile is damaged": ("search {bad}/damaged --budget density=0.5 -o {out}/plan.json", 1, r"scores-256.*Profile again"),
+    "profile is a folder of other things": ("search {bad}/other --budget density=0.5 -o {out}/plan.json", 1, r"other must be a profile directory, but has no profile.json"),
+    "profile of another model, explain": ("explain {good}/plan.json 3:7 --profile {bad}/foreign", 5, r"foreign must be a profile of the plan's model, 'needle-7m'"),
+    "cuts of a profile without": ("bench cuts {good}/profile --budget params=0.8x -o {out}/c.json", 1, r"profile must cover removals.*--space pruning"),
+    "heals nothing": ("heal {bad}/none --teacher needle-7m -o {out}/h", 1, r"none must be the directory of a pruned checkpoint, but there is none"),
     "metrics are missing": ("report {good}/plan.json {bad}/none.json -o {out}/r.html", 1, r"none.json must exist"),
     "baseline is a plan": ("check {good}/plan.json --baseline {good}/plan.json", 1, r"must have format 'sparsesearch.metrics'"),
     # models

@@ -44,3 +44,14 @@ def test_interrupted_profile_resumes_to_the_same_bytes(
     assert content(out) == content(corridor / "profile")
     run(*command, "--resume")
     assert content(out) == content(corridor / "profile"), "resuming what is finished changes nothing"
+
+
+@pytest.mark.usefixtures("heeded")
+def test_what_writes_last_says_to_run_it_again(
+    corridor: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsesearch.runtime.export.export", lambda *a, **k: signal.raise_signal(signal.SIGINT))
+    told = run("apply", corridor / "plan.json", "needle-7m", "-o", tmp_path / "patched", code=130).stderr
+    assert "run the command again." in told
+    assert "--resume" not in told
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@ import torch
 
 from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.kernels.reference import tile_attention
-from sparsesearch.kernels.torch_gather import tile_attention_torch
+from sparsesearch.kernels.torch_gather import tile_attention_masked, tile_attention_torch
 from sparsesearch.rules.sink_window import SinkWindow
 
 GRIDS = [
@@ -31,11 +31,12 @@ def tensors(grid: BlockGrid, units: tuple[int, ...], generator: torch.Generator,
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("tile_units", [(), (1, 3), (2, 3), (2, 1)], ids=str)
-def test_equals_the_oracle_for_any_choice_of_tiles(grid, tile_units, generator):
+@pytest.mark.parametrize("attend", [tile_attention_torch, tile_attention_masked])
+def test_equals_the_oracle_for_any_choice_of_tiles(grid, tile_units, attend, generator):
     """Rows without a diagonal tile and rows without any tile included."""
     q, k, v = tensors(grid, (2, 3), generator, torch.float64)
     tiles = random_tiles(grid, tile_units, generator)
-    ours = tile_attention_torch(q, k, v, tiles, grid, scale=0.3)
+    ours = attend(q, k, v, tiles, grid, scale=0.3)
     torch.testing.assert_close(ours, tile_attention(q, k, v, tiles, grid, scale=0.3), rtol=1e-12, atol=1e-12)
 
 
@@ -52,12 +53,13 @@ def test_error_is_that_of_the_precision(dtype, generator):
     assert error <= 2 * baseline + torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_gradients_equal_the_oracles(generator):
+@pytest.mark.parametrize("attend", [tile_attention_torch, tile_attention_masked])
+def test_gradients_equal_the_oracles(attend, generator):
     grid = BlockGrid(45, 100, 16)
     inputs = [x.requires_grad_() for x in tensors(grid, (2,), generator, torch.float64)]
     tiles = random_tiles(grid, (2,), generator)
     weight = torch.randn(2, 45, 8, generator=generator, dtype=torch.float64)
-    ours = torch.autograd.grad((tile_attention_torch(*inputs, tiles, grid, scale=0.3) * weight).sum(), inputs)
+    ours = torch.autograd.grad((attend(*inputs, tiles, grid, scale=0.3) * weight).sum(), inputs)
     exact = torch.autograd.grad((tile_attention(*inputs, tiles, grid, scale=0.3) * weight).sum(), inputs)
     for mine, other in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)

@@ -19,6 +19,7 @@ from sparsesearch.rules.skip_softmax import SkipSoftmax
 from sparsesearch.rules.strided_shards import StridedShards, paper_offset
 from sparsesearch.rules.token_rows import TokenRows
 from sparsesearch.rules.tree_topk import TreeTopk
+from sparsesearch.rules.tri_shape import TriShape
 
 GRIDS = [BlockGrid(256, 256, 32), BlockGrid(300, 300, 32), BlockGrid(90, 333, 32), BlockGrid(1, 200, 32)]
 
@@ -98,6 +99,17 @@ def test_forgotten_keys_of_a_shard_are_never_needed_again() -> None:
     tiles = StridedShards(local=LengthLaw(a=192), stride=5, offset=2).select(BlockGrid(2048, 2048, 64))
     for row in range(1, 31):
         assert not (tiles[row + 1, :row] & ~tiles[row, :row]).any()
+
+
+@pytest.mark.parametrize("last", [1, 64, 100])
+def test_tri_shape_is_a_window_whose_last_queries_see_everything(last: int) -> None:
+    """Row by row; and so does whatever is generated after the prompt, whose length stays the law's."""
+    rule, length = TriShape(window=LengthLaw(a=128), last=last), 64 * 10 + 5
+    tiles = rule.select(BlockGrid(length, length, 64))
+    for q in range(11):
+        asks = 64 * (q + 1) > length - last
+        assert tiles[q].tolist() == [k <= q and (q - k < 2 or k < 1 or asks) for k in range(11)]
+    assert rule.select(BlockGrid(1, length + 200, 64, law_len=length)).all()
 
 
 def test_power_lags_of_the_paper() -> None:

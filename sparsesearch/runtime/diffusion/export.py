@@ -78,9 +78,9 @@ def check_component(source: Path, component: str, plan: Plan, allow_other_weight
         known = [path.parent.name for path in source.glob("*/config.json")]
         raise PlanMismatchError(f"{source} has no component {component!r}.{nearest(component, known)}")
     model = load_component(folder)
+    AppliedTransformer(model, plan, "auto").remove()
     if not allow_other_weights:
         check_transformer_weights(plan.base_model, model)
-    AppliedTransformer(model, plan, "auto").remove()
 
 
 def load_component(folder: Path) -> Any:

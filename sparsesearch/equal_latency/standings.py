@@ -1,0 +1,181 @@
+"""What families lose on calibration sequences, and steps from the plan where each of them stands.
+
+Additive losses are taken around dense, where no head knows what the others skip. A step expands the true loss around the plan that a family
+has now (`profiling.local_model`), searches the family's space again with a price on every unit that changes, and lets the clock decide under
+which budget the new plan takes the target's time. So every plan that is compared takes the same measured time, and stays in its own space.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsesearch.calibration import Sample
+from sparsesearch.equal_latency.climb import Rung
+from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder
+from sparsesearch.evaluate.reference import DenseReference
+from sparsesearch.profiling.local_model import loss_around
+from sparsesearch.profiling.record import Profile
+from sparsesearch.refinement import clearly_less, priced, true_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PRICES = (2.0, 8.0, 32.0)
+"""Of a unit that changes, in mean absolute changes of the loss; the plans of all of them are timed together and judged."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A plan that a family could take.
+
+    Attributes:
+        label: where it came from.
+        ladder: what moves its budget.
+        rung: the plan and its measured time.
+        loss: `refinement.true_loss` of the n calibration sequences.
+        kl_text: the part of its mean that is over all positions.
+    """
+
+    label: str
+    ladder: Ladder
+    rung: Rung
+    loss: Float[Tensor, " n"]
+    kl_text: float
+
+    @property
+    def mean(self) -> float:
+        """Over the sequences."""
+        return float(self.loss.mean())
+
+    @property
+    def at_answers(self) -> float:
+        """The part of the mean that is at answers."""
+        return self.mean - self.kl_text
+
+
+def chosen(candidates: Sequence[Standing], rivals: Sequence[Standing]) -> Standing:
+    """The plan of least loss among those that no rival beats: neither over all positions nor at answers; else not over all positions.
+
+    The weight of the answers is a convention. What is better in their sum alone is taken only where nothing else is left.
+    """
+    text = min((rival.kl_text for rival in rivals), default=float("inf"))
+    answers = min((rival.at_answers for rival in rivals), default=float("inf"))
+    as_good = [one for one in candidates if one.kl_text <= text]
+    better = [one for one in as_good if one.at_answers <= answers]
+    return min(better or as_good or candidates, key=lambda standing: standing.mean)
+
+
+@dataclass
+class Judge:
+    """Replays plans on calibration sequences that were neither profiled nor are judged on later, and remembers what they lost.
+
+    Attributes:
+        reference: dense on those sequences.
+        tried: family -> plan's label -> mean loss.
+    """
+
+    reference: DenseReference
+    tried: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def standing(self, family: str, label: str, ladder: Ladder, rung: Rung) -> Standing:
+        """Replay a plan on behalf of a family."""
+        seen = self.reference.compare(rung.plan)
+        found = Standing(label, ladder, rung, true_loss(seen), float(seen.kl_text.mean()))
+        self.tried.setdefault(family, {})[label] = found.mean
+        return found
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The families' whole spaces, and the sequences around whose losses plans are expanded.
+
+    Attributes:
+        model: dense, in evaluation mode.
+        profile: candidates and calibrated rules.
+        spaces: family -> the ladder of its whole space.
+        samples: calibration sequences.
+    """
+
+    model: "PreTrainedModel"
+    profile: Profile
+    spaces: Mapping[str, SearchedLadder]
+    samples: Sequence[Sample]
+
+    def ladders(self, family: str, standing: Standing) -> tuple[dict[float, SearchedLadder], float] | None:
+        """Price -> the space searched for the loss around a standing, and the bound at which that plan itself is allowed.
+
+        None where the family's space does not hold the plan.
+        """
+        space = self.spaces[family]
+        now = space.choice_of(standing.rung.plan)
+        if now is None:
+            return None
+        change = loss_around(
+            self.model,
+            standing.rung.plan,
+            now.tolist(),
+            self.profile,
+            self.samples,
+            space.question.granularity,
+            columns=space.columns,
+        ).change
+        nothing_frozen = now < 0
+        found = {
+            price: space.around(
+                priced(change, now, price, nothing_frozen),
+                f"loss expanded around a replayed plan, price {price:g} per change",
+            )
+            for price in PRICES
+        }
+        return found, space.bound_of(now)
+
+
+Climb = Callable[[Mapping[str, Ladder], Mapping[str, float], Sequence[str]], Mapping[str, Rung]]
+"""Ladders, bounds to begin with, and which ladders give way -> a plan of each at the target's measured time."""
+
+
+def step(
+    number: int,
+    standings: Mapping[str, Standing],
+    steps: Steps,
+    judge: Judge,
+    climb: Climb,
+    most_share: float,
+    first: str,
+) -> dict[str, Standing]:
+    """The families that some proposal clearly improved, each with its best one.
+
+    Args:
+        number: of the step, for labels.
+        standings: the families that are improved.
+        steps: their spaces.
+        judge: replays the proposals.
+        climb: brings proposals to the target.
+        most_share: of dense's time; slower proposals are not considered.
+        first: the family on trial, which gives way where no plan meets the target.
+    """
+    ladder_of: dict[str, Ladder] = {}
+    start: dict[str, float] = {}
+    owner: dict[str, str] = {}
+    for family, standing in standings.items():
+        made = steps.ladders(family, standing)
+        if made is None:
+            continue
+        for price, ladder in made[0].items():
+            label = f"step {number}, price {price:g}" + ("" if family == first else f", {family}")
+            ladder_of[label], start[label], owner[label] = ladder, made[1], family
+    rungs = climb(ladder_of, start, [label for label, family in owner.items() if family == first])
+    better: dict[str, Standing] = {}
+    for label, rung in rungs.items():
+        family = owner[label]
+        if rung.share > most_share:
+            continue
+        found = judge.standing(family, label, ladder_of[label], rung)
+        if clearly_less(found.loss, better.get(family, standings[family]).loss) or (
+            family in better and found.mean < better[family].mean
+        ):
+            better[family] = found
+    return better
