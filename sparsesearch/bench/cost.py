@@ -58,6 +58,7 @@ def measured(bench: Bench, *, model: str | None, parts: Sequence[str] = PARTS, p
 
 
 def _rows(bench: Bench, shape: ModelShape | None, parts: Sequence[str], per_shape: int) -> Iterator[Row]:
+    bench.settle()
     if shape is not None and "fused" in parts:
         yield from fused_runs(bench, shape, FUSED)
     if "layers" in parts:

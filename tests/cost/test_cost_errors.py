@@ -14,7 +14,7 @@ from sparsesearch.bench import cost
 from sparsesearch.bench.cost import joined, judged_again, parts_of
 from sparsesearch.bench.cost_errors import model_summary, plan_summary, predictors
 from sparsesearch.bench.cost_plans import FAMILIES, HeldOutPlan, held_out_plans
-from sparsesearch.cost.device.micro_bench import Row
+from sparsesearch.cost.device.micro_bench import Bench, Row
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.schedule import Workers
@@ -137,7 +137,7 @@ def test_rows_are_written_as_they_come_fused_steps_first_and_long_prompts_last(
         return runs
 
     monkeypatch.setattr(cost, "RandomLlama", lambda *_: None)
-    monkeypatch.setattr(cost, "Bench", lambda *_, **settings: settings)
+    monkeypatch.setattr(cost, "Bench", lambda *_, **settings: Bench("cpu", "triton", torch.float32))
     monkeypatch.setattr(cost, "held_out_plans", lambda per_shape: [])
     monkeypatch.setattr(cost, "provenance", lambda commands: {"command": commands})
     for name, group in (("fused_runs", "fused_step"), ("prefill_runs", "prefill"), ("decode_runs", "decode_step")):

@@ -42,7 +42,7 @@ class Bench:
         return sustained(run, device=self.device, copies=copies, warm_s=warm_s, measure_s=measure_s, graph=graph)
 
     def settle(self, seconds: float = SETTLE_S) -> None:
-        """Keep a GPU busy: one that has waited for its host runs chains of small kernels up to 8 % faster for about two seconds."""
+        """Keep a GPU busy with large products, so that what follows finds it as warm and as close to its power limit as in service."""
         if torch.device(self.device).type != "cuda":
             return
         a = self.normal(8192, 8192)
