@@ -33,7 +33,7 @@ FOR_TEXT = (
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 FOR_PIPELINES = ("run", "sensitivity", "under")
 NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
-NOT_FOR_REMOVALS_ALONE = ("text_column", "stream", "device_map")
+NOT_FOR_REMOVALS_ALONE = ("block_tokens", "text_column", "stream", "device_map")
 
 
 def profile(

@@ -245,7 +245,7 @@ def _show_search(plan: "Plan", out: Path, json: bool) -> None:
         for values in [(record.bound, used, record.replayed.get(length))]
     ]
     if any(record.replayed for record in plan.budgets):
-        table("budgets", ["metric", "length", "bound", "sum of its units", "schedule replayed"], rows)
+        table("budgets", ["metric", "length", "bound", "sum of its units", "layers replayed"], rows)
     else:
         table("budgets", ["metric", "length", "bound", "plan"], [row[:-1] for row in rows])
     unmeasured = {record.cost_model for record in plan.budgets if (record.cost_model or "").startswith("roofline:")}

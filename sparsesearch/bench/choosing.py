@@ -34,7 +34,7 @@ def updated(table: DeviceTable, rows: list[Row]) -> DeviceTable:
     fresh = {cost.kind: cost for cost in fit_estimators(rows)}
     kept = tuple(cost for cost in table.estimators if cost.kind not in fresh)
     estimators = tuple(sorted((*kept, *fresh.values()), key=lambda cost: cost.kind))
-    provenance = table.provenance | {"choosing": f"python -m sparsesearch.bench.choosing: {', '.join(sorted(fresh))}"}
+    provenance = table.provenance | {"choosing": f"measured apart: {', '.join(sorted(fresh))}"}
     return table.model_copy(update={"estimators": estimators, "provenance": provenance})
 
 

@@ -31,7 +31,9 @@ from sparsesearch.errors import SpecError, nearest
 from sparsesearch.model_shapes import ModelShape, model_shape
 
 FORMAT = "sparsesearch.bench.cost"
-PREFILLS = ((8192, DENSE_SEED), (8192, 0), (32768, DENSE_SEED), (32768, 0), (65536, 0), (131072, 0))
+PREFILLS = ((8192, DENSE_SEED), (8192, 0), (32768, DENSE_SEED), (32768, 0))
+LONG_PREFILLS = ((131072, 0), (65536, 0))
+"""Last of all, since they take as long as all others."""
 DECODES = ((1, 8192), (1, 131072), (4, 16384), (8, 8192), (16, 4096), (32, 8192), (32, 1024))
 FUSED = ((1, 8192), (1, 32768), (4, 16384), (8, 8192), (16, 4096))
 PARTS = ("decode", "fused", "layers", "prefill")
@@ -56,15 +58,16 @@ def measured(bench: Bench, *, model: str | None, parts: Sequence[str] = PARTS, p
 
 
 def _rows(bench: Bench, shape: ModelShape | None, parts: Sequence[str], per_shape: int) -> Iterator[Row]:
-    if shape is not None and {"decode", "prefill"} & set(parts):
-        model = RandomLlama(shape, bench)
-        yield from decode_runs(model, DECODES if "decode" in parts else ())
-        yield from prefill_runs(model, PREFILLS if "prefill" in parts else ())
-        del model
+    bench.settle()
     if shape is not None and "fused" in parts:
         yield from fused_runs(bench, shape, FUSED)
     if "layers" in parts:
         yield from _layers(bench, list(held_out_plans(per_shape=per_shape)))
+    if shape is not None and {"decode", "prefill"} & set(parts):
+        model = RandomLlama(shape, bench)
+        yield from prefill_runs(model, PREFILLS if "prefill" in parts else ())
+        yield from decode_runs(model, DECODES if "decode" in parts else ())
+        yield from prefill_runs(model, LONG_PREFILLS if "prefill" in parts else ())
 
 
 def _layers(bench: Bench, plans: Sequence[HeldOutPlan]) -> Iterator[Row]:
@@ -136,6 +139,7 @@ def main() -> None:
     parser.add_argument("--per-shape", type=int, default=5, help="held-out plans per length and head size")
     parser.add_argument("--model-shape", default="llama3-8b", help="model to run end to end; 'none' leaves it out")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which rows are measured: some of {', '.join(PARTS)}")
+    parser.add_argument("--time-share", type=float, default=1.0, help="share of the usual time per row")
     parser.add_argument("--unjudged", action="store_true", help="measure rows alone, which --rows judges elsewhere")
     parser.add_argument(
         "--rows",
@@ -156,7 +160,7 @@ def main() -> None:
     if given.rows is not None:
         found = judged_again(given.rows, model)
     else:
-        bench = Bench("cuda", model.kernel, torch.bfloat16, seed=1)
+        bench = Bench("cuda", model.kernel, torch.bfloat16, seed=1, time_share=given.time_share)
         shape = None if given.model_shape == "none" else given.model_shape
         rows: list[Row] = []
         for row in measured(bench, model=shape, parts=parts_of(given.parts), per_shape=given.per_shape):

@@ -20,7 +20,6 @@ from sparsesearch.runtime.live import apply
 from sparsesearch.runtime.prepare import sparse_cache
 
 DENSE_SEED = -1
-FIRST_WARM_S = 4.0
 STEPS = 32
 """Fused steps that are timed; half as many run before."""
 
@@ -34,12 +33,9 @@ def plan_runs(bench: Bench, plans: Sequence[HeldOutPlan]) -> Iterator[Row]:
 
 
 def decode_runs(model: RandomLlama, decodes: Sequence[tuple[int, int]]) -> Iterator[Row]:
-    """Steps of the model as transformers computes them; `decodes` are (batch, cached keys per sequence).
-
-    A device that was idle decodes up to 8 % faster for its first two seconds at the same clocks, so the first row is warmed for longer.
-    """
-    for row, (batch, kv_tokens) in enumerate(decodes):
-        timed = model.decode(batch, kv_tokens, warm_s=0.05 if row else FIRST_WARM_S)
+    """Steps of the model as transformers computes them; `decodes` are (batch, cached keys per sequence)."""
+    for batch, kv_tokens in decodes:
+        timed = model.decode(batch, kv_tokens)
         yield model.bench.row("decode_step", timed, model=model.shape.name, batch=batch, kv_tokens=kv_tokens)
 
 

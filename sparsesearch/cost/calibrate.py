@@ -16,7 +16,9 @@ from sparsesearch.errors import SpecError
 from sparsesearch.kernels.dispatch import Backend
 
 if TYPE_CHECKING:
+    from sparsesearch.cost.device.micro_bench import Bench, Row
     from sparsesearch.cost.device.model import DeviceCostModel
+    from sparsesearch.cost.device.run_plan import RunPlan
 
 TIME_LIMIT_S = 70.0
 
@@ -76,8 +78,7 @@ def calibrate_cuda(
     """Run the micro-runs on the current CUDA device and fit them."""
     import triton
 
-    from sparsesearch.cost.device import micro_bench, run_plan, runs
-    from sparsesearch.cost.device.compile_ahead import compile_ahead
+    from sparsesearch.cost.device import micro_bench, run_plan
     from sparsesearch.cost.device.fit import fitted as fit
     from sparsesearch.cost.device.model import DeviceCostModel
 
@@ -85,20 +86,8 @@ def calibrate_cuda(
     kernel: Backend = "gluon" if properties.major == 9 else "triton"
     plan = run_plan.QUICK if quick else run_plan.FULL
     bench = micro_bench.Bench("cuda", kernel, dtype, time_share=plan.time_share, seed=seed)
-    start, total = perf_counter(), plan.count
-    rows: list[micro_bench.Row] = []
-    progress("compile", 0, total)
-    compile_ahead(bench, plan)
-    group_s, before = {"compile": perf_counter() - start}, perf_counter()
-    try:
-        for row in runs.all_runs(bench, plan):
-            rows.append(row)
-            group_s[row["group"]] = group_s.get(row["group"], 0.0) + perf_counter() - before
-            before = perf_counter()
-            progress("calibrate", min(len(rows), total), total)
-    finally:  # what was measured is kept even if a later run fails
-        if runs_out is not None:
-            write_bytes(runs_out, canonical_json({"runs": rows}).encode())
+    start = perf_counter()
+    rows, group_s = _measured(bench, plan, runs_out, progress)
     provenance = {
         "seed": seed,
         "quick": quick,
@@ -107,7 +96,8 @@ def calibrate_cuda(
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "triton": triton.__version__,
-        "clock": "sustained: medians after 20 ms to 120 ms of the same work; random data; inputs rotate through the cache",
+        "clock": f"sustained: medians after {20 * plan.time_share:g} ms to {120 * plan.time_share:g} ms of the same work, whole layers after "
+        f"{micro_bench.SETTLE_S:g} s of matrix products; random data; inputs rotate through the cache",
         "micro_runs": len(rows),
         "group_s": {group: round(seconds, 1) for group, seconds in group_s.items()},
         "micro_runs_s": round(perf_counter() - start, 1),
@@ -125,6 +115,30 @@ def calibrate_cuda(
     if out is not None:
         table.save(out)
     return DeviceCostModel(table)
+
+
+def _measured(
+    bench: "Bench", plan: "RunPlan", runs_out: Path | None, progress: Progress
+) -> "tuple[list[Row], dict[str, float]]":
+    """The rows of all micro-runs, written even if a later one fails, and the seconds that each group took."""
+    from sparsesearch.cost.device import runs
+    from sparsesearch.cost.device.compile_ahead import compile_ahead
+
+    start, total = perf_counter(), plan.count
+    rows: list[Row] = []
+    progress("compile", 0, total)
+    compile_ahead(bench, plan)
+    group_s, before = {"compile": perf_counter() - start}, perf_counter()
+    try:
+        for row in runs.all_runs(bench, plan):
+            rows.append(row)
+            group_s[row["group"]] = group_s.get(row["group"], 0.0) + perf_counter() - before
+            before = perf_counter()
+            progress("calibrate", min(len(rows), total), total)
+    finally:
+        if runs_out is not None:
+            write_bytes(runs_out, canonical_json({"runs": rows}).encode())
+    return rows, group_s
 
 
 def short_name(product: str) -> str:

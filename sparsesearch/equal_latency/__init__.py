@@ -4,7 +4,9 @@ Equal budgets are not equal times: a cost model errs, and by different amounts f
 again under a budget in predicted latency, its plan is timed beside dense and beside the other families' in the same rounds, and its budget is
 moved until the measured time is the target's. Then all plans are judged on the same held-out sequences, and differences are paired.
 
-All families are searched for the same objective, so that only the menu of rules differs. The first one, whose space contains the others', may
-choose among parts of it and the others' plans by what calibration sequences say that were not profiled (`menus`). Where no plan of a family comes within the tolerance
-(windows and head groups come in steps), the first family gets its next faster plan and every other family its next slower one.
+All families are searched for the same objective (`mixture, answers` for one that weighs answers more), and heads are priced alike
+(`unit_prices`), so that only the menu of rules differs. The first one, whose space contains the others', may choose among parts of it (`menus`)
+and the others' plans by what calibration sequences say that were not profiled; on these, steps may improve every family's plan (`standings`).
+Where no plan of a family comes within the tolerance (windows and head groups come in steps), the first family gets its next faster plan and
+every other family its next slower one.
 """

@@ -1,6 +1,7 @@
 """A family's plans in order of their predicted latency: what the search finds within a budget, or windows of every width."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,7 +19,6 @@ from sparsesearch.planning import write_plan
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.sink_window import SinkWindow
-from sparsesearch.scores import ScoreTable
 from sparsesearch.scoring import Question, score_table
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.pareto import feasible_bounds
@@ -46,10 +46,9 @@ class Ladder(Protocol):
 class SearchedLadder:
     """The best plans of a search space, by an exact search under a budget in predicted latency."""
 
-    def __init__(self, profile: Profile, question: Question, table: ScoreTable | None = None) -> None:
-        """`table`: the question's own, perhaps with other losses; it is made where None."""
+    def __init__(self, profile: Profile, question: Question) -> None:
         self._profile, self.question = profile, question
-        self._table = replayed(profile, question, score_table(profile, question)) if table is None else table
+        self._table = replayed(profile, question, score_table(profile, question))
         self.lowest = feasible_bounds(self._table, "latency", 2, others=question.constraints[1:])[0]
         self._solved: dict[float, Plan] = {}
         self._shared = SharedChoices.of(profile, question, self._table)
@@ -77,9 +76,10 @@ class SearchedLadder:
 
     def around(self, loss: Float[ndarray, "U C"], objective: str) -> "SearchedLadder":
         """The same space and prices with other losses."""
-        return SearchedLadder(
-            self._profile, replace(self.question, objective=objective), replace(self._table, loss=loss)
-        )
+        other = copy(self)
+        other.question, other._table = replace(self.question, objective=objective), replace(self._table, loss=loss)
+        other._solved = {}
+        return other
 
     def at(self, bound: float) -> Plan:
         """Solve within max(bound, lowest), once."""

@@ -53,7 +53,7 @@ MENUS = (
 )
 ANSWERS = "mixture, answers"
 """The mixture for those whose tasks are judged by their answers: `FOR_ANSWERS` of its space, not chosen among others."""
-FOR_ANSWERS = Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=10.0)
+FOR_ANSWERS = Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=20.0)
 
 
 def family_ladders(

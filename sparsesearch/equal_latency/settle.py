@@ -206,8 +206,11 @@ class Search:
     def _improved(
         self, standings: dict[str, Standing], judge: Judge, target: float, deadline: float
     ) -> dict[str, Standing]:
-        """Steps for every family until none helps it; the first family goes on from a rival's plan where that is better."""
-        first, open_families = self.setting.families[0], set(standings)
+        """Steps for every family until none helps it; the first family goes on from a rival's plan where that is better.
+
+        The mixture for answers stays as it is: steps follow a loss that weighs answers less.
+        """
+        first, open_families = self.setting.families[0], set(standings) - {ANSWERS}
         for number in range(1, self.setting.steps + 1 if self.local is not None else 1):
             if monotonic() > deadline or not open_families:
                 break

@@ -21,8 +21,6 @@ from torch import Tensor
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.deal import TILE_OVERHEAD
 from sparsesearch.kernels.schedule import (
-    ENTRY_SHIFT,
-    TILE_FIELDS,
     HeadTiles,
     Span,
     TileSchedule,
@@ -30,6 +28,7 @@ from sparsesearch.kernels.schedule import (
     Workers,
     build_schedule,
 )
+from sparsesearch.kernels.tile_lists import ENTRY_SHIFT, TILE_FIELDS
 
 SHIFT = tl.constexpr(ENTRY_SHIFT)
 FIELDS = tl.constexpr(len(TILE_FIELDS))

@@ -9,10 +9,12 @@ matrix instructions), and each worker has its own list of tiles, balanced before
 All four tensors are read through rank-4 descriptors [B, H, S, D] of any strides, so heads of 96 read zeros beyond their width and rows
 beyond the tensor read zeros. Rows of V that a list reaches must be finite: a masked weight is 0, and 0 · NaN is NaN.
 
-What limits it (H200, `sparsesearch.bench.counters`, tests/golden/counters_h200.json). head_dim 128 at 32k: power. The matrix units are busy 81 %
-of the time (cuDNN's 76 %), at a clock that the 690 W cap holds near 1.5 of 1.98 GHz. head_dim 64: neither matrix units (54 %) nor exponentials
-(55 %) nor issue slots (45 %) are full: both warpgroups wait for scores, then both for exponentials. At 8k, launch and drain and workers that finish
-early take 6 % of the time at head_dim 128 and 11 % at 64, and tiles of ten blocks lower the matrix units to 68 % and 44 %.
+What limits it (H200, tests/golden/attention_h200.json). head_dim 128 at 32k: power. It computes 620-710 TFLOP/s on its blocks, cuBLAS 686 in
+a product of 8192 cubed on the same card; before the late softmax, at 629, the card was near its cap of 690 W at 1.5 of 1.98 GHz. head_dim 64 (450-500):
+the two warpgroups issue when they like, so both may wait for scores and then share the exponentials; counters, of the kernel before
+(`sparsesearch.bench.counters`, tests/golden/counters_h200.json), show neither matrix units (54 %) nor exponentials (55 %) nor issue slots (45 %) full.
+At 8k a sparse tile has five blocks: its output, the first block's exponentials (ptxas puts them after the last product, see `hopper_softmax`) and the
+masks of its last block cost about one more, and launch, drain and workers that finish early 6 % of the time at head_dim 128 and 11 % at 64.
 """
 
 from triton.experimental import gluon
@@ -32,8 +34,8 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 LN2 = gl.constexpr(0.6931471805599453)
-FIELDS = gl.constexpr(12)  # int32 per tile record, schedule.TILE_FIELDS
-ENTRY_SHIFT = gl.constexpr(3)  # schedule.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
+FIELDS = gl.constexpr(12)  # int32 per tile record, tile_lists.TILE_FIELDS
+ENTRY_SHIFT = gl.constexpr(3)  # tile_lists.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
 
 
 @gluon.jit

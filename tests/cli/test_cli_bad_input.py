@@ -133,6 +133,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "space is no mapping": (TRIAL + "--space {bad}/list.yaml", 1, r"list.yaml: the whole must be a mapping, but is a list"),
     "space is not UTF-8": (TRIAL + "--space {bad}/latin.yaml", 1, r"must be UTF-8 text, but byte 3 is not"),
     "space is missing": (TRIAL + "--space {bad}/none.yaml", 1, r"none.yaml must exist"),
+    "odd blocks": (TRIAL + "--block-tokens 100", 1, r"blocks must be a multiple of 16 tokens from 16 to 256, but got 100"),
     "unknown space": (TRIAL + "--space mixtur", 1, r"unknown search space 'mixtur'. Did you mean 'mixture'"),
     "space was not profiled": (SEARCH + "density=0.5 --space {bad}/unknown.yaml", 1, r"must have scored sink_window\(sink=0.*Profile again"),
     # plans

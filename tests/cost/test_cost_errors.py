@@ -1,16 +1,20 @@
 """The judge of cost models: a perfect one is perfect, a wrong one is not, and the held-out plans are what they claim."""
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from sparsesearch.bench import cost
 from sparsesearch.bench.cost import joined, judged_again, parts_of
 from sparsesearch.bench.cost_errors import model_summary, plan_summary, predictors
 from sparsesearch.bench.cost_plans import FAMILIES, HeldOutPlan, held_out_plans
-from sparsesearch.cost.device.micro_bench import Row
+from sparsesearch.cost.device.micro_bench import Bench, Row
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.schedule import Workers
@@ -117,3 +121,32 @@ def test_parts_of_several_records_make_one() -> None:
     assert parts_of("decode,layers,decode") == ("decode", "layers")
     with pytest.raises(SpecError, match=r"decode, fused, layers, prefill, but got 'layer'\. Did you mean"):
         parts_of("layer")
+
+
+def test_rows_are_written_as_they_come_fused_steps_first_and_long_prompts_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[str] = []
+
+    def runs_of(group: str) -> Callable[..., Iterator[Row]]:
+        def runs(_: object, *what: Any) -> Iterator[Row]:
+            for one in what[-1]:
+                groups.append(group)
+                yield {"group": group, "what": str(one), "seconds": 1.0, "spread": 0.0}
+
+        return runs
+
+    monkeypatch.setattr(cost, "RandomLlama", lambda *_: None)
+    monkeypatch.setattr(cost, "Bench", lambda *_, **settings: Bench("cpu", "triton", torch.float32))
+    monkeypatch.setattr(cost, "held_out_plans", lambda per_shape: [])
+    monkeypatch.setattr(cost, "provenance", lambda commands: {"command": commands})
+    for name, group in (("fused_runs", "fused_step"), ("prefill_runs", "prefill"), ("decode_runs", "decode_step")):
+        monkeypatch.setattr(cost, name, runs_of(group))
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["cost", "--json", str(out), "--cost-model", "h200", "--unjudged"])
+    cost.main()
+    written = json.loads(out.read_text())["rows"]
+    assert [row["group"] for row in written] == groups
+    assert list(dict.fromkeys(groups)) == ["fused_step", "prefill", "decode_step"]
+    assert groups[-1] == "prefill"
+    assert [row["what"] for row in written if row["group"] == "prefill"][-2:] == ["(131072, 0)", "(65536, 0)"]

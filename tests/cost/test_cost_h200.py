@@ -67,16 +67,16 @@ def test_summary_of_the_short_plans_stays_within_the_bars(model: DeviceCostModel
 
 
 def test_whole_models_are_predicted_as_recorded(model: DeviceCostModel) -> None:
-    """Prefill, and decoding steps plain and fused, within the bar of 7 %."""
+    """Prefill, and decoding steps plain and fused, within the bar of 7 %. Plain steps are of the decode kernel before the last one."""
     rows: list[dict[str, Any]] = RECORD["models"]["rows"]
     prefills, steps, fused = (
         [row for row in rows if row["group"] == group] for group in ("prefill", "decode_step", "fused_step")
     )
-    assert {row["length"] for row in prefills} >= {8192, 131072}
+    assert {row["length"] for row in prefills} >= {8192, 32768}
     assert {row["batch"] for row in steps} >= {1, 32}
     assert {row["batch"] for row in fused} >= {1, 8, 16}
     for own in (prefills, steps, fused):
-        assert max(abs(row["predicted_s"] / row["seconds"] - 1) for row in own) <= 0.075
+        assert max(abs(row["predicted_s"] / row["seconds"] - 1) for row in own) <= 0.07
     again = model_summary([row for row in RECORD["rows"] if row.get("length", 0) <= 8192], model)
     assert len(again["rows"]) >= len(steps) + len(fused)
     for row in again["rows"]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,17 @@ from sparsesearch.kernels.schedule import Span, TileShape, Workers, schedule_of_
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+def prefill_rows() -> list[dict[str, Any]]:
+    """Of all runs: 128k tokens are of one before."""
+    runs = json.loads((GOLDEN / "attention_h200.json").read_text())["runs"]
+    return [row for run in runs for row in run["rows"]]
+
+
 def test_attention_record_counts_what_the_schedule_counts() -> None:
     record = json.loads((GOLDEN / "attention_h200.json").read_text())
     assert record["format"] == "sparsesearch.bench.attention"
     assert {"device", "torch", "triton", "cudnn", "command"} <= set(record["provenance"])
-    rows = record["runs"][0]["rows"]
+    rows = prefill_rows()
     assert not [row for row in rows if "error" in row]
     for row in rows:
         if row["kernel"] != "gluon" or row["length"] > 8192:
@@ -38,8 +45,7 @@ def test_attention_record_counts_what_the_schedule_counts() -> None:
 
 
 def test_every_plan_was_measured_against_the_fastest_dense_kernel() -> None:
-    record = json.loads((GOLDEN / "attention_h200.json").read_text())
-    rows = record["runs"][0]["rows"]
+    rows = prefill_rows()
     for head_dim in (64, 128):
         for length in (4096, 8192, 32768, 131072):
             here = [r for r in rows if (r["head_dim"], r["length"], r["causal"]) == (head_dim, length, True)]
@@ -53,13 +59,22 @@ def test_every_plan_was_measured_against_the_fastest_dense_kernel() -> None:
 
 
 def test_errors_are_within_twice_those_of_cudnn() -> None:
-    rows = json.loads((GOLDEN / "attention_h200.json").read_text())["runs"][0]["rows"]
+    rows = prefill_rows()
     dense = [row for row in rows if row["plan"] == "dense"]
     cudnn = {(r["head_dim"], r["length"], r["causal"]): r["fp64_error"] for r in dense if r["kernel"] == "cudnn"}
     assert len(cudnn) == 14
     for row in rows:
         if row["kernel"] == "gluon":
             assert 0 < row["fp64_error"] <= 2 * cudnn[row["head_dim"], row["length"], row["causal"]]
+
+
+def test_memcheck_found_nothing_in_any_kernel() -> None:
+    """And racecheck, cut off, nothing but the word by which Triton wakes its warps (see sanitize.py)."""
+    record = json.loads((GOLDEN / "sanitizer_h200.json").read_text())
+    tools = {row["tool"]: row for row in record["rows"]}
+    assert tools["memcheck"]["finished"]
+    assert "0 errors" in tools["memcheck"]["summary"]
+    assert set(tools["racecheck"]["kernels"]) == {"hopper_attention"}
 
 
 def test_decode_record_is_complete() -> None:

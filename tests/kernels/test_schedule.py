@@ -14,7 +14,6 @@ from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.deal import TILE_OVERHEAD, deal
 from sparsesearch.kernels.schedule import (
-    ENTRY_SHIFT,
     HeadTiles,
     Span,
     TileSchedule,
@@ -24,6 +23,7 @@ from sparsesearch.kernels.schedule import (
     schedule_of_rules,
     spans_of_lengths,
 )
+from sparsesearch.kernels.tile_lists import ENTRY_SHIFT
 from sparsesearch.rules.base import LengthLaw
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.mean_value import MeanValue

@@ -26,6 +26,7 @@ RULES = {
     "pooled": {"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16},
     "bounds": {"kind": "bounds_topk", "keep": 32, "sink": 16},
     "bounds everywhere": {"kind": "bounds_topk", "keep": 32, "sink": 16, "prefill": True},
+    "asks": {"kind": "tri_shape", "sink": 16, "window": 16, "last": 20},
     "rows": {"kind": "token_rows", "tail": 0.4, "min_tokens": 16, "window": 16, "probe": 16},
 }
 SOURCES = {"dense_source": {"kind": "dense_source", "keep": {"b": 0.3}, "sink": 16}}

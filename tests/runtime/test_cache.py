@@ -60,7 +60,7 @@ def test_cached_logits_equal_the_oracle_after_the_ring_has_wrapped(tiny):
     torch.testing.assert_close(torch.cat(logits), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("names", [EVICTING, CONSTANT], ids=["elastic", "constant"])
+@pytest.mark.parametrize("names", [EVICTING, CONSTANT, ["asks", "dense"]], ids=["elastic", "constant", "asks"])
 @pytest.mark.parametrize("chunk", [1, 37, 64])
 def test_chunked_prefill_changes_nothing(tiny, names, chunk):
     model = tiny("llama")
@@ -74,10 +74,11 @@ def test_chunked_prefill_changes_nothing(tiny, names, chunk):
             assert torch.equal(whole, generated(model, ids, mask, prefill_chunk_size=chunk))
 
 
-def test_unannounced_chunks_are_refused_when_rules_grow(tiny):
+@pytest.mark.parametrize("names", [EVICTING, ["asks", "dense"]], ids=["elastic", "asks"])
+def test_unannounced_chunks_are_refused_when_rules_follow_the_prompts_length(tiny, names):
     model = tiny("llama")
     ids, mask = left_padded(ROWS, 64)
-    with sparsesearch.apply(model, group_plan(model, EVICTING)), pytest.raises(SpecError, match="prompt_tokens="):
+    with sparsesearch.apply(model, group_plan(model, names)), pytest.raises(SpecError, match="prompt_tokens="):
         generated(model, ids, mask, prefill_chunk_size=37)
 
 

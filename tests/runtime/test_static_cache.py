@@ -16,7 +16,7 @@ from sparsesearch.runtime.static_regions import Ring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVICTING = ["stream", "zero", "elastic", "mean", "dense"]
-MIXED = ["stream", "dense", "zero", "bitmap", "mean", "slash"]
+MIXED = ["asks", "stream", "dense", "zero", "bitmap", "mean", "slash"]
 ROWS = (157, 65, 3)
 
 

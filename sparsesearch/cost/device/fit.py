@@ -86,12 +86,7 @@ def fitted(
         tiles=tiles,
         decode=_decode(rows, dtype_bytes),
         linear=_linear(rows),
-        pointwise={
-            kind: rising(
-                [(row["elements"], row["seconds"]) for row in group_of(rows, "pointwise") if row["name"] == kind]
-            )
-            for kind in sorted({row["name"] for row in group_of(rows, "pointwise")})
-        },
+        pointwise=_pointwise(rows),
         estimators=fit_estimators(rows),
         prefill_relief=Correction(amounts=(1.0,), values=(0.0,)),
         decode_glue_s=Correction(amounts=(1.0,), values=(0.0,)),
@@ -212,6 +207,14 @@ def _decode(rows: Sequence[Row], dtype_bytes: int) -> tuple[DecodeCost, ...]:
             )
         )
     return tuple(costs)
+
+
+def _pointwise(rows: Sequence[Row]) -> dict[str, Points]:
+    own = group_of(rows, "pointwise")
+    return {
+        kind: rising([(row["elements"], row["seconds"]) for row in own if row["name"] == kind])
+        for kind in sorted({row["name"] for row in own})
+    }
 
 
 def _linear(rows: Sequence[Row]) -> tuple[LinearCost, ...]:

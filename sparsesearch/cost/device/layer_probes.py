@@ -20,6 +20,7 @@ def layer_runs(bench: Bench, batches: Sequence[int], fused: Sequence[int], token
     """Decoding steps at each batch, plain and fused, and dense prefills of each length."""
     if not batches and not tokens:
         return
+    bench.settle()
     for probe in (fitting(EVICTING, bench.memory_bytes, max(batches, default=1)), replace(EVICTING, num_layers=1)):
         yield from _decode_steps(bench, RandomLlama(probe, bench), batches)
         yield from _fused_steps(bench, FusedChain(probe, bench), fused)

@@ -57,8 +57,8 @@ class RandomLlama:
         self._schedules = ()
         return timed
 
-    def decode(self, batch: int, kv_tokens: int, *, warm_s: float = 0.05) -> Timed:
-        """Time of one step of `batch` sequences, each with `kv_tokens` cached keys in every KV head, after so many seconds of them."""
+    def decode(self, batch: int, kv_tokens: int) -> Timed:
+        """Time of one step of `batch` sequences, each with `kv_tokens` cached keys in every KV head."""
         shape, bench = self.shape, self.bench
         pairs = batch * shape.num_kv_heads
         kv_shape = (pairs * kv_tokens, shape.head_dim)
@@ -72,7 +72,7 @@ class RandomLlama:
             return self.model(ids, position_ids=positions, use_cache=False).logits
 
         with torch.inference_mode():
-            timed = bench.time(run, warm_s=warm_s)
+            timed = bench.time(run, warm_s=0.05)
         self._caches = []
         return timed
 

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsesearch.kernels.schedule import ENTRY_SHIFT, TileSchedule
+from sparsesearch.kernels.schedule import TileSchedule
+from sparsesearch.kernels.tile_lists import ENTRY_SHIFT
 
 CHUNK_ENTRIES = 1 << 22
 

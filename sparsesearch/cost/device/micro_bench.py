@@ -1,6 +1,7 @@
 """A device, what runs on it, and the time that a case may take."""
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sparsesearch.kernels.schedule import Workers
 
 Row = dict[str, Any]
 HOST_BYTES = float(1 << 33)
+SETTLE_S = 3.0
 
 
 class Bench:
@@ -38,6 +40,17 @@ class Bench:
         """Sustained time of `run(copy)`."""
         warm_s, measure_s = warm_s * self.time_share, 0.08 * self.time_share
         return sustained(run, device=self.device, copies=copies, warm_s=warm_s, measure_s=measure_s, graph=graph)
+
+    def settle(self, seconds: float = SETTLE_S) -> None:
+        """Keep a GPU busy with large products, so that what follows finds it as warm and as close to its power limit as in service."""
+        if torch.device(self.device).type != "cuda":
+            return
+        a = self.normal(8192, 8192)
+        begin = perf_counter()
+        while perf_counter() - begin < seconds:
+            for _ in range(10):
+                torch.matmul(a, a)
+            torch.cuda.synchronize()
 
     def row(self, group: str, timed: Timed, **values: Any) -> Row:
         """One result."""

@@ -78,7 +78,7 @@ class RunPlan:
     layer_tokens: tuple[int, ...] = (4096, 8192, 16384, 65536)
     peak_side: int = 8192
     longest_tokens: int = 1 << 20
-    time_share: float = 1.0
+    time_share: float = 0.5
 
     @property
     def probe_widths(self) -> tuple[tuple[int, int], ...]:

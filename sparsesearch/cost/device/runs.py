@@ -39,9 +39,9 @@ def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
         yield row | {"group": "probe_gemm"}
     yield from skinny_runs(bench, plan.skinny_rows, plan.skinny)
     yield from pointwise_runs(bench, plan.pointwise_tokens)
-    yield from choosing_runs(bench, plan.estimator_tokens, tuple(estimators()))
-    yield from permutation_runs(bench, plan.estimator_tokens)
     yield from layer_runs(bench, plan.layer_batches, plan.fused_batches, plan.layer_tokens)
+    yield from permutation_runs(bench, plan.estimator_tokens)
+    yield from choosing_runs(bench, plan.estimator_tokens, tuple(estimators()))
 
 
 def peak_runs(bench: Bench, side: int) -> Iterator[Row]:

@@ -17,6 +17,7 @@ import torch
 GRAPH_S = 1e-3  # calls that a graph holds take at least this long together
 MOST_CALLS = 48
 LONG_S = 0.3  # a call that takes longer has warmed the device by itself
+COMPILED = 1.1  # a first call that took so much longer than the second one has compiled or allocated something
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ def sustained(
     """
     if torch.device(device).type != "cuda":
         return _on_host(run, copies, measure_s)
-    run(0)  # compiles
-    torch.cuda.synchronize()
+    (first,) = event_times(lambda: run(0), 1)  # compiles, perhaps
     (once,) = event_times(lambda: run(0), 1)
     if once > LONG_S:
-        return timed_of([once, *event_times(lambda: run(0), 1)])
+        compiled = first > COMPILED * once
+        return timed_of([once, *(event_times(lambda: run(0), 1) if compiled else [first])])
     calls = min(MOST_CALLS, max(1, ceil(GRAPH_S / once)))
     calls = ceil(calls / copies) * copies if calls > 1 else 1
     replay = repeated(run, calls, copies=copies, graph=graph)
