@@ -14,7 +14,7 @@ from .render import emit_json, lines, progress_bar, table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsesearch.check_result import Thresholds
+    from sparsesearch.check_result import CheckResult, Thresholds
     from sparsesearch.cost import CostModel
 
 
@@ -207,25 +207,23 @@ def check(
         )
     if junit is not None:
         write_bytes(junit, result.junit_xml().encode())
+    _show_check(result, plan, annotations=annotations, json=json)
+    result.raise_if_failed()
+
+
+def _show_check(result: "CheckResult", plan: Path, *, annotations: bool, json: bool) -> None:
+    """Every figure beside its bound."""
+    columns = ("figure", "length_tokens", "measured", "bound", "reason", "verdict")
     rows = [
         [row.figure, row.length_tokens, row.measured, row.bound, row.reason, "ok" if row.passed else "REGRESSED"]
         for row in result.rows
     ]
     if json:
-        emit_json(
-            {
-                "passed": result.passed,
-                "rows": [
-                    dict(zip(("figure", "length_tokens", "measured", "bound", "reason", "verdict"), row, strict=True))
-                    for row in rows
-                ],
-            }
-        )
-    else:
-        table(f"check of {plan}", ["figure", "length", "measured", "bound", "why", "verdict"], rows)
-        if annotations:
-            lines(*result.annotations(str(plan)))
-    result.raise_if_failed()
+        emit_json({"passed": result.passed, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
+        return
+    table(f"check of {plan}", ["figure", "length", "measured", "bound", "why", "verdict"], rows)
+    if annotations:
+        lines(*result.annotations(str(plan)))
 
 
 def _thresholds(**bounds: float | None) -> "Thresholds":

@@ -1,13 +1,16 @@
 """The command that runs the whole corridor on an embedded model."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from . import options as o
 from .errors import guarded, usage
 from .render import emit_json, lines, progress_bar, say, table
+
+if TYPE_CHECKING:
+    from sparsesearch.quickstart import Quickstart
 
 FOR_TEXT = ("from_scratch", "evaluations", "num_sequences", "seed")
 """Options that mean nothing with --video."""
@@ -55,6 +58,11 @@ def quickstart(
     if json:
         emit_json(summary)
         return
+    _show(found, summary, out)
+
+
+def _show(found: "Quickstart", summary: dict[str, Any], out: Path) -> None:
+    """What the plan costs and keeps, beside dense and a uniform window."""
     say(f"profile: {found.profile_source}")
     names = list(found.metrics.variants)
     shares = {"dense": 1.0, "uniform_window": summary["density_uniform_window"], "plan": summary["density"]}
