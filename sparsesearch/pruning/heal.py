@@ -107,10 +107,18 @@ def heal_checkpoint(
         shutil.rmtree(state.folder, ignore_errors=True)
         raise RegressionError(_worse(checkpoint, best))
     after = mean_distance(student, held_out, reference), held_out_loss(student, held_out)
+    found = _report(best, before, after, held_out_loss(dense, held_out))
     with complete_or_nothing(out, overwrite) as staging:
         _write(student, checkpoint, staging)
+        _note(staging / "README.md", teacher, request, found)
     shutil.rmtree(state.folder, ignore_errors=True)
-    goal = held_out_loss(dense, held_out)
+    return found
+
+
+def _report(
+    best: Best, before: tuple[float, float | None], after: tuple[float, float | None], goal: float | None
+) -> HealReport:
+    """What (distance, loss) were and became; `goal` is dense's loss."""
     if goal is None or before[1] is None or after[1] is None:
         share = (before[0] - after[0]) / before[0]
     else:
@@ -118,6 +126,20 @@ def heal_checkpoint(
     return HealReport(
         max(best.distances), best.step, best.distances, before[0], after[0], goal, before[1], after[1], share, after[0] < before[0]
     )  # fmt: skip
+
+
+def _note(card: Path, teacher: str | Path, request: HealRequest, found: HealReport) -> None:
+    """Say in the model card that the weights are no longer those of the refit."""
+    loss = (
+        "" if found.loss_after is None else f", loss {found.loss_before:.4g} to {found.loss_after:.4g} nats per token"
+    )
+    text = (
+        f"## Healed\n\nDistilled from `{teacher}` on `{request.data}` (seed {request.seed}): the state after {found.best_step} of {found.steps} "
+        f"steps, the nearest on validation data. On {request.num_sequences} held-out sequences of `{request.held_out or request.data}`, distance "
+        f"from it {found.distance_before:.4g} to {found.distance_after:.4g}{loss}.\n"
+    )
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    card.write_text(f"{before}\n{text}".lstrip(), encoding="utf-8")
 
 
 def _worse(checkpoint: Path, best: Best) -> str:

@@ -90,6 +90,9 @@ def test_the_best_state_is_written_though_the_last_one_is_bad(pruned, tmp_path, 
     assert found.validation[6] > found.validation[0]
     assert found.improved
     assert found.distance_after < found.distance_before
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "the state after 4 of 6 steps" in card
+    assert f"{found.distance_before:.4g} to {found.distance_after:.4g}" in card
 
 
 @pytest.mark.parametrize("rate", [0.3, 1e3])  # the second diverges
