@@ -10,8 +10,15 @@ from .errors import guarded
 from .front_latency import at_latency, show
 from .render import emit_json, progress_bar, table
 
+OF_TIMES = (
+    *("part", "batch", "rounds", "time_limit", "cost_model", "choose_on", "choose_sequences", "refine", "resume"),
+    *("suite", "task_format", "shots", "task_sequences"),
+)
+"""Options that mean something with --at only."""
+
 
 def front(
+    context: typer.Context,
     profile: o.ProfileDir,
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("front.json"),
     model: o.OptionalModel = None,
@@ -82,6 +89,12 @@ def front(
     from sparsesearch.profiling.record import Profile
     from sparsesearch.runtime.loading import load_model
 
+    if at is None:
+        o.refuse_given(context, "is for --at, which was not given", *OF_TIMES)
+    else:
+        o.refuse_given(context, "is not for --at, whose targets are times", "densities")
+        if suite is None:
+            o.refuse_given(context, "is for --suite, which was not given", "task_format", "shots", "task_sequences")
     opened = Profile.load(profile)
     names = None if families is None else [name.strip() for name in families.split(";")]
     live, tokenizer = load_model(

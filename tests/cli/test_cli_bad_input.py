@@ -220,6 +220,8 @@ CASES: dict[str, tuple[str, int, str]] = {
     "length of laws": ("convert {good}/plan.json --length 128 -o {out}/c", 2, r"--length: is for formats without laws"),
     "video without --video": ("quickstart --mode i2v -o {out}/q", 2, r"--mode: is for --video"),
     "sequences of a video": ("quickstart --video --num-sequences 4 -o {out}/q", 2, r"--num-sequences: is for the embedded language model"),
+    "times of a front over densities": ("front {good}/profile --batch 4 -o {out}/f.json", 2, r"--batch: is for --at, which was not given"),
+    "densities of a front at times": ("front {good}/profile --at latency=0.5x --densities 0.3 -o {out}/f.json", 2, r"--densities: is not for --at"),
     "format without tasks": ("eval {good}/plan.json --format chat", 2, r"--format: is for --suite, which was not given"),
     "answers without tasks": ("eval {good}/plan.json --generate", 2, r"--generate: is for --suite"),
     "shots without tasks, check": ("check {good}/plan.json --shots 2", 2, r"--shots: is for --suite"),
