@@ -105,14 +105,23 @@ class TileShares:
 
 
 def _other_fields(plan_a: Plan, plan_b: Plan) -> tuple[tuple[str, str, str], ...]:
-    names = ("block_tokens", "unit", "lengths_tokens", "budgets")
+    names = ("block_tokens", "unit", "lengths_tokens")
     pairs = [(name, str(getattr(plan_a, name)), str(getattr(plan_b, name))) for name in names]
+    pairs.append(("budgets", _budgets(plan_a), _budgets(plan_b)))
     found = [pair for pair in pairs if pair[1] != pair[2]]
     for name, summary in PARTS.items():
         if getattr(plan_a, name) != getattr(plan_b, name):
             before, after = summary(plan_a), summary(plan_b)
             found.append((name, before, after if after != before else f"{after}, but others"))
     return tuple(found)
+
+
+def _budgets(plan: Plan) -> str:
+    parts = []
+    for record in plan.budgets:
+        used = ", ".join(f"{value:.4g} at {where}" for where, value in record.predicted.items())
+        parts.append(f"{record.metric}={record.bound:g} ({used})")
+    return ", ".join(parts) or "none"
 
 
 def _decoding(plan: Plan) -> str:

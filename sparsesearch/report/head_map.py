@@ -77,12 +77,16 @@ def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: fl
         )
     ]
     known = swatches(rule.kind for rule in rules)
+    gone = removed_heads(plan, layer)
     for head, rule in enumerate(rules):
+        if head in gone:
+            parts.append(_gone(_LEFT + _x(head, group, cell), y, cell, f"{module}:{head}"))
+            continue
         share = share_of(rule)
         parts.append(
             _square(_LEFT + _x(head, group, cell), y, cell, rule, share, f"{module}:{head}", known[rule.kind].letter)
         )
-    found = [share_of(rule) for rule in rules]
+    found = [0.0 if head in gone else share_of(rule) for head, rule in enumerate(rules)]
     certain = [share for share in found if share is not None]
     x, length = _LEFT + columns + 20, 110.0
     mean = sum(certain) / len(found)
@@ -95,6 +99,21 @@ def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: fl
     if cell >= 12 or layer % 4 == 0:
         parts.append(text(x + length + 8, y + cell * 0.5 + 4, f"{100 * mean:.0f} %{open_ended}", css="tick"))
     return "".join(parts)
+
+
+def removed_heads(plan: Plan, layer: int) -> tuple[int, ...]:
+    """Query heads that the plan takes out of a layer."""
+    cut = None if plan.pruning is None else plan.pruning.layers.get(layer)
+    return () if cut is None else cut.removed_heads
+
+
+def _gone(x: float, y: float, side: float, address: str) -> str:
+    """A head that is removed: a struck, empty cell."""
+    corners = f'x1="{x:.1f}" y1="{y + side:.1f}" x2="{x + side:.1f}" y2="{y:.1f}"'
+    return (
+        f'<g><title>{escape(address)}: removed</title><rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" '
+        f'rx="{min(4.0, side / 5):.1f}" class="track"/><line {corners} class="strike"/></g>'
+    )
 
 
 def _square(x: float, y: float, side: float, rule: Rule, share: float | None, address: str, letter: str) -> str:

@@ -44,12 +44,20 @@ def render(
     length = metrics.best_judged_length
     metrics.at(length, variant)
     kinds = {rule.kind for _, _, rule in plan.heads()}
-    heading = title or f"Sparse attention plan for {plan.base_model.name_or_path}"
+    what = (
+        "Sparse attention"
+        if plan.pruning is None
+        else "Pruning"
+        if kinds == {"dense"}
+        else "Pruning and sparse attention"
+    )
+    heading = title or f"{what} plan for {plan.base_model.name_or_path}"
     sections = [
         (
             "What it costs and what it keeps",
             tables.quality_table(metrics, variant) + _quality_plot(metrics, length, variant),
         ),
+        ("What is removed", tables.removals_table(plan)),
         (
             "Which head follows which rule",
             legend(plan.kind_counts()) + f'<div class="scroll">{head_map(plan, length)}</div>',
@@ -132,7 +140,7 @@ def legend(counts: Mapping[str, int]) -> str:
     )
     return (
         f'<ul class="legend">{items}</ul><p class="soft">The filled height is the share of tiles the head computes; a full cell of a dynamic '
-        "rule means that the data decide, and + that such heads come on top. Point at a cell for its rule.</p>"
+        "rule means that the data decide, and + that such heads come on top; a struck cell is a removed head. Point at a cell for its rule.</p>"
     )
 
 
@@ -152,7 +160,7 @@ th,td{{text-align:right;padding:7px 10px;border-bottom:1px solid var(--line);whi
 thead th{{color:var(--soft);font-weight:500;font-size:13px;vertical-align:bottom}}tr.own td,tr.own th{{background:var(--faint);font-weight:600}}
 td small{{color:var(--soft);font-weight:400;display:block;font-size:12px;line-height:1.3}}tbody th{{font-weight:500}}tbody:last-child tr:last-child>*{{border-bottom:0}}
 .legend{{list-style:none;display:flex;flex-wrap:wrap;gap:8px 20px;padding:0;margin:0 0 4px}}.legend li{{display:flex;gap:8px;align-items:center}}
-.letter{{font-weight:700;font-size:12px}}.pale{{opacity:.22}}.cell-ink{{fill:var(--ink)}}.track{{fill:var(--faint)}}.bar{{fill:var(--accent)}}
+.letter{{font-weight:700;font-size:12px}}.pale{{opacity:.22}}.cell-ink{{fill:var(--ink)}}.track{{fill:var(--faint)}}.strike{{stroke:var(--soft);stroke-width:1.4}}.bar{{fill:var(--accent)}}
 .cards{{display:grid;grid-template-columns:repeat(auto-fill,minmax(280px,1fr));gap:18px 22px}}
 .mask{{display:grid;grid-template-columns:132px 1fr;gap:14px;margin:0;align-items:start}}.mask figcaption{{font-size:13px;line-height:1.45;overflow-wrap:anywhere}}
 code{{font:12.5px {MONO};overflow-wrap:anywhere}}dl.facts{{display:grid;grid-template-columns:minmax(120px,260px) 1fr;gap:6px 20px;margin:0;font-size:14px}}

@@ -14,7 +14,14 @@ def headline(plan: Plan, metrics: Metrics, variant: str) -> str:
     own, dense = metrics.at(length, variant), metrics.at(length, "dense")
     slowdown = metrics.slowdown(longest, variant)
     timed, timed_dense = metrics.at(longest, variant), metrics.at(longest, "dense")
-    entries = [
+    removed = () if plan.pruning is None else tuple(plan.pruning.layers.values())
+    heads, channels = sum(len(cut.removed_heads) for cut in removed), sum(len(cut.removed_channels) for cut in removed)
+    entries = (
+        [("Removed", f"{heads} + {channels}", f"query heads and FFN channels, from {len(removed)} layers")]
+        if removed
+        else []
+    )
+    entries += [
         ("Density", _percent(own.density), f"of dense attention's tiles at {length} tokens"),
         (
             "Needle accuracy",
@@ -72,6 +79,35 @@ def _cells(found: VariantMetrics, slowdown: float | None) -> list[str]:
         f"{found.heldout_loss.mean:.3f} <small>{_difference(found.heldout_loss_minus_dense)}</small>",
         prefill,
     ]
+
+
+def removals_table(plan: Plan) -> str:
+    """Query heads, KV heads and FFN channels that every cut layer keeps; empty where nothing goes."""
+    if plan.pruning is None:
+        return ""
+    rows = ""
+    for layer, cut in sorted(plan.pruning.layers.items()):
+        kept = (
+            (len(cut.kept_heads), cut.num_heads),
+            (len(cut.kept_groups), cut.num_kv_heads),
+            (len(cut.kept_channels), cut.num_channels),
+        )
+        rows += (
+            f'<tr><th scope="row">layer {layer}</th>' + "".join(f"<td>{_kept(*pair)}</td>" for pair in kept) + "</tr>"
+        )
+    names = ("kept", "query heads", "KV heads", "FFN channels")
+    head = "".join(f"<th scope='col'>{name}</th>" for name in names)
+    fit = plan.pruning.compensation
+    note = "unchanged" if fit is None else f"refitted by least squares on {fit.num_samples} sequences of {fit.data}"
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<p class="soft">Layers that are not named stay whole. What is left is {escape(note)}.</p>'
+    )
+
+
+def _kept(left: int, whole: int) -> str:
+    share = 100 * left / max(whole, 1)
+    return f'<span class="meter" aria-hidden="true"><i style="width:{share:.0f}%"></i></span>{left} of {whole}'
 
 
 def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from embedded_model import INFO, plan_of, silencing
 
+from sparsesearch.cut import Cut, LayerCut
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate import Metrics
 from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
@@ -72,6 +73,20 @@ def _plan() -> Plan:
 def page() -> str:
     pareto = [Curve("front", [(0.1, 2.0), (0.2, 0.5), (0.4, 0.1)]), Curve("uniform", [(0.2, 3.0)], line=False)]
     return render(_plan(), _metrics(), pareto=pareto, profile_summary={"sequences": 8})
+
+
+def test_a_plan_that_removes_says_what() -> None:
+    cut = Cut(
+        layers={0: LayerCut(num_heads=8, num_kv_heads=4, num_channels=704, removed_heads=(0, 1), removed_channels=(5,))}
+    )
+    plan = plan_of({}, pruning=cut)
+    page = render(plan, _metrics())
+    assert "<h1>Pruning plan for" in page
+    assert "6 of 8" in page
+    assert "3 of 4" in page
+    assert "703 of 704" in page
+    assert page.count(": removed</title>") == page.count('class="strike"') == 2
+    assert "What is removed" not in render(_plan(), _metrics())
 
 
 def test_losses_of_rounding_do_not_take_the_height_of_the_search() -> None:
