@@ -126,7 +126,7 @@ def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None)
         {length: TileShares(plan, length).of(rule) for length in plan.lengths_tokens},
         tuple((other, rules[other].label) for other in mates),
         plan.decode_rule(module, head).label,
-        plan.pruning is not None and index in plan.pruning.layers and head in plan.pruning.layers[index].removed_heads,
+        head in plan.removed_heads(module),
         () if scores is None else _alternatives(scores, module, head, rule),
     )
 

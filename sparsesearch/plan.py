@@ -205,6 +205,11 @@ class Plan(_Frozen):
         count = dict(zip(self.base_model.modules, self.base_model.num_heads, strict=True))[module]
         return tuple(self.rule(module, head) for head in range(count))
 
+    def removed_heads(self, module: str) -> tuple[int, ...]:
+        """Query heads of a module that the plan takes out of the model, so that no rule of theirs runs."""
+        cut = None if self.pruning is None else self.pruning.layers.get(self.base_model.modules.index(module))
+        return () if cut is None else cut.removed_heads
+
     def heads(self) -> Iterator[tuple[str, int, Rule]]:
         """Every (module, head, rule)."""
         for module in self.base_model.modules:

@@ -24,6 +24,7 @@ from transformers import (
 from sparsesearch import calibration
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Sample
+from sparsesearch.cut import Cut, LayerCut
 from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError
 from sparsesearch.evaluate import DenseReference, Estimate, Metrics, evaluate, lm_eval_tasks
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
@@ -231,6 +232,8 @@ def test_density_of_static_rules_is_the_mean_over_heads() -> None:
     found = achieved_density(plan_of(dict.fromkeys(LAST_LAYER, window)), 512, TileCount())
     assert found == pytest.approx((56 + 8 * 8 / 36) / 64)
     assert achieved_density(silencing((0, 0)), 65, TileCount()) == pytest.approx(63 / 64)
+    cut = Cut(layers={3: LayerCut(num_heads=8, num_kv_heads=4, num_channels=704, removed_heads=(4, 5))})
+    assert achieved_density(plan_of({}, pruning=cut), 512, TileCount()) == pytest.approx(62 / 64)
 
 
 def test_density_of_dynamic_rules_is_counted_in_the_run() -> None:

@@ -26,7 +26,7 @@ class TileCount:
 
 
 def achieved_density(plan: Plan, length_tokens: int, dynamic: TileCount) -> float:
-    """Tiles computed / tiles dense attention computes in one prefill, over all query heads.
+    """Tiles computed / tiles dense attention computes in one prefill, over all query heads; removed ones compute none.
 
     Exact for static rules; dynamic rules enter with what they chose in the run that `dynamic` counted.
 
@@ -34,7 +34,7 @@ def achieved_density(plan: Plan, length_tokens: int, dynamic: TileCount) -> floa
         SpecError: the plan has dynamic rules and the run counted none of their choices.
     """
     grid = BlockGrid(length_tokens, length_tokens, plan.block_tokens)
-    heads = Counter(rule for _, _, rule in plan.heads())
+    heads = Counter(rule for module, head, rule in plan.heads() if head not in plan.removed_heads(module))
     num_dynamic = sum(count for rule, count in heads.items() if rule.dynamic)
     tiles = sum(density(rule.select(grid), grid) * count for rule, count in heads.items() if not rule.dynamic)
     if num_dynamic:
@@ -44,7 +44,7 @@ def achieved_density(plan: Plan, length_tokens: int, dynamic: TileCount) -> floa
                 "not ask the rules. Use a backend that does."
             )
         tiles += num_dynamic * dynamic.chosen / dynamic.reachable
-    return tiles / heads.total()
+    return tiles / plan.base_model.geometry.total_heads
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: fl
         )
     ]
     known = swatches(rule.kind for rule in rules)
-    gone = removed_heads(plan, layer)
+    gone = plan.removed_heads(module)
     for head, rule in enumerate(rules):
         if head in gone:
             parts.append(_gone(_LEFT + _x(head, group, cell), y, cell, f"{module}:{head}"))
@@ -99,12 +99,6 @@ def _row(plan: Plan, layer: int, module: str, y: float, cell: float, columns: fl
     if cell >= 12 or layer % 4 == 0:
         parts.append(text(x + length + 8, y + cell * 0.5 + 4, f"{100 * mean:.0f} %{open_ended}", css="tick"))
     return "".join(parts)
-
-
-def removed_heads(plan: Plan, layer: int) -> tuple[int, ...]:
-    """Query heads that the plan takes out of a layer."""
-    cut = None if plan.pruning is None else plan.pruning.layers.get(layer)
-    return () if cut is None else cut.removed_heads
 
 
 def _gone(x: float, y: float, side: float, address: str) -> str:
