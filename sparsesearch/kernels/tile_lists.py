@@ -128,7 +128,7 @@ def tile_entries(mask: Bool[Tensor, "M N"], grid: BlockGrid, shape: "TileShape")
     if block % keys or (block % rows if pairs == 1 else rows % block or pairs > 2):
         raise SpecError(
             f"a kernel tile of {rows} x {keys} cannot run blocks of {block} tokens: rows must be twice the block or divide it, "
-            "keys must divide it."
+            "keys must divide it. Profile in blocks of 64 or 128 tokens (--block-tokens)."
         )
     bits = (mask & grid.reachable()).numpy()
     halves = (

@@ -81,6 +81,8 @@ class StudyDescription(BaseModel):
         }
         given = {key: value for key, value in settings.items() if value is not None}
         digests = tuple(sha256_file(folder / "profile.json") for folder in folders)
+        if len(set(digests)) < len(digests):
+            raise SpecError("the profiles of a study must differ, but one is named twice. Name each of them once.")
         return cls(profiles=tuple(map(str, folders)), profile_sha256=digests, **{**defaults, **given})
 
     def save(self, study: optuna.Study) -> None:

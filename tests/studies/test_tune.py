@@ -147,3 +147,5 @@ def test_strangers_are_refused(tmp_path: Path) -> None:
         StudyDescription.load(study).open_profiles()
     with pytest.raises(SpecError, match="at least one profile"):
         StudyDescription.of([])
+    with pytest.raises(SpecError, match="named twice"):
+        StudyDescription.of([PROFILE, PROFILE])
