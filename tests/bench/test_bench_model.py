@@ -61,14 +61,13 @@ def test_rows_say_what_was_measured(model):
     assert prefill["density"] == pytest.approx(achieved_density(plan, 70, counted), abs=0.02)
     assert prefill["bound_s"] == prefill["dense_s"] - prefill["dense_attention_s"] * (1 - prefill["density"])
     assert 0 < prefill["index_share"] < 1
-    assert [(row["variant"], row["batch"]) for row in decode] == [(v, b) for v in ("dense", "plan") for b in (1, 2)]
+    assert [(row["variant"], row["batch"]) for row in decode] == [(v, b) for v in ("plan", "dense") for b in (1, 2)]
     weights = sum(p.nbytes for p in model.parameters())
     assert {row["weight_bytes"] for row in decode} == {weights}
-    assert (
-        decode[0]["kv_read_bytes"] == 2 * 2 * 2 * 202 * 16 * 4
-    )  # layers, KV heads, k and v, in the middle of the steps
-    assert decode[2]["kv_read_bytes"] < decode[0]["kv_read_bytes"]
-    assert decode[3]["kv_read_bytes"] == 2 * decode[2]["kv_read_bytes"]
+    under_plan, twice_under_plan, densely, _ = (row["kv_read_bytes"] for row in decode)
+    assert densely == 2 * 2 * 2 * 202 * 16 * 4  # layers, KV heads, k and v, in the middle of the steps
+    assert under_plan < densely
+    assert twice_under_plan == 2 * under_plan
     assert all(row["predicted_attention_s"] > 0 for row in (prefill, *decode))
     assert fit["largest_batch"]["plan"] >= fit["largest_batch"]["dense"] >= 1
     record = {"model": "tiny", "rows": rows, "provenance": {"device": "CPU"}}
