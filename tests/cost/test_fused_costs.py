@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsesearch.cost import load_cost_model
-from sparsesearch.cost.device.fused import EARLIER_EIGHT_ROWS, fit_skinny, skinny_seconds
+from sparsesearch.cost.device.fused import fit_skinny, skinny_seconds
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.device.table import Correction, SkinnyCost
 from sparsesearch.cost.layer_parts import FUSED_MODEL_TYPES, decode_rest_s, fused_widths, is_fused, linear_widths
@@ -104,8 +104,7 @@ def test_the_shipped_table_knows_every_way_of_cutting() -> None:
         16: skinny_tiling.SIXTEEN_ROWS,
     }
     shipped = {(rows, tiling.columns, tiling.inner) for rows, own in ways.items() for _, tiling in own}
-    earlier = {way for way in shipped if way[0] != 8} | {(8, *way) for _, *way in EARLIER_EIGHT_ROWS}
-    assert known in (shipped, earlier)
+    assert known == shipped
     assert model.table.fit["skinny_mape"] <= 0.05
     fused = model.fused
     assert fused is not None

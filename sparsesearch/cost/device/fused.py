@@ -15,8 +15,6 @@ from sparsesearch.kernels.skinny_tiling import tiling_for
 SHARPNESS = 8.0
 LAUNCH_S, COLUMN_S = 2e-6, 1e-9
 """Where the fit starts."""
-EARLIER_EIGHT_ROWS = ((2112, 16, 256), (5120, 32, 512), (16384, 16, 256), (65536, 32, 512), (None, 32, 256))
-"""Lines at most, columns and step columns: how 8 rows were cut when a table was fitted that does not know (16, 512)."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,12 @@ class MeasuredFused:
     def product_s(self, rows: int, lines: int, inner: int) -> float:
         """A product, by the cost of the way it is cut; of the most similar way where that one was not measured."""
         served = min(cost.rows for cost in self.skinny if cost.rows >= min(rows, self.most_rows))
-        measured = [cost for cost in self.skinny if cost.rows == served]
         tiling = tiling_for(lines, inner, rows)
-        columns, step_columns = tiling.columns, tiling.inner
-        if served == 8 and all((cost.columns, cost.step_columns) != (16, 512) for cost in measured):
-            columns, step_columns = next(way for most, *way in EARLIER_EIGHT_ROWS if most is None or lines <= most)
 
         def unlike(cost: SkinnyCost) -> float:
-            return abs(math.log(cost.columns / columns)) + abs(math.log(cost.step_columns / step_columns))
+            return abs(math.log(cost.columns / tiling.columns)) + abs(math.log(cost.step_columns / tiling.inner))
 
-        cost = min(measured, key=unlike)
+        cost = min((cost for cost in self.skinny if cost.rows == served), key=unlike)
         return skinny_seconds(cost, lines, inner, self.dtype_bytes)
 
     def layer_s(self, rows: int) -> float:
