@@ -16,8 +16,8 @@ from sparsesearch.workload import Workload
 class Menu:
     """A part of the family on trial that is searched by itself, and how much its answers weigh.
 
-    Additive losses flatter some rules: bitmaps are scored on the sequences that they were calibrated on, and heads that attend to nothing
-    lose more together than the sum of what each loses alone. Which part of the space is best at a device and a budget is therefore decided by
+    Additive losses flatter some rules: heads that attend to nothing lose more together than the sum of what each loses alone, and bitmaps fit
+    the text that they were made from. Which part of the space is best at a device and a budget is therefore decided by
     replaying each part's plan on calibration sequences that were not profiled.
     """
 
