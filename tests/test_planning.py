@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsesearch.block_mask import BlockGrid, density
 from sparsesearch.calibration import Calibration, Sample
@@ -51,15 +50,9 @@ def samples(length: int, count: int, seed: int = 0) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    """Two layers of four query heads on two KV heads; weights large enough that attention matters."""
-    config = transformers.AutoConfig.for_model(
-        "llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-        vocab_size=64, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+def model(tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """Two layers of four query heads on two KV heads."""
+    return tiny("llama")
 
 
 @pytest.fixture(scope="module")

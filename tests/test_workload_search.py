@@ -1,12 +1,12 @@
 """Searching for a stated workload: prices at lengths nobody profiled, both phases, and decode rules of their own."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Calibration, Sample
@@ -49,15 +49,9 @@ SERVED = parse_workloads(["prompt=256,generate=64,batch=4,weight=3", "prompt=2k,
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+def profile(tiny: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """Two layers of four query heads on two KV heads."""
-    config = transformers.AutoConfig.for_model(
-        "llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-        vocab_size=64, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+    model = tiny("llama")
     sets = {}
     for length in LENGTHS:
         generator = torch.Generator().manual_seed(length)

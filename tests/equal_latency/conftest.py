@@ -1,10 +1,10 @@
 """A tiny model and its profile, made once."""
 
+from collections.abc import Callable
+
 import pytest
-import torch
-import transformers
 from tiny_comparison import LENGTH
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsesearch.bench.families import random_samples
 from sparsesearch.calibration import Calibration
@@ -15,14 +15,8 @@ from sparsesearch.search_space import SearchSpace
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    config = transformers.AutoConfig.for_model(
-        "llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-        vocab_size=64, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+def model(tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return tiny("llama", max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
