@@ -113,7 +113,7 @@ def main() -> None:
             given.families,
             given.batch,
             "attention",
-            rounds=max(1, given.rounds // 3),
+            rounds=max(1, given.rounds // 2),
             final_rounds=given.rounds,
             time_limit_s=given.time_limit,
             steps=given.refine,
