@@ -180,7 +180,7 @@ class Search:
             ladder_of,
             target,
             self._clocked,
-            favoured=(setting.families[0], *favoured),
+            favoured=(setting.families[0], ANSWERS, *favoured),
             start={**self._predicted_start(unknown, target), **start},
             tolerance=setting.tolerance,
             most_tries=MOST_PROBES,
