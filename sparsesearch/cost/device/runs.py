@@ -26,10 +26,12 @@ from sparsesearch.kernels.step_ops import skinny_linear
 from sparsesearch.rules import Rule
 
 SLOW_S = 0.05
+WARM_S = 1.0
 
 
 def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
-    """Every group in turn."""
+    """Every group in turn, on a device that compiling has not let cool."""
+    bench.settle(WARM_S)
     yield from peak_runs(bench, plan.peak_side)
     for head_dim, block_tokens in plan.tile_kinds:
         cases = [case for case in tile_cases(head_dim, block_tokens) if case.length <= plan.longest_tokens]
