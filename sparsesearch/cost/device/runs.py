@@ -20,6 +20,7 @@ from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import build_on_device
 from sparsesearch.kernels.device_select import Selector
 from sparsesearch.kernels.dispatch import run_schedule, tile_shape
+from sparsesearch.kernels.row_copies import take_rows
 from sparsesearch.kernels.schedule import Span
 from sparsesearch.kernels.step_ops import skinny_linear
 from sparsesearch.rules import Rule
@@ -211,9 +212,10 @@ def _choice(bench: Bench, rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor) -> 
 
 
 def permutation_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_dim: int = 128) -> Iterator[Row]:
-    """Tokens gathered in another order."""
+    """All heads' tokens gathered in another order, as `kernels.ordered` does it; putting them back moves the same bytes."""
     for length in tokens:
-        x = bench.normal(heads, length, head_dim)
-        order = torch.randperm(length, device=bench.device)
-        timed = bench.time(lambda _: x.index_select(1, order), warm_s=0.02)  # noqa: B023
-        yield bench.row("permutation", timed, nbytes=float(x.nbytes))
+        copies = bench.copies(2.0 * heads * length * head_dim)
+        x = [bench.normal(1, heads, length, head_dim) for _ in range(copies)]
+        every, order = torch.arange(heads, device=bench.device), torch.randperm(length, device=bench.device)
+        timed = bench.time(lambda copy: take_rows(x[copy], every, order), copies=copies, warm_s=0.02)  # noqa: B023
+        yield bench.row("permutation", timed, nbytes=float(x[0].nbytes))
