@@ -30,11 +30,12 @@ def search_reuse(
     out: o.PlanOut = Path("sparse_plan.json"),
     space: Annotated[str | None, typer.Option(help="Choose among this space's rules only (name or YAML file).")] = None,
     keep: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Shares of each row that a dense layer leaves for reuse, by commas; hylra and rals use the first."
+            help="Shares of each row that a dense layer leaves for reuse, by commas; hylra and rals use the first. By default as in the "
+            "profile's space, such as hylra, or 0.1,0.25."
         ),
-    ] = "0.1,0.25",
+    ] = None,
     unit: Annotated[
         Literal["layer", "kv_group"] | None,
         typer.Option(help="What decides; kv_group for reuse, layer for hylra and rals by default."),
@@ -79,7 +80,7 @@ def search_reuse(
     opened = Profile.load(profile)
     menu = reuse_menu(
         opened,
-        o.parsed_shares(keep, "--keep"),
+        None if keep is None else o.parsed_shares(keep, "--keep"),
         span=span,
         unit=unit or ("kv_group" if objective == "reuse" else "layer"),
         space=None if space is None else SearchSpace.load(space),

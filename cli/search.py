@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparsesearch.profiling.record import Profile
 
 
+SERVED = "What is served, and where"
 FOR_REMOVALS = ("criterion", "refit_samples", "uniform", "lengths")
 NOT_FOR_PIPELINES = ("workload", "decode", "dtype", "model_shape", "unit", "answer_weight", "pareto")
 NOT_FOR_REMOVALS = (
@@ -40,23 +41,29 @@ def search(
     space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
     workload: Annotated[
         list[str] | None,
-        typer.Option(help="What will be served: prompt=32768,generate=512,batch=8,weight=1; repeatable."),
+        typer.Option(help="Requests: prompt=32768,generate=512,batch=8,weight=1; repeatable.", rich_help_panel=SERVED),
     ] = None,
     decode: Annotated[
-        Literal["same", "separate"], typer.Option(help="Decode under the prefill's rules, or under rules of its own.")
+        Literal["same", "separate"],
+        typer.Option(help="Decode under the prefill's rules, or under rules of its own.", rich_help_panel=SERVED),
     ] = "same",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the cache that is served; the profiled model's by default."),
+        typer.Option(help="Of the cache; the profiled model's by default.", rich_help_panel=SERVED),
     ] = None,
     max_groups_per_layer: Annotated[
         int | None,
-        typer.Option(help="Most different rules in a layer, for backends that launch each by itself.", min=1),
+        typer.Option(
+            help="Most different rules in a layer, for backends that launch each by itself.",
+            min=1,
+            rich_help_panel=SERVED,
+        ),
     ] = None,
     model_shape: Annotated[
         str | None,
         typer.Option(
-            help="Sizes of the model, such as llama3-8b, for seconds and bytes of the whole; from its config by default."
+            help="Sizes of the model, such as llama3-8b, for seconds and bytes of the whole; from its config by default.",
+            rich_help_panel=SERVED,
         ),
     ] = None,
     unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
@@ -73,19 +80,27 @@ def search(
             "flexprefill",
             "xattention",
             "sparse_vdit",
+            "hylra",
+            "rals",
         ],
         typer.Option(
-            help="Which predicted loss to minimise; the last six are those of published methods, sparse_vdit for pipelines."
+            help="Which predicted loss to minimise; from moa on those of published methods, sparse_vdit for pipelines, hylra and rals in "
+            "`search-reuse`."
         ),
     ] = "combined",
     answer_weight: Annotated[float, typer.Option(help="Weight of the answer proxy in `combined`.", min=0)] = 1.0,
     device: Annotated[
-        str | None, typer.Option(help="Cost model for latency budgets: cpu, roofline:h100 or a file.")
+        str | None,
+        typer.Option(
+            help="Cost model, for budgets in seconds: cpu, h200, roofline:h100 or a file.", rich_help_panel=SERVED
+        ),
     ] = None,
     refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
     max_ranges: Annotated[
         int | None,
-        typer.Option(help="Diffusers pipelines: merge ranges of steps into at most so many, by interval DP.", min=1),
+        typer.Option(
+            help="Merge ranges of steps into at most so many, by interval DP.", min=1, rich_help_panel=o.PIPELINES
+        ),
     ] = None,
     model: o.OptionalModel = None,
     pareto: Annotated[
@@ -105,17 +120,25 @@ def search(
             "sparse_then_prune",
             "learned",
         ],
-        typer.Option(help="How removals are scored."),
+        typer.Option(help="How removals are scored.", rich_help_panel=o.REMOVALS),
     ] = "measured",
     refit_samples: Annotated[
-        int, typer.Option(help="Sequences on which `apply` refits what is left after removals; 0 leaves it.", min=0)
+        int,
+        typer.Option(
+            help="Sequences on which `apply` refits what is left; 0 leaves it.", min=0, rich_help_panel=o.REMOVALS
+        ),
     ] = 128,
     uniform: Annotated[
         bool,
-        typer.Option("--uniform", help="Removals: the same FFN width in every layer, which stock classes can load."),
+        typer.Option(
+            "--uniform",
+            help="The same FFN width in every layer, which stock classes can load.",
+            rich_help_panel=o.REMOVALS,
+        ),
     ] = False,
     lengths: Annotated[
-        str, typer.Option(help="Removals: lengths in tokens where flops, memory and latency count.")
+        str,
+        typer.Option(help="Lengths in tokens where flops, memory and latency count.", rich_help_panel=o.REMOVALS),
     ] = "1024",
     overwrite: o.OverwritePlan = False,
     seed: o.Seed = 0,

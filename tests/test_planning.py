@@ -296,5 +296,7 @@ def test_published_objectives_choose_among_their_own_rules(
 def test_published_objectives_say_what_they_lack(published: Profile, profile: Profile) -> None:
     with pytest.raises(SpecError, match=r"objective 'duo' decides per kv_group. Pass --unit kv_group"):
         score_table(published, Question((), objective="duo"))
-    with pytest.raises(SpecError, match=r"objective 'xattention' must have rules of its method.*Profile its space"):
+    with pytest.raises(
+        SpecError, match=r"objective 'xattention' must have rules of its method.*Profile again with --space xattention"
+    ):
         score_table(profile, Question((), objective="xattention"))

@@ -178,7 +178,8 @@ def reference_candidate(profile: Profile) -> int:
     eligible = eligible or [i for i in range(len(rules)) if 0 < density[i] < 1]
     if not eligible:
         raise SpecError(
-            "the search space must have a candidate that skips something; add rules to it and profile again."
+            f"some candidate must skip something at {length} tokens, but every one computes all tiles there. Profile longer sequences, or a space "
+            "with sparser rules."
         )
     return min(eligible, key=lambda i: abs(density[i] - _REFERENCE_DENSITY))
 
