@@ -168,6 +168,10 @@ def search(
         )  # fmt: skip
         return
     o.refuse_given(context, f"is for removals, and {profile} covers none", *FOR_REMOVALS)
+    if objective != "combined":
+        o.refuse_given(
+            context, f"weighs the parts of --objective combined, and {objective} is not that", "answer_weight"
+        )
     opened = Profile.load(profile)
     question = _question(
         opened, budget, workload, space, unit, device, dtype, model_shape, objective=objective, answer_weight=answer_weight,
@@ -277,7 +281,15 @@ def _show_search(plan: "Plan", out: Path, json: bool) -> None:
             f"{min(map(str, unmeasured))}: nobody has measured this device; its seconds are lower bounds from a datasheet."
         )
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
-    lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
+    tried = [trial for trial in plan.provenance.get("refinement", ()) if trial["accepted"]]
+    lines(
+        f"{certificate.objective}: {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})",
+        *(
+            f"replayed on calibration sequences: KL {tried[-1]['kl_text']:.4g} nats per token, {tried[-1]['kl_answer']:.4g} at answers"
+            for _ in tried[:1]
+        ),
+        f"written: {out}",
+    )
 
 
 def _amount(record: "BudgetRecord", value: float) -> str:
