@@ -201,13 +201,8 @@ def build_schedule(
     Raises:
         SpecError: the tile does not fit the plan's blocks, or the sequences disagree.
     """
-    if len(spans) != len(head_tiles) or not spans:
-        raise SpecError(f"there must be one choice per sequence, but got {len(head_tiles)} for {len(spans)}.")
-    if len({span.grid.causal for span in spans}) > 1 or len({len(choice.of_head) for choice in head_tiles}) > 1:
-        raise SpecError("all sequences of a batch must have the same causality and the same number of heads.")
+    _require_one_batch(spans, head_tiles, num_kv_heads)
     num_heads = len(head_tiles[0].of_head)
-    if num_heads % num_kv_heads:
-        raise SpecError(f"query heads must be a multiple of KV heads, but got {num_heads} and {num_kv_heads}.")
     lists = TileLists(shape, [choice.elements for choice in head_tiles])
     group = num_heads // num_kv_heads
     records = np.concatenate(
@@ -247,6 +242,16 @@ def build_schedule(
         masks=None if lists.words is None else on_device(lists.masks()),
         words=None if lists.words is None else lists.words.to(device),
     )
+
+
+def _require_one_batch(spans: Sequence[Span], head_tiles: Sequence[HeadTiles], num_kv_heads: int) -> None:
+    if len(spans) != len(head_tiles) or not spans:
+        raise SpecError(f"there must be one choice per sequence, but got {len(head_tiles)} for {len(spans)}.")
+    if len({span.grid.causal for span in spans}) > 1 or len({len(choice.of_head) for choice in head_tiles}) > 1:
+        raise SpecError("all sequences of a batch must have the same causality and the same number of heads.")
+    num_heads = len(head_tiles[0].of_head)
+    if num_heads % num_kv_heads:
+        raise SpecError(f"query heads must be a multiple of KV heads, but got {num_heads} and {num_kv_heads}.")
 
 
 @lru_cache(maxsize=256)

@@ -139,7 +139,7 @@ def tile_entries(mask: Bool[Tensor, "M N"], grid: BlockGrid, shape: "TileShape")
     columns = np.arange(-(-grid.kv_len // keys)) * keys // block
 
     def half(index: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        chosen = bits[np.where(real, source, 0)[index::2]] & real[index::2, None]
+        chosen: np.ndarray[Any, np.dtype[np.bool_]] = bits[np.where(real, source, 0)[index::2]] & real[index::2, None]
         return chosen if keys == block else chosen[:, columns]
 
     upper, lower = half(0), half(1)
