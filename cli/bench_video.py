@@ -161,9 +161,11 @@ def video(
             raise typer.BadParameter(f"must be a CUDA device, but got {device!r}.", param_hint="--device")
         from sparsesearch.bench.video import run
 
-        record = run(
-            backend=backend, cost_model=cost_model, command=[o.command_line()], progress=lambda row: say(str(row))
-        )
+        def keep(record: dict[str, Any]) -> None:  # what is measured is not lost if the rest fails
+            write_bytes(out, as_bytes(record))
+            say(str(record["rows"][-1]))
+
+        record = run(backend=backend, cost_model=cost_model, command=[o.command_line()], progress=keep)
     write_bytes(out, as_bytes(record))
     if json:
         emit_json(record)

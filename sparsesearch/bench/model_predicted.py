@@ -2,8 +2,8 @@
 
     python -m sparsesearch.bench.model_predicted record.json --cost-model h200 [--plan plan.json] [--density 0.15 --kv-fraction 0.25]
 
-Puts predictions into a record of `sparsesearch bench model`, whose measurements stay; no device is needed. Dense variants are left out: cuDNN
-runs their attention, and the model prices ours. So are steps of compiled layers.
+Puts predictions into a record of `sparsesearch bench model`, whose measurements stay; no device is needed. Dense prompts are predicted where
+the device's own dense attention was measured. Left out are dense steps, whose attention is cuDNN's, and steps of compiled layers.
 """
 
 import argparse
@@ -47,8 +47,9 @@ def whole_model_costs(costs: CostModel, plan: Plan) -> tuple[LayerCosts, ModelSh
 def with_predictions(record: dict[str, Any], plan: Plan, shape: ModelShape, costs: LayerCosts) -> dict[str, Any]:
     """A record of `bench.model.run` with this cost model's predictions in it.
 
-    A prefill gets `predicted_s` and the share of it that is attention, choosing included, `predicted_attention_s`; the host's launches are
-    left out, so short prompts compare with `plan_graph_s`. A decoding step under the plan likewise, at its first token.
+    A prefill gets `predicted_s` and the share of it that is attention, choosing included, `predicted_attention_s`, and dense's
+    `predicted_dense_s`; the host's launches are left out, so short prompts compare with `plan_graph_s`. A decoding step under the plan gets
+    the first two, at its first token.
 
     Raises:
         PlanMismatchError: the record is of another plan.
@@ -65,8 +66,12 @@ def with_predictions(record: dict[str, Any], plan: Plan, shape: ModelShape, cost
 
 def _predicted(row: dict[str, Any], plan: Plan, shape: ModelShape, costs: LayerCosts) -> dict[str, float]:
     if row["phase"] == "prefill":
-        found = predict(plan, shape, Workload(row["length"]), costs)
-        return {"predicted_s": found.ttft_s, "predicted_attention_s": found.attention_s}
+        prompt = Workload(row["length"])
+        found = predict(plan, shape, prompt, costs)
+        seconds = {"predicted_s": found.ttft_s, "predicted_attention_s": found.attention_s}
+        if costs.own_dense_s(1.0, shape.head_dim) is not None:
+            seconds["predicted_dense_s"] = predict(None, shape, prompt, costs).ttft_s
+        return seconds
     if row["phase"] != "decode" or row["variant"] != "plan":
         return {}
     workload = Workload(row["tokens"], generate_tokens=1, batch=row["batch"])

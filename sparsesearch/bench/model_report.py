@@ -11,7 +11,7 @@ _SHOWN = {"dense": "dense", "dense_fused": "dense", "plan": "plan"}
 
 def rows_of(record: dict[str, Any]) -> list[Table]:
     """Title, column names and rows of each table that has any."""
-    prefill = [row for row in record["rows"] if row["phase"] == "prefill"]
+    prefill = _by_length(record)
     decode = [row for row in record["rows"] if row["phase"] == "decode"]
     tables: list[Table] = []
     if prefill:
@@ -59,6 +59,10 @@ def rows_of(record: dict[str, Any]) -> list[Table]:
     return tables
 
 
+def _by_length(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted((row for row in record["rows"] if row["phase"] == "prefill"), key=lambda row: int(row["length"]))
+
+
 def _predicted_ms(row: dict[str, Any]) -> float | None:
     return row["predicted_s"] * 1e3 if "predicted_s" in row else None
 
@@ -69,7 +73,7 @@ def _way(row: dict[str, Any]) -> str:
 
 def figure(record: dict[str, Any]) -> str:
     """Speed-up of the first token over length, and tokens per second over batch, each beside its bound, as one SVG."""
-    prefill = sorted((row for row in record["rows"] if row["phase"] == "prefill"), key=lambda row: row["length"])
+    prefill = _by_length(record)
     decode = [row for row in record["rows"] if row["phase"] == "decode"]
     panels = []
     if prefill:

@@ -100,6 +100,7 @@ def test_predictions_stand_beside_what_was_measured(tmp_path, monkeypatch):
     prefill, fused, compiled, *others = found["rows"]
     whole = predict(plan, shape, Workload(1024, 1, 2), load_cost_model("h200"))
     assert prefill["predicted_s"] == predict(plan, shape, Workload(1024), load_cost_model("h200")).ttft_s
+    assert ("predicted_dense_s" in prefill) == bool(load_cost_model("h200").table.dense)
     assert fused["predicted_s"] == pytest.approx(whole.tpot_s)
     assert (
         compiled["predicted_attention_s"] == fused["predicted_attention_s"] == pytest.approx(whole.decode_attention_s)
