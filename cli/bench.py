@@ -73,6 +73,7 @@ def model(
         say(str(record["rows"][-1]))
 
     record = run(live, chosen, request, cost_model=predictor, command=[o.command_line()], progress=keep)
+    write_bytes(out, as_bytes(record))
     write_bytes(out.with_suffix(".svg"), figure(record).encode())
     if json:
         emit_json(record)

@@ -33,13 +33,18 @@ def apply(
         ),
     ] = False,
     logical: Annotated[
-        bool, typer.Option("--logical", help="Removals: keep the shapes and write zeros; stock transformers loads it.")
+        bool,
+        typer.Option(
+            "--logical",
+            help="Keep the shapes and write zeros; stock transformers loads it.",
+            rich_help_panel=o.REMOVALS,
+        ),
     ] = False,
     component: Annotated[
         str | None,
         typer.Option(help="Which transformer of a diffusers pipeline; by default the one the plan was made for."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Removals: where the refit runs.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the refit runs.", rich_help_panel=o.REMOVALS)] = "cpu",
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint that carries and runs a plan. Plain from_pretrained loads it, after `import sparsesearch`."""

@@ -10,6 +10,7 @@ from .errors import guarded
 from .front_latency import at_latency, show
 from .render import emit_json, progress_bar, table
 
+TIMES = "With --at"
 OF_TIMES = (
     *("part", "batch", "rounds", "time_limit", "cost_model", "choose_on", "choose_sequences", "refine", "resume"),
     *("suite", "task_format", "shots", "task_sequences"),
@@ -36,41 +37,52 @@ def front(
     ] = None,
     part: Annotated[
         Literal["prefill", "attention"],
-        typer.Option(help="With --at, what is held equal: the whole prefill, or the device's time in attention."),
+        typer.Option(
+            help="What is held equal: the whole prefill, or the device's time in attention.", rich_help_panel=TIMES
+        ),
     ] = "prefill",
-    batch: Annotated[int, typer.Option(help="With --at, prompts that are timed together.", min=1)] = 1,
-    rounds: Annotated[int, typer.Option(help="With --at, interleaved measurements per plan at the end.", min=1)] = 15,
+    batch: Annotated[int, typer.Option(help="Prompts that are timed together.", min=1, rich_help_panel=TIMES)] = 1,
+    rounds: Annotated[
+        int, typer.Option(help="Interleaved measurements per plan at the end.", min=1, rich_help_panel=TIMES)
+    ] = 15,
     time_limit: Annotated[
-        float, typer.Option(help="With --at, seconds per target after which budgets move no more.", min=1)
+        float,
+        typer.Option(help="Seconds per target after which budgets move no more.", min=1, rich_help_panel=TIMES),
     ] = 3600,
     cost_model: Annotated[
-        str | None, typer.Option(help="With --at, what prices the searches; the device's own by default.")
+        str | None,
+        typer.Option(help="What prices the searches; the device's own by default.", rich_help_panel=TIMES),
     ] = None,
     choose_on: Annotated[
         str,
         typer.Option(
-            help="With --at, calibration data, not those of the profile, on which the first family chooses among parts of its space."
+            help="Calibration data, not those of the profile, on which the first family chooses among parts of its space.",
+            rich_help_panel=TIMES,
         ),
     ] = "needle",
     choose_sequences: Annotated[
         int,
         typer.Option(
-            help="With --at, how many such sequences; 0: the first family takes its whole space's optimum.", min=0
+            help="How many such sequences; 0: the first family takes its whole space's optimum.",
+            min=0,
+            rich_help_panel=TIMES,
         ),
     ] = 12,
     refine: Annotated[
         int,
         typer.Option(
-            help="With --at, most steps that improve every family's plan: the loss expanded around it, searched again, brought to the "
-            "same measured time, and replayed on the --choose-on data.",
+            help="Most steps that improve every family's plan: the loss expanded around it, searched again, brought to the same measured "
+            "time, and replayed on the --choose-on data.",
             min=0,
+            rich_help_panel=TIMES,
         ),
     ] = 0,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="With --at, start from the budgets that an earlier, perhaps interrupted, run left in --out.",
+            help="Start from the budgets that an earlier, perhaps interrupted, run left in --out.",
+            rich_help_panel=TIMES,
         ),
     ] = False,
     suite: o.Suite = None,
@@ -86,6 +98,7 @@ def front(
     json: o.Json = False,
 ) -> None:
     """Measure every family over a row of densities, or at equal latency. They are mixture, MoA, MInference, DuoAttention and uniform windows."""
+    from sparsesearch.calibration import check_context
     from sparsesearch.profiling.record import Profile
     from sparsesearch.runtime.loading import load_model
 
@@ -100,6 +113,7 @@ def front(
     live, tokenizer = load_model(
         model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype, with_plan=False
     )
+    check_context(live.config, o.parsed_lengths(lengths))
     if at is not None:
         found = at_latency(
             live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model, out=out, resume=resume,

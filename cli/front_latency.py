@@ -48,7 +48,7 @@ def at_latency(
     if len(lengths) != 1:
         raise typer.BadParameter(f"must be one length with --at, but got {lengths}.", param_hint="--lengths")
     setting = Setting(
-        _targets(at), families or DEFAULT_FAMILIES, batch, part, rounds=max(1, rounds // 3), final_rounds=rounds,
+        _targets(at), families or DEFAULT_FAMILIES, batch, part, rounds=max(1, rounds // 2), final_rounds=rounds,
         time_limit_s=time_limit_s, steps=steps, seed=seed,
     )  # fmt: skip
     parts = held_out_parts(tokenizer, lengths[0], num_sequences, seed=seed)  # type: ignore[arg-type]

@@ -57,13 +57,16 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Metrics file to write; the baseline of `check`.")
     ] = None,
-    run: o.RunFile = None,
-    tasks: Annotated[str | None, typer.Option(help="Also run these lm-eval tasks (extra lm-eval), by commas.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Also run these of lm-eval (extra lm-eval), by commas.", rich_help_panel=o.TASKS),
+    ] = None,
     suite: o.Suite = None,
     task_format: o.TaskFormat = "completion",
     shots: o.Shots = 0,
     task_sequences: o.TaskSequences = 24,
     generate: o.Generate = False,
+    run: o.RunFile = None,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
@@ -104,15 +107,13 @@ def evaluate(
         )
     if out is not None:
         metrics.save(out)
-    content = metrics.model_dump(mode="json")
-    if tasks is not None:
-        content["lm_eval"] = lm_eval_tasks(live, tokenizer, opened, tasks.split(","))
+    harness = {} if tasks is None else {"lm_eval": lm_eval_tasks(live, tokenizer, opened, tasks.split(","))}
     if json:
-        emit_json(content)
+        emit_json(metrics.model_dump(mode="json") | harness)
         return
     show_metrics(metrics)
-    if tasks is not None:
-        lines(str(content["lm_eval"]))
+    if harness:
+        lines(str(harness["lm_eval"]))
 
 
 def _require_pipeline_plans(context: typer.Context, plans: list[Path] | None) -> None:

@@ -24,6 +24,7 @@ from . import (
     search,
     tune,
 )
+from .command import Command
 
 app = typer.Typer(
     name="sparsesearch",
@@ -40,6 +41,8 @@ ROOMS = (
 )
 for room in ROOMS:
     room.register(app)
+for info in (*app.registered_commands, *bench.bench.registered_commands):
+    info.cls = Command
 
 
 @app.callback()

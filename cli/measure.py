@@ -30,6 +30,7 @@ FOR_TEXT = (
     "seed",
 )
 """Options of `profile` that mean nothing for diffusers pipelines, which are sampled as --run says."""
+LARGE = "For models larger than a device"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 FOR_PIPELINES = ("run", "sensitivity", "under")
 NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
@@ -64,23 +65,33 @@ def profile(
     learn_masks: Annotated[
         int,
         typer.Option(
-            help="Spaces that remove: also optimise mask gates for so many steps; criterion `learned`.", min=0
+            help="Also optimise mask gates for so many steps; criterion `learned`.", min=0, rich_help_panel=o.REMOVALS
         ),
     ] = 0,
     stream: Annotated[
-        bool, typer.Option("--stream", help="One layer at a time from safetensors, activations on disk below --out.")
+        bool,
+        typer.Option(
+            "--stream",
+            help="One layer at a time from safetensors, activations on disk below --out.",
+            rich_help_panel=LARGE,
+        ),
     ] = False,
     device_map: Annotated[
-        str | None, typer.Option(help="Spread the model over devices by accelerate: auto, balanced, sequential.")
+        str | None,
+        typer.Option(
+            help="Spread the model over devices by accelerate: auto, balanced, sequential.", rich_help_panel=LARGE
+        ),
     ] = None,
     run: o.RunFile = None,
     sensitivity: Annotated[
         Literal["none", "layer", "head"],
-        typer.Option(help="Diffusers pipelines: replay the run per layer or head to learn what its errors matter."),
+        typer.Option(
+            help="Replay the run per layer or head to learn what its errors matter.", rich_help_panel=o.PIPELINES
+        ),
     ] = "none",
     under: Annotated[
         Path | None,
-        typer.Option(help="Diffusers pipelines: profile while this plan runs, on the activations it meets."),
+        typer.Option(help="Profile while this plan runs, on the activations it meets.", rich_help_panel=o.PIPELINES),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted profile.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from sparsesearch.plan import Plan
     from sparsesearch.profiling.record import Profile
 
+PIPELINES = "For diffusers pipelines"
+REMOVALS = "For plans that remove"
+TASKS = "Long-context tasks"
+"""Headings of options that mean something only there."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
 Model = Annotated[
@@ -35,7 +40,7 @@ Dtype = Annotated[
 Unit = Literal["query_head", "kv_group"]
 RunFile = Annotated[
     Path | None,
-    typer.Option("--run", help="Diffusers pipelines: YAML file with prompts, steps, seed and size to sample."),
+    typer.Option("--run", help="YAML file with prompts, steps, seed and size to sample.", rich_help_panel=PIPELINES),
 ]
 Data = Annotated[
     str,
@@ -67,16 +72,24 @@ NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle 
 Suite = Annotated[
     str | None,
     typer.Option(
-        "--suite", help="Also judge long-context tasks: ruler, retrieval, aggregation, or tasks by name, by commas."
+        "--suite",
+        help="Also judge these tasks: ruler, retrieval, aggregation, or tasks by name, by commas.",
+        rich_help_panel=TASKS,
     ),
 ]
 TaskFormat = Annotated[
     Literal["completion", "sentence", "chat"],
-    typer.Option("--format", help="How tasks are put: plain completion, a sentence to finish, or the chat template."),
+    typer.Option(
+        "--format",
+        help="How tasks are put: plain completion, a sentence to finish, or the chat template.",
+        rich_help_panel=TASKS,
+    ),
 ]
-Shots = Annotated[int, typer.Option(help="Worked examples before each task.", min=0)]
-TaskSequences = Annotated[int, typer.Option(help="Sequences per task and length.", min=1)]
-Generate = Annotated[bool, typer.Option("--generate", help="Also let the model generate its answers to tasks.")]
+Shots = Annotated[int, typer.Option(help="Worked examples before each task.", min=0, rich_help_panel=TASKS)]
+TaskSequences = Annotated[int, typer.Option(help="Sequences per task and length.", min=1, rich_help_panel=TASKS)]
+Generate = Annotated[
+    bool, typer.Option("--generate", help="Also let the model generate its answers.", rich_help_panel=TASKS)
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository ships.")]
 

@@ -8,14 +8,16 @@ import typer
 from . import options as o
 from . import pipelines, prune
 from .errors import guarded, usage
-from .render import emit_json, lines, progress_bar, table
+from .render import progress_bar
+from .search_tables import show_search
 
 if TYPE_CHECKING:
-    from sparsesearch.plan import BudgetRecord, Plan
+    from sparsesearch.plan import Plan
     from sparsesearch.planning import Question
     from sparsesearch.profiling.record import Profile
 
 
+SERVED = "What is served, and where"
 FOR_REMOVALS = ("criterion", "refit_samples", "uniform", "lengths")
 NOT_FOR_PIPELINES = ("workload", "decode", "dtype", "model_shape", "unit", "answer_weight", "pareto")
 NOT_FOR_REMOVALS = (
@@ -40,23 +42,29 @@ def search(
     space: Annotated[str | None, typer.Option(help="Search only this space's rules (name or YAML file).")] = None,
     workload: Annotated[
         list[str] | None,
-        typer.Option(help="What will be served: prompt=32768,generate=512,batch=8,weight=1; repeatable."),
+        typer.Option(help="Requests: prompt=32768,generate=512,batch=8,weight=1; repeatable.", rich_help_panel=SERVED),
     ] = None,
     decode: Annotated[
-        Literal["same", "separate"], typer.Option(help="Decode under the prefill's rules, or under rules of its own.")
+        Literal["same", "separate"],
+        typer.Option(help="Decode under the prefill's rules, or under rules of its own.", rich_help_panel=SERVED),
     ] = "same",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the cache that is served; the profiled model's by default."),
+        typer.Option(help="Of the cache; the profiled model's by default.", rich_help_panel=SERVED),
     ] = None,
     max_groups_per_layer: Annotated[
         int | None,
-        typer.Option(help="Most different rules in a layer, for backends that launch each by itself.", min=1),
+        typer.Option(
+            help="Most different rules in a layer, for backends that launch each by itself.",
+            min=1,
+            rich_help_panel=SERVED,
+        ),
     ] = None,
     model_shape: Annotated[
         str | None,
         typer.Option(
-            help="Sizes of the model, such as llama3-8b, for seconds and bytes of the whole; from its config by default."
+            help="Sizes of the model, such as llama3-8b, for seconds and bytes of the whole; from its config by default.",
+            rich_help_panel=SERVED,
         ),
     ] = None,
     unit: Annotated[o.Unit | None, typer.Option(help="What decides; the space's own by default.")] = None,
@@ -73,19 +81,27 @@ def search(
             "flexprefill",
             "xattention",
             "sparse_vdit",
+            "hylra",
+            "rals",
         ],
         typer.Option(
-            help="Which predicted loss to minimise; the last six are those of published methods, sparse_vdit for pipelines."
+            help="Which predicted loss to minimise; from moa on those of published methods, sparse_vdit for pipelines, hylra and rals in "
+            "`search-reuse`."
         ),
     ] = "combined",
     answer_weight: Annotated[float, typer.Option(help="Weight of the answer proxy in `combined`.", min=0)] = 1.0,
     device: Annotated[
-        str | None, typer.Option(help="Cost model for latency budgets: cpu, roofline:h100 or a file.")
+        str | None,
+        typer.Option(
+            help="Cost model, for budgets in seconds: cpu, h200, roofline:h100 or a file.", rich_help_panel=SERVED
+        ),
     ] = None,
     refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
     max_ranges: Annotated[
         int | None,
-        typer.Option(help="Diffusers pipelines: merge ranges of steps into at most so many, by interval DP.", min=1),
+        typer.Option(
+            help="Merge ranges of steps into at most so many, by interval DP.", min=1, rich_help_panel=o.PIPELINES
+        ),
     ] = None,
     model: o.OptionalModel = None,
     pareto: Annotated[
@@ -105,17 +121,25 @@ def search(
             "sparse_then_prune",
             "learned",
         ],
-        typer.Option(help="How removals are scored."),
+        typer.Option(help="How removals are scored.", rich_help_panel=o.REMOVALS),
     ] = "measured",
     refit_samples: Annotated[
-        int, typer.Option(help="Sequences on which `apply` refits what is left after removals; 0 leaves it.", min=0)
+        int,
+        typer.Option(
+            help="Sequences on which `apply` refits what is left; 0 leaves it.", min=0, rich_help_panel=o.REMOVALS
+        ),
     ] = 128,
     uniform: Annotated[
         bool,
-        typer.Option("--uniform", help="Removals: the same FFN width in every layer, which stock classes can load."),
+        typer.Option(
+            "--uniform",
+            help="The same FFN width in every layer, which stock classes can load.",
+            rich_help_panel=o.REMOVALS,
+        ),
     ] = False,
     lengths: Annotated[
-        str, typer.Option(help="Removals: lengths in tokens where flops, memory and latency count.")
+        str,
+        typer.Option(help="Lengths in tokens where flops, memory and latency count.", rich_help_panel=o.REMOVALS),
     ] = "1024",
     overwrite: o.OverwritePlan = False,
     seed: o.Seed = 0,
@@ -145,6 +169,10 @@ def search(
         )  # fmt: skip
         return
     o.refuse_given(context, f"is for removals, and {profile} covers none", *FOR_REMOVALS)
+    if objective != "combined":
+        o.refuse_given(
+            context, f"weighs the parts of --objective combined, and {objective} is not that", "answer_weight"
+        )
     opened = Profile.load(profile)
     question = _question(
         opened, budget, workload, space, unit, device, dtype, model_shape, objective=objective, answer_weight=answer_weight,
@@ -154,7 +182,7 @@ def search(
     plan.save(out)
     if pareto is not None:
         _write_front(opened, question, pareto)
-    _show_search(plan, out, json)
+    show_search(plan, out, json)
 
 
 def _question(
@@ -220,47 +248,6 @@ def _write_front(profile: "Profile", question: "Question", path: Path) -> None:
     from sparsesearch.planning import surface_rows
 
     write_bytes(path, pd.DataFrame(surface_rows(profile, question)).to_csv(index=False).encode())
-
-
-def _show_search(plan: "Plan", out: Path, json: bool) -> None:
-    certificate = plan.certificate
-    assert certificate is not None
-    content = {
-        "plan": str(out),
-        "sha256": plan.sha256,
-        "rules": plan.kind_counts(),
-        "budgets": [record.model_dump(mode="json") for record in plan.budgets],
-        "loss": certificate.loss,
-        "lower_bound": certificate.lower_bound,
-        "gap": certificate.gap,
-        "solver": certificate.solver,
-    }
-    if json:
-        emit_json(content)
-        return
-    rows = [
-        [record.metric, length, *(None if value is None else _amount(record, value) for value in values)]
-        for record in plan.budgets
-        for length, used in record.predicted.items()
-        for values in [(record.bound, used, record.replayed.get(length))]
-    ]
-    if any(record.replayed for record in plan.budgets):
-        table("budgets", ["metric", "length", "bound", "sum of its units", "layers replayed"], rows)
-    else:
-        table("budgets", ["metric", "length", "bound", "plan"], [row[:-1] for row in rows])
-    unmeasured = {record.cost_model for record in plan.budgets if (record.cost_model or "").startswith("roofline:")}
-    if unmeasured:
-        lines(
-            f"{min(map(str, unmeasured))}: nobody has measured this device; its seconds are lower bounds from a datasheet."
-        )
-    table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
-    lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
-
-
-def _amount(record: "BudgetRecord", value: float) -> str:
-    from sparsesearch.search.budget import Budget
-
-    return Budget(record.metric, record.bound, absolute=record.absolute).amount(float(f"{value:.4g}"))
 
 
 def register(app: typer.Typer) -> None:

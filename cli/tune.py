@@ -9,6 +9,7 @@ from . import options as o
 from .errors import guarded
 from .render import emit_json, lines, progress_bar, table
 
+NEW = "For a new study"
 OF_NEW_STUDIES = ("name", "densities", "num_sequences", "warm", "unit", "refresh_periods", "model")
 """Options that describe a study; one that is joined keeps its own."""
 
@@ -22,7 +23,7 @@ def tune(
         ),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the front and its plans.")] = Path("study"),
-    name: Annotated[str, typer.Option(help="Name of the new study.")] = "study",
+    name: Annotated[str, typer.Option(help="Its name.", rich_help_panel=NEW)] = "study",
     join: Annotated[str | None, typer.Option(help="Join this study instead of making one.", metavar="NAME")] = None,
     storage: Annotated[
         str | None,
@@ -30,12 +31,15 @@ def tune(
     ] = None,
     trials: Annotated[int, typer.Option(help="Finished trials of the whole study.", min=1)] = 50,
     workers: Annotated[int, typer.Option(help="Processes on this machine.", min=1)] = 1,
-    densities: Annotated[str, typer.Option(help="Smallest and largest density to look at.")] = "0.1,0.4",
-    num_sequences: Annotated[int, typer.Option(help="Held-out sequences per trial.", min=4)] = 12,
-    warm: Annotated[int, typer.Option(help="First trials: points of the exact front.", min=0)] = 5,
-    unit: Annotated[o.Unit, typer.Option(help="What decides inside a trial.")] = "query_head",
+    densities: Annotated[
+        str, typer.Option(help="Smallest and largest density to look at.", rich_help_panel=NEW)
+    ] = "0.1,0.4",
+    num_sequences: Annotated[int, typer.Option(help="Held-out sequences per trial.", min=4, rich_help_panel=NEW)] = 12,
+    warm: Annotated[int, typer.Option(help="First trials: points of the exact front.", min=0, rich_help_panel=NEW)] = 5,
+    unit: Annotated[o.Unit, typer.Option(help="What decides inside a trial.", rich_help_panel=NEW)] = "query_head",
     refresh_periods: Annotated[
-        bool, typer.Option("--refresh-periods", help="Also vary how often dynamic rules choose anew.")
+        bool,
+        typer.Option("--refresh-periods", help="Also vary how often dynamic rules choose anew.", rich_help_panel=NEW),
     ] = False,
     model: o.OptionalModel = None,
     device: o.Device = "cpu",

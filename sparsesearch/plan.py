@@ -251,18 +251,18 @@ class Plan(_Frozen):
             problem = first_problem(error, cls.model_fields)
             raise ArtifactError(f"{source}: {problem} Make the plan again with `sparsesearch search`.") from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `sparse_plan.json` atomically; same plan, same bytes."""
-        write_json(path, self.to_dict(), format=FORMAT, schema_version=SCHEMA_VERSION)
+        write_json(Path(path), self.to_dict(), format=FORMAT, schema_version=SCHEMA_VERSION)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | Path) -> Self:
         """Read a plan file.
 
         Raises:
             ArtifactError: it is missing, truncated, foreign, edited, or of a newer major version.
         """
-        content = parse_json(read_text(path), source=str(path), format=FORMAT, schema_version=SCHEMA_VERSION)
+        content = parse_json(read_text(Path(path)), source=str(path), format=FORMAT, schema_version=SCHEMA_VERSION)
         return cls.from_dict(content, source=str(path))
 
 

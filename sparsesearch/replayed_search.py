@@ -28,13 +28,14 @@ from sparsesearch.profiling.record import Profile
 from sparsesearch.scores import ScoreTable
 from sparsesearch.scoring import DTYPE_BYTES, Question, score_table
 from sparsesearch.search.budget import PRICED_BY_DEVICE, Budget
+from sparsesearch.search.feasible import round_up
 from sparsesearch.search.solve import Solution, solution_of, solve
 from sparsesearch.shapes import Decoding, Unit
 from sparsesearch.workload import Workload
 
 Layers = tuple[LayerPrediction, ...]
 
-MOST_PASSES = 8
+MOST_PASSES = 10
 CLOSE = 0.005
 """Unused share of a bound at which the search is not repeated."""
 
@@ -107,7 +108,13 @@ class ReplayedSearch:
         best: Pass | None = None
         passes: list[Pass] = []
         for _ in range(MOST_PASSES):
-            found = self._pass(table, scales)
+            try:
+                found = self._pass(table, scales)
+            except BudgetInfeasibleError:
+                if not passes:
+                    raise
+                scales = tuple((scale + last) / 2 for scale, last in zip(scales, passes[-1].scales, strict=True))
+                continue
             passes.append(found)
             if found.fits and (best is None or found.solution.loss < best.solution.loss):
                 best = found
@@ -119,11 +126,22 @@ class ReplayedSearch:
                 break
             scales = moved
         if best is None:
-            raise BudgetInfeasibleError(
-                "some plan must keep the budgets when its schedule is replayed, but the fastest found uses "
-                f"{min(max(one.use) for one in passes):.3f} of them. Raise the budgets."
-            )
+            raise BudgetInfeasibleError(self._explained(passes))
         return best, passes
+
+    def _explained(self, passes: Sequence[Pass]) -> str:
+        """What the budgets in seconds would have to be for the nearest plan that was met."""
+        nearest = min(passes, key=lambda one: max(one.use))
+        asked = [budget for budget, own in zip(self.question.budgets, nearest.replayed, strict=True) if own]
+        needs = [
+            f"{budget.metric}={budget.amount(round_up(max(own.values())))}"
+            for budget, own in zip(self.question.budgets, nearest.replayed, strict=True)
+            if own
+        ]
+        return (
+            f"no plan was found that keeps {' and '.join(map(str, asked))} when its schedule is replayed: the nearest one needs "
+            f"{', '.join(needs)}. Raise the budgets or add sparser rules."
+        )
 
     def _pass(self, table: ScoreTable, scales: Sequence[float]) -> Pass:
         scaled = [
@@ -142,19 +160,29 @@ class ReplayedSearch:
         return Pass(solution, plan, tuple(scales), use, replayed)
 
     def _moved(self, index: int, found: Pass, passes: Sequence[Pass]) -> float:
-        """The next scale of a budget: in proportion, but inside what earlier passes showed to be too tight or too wide."""
-        if not found.replayed[index]:
-            return found.scales[index]
-        beyond = [one.scales[index] for one in passes if one.use[index] > 1 + 1e-9]
-        aim = 1 - CLOSE / 2 * (1 if found.fits else 2.0 ** max(0, len(beyond) - 1))  # a step further with every miss
-        wanted = found.scales[index] * aim / max(found.use[index], 1e-9)
-        if found.fits and found.use[index] < max(found.use) - CLOSE:
-            return found.scales[index]  # another budget binds
-        fitting = [one.scales[index] for one in passes if one.use[index] <= 1 + 1e-9]
-        low, high = max(fitting, default=0.0), min(beyond, default=np.inf)
-        if not low < wanted < high:
-            wanted = (low + high) / 2 if np.isfinite(high) and low else wanted
-        return float(wanted)
+        """The next scale of a budget: where the line through the two passes nearest to its bound meets it.
+
+        A line, and not a proportion, because every plan pays something besides, such as launches.
+        """
+        if not found.replayed[index] or (found.fits and found.use[index] < max(found.use) - CLOSE):
+            return found.scales[index]  # it is not in seconds, or another budget binds
+        misses = sum(one.use[index] > 1 + 1e-9 for one in passes)
+        aim = 1 - CLOSE / 2 * (1 if found.fits else 2.0 ** max(0, misses - 1))  # a step further with every miss
+        points = sorted({(0.0, 0.0), *((one.scales[index], one.use[index]) for one in passes)})
+        widest = max(scale for scale, use in points if use <= 1 + 1e-9)
+        near = [point for point in points if point[0] >= widest]
+        if widest == 0 and len(near) > 2:
+            near = near[1:]  # no pass fits: the line through the two tightest says more than the origin
+        (start, low), (end, high) = near[:2] if len(near) > 1 else points[-2:]
+        if low > 1 and high - low < CLOSE:  # nearly the same plan twice
+            return start * aim / low
+        wanted = start + (aim - low) * (end - start) / max(high - low, 1e-9)
+        if low > 1:
+            return float(np.clip(wanted, start / 4, 0.98 * start))
+        if high <= 1:
+            return float(np.clip(wanted, 1.02 * end, 4 * end))
+        edge = 0.05 * (end - start) if start else 0.0
+        return float(np.clip(wanted, start + edge, end - edge))
 
     def _not_slower(self, table: ScoreTable, solution: Solution) -> Solution:
         """The same plan with every layer dense that a replay finds no faster than dense, where the other budgets allow it."""

@@ -102,6 +102,7 @@ PAPERS = {
         for chunk in (32, 64, 128)
         for variable in (False, True)
     ],
+    "hylra": ["dense_source(keep=2048,sink=64)"],
     "quest": [f"bounds_topk(keep={budget},sink=64,prefill=False)" for budget in (256, 512, 1024, 2048, 4096)],
     "tri_shape": ["tri_shape(sink=64,window=128,last=128)", "tri_shape(sink=64,window=0.5N,last=128)"],
     "token_sparse": ["token_rows(tail=0.005,min_tokens=1024,window=64,probe=64)"],

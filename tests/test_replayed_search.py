@@ -1,5 +1,6 @@
 """Budgets in seconds hold when the schedule is replayed, on the shipped profile and the measured H200."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -115,8 +116,15 @@ def test_without_seconds_it_is_the_plain_search() -> None:
 
 def test_what_no_plan_can_reach_is_refused() -> None:
     profile, _, shape = opened()
-    with pytest.raises(BudgetInfeasibleError):
+    with pytest.raises(
+        BudgetInfeasibleError, match=r"no plan fits ttft=0\.2: the smallest feasible value is ttft=0\.88"
+    ):
         search_plan(profile, question("ttft=0.2x", Workload(2048, batch=16), shape=shape))
+    alone = Question(parse_budgets("latency=0.01x"), cost_model=opened()[1])
+    with pytest.raises(BudgetInfeasibleError, match=r"keeps latency=0\.01 when .* needs latency=0\.") as caught:
+        search_plan(profile, alone)
+    reached = parse_budgets(str(caught.value).split("needs ")[1].split(". ")[0])
+    assert search_plan(profile, replace(alone, budgets=reached)).budgets[0].replayed
 
 
 def test_layers_of_different_heads_have_no_schedule() -> None:

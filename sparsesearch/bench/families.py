@@ -21,7 +21,6 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.shipped import shipped_for
 from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES
-from sparsesearch.equal_latency.menus import FOR_ANSWERS, MENUS
 from sparsesearch.equal_latency.record import EqualLatency
 from sparsesearch.equal_latency.settle import Setting
 from sparsesearch.errors import SpecError
@@ -53,20 +52,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--at", type=float, nargs="+", default=[0.5], help="shares of dense's time")
     parser.add_argument("--families", nargs="+", default=list(DEFAULT_FAMILIES))
-    parser.add_argument("--num-samples", type=int, default=1, help="of the profile")
-    parser.add_argument("--num-probes", type=int, default=2, help="of the profile")
+    parser.add_argument("--num-samples", type=int, default=2, help="of the profile")
+    parser.add_argument("--num-probes", type=int, default=4, help="of the profile")
     parser.add_argument("--num-sequences", type=int, default=8, help="judged")
     parser.add_argument(
         "--choose-sequences",
         type=int,
         default=4,
         help="on which the first family chooses among its parts; 0: it does not",
-    )
-    parser.add_argument(
-        "--answer-weights",
-        type=float,
-        nargs="+",
-        help="the parts: static rules without bitmaps and silent heads, searched with each of these; the usual parts by default",
     )
     parser.add_argument("--rounds", type=int, default=9, help="of the final measurement")
     parser.add_argument(
@@ -120,19 +113,14 @@ def main() -> None:
             given.families,
             given.batch,
             "attention",
-            rounds=max(1, given.rounds // 3),
+            rounds=max(1, given.rounds // 2),
             final_rounds=given.rounds,
             time_limit_s=given.time_limit,
             steps=given.refine,
         )
-        menus = (
-            MENUS
-            if given.answer_weights is None
-            else [replace(FOR_ANSWERS, answer_weight=w) for w in given.answer_weights]
-        )
         needles, text = judged[: given.num_sequences], judged[given.num_sequences :]
         found = compare_at_latency(
-            model, profile, setting, costs, needles, text, choose_on=choose_on, menus=menus, command=" ".join(["python -m sparsesearch.bench.families", *sys.argv[1:]]), begun=begun,
+            model, profile, setting, costs, needles, text, choose_on=choose_on, command=" ".join(["python -m sparsesearch.bench.families", *sys.argv[1:]]), begun=begun,
             saved=lambda record: record.save(given.json), progress=progress,
         )  # fmt: skip
     for target, row in found.targets.items():

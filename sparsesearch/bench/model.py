@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsesearch.bench.model_decode import measure_decode
+from sparsesearch.bench.model_predicted import whole_model_costs, with_predictions
 from sparsesearch.bench.model_prefill import measure_prefill
 from sparsesearch.bench.model_session import Request, Session
 from sparsesearch.bench.timing import ceilings, provenance
@@ -39,15 +40,16 @@ def run(
         model: on the GPU that is measured; its linears are joined (`join_linears`), which all variants enjoy.
         plan: the plan beside dense.
         request: what to measure.
-        cost_model: predicts attention and decoding beside the measurement.
+        cost_model: predicts time to first token and per step under the plan, once all is measured.
         command: recorded as the command line.
         progress: called with the record so far whenever a row is finished.
 
     Raises:
-        SpecError: the model is not on a GPU.
+        SpecError: the model is not on a GPU, or the cost model cannot price it.
     """
     if model.device.type != "cuda":
         raise SpecError(f"the model must be on a GPU to be measured, but is on {model.device}. Pass --device cuda.")
+    priced_by = None if cost_model is None else whole_model_costs(cost_model, plan)
     record = {
         "format": FORMAT,
         "model": plan.base_model.name_or_path,
@@ -58,10 +60,13 @@ def run(
         "rows": [],
     }
     join_linears(model)
-    session = Session(model, plan, request, record, cost_model, progress)
+    session = Session(model, plan, request, record, progress)
     with torch.inference_mode():
         if request.decode_tokens:
             measure_decode(session)
         for length in request.lengths:
             measure_prefill(session, length)
-    return record
+    if priced_by is None:
+        return record
+    costs, shape = priced_by
+    return with_predictions(record, plan, shape, costs)

@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from sparsesearch.bench.dense_baseline import dense, repeated
 from sparsesearch.bench.meter import Stamps, elapsed_s, emptied, free_bytes, peak_bytes, synchronize, timed
-from sparsesearch.bench.model_session import Row, Session, cache_bytes
+from sparsesearch.bench.model_session import Session, cache_bytes
 from sparsesearch.kernels.step_ops import MOST_ROWS
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.live import apply
@@ -113,7 +113,7 @@ class _Variant:
             tokens=request.decode_tokens, step_s=step_s, tokens_per_s=batch / step_s, kv_read_bytes=read, weight_bytes=weights,
             bound_s=bound_s, bound_share=bound_s / step_s, cache_bytes_per_sequence=bytes_each, peak_bytes=peak_bytes(session.device),
             capture_s=capture_s, compiled=request.compiled and not step.is_fused, fused=step.is_fused,
-            **({} if step.fallback_reason is None else {"fallback_reason": step.fallback_reason}), **_predicted(session, cache, batch),
+            **({} if step.fallback_reason is None else {"fallback_reason": step.fallback_reason}),
         )  # fmt: skip
 
 
@@ -152,22 +152,3 @@ def _read_bytes(session: Session, cache: Any, batch: int) -> int:
         keys = int(lens.lens.sum()) if lens is not None else batch * heads * _dense_tokens(session)
         read += 2 * keys * size * session.model.dtype.itemsize
     return read
-
-
-def _predicted(session: Session, cache: Any, batch: int) -> Row:
-    costs = session.cost_model
-    if costs is None:
-        return {}
-    from sparsesearch.cost import DecodeWork
-
-    info, works = session.plan.base_model, []
-    for layer, heads, kv_heads, size in zip(
-        cache.layers, info.num_heads, info.num_kv_heads, info.head_dim, strict=True
-    ):
-        lens = getattr(layer, "reads", None)
-        dense_lens = [_dense_tokens(session)] * kv_heads
-        own = lens.lens.view(batch, -1).float().mean(0).tolist() if lens is not None else dense_lens
-        works += [DecodeWork(count, size, heads // kv_heads, batch, session.model.dtype.itemsize) for count in own]
-    return {
-        "predicted_attention_s": float(costs.decode_latency_s(works).sum()) + len(cache.layers) * costs.decode_call_s
-    }

@@ -56,7 +56,7 @@ def measure_prefill(session: Session, length: int) -> None:
         phase="prefill", length=length, dense_s=plain.warm_s, dense_attention_s=attention_s, dense_peak_bytes=plain.peak_bytes,
         plan_s=ours.warm_s, plan_cold_s=cold_s, plan_peak_bytes=ours.peak_bytes, speedup=plain.warm_s / ours.warm_s,
         bound_s=bound_s, bound_share=bound_s / ours.warm_s, kv_bytes=ours.cache_bytes,
-        kv_fraction=ours.cache_bytes / _dense_kv_bytes(session, length), **inner, **captured, **_predicted(session, length, density),
+        kv_fraction=ours.cache_bytes / _dense_kv_bytes(session, length), **inner, **captured,
     )  # fmt: skip
 
 
@@ -92,19 +92,3 @@ def _dense_kv_bytes(session: Session, tokens: int) -> int:
     info = session.plan.base_model
     heads = sum(count * size for count, size in zip(info.num_kv_heads, info.head_dim, strict=True))
     return 2 * heads * tokens * session.model.dtype.itemsize
-
-
-def _predicted(session: Session, length: int, density: float) -> Row:
-    """Attention seconds at the measured density, every query head alike."""
-    if session.cost_model is None:
-        return {}
-    from sparsesearch.cost import UnitWork
-
-    info, block = session.plan.base_model, session.plan.block_tokens
-    blocks = -(-length // block)
-    works = [
-        UnitWork("tiles", length, length, size, tiles=density * blocks * (blocks + 1) / 2, query_blocks=blocks, block_tokens=block)
-        for count, size in zip(info.num_heads, info.head_dim, strict=True)
-        for _ in range(count)
-    ]  # fmt: skip
-    return {"predicted_attention_s": float(session.cost_model.latency_s(works).sum())}

@@ -11,7 +11,7 @@ _SHOWN = {"dense": "dense", "dense_fused": "dense", "plan": "plan"}
 
 def rows_of(record: dict[str, Any]) -> list[Table]:
     """Title, column names and rows of each table that has any."""
-    prefill = [row for row in record["rows"] if row["phase"] == "prefill"]
+    prefill = _by_length(record)
     decode = [row for row in record["rows"] if row["phase"] == "decode"]
     tables: list[Table] = []
     if prefill:
@@ -19,6 +19,7 @@ def rows_of(record: dict[str, Any]) -> list[Table]:
             "tokens",
             "dense (s)",
             "plan (s)",
+            "predicted (s)",
             "speed-up",
             "of Amdahl bound",
             "density",
@@ -26,8 +27,18 @@ def rows_of(record: dict[str, Any]) -> list[Table]:
             "kv kept",
             "peak (GB)",
         ]
-        keys = ["length", "dense_s", "plan_s", "speedup", "bound_share", "density", "index_share", "kv_fraction"]
-        body = [[*(row[key] for key in keys), row["plan_peak_bytes"] / 1e9] for row in prefill]
+        keys = [
+            "length",
+            "dense_s",
+            "plan_s",
+            "predicted_s",
+            "speedup",
+            "bound_share",
+            "density",
+            "index_share",
+            "kv_fraction",
+        ]
+        body = [[*(row.get(key) for key in keys), row["plan_peak_bytes"] / 1e9] for row in prefill]
         tables.append((f"{record['model']}: time to first token", names, body))
     captured = [row for row in prefill if "plan_graph_s" in row]
     if captured:
@@ -38,14 +49,22 @@ def rows_of(record: dict[str, Any]) -> list[Table]:
         ]
         tables.append((f"{record['model']}: time to first token, both replayed from a CUDA graph", names, body))
     if decode:
-        names = ["variant", "batch", "tokens/s", "ms/step", "of byte bound", "GB/sequence", "peak (GB)"]
+        names = ["variant", "batch", "tokens/s", "ms/step", "predicted", "of byte bound", "GB/sequence", "peak (GB)"]
         body = [
-            [_SHOWN[row["variant"]] + _way(row), row["batch"], row["tokens_per_s"], row["step_s"] * 1e3, row["bound_share"],
+            [_SHOWN[row["variant"]] + _way(row), row["batch"], row["tokens_per_s"], row["step_s"] * 1e3, _predicted_ms(row), row["bound_share"],
              row["cache_bytes_per_sequence"] / 1e9, row["peak_bytes"] / 1e9]
             for row in decode
         ]  # fmt: skip
         tables.append((f"{record['model']}: decoding, {decode[0]['tokens']} tokens in the cache", names, body))
     return tables
+
+
+def _by_length(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted((row for row in record["rows"] if row["phase"] == "prefill"), key=lambda row: int(row["length"]))
+
+
+def _predicted_ms(row: dict[str, Any]) -> float | None:
+    return row["predicted_s"] * 1e3 if "predicted_s" in row else None
 
 
 def _way(row: dict[str, Any]) -> str:
@@ -54,7 +73,7 @@ def _way(row: dict[str, Any]) -> str:
 
 def figure(record: dict[str, Any]) -> str:
     """Speed-up of the first token over length, and tokens per second over batch, each beside its bound, as one SVG."""
-    prefill = sorted((row for row in record["rows"] if row["phase"] == "prefill"), key=lambda row: row["length"])
+    prefill = _by_length(record)
     decode = [row for row in record["rows"] if row["phase"] == "decode"]
     panels = []
     if prefill:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsesearch.bench.meter import synchronize
-from sparsesearch.cost import CostModel
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
@@ -56,7 +55,6 @@ class Session:
         plan: beside dense.
         request: what to measure.
         record: what is known so far.
-        cost_model: predicts beside the measurement.
         progress: called with the record whenever a row is finished.
         backend: of the plan's attention.
     """
@@ -65,7 +63,6 @@ class Session:
     plan: Plan
     request: Request
     record: dict[str, Any]
-    cost_model: CostModel | None = None
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     backend: str = "auto"
 

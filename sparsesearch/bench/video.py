@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.predicted import shipped_costs
 from sparsesearch.bench.timing import ceilings, median_s, provenance
-from sparsesearch.bench.video_predicted import FORMAT, predicted_s
+from sparsesearch.bench.video_predicted import FORMAT, with_predictions
 from sparsesearch.bench.video_shapes import (
     DENSITIES,
     MODELS,
@@ -53,9 +53,9 @@ def run(
     cost_model: str | None = None,
     budget_s: float = 0.3,
     command: list[str] | None = None,
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
-    """Check small layers against the oracle, then time every model, density and mix.
+    """Check small layers against the oracle, then time every model, mix and density; predictions are made once all is measured.
 
     Args:
         models: shapes.
@@ -65,43 +65,44 @@ def run(
         cost_model: name or file whose prediction stands beside the measurement; the shipped one of this device by default.
         budget_s: device time per case.
         command: recorded as the command line.
-        progress: called with each finished row.
+        progress: called with the record so far whenever a row is finished.
     """
     costs = shipped_costs() if cost_model is None else load_cost_model(cost_model)
     known = costs if isinstance(costs, DeviceCostModel) else None
-    rows = [check_small(backend, head_dim) for head_dim in (64, 128)]
-    for row in rows:
-        progress(row)
-    for model in models:
-        layer = _Layer(model, backend, budget_s, known)
-        cases = [(mixes[0], target) for target in densities] + [(mix, model.density) for mix in mixes]
-        for mix, target in cases:
-            row = layer.measure(mix, target)
-            rows.append(row)
-            progress(row)
-        del layer
-        torch.cuda.empty_cache()
-    return {
+    rows: list[dict[str, Any]] = []
+    record = {
         "format": FORMAT,
         "provenance": provenance(command),
         "ceilings": ceilings(),
         "rows": rows,
-        "predicted_by": None if known is None else known.name,
+        "predicted_by": None,
     }
+    for head_dim in (64, 128):
+        rows.append(check_small(backend, head_dim))
+        progress(record)
+    for model in models:
+        layer = _Layer(model, backend, budget_s)
+        cases = [(mix, model.density) for mix in mixes] + [(mixes[0], target) for target in densities]
+        for mix, target in cases:
+            rows.append(layer.measure(mix, target))
+            progress(record)
+        del layer
+        torch.cuda.empty_cache()
+    return record if known is None else with_predictions(record, known)
 
 
 class _Layer:
     """Tensors of one model's layer, and its dense time."""
 
-    def __init__(self, model: VideoModel, backend: Backend, budget_s: float, costs: DeviceCostModel | None) -> None:
-        self.model, self.backend, self.budget_s, self.costs = model, backend, budget_s, costs
+    def __init__(self, model: VideoModel, backend: Backend, budget_s: float) -> None:
+        self.model, self.backend, self.budget_s = model, backend, budget_s
         self.grid, self.scale = grid_of(model.layout), model.head_dim**-0.5
         self.q, self.k, self.v = random_tensors(model.layout, model.num_heads, model.head_dim, "cuda")
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             self.dense_s = median_s(lambda: F.scaled_dot_product_attention(self.q, self.k, self.v), budget_s=budget_s)
 
     def measure(self, mix: Mix, target: float) -> dict[str, Any]:
-        """Times of one plan: whole, tiles alone, copies alone; what they mean; and what was predicted. A failure is a row that says so."""
+        """Times of one plan: whole, tiles alone, copies alone; and what they mean. A failure is a row that says so."""
         model = self.model
         row: dict[str, Any] = {"model": model.name, "tokens": self.grid.kv_len, "heads": model.num_heads}
         row |= {"head_dim": model.head_dim, "mix": mix, "dense_s": self.dense_s}
@@ -121,7 +122,6 @@ class _Layer:
                 "projected_speedup": 1 / (1 - model.share + model.share * ratio),
                 "published_density": model.density,
                 "published_speedup": model.published_speedup,
-                "predicted_s": None if self.costs is None else predicted_s(model, rules, self.costs),
             }
         except (RuntimeError, SparseSearchError) as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
@@ -147,7 +147,7 @@ class _Layer:
             return 0.0
         out = torch.empty_like(self.q)
         work = [
-            (torch.tensor(heads, device="cuda"), order.permutation(self.model.layout, "cuda"))
+            (torch.tensor(heads, device=self.q.device), order.permutation(self.model.layout, self.q.device))
             for order, heads in orders.items()
         ]
 

@@ -48,12 +48,20 @@ def load(
     Specs: `needle` (three wordings in turn; three sequences with the questions spread over the text, three with questions at the end, and so
     on; 8 needles, fewer where they would not fit), `needle:FILE` (the same in the text of a file), `text` (shipped documentation), a local
     `.jsonl`, `.txt` or `.parquet` file, a hub dataset `name:config:split`, or `tasks:NAMES:FORMAT`, long-context tasks in turn
-    (`calibration.tasks`). Same arguments, same tokens.
+    (`calibration.tasks`). Several of these separated by `;` take turns. Same arguments, same tokens.
 
     Raises:
         SpecError: unknown spec, too little text for the length, or an extra is not installed.
         ArtifactError: a file is missing, empty, not UTF-8 or damaged.
     """
+    if ";" in spec:
+        each = -(-num_samples // len(spec.split(";")))
+        loaded = [
+            load(part.strip(), tokenizer, length_tokens=length_tokens, num_samples=each, seed=seed, split=split, text_column=text_column).samples
+            for part in spec.split(";")
+        ]  # fmt: skip
+        turns = tuple(sample for turn in zip(*loaded, strict=True) for sample in turn)[:num_samples]
+        return Calibration(turns, _described(spec, split, num_samples, length_tokens, seed))
     rng = _generator(length_tokens, num_samples, seed, split)
     if spec.startswith("tasks:"):
         in_turn = _tasks(tokenizer, spec, length_tokens, num_samples, seed, split)

@@ -78,7 +78,7 @@ def calibrate_cuda(
     """Run the micro-runs on the current CUDA device and fit them."""
     import triton
 
-    from sparsesearch.cost.device import micro_bench, run_plan
+    from sparsesearch.cost.device import micro_bench, run_plan, runs
     from sparsesearch.cost.device.fit import fitted as fit
     from sparsesearch.cost.device.model import DeviceCostModel
 
@@ -96,8 +96,8 @@ def calibrate_cuda(
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "triton": triton.__version__,
-        "clock": f"sustained: medians after {20 * plan.time_share:g} ms to {120 * plan.time_share:g} ms of the same work, whole layers after "
-        f"{micro_bench.SETTLE_S:g} s of matrix products; random data; inputs rotate through the cache",
+        "clock": f"sustained: medians after {20 * plan.time_share:g} ms to {120 * plan.time_share:g} ms of the same work, all after {runs.WARM_S:g} s and whole "
+        f"layers after {micro_bench.SETTLE_S:g} s of matrix products; random data; inputs rotate through the cache",
         "micro_runs": len(rows),
         "group_s": {group: round(seconds, 1) for group, seconds in group_s.items()},
         "micro_runs_s": round(perf_counter() - start, 1),

@@ -50,6 +50,12 @@ class LayerCosts(OfDevice, PartCosts, Protocol):
     def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
         """One layer's prefill attention."""
 
+    def own_dense_s(self, pairs: float, head_dim: int) -> float | None:
+        """One layer's dense attention as a model without a plan runs it, over the query-key pairs of all its heads and sequences.
+
+        None where that was not measured: then the tile kernel stands for it.
+        """
+
     def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
         """A dynamic rule's choice."""
 

@@ -116,6 +116,9 @@ class Roofline:
         flops = 4.0 * head_dim * schedule.num_blocks * schedule.shape.rows * schedule.shape.keys
         return self._bound_s(flops, elements)
 
+    def own_dense_s(self, pairs: float, head_dim: int) -> None:
+        """A datasheet knows no kernels: as ours."""
+
     def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
         """A linear layer."""
         return self._bound_s(2.0 * rows * outputs * inputs, rows * inputs + outputs * inputs + rows * outputs)

@@ -5,8 +5,9 @@ again under a budget in predicted latency, its plan is timed beside dense and be
 moved until the measured time is the target's. Then all plans are judged on the same held-out sequences, and differences are paired.
 
 All families are searched for the same objective (`mixture, answers` for one that weighs answers more), and heads are priced alike
-(`unit_prices`), so that only the menu of rules differs. The first one, whose space contains the others', may choose among parts of it (`menus`)
-and the others' plans by what calibration sequences say that were not profiled; on these, steps may improve every family's plan (`standings`).
+(`unit_prices`), so that only the menu of rules differs. The first one, whose space contains the others', may choose among parts of it: the `menus`
+and every other family's own space, by what calibration sequences say that were not profiled. So up to the noise of that choice it loses no more
+than any of them. On the same sequences, steps may improve every family's plan (`standings`).
 Where no plan of a family comes within the tolerance (windows and head groups come in steps), the first family gets its next faster plan and
 every other family its next slower one.
 """

@@ -1,7 +1,7 @@
 """Parts of the space of the family on trial, each searched by itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsesearch.cost.base import CostModel
 from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder, ladders, question_of
@@ -45,15 +45,15 @@ class Menu:
         )
 
 
+STATIC = Menu(bitmaps=False, silent_heads=False, dynamic=False)
 MENUS = (
     Menu(),
-    Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=0.3),
-    Menu(bitmaps=False, silent_heads=False, dynamic=False),
-    Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=3.0),
+    Menu(bitmaps=False, dynamic=False),
+    *(replace(STATIC, answer_weight=weight) for weight in (0.1, 0.3, 1.0, 3.0)),
 )
 ANSWERS = "mixture, answers"
 """The mixture for those whose tasks are judged by their answers: `FOR_ANSWERS` of its space, not chosen among others."""
-FOR_ANSWERS = Menu(bitmaps=False, silent_heads=False, dynamic=False, answer_weight=20.0)
+FOR_ANSWERS = replace(STATIC, answer_weight=20.0)
 
 
 def family_ladders(

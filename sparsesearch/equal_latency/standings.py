@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsesearch.calibration import Sample
 from sparsesearch.equal_latency.climb import Rung
 from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder
-from sparsesearch.evaluate.reference import DenseReference
+from sparsesearch.evaluate.reference import Comparison, DenseReference
 from sparsesearch.profiling.local_model import loss_around
 from sparsesearch.profiling.record import Profile
 from sparsesearch.refinement import clearly_less, priced, true_loss
@@ -87,10 +87,14 @@ class Judge:
 
     reference: DenseReference
     tried: dict[str, dict[str, float]] = field(default_factory=dict)
+    _seen: dict[str, Comparison] = field(default_factory=dict)
 
     def standing(self, family: str, label: str, ladder: Ladder, rung: Rung) -> Standing:
         """Replay a plan on behalf of a family."""
-        seen = self.reference.compare(rung.plan)
+        digest = rung.plan.sha256
+        if digest not in self._seen:  # parts may find the same plan
+            self._seen[digest] = self.reference.compare(rung.plan)
+        seen = self._seen[digest]
         found = Standing(label, ladder, rung, true_loss(seen), float(seen.kl_text.mean()))
         self.tried.setdefault(family, {})[label] = found.mean
         return found

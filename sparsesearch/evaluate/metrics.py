@@ -108,18 +108,18 @@ class Metrics(_Frozen):
         own, dense = self.at(length_tokens, variant).prefill_s, self.at(length_tokens, "dense").prefill_s
         return None if own is None or dense is None else own / dense
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `metrics.json` atomically."""
-        write_json(path, self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
+        write_json(Path(path), self.model_dump(mode="json"), format=FORMAT, schema_version=SCHEMA_VERSION)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | Path) -> Self:
         """Read a metrics file.
 
         Raises:
             ArtifactError: it is missing, truncated, foreign, edited, or of a newer major version.
         """
         try:
-            return cls.model_validate(read_json(path, format=FORMAT, schema_version=SCHEMA_VERSION))
+            return cls.model_validate(read_json(Path(path), format=FORMAT, schema_version=SCHEMA_VERSION))
         except ValidationError as error:
             raise ArtifactError(f"{path}: {first_problem(error)} Make it again with `sparsesearch eval`.") from error

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from statistics import median
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -68,11 +69,11 @@ class Stopwatch:
         self._calls: list[_Call] = []
 
     def __call__(
-        self, plans: Mapping[str, Plan | None], *, rounds: int, part: Part = "prefill"
+        self, plans: Mapping[str, Plan | None], *, rounds: int, part: Part = "prefill", dense_runs: int = 1
     ) -> dict[str, tuple[float, ...]]:
         """One time in seconds per variant and round.
 
-        Every round runs every variant once, in an order that turns from round to round. Unmeasured runs under the same plan come first, so that
+        Every round runs every variant once, in an order that turns from round to round, or dense several times. Unmeasured runs under the same plan come first, so that
         schedules are built and memory is warm, as they are from the second prompt on in service; before a wall time there is one in every
         round. On a GPU dense (None) is the fastest that torch has there.
 
@@ -80,18 +81,22 @@ class Stopwatch:
             plans: variant -> plan; None is dense. Of plans that earlier calls timed, only those that are here again are kept.
             rounds: measurements per variant.
             part: what is timed. Small models on a GPU wait for the host's launches most of the time: their attention is timed by itself.
+            dense_runs: of dense in a round, spread over it; their median is its time. Every share of dense's time has the error of dense's.
         """
         known = {id(plan): self._variants.get(id(plan)) or self._variant(plan) for plan in plans.values()}
         self._variants = known  # holds the plans, so that no other one gets their id
         times: dict[str, list[float]] = {name: [] for name in plans}
-        names = list(plans)
+        names = _in_turn(plans, dense_runs)
         if part == "attention" and self._head.model.device.type != "cuda" and not self._calls:
             with _around_attention(self._head.model, self._recorded):
                 self._head.hidden(self._input_ids)
         for turn in range(rounds):
+            runs: dict[str, list[float]] = {name: [] for name in plans}
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                times[name].append(known[id(plans[name])].seconds(part))
-        return {name: tuple(runs) for name, runs in times.items()}
+                runs[name].append(known[id(plans[name])].seconds(part))
+            for name, seconds in runs.items():
+                times[name].append(median(seconds))
+        return {name: tuple(seconds) for name, seconds in times.items()}
 
     def _recorded(self, call: _Call) -> Any:
         self._calls.append(call)
@@ -99,6 +104,15 @@ class Stopwatch:
 
     def _variant(self, plan: Plan | None) -> "_Variant":
         return _Variant(self._head, self._input_ids, plan, self._apply, self._calls)
+
+
+def _in_turn(plans: Mapping[str, Plan | None], dense_runs: int) -> list[str]:
+    """The variants of a round, dense as often as is wanted, at equal distances."""
+    dense = [name for name, plan in plans.items() if plan is None]
+    others = [name for name, plan in plans.items() if plan is not None]
+    step = max(1, -(-len(others) // dense_runs))
+    parts = [others[run * step : (run + 1) * step] for run in range(dense_runs)]
+    return [name for part in parts for name in (*dense, *part)]
 
 
 class _Variant:

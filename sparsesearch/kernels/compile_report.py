@@ -17,6 +17,8 @@ HOPPER = GPUTarget("cuda", 90, 32)
 STRIDED = ("stride", "stride_b", "stride_h", "stride_g", "stride_s", "stride_t")
 """Integer arguments so named are multiples of 16, as they are for every head_dim we serve; the launcher finds that out at run time."""
 
+LOCAL = r"\b(?:LDL|STL)\b"
+
 SHARED_LIMIT_BYTES = 232_448  # per block, H100 and H200
 
 
@@ -31,6 +33,7 @@ class CompileReport:
         wgmma: HGMMA instructions in the machine code.
         local_accesses: LDL and STL instructions in the machine code.
         warnings: ptxas lines that say matrix instructions were serialised, or register reallocation ignored.
+        loop_local_accesses: those of `local_accesses` that lie in the loops over keys, the innermost ones with matrix instructions.
         exp2_under_product: per place that waits for all but the last group of matrix instructions, and then for that one, the exponentials in
             between. ptxas moves waits: 0 means that the exponentials come after both, and nothing runs beside the last group.
     """
@@ -42,6 +45,7 @@ class CompileReport:
     local_accesses: int
     warnings: tuple[str, ...]
     exp2_under_product: tuple[int, ...] = ()
+    loop_local_accesses: int = 0
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -94,7 +98,21 @@ def _inspect(ptx: str, cubin: bytes, shared_bytes: int) -> CompileReport:
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
     warnings = tuple(line.strip() for line in log.splitlines() if re.search(r"C75\d\d|setmaxnreg", line))
-    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    local = len(re.findall(LOCAL, sass))
+    looped = sum(len(re.findall(LOCAL, loop)) for loop in _inner_loops(sass))
     between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b((?:(?!DEPBAR\.LE gsb0)[\s\S])*)DEPBAR\.LE gsb0, 0x0\b", sass)
     under = tuple(len(re.findall(r"\bMUFU\.EX2\b", code)) for code in between)
-    return CompileReport(registers, spills, shared_bytes, len(re.findall(r"\bHGMMA\b", sass)), local, warnings, under)
+    products = len(re.findall(r"\bHGMMA\b", sass))
+    return CompileReport(registers, spills, shared_bytes, products, local, warnings, under, looped)
+
+
+def _inner_loops(sass: str) -> list[str]:
+    """Machine code of the innermost loops with matrix instructions: those that a conditional branch closes (a wait that retries jumps back without one)."""
+    starts = {label[1]: label.end() for label in re.finditer(r"^(\.L\S+):", sass, re.MULTILINE)}
+    jumps = re.finditer(r"@!?U?P\d+ BRA `\((\.L\S+?)\)", sass)
+    spans = [(starts[jump[1]], jump.start()) for jump in jumps if starts[jump[1]] < jump.start()]
+    spans = [(start, end) for start, end in spans if "HGMMA" in sass[start:end]]
+    inner = [
+        one for one in spans if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in spans)
+    ]
+    return [sass[start:end] for start, end in inner]

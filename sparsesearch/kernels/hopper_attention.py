@@ -10,9 +10,10 @@ All four tensors are read through rank-4 descriptors [B, H, S, D] of any strides
 beyond the tensor read zeros. Rows of V that a list reaches must be finite: a masked weight is 0, and 0 · NaN is NaN.
 
 What limits it (H200, tests/golden/attention_h200.json). head_dim 128 at 32k: power. It computes 620-710 TFLOP/s on its blocks, cuBLAS 686 in
-a product of 8192 cubed on the same card; before the late softmax, at 629, the card was near its cap of 690 W at 1.5 of 1.98 GHz. head_dim 64 (450-500):
-the two warpgroups issue when they like, so both may wait for scores and then share the exponentials; counters, of the kernel before
-(`sparsesearch.bench.counters`, tests/golden/counters_h200.json), show neither matrix units (54 %) nor exponentials (55 %) nor issue slots (45 %) full.
+a product of 8192 cubed on the same card; before the late softmax, at 629, the card was near its cap of 690 W at 1.5 of 1.98 GHz. head_dim 64 (450-520)
+is near the cap too at 32k, where fewer reads of shared memory (HELD) gain 1-5 %; turns gain 2 % at 8k, less at 32k. Counters of a kernel before
+both (`sparsesearch.bench.counters`, tests/golden/counters_h200.json) show neither matrix units (54 %) nor exponentials (55 %) nor issue slots (45 %)
+full: a warpgroup's own chain of scores, exponentials, rounding and barriers is longer than what the other can fill.
 At 8k a sparse tile has five blocks: its output, the first block's exponentials (ptxas puts them after the last product, see `hopper_softmax`) and the
 masks of its last block cost about one more, and launch, drain and workers that finish early 6 % of the time at head_dim 128 and 11 % at 64.
 """
@@ -27,51 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparsesearch.kernels.hopper_producer import ENTRY_SHIFT, FIELDS, produce
 from sparsesearch.kernels.hopper_softmax import LOG2E, MASKED, keep_first, late_softmax, no_keys, rescale, softmax
+from sparsesearch.kernels.hopper_turns import give_turn, take_turn
 
-# Triton 3.9 renamed the two copies; 3.6 has only the old names.
-tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# Triton 3.9 renamed it; 3.6 has only the old name.
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 LN2 = gl.constexpr(0.6931471805599453)
-FIELDS = gl.constexpr(12)  # int32 per tile record, tile_lists.TILE_FIELDS
-ENTRY_SHIFT = gl.constexpr(3)  # tile_lists.ENTRY_SHIFT: partial flag and two bits for halves that do not attend
-
-
-@gluon.jit
-def _producer(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    tiles, entries, bin_ptr, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-    Q_BUFFERS: gl.constexpr,
-):  # fmt: skip
-    count = 0
-    done = 0
-    for t in range(gl.load(bin_ptr + gl.program_id(0)), gl.load(bin_ptr + gl.program_id(0) + 1)):
-        record = tiles + t * FIELDS
-        batch = gl.load(record)
-        head = gl.load(record + 1)
-        q_row = gl.load(record + 2)
-        k_row = gl.load(record + 5)
-        lo = gl.load(record + 8)
-        hi = gl.load(record + 9)
-        for g in gl.static_range(2):
-            half = (done % Q_BUFFERS) * 2 + g
-            mbarrier.wait(q_empty.index(half), ((done // Q_BUFFERS) & 1) ^ 1)
-            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-            tma_load(q_desc, [batch, head, q_row + g * ROWS, 0], q_full.index(half), q_smem.index(half))
-        kv_head = head // GROUP
-        for i in range(lo, hi):
-            row = k_row + (gl.load(entries + i) >> ENTRY_SHIFT) * BN
-            stage = count % STAGES
-            phase = ((count // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [batch, kv_head, row, 0], k_full.index(stage), k_smem.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [batch, kv_head, row, 0], v_full.index(stage), v_smem.index(stage))
-            count += 1
-        done += 1
 
 
 @gluon.jit
@@ -165,10 +129,12 @@ def _consumer(
     tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
     Q_BUFFERS: gl.constexpr, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
+    HELD: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     OVERLAP: gl.constexpr = Q_BUFFERS == 2
@@ -193,7 +159,17 @@ def _consumer(
         mbarrier.wait(q_full.index(G), 0, pred=first < end)
         mbarrier.wait(k_full.index(0), 0, pred=first < end)
         k = k_smem.index(0).reshape((BN, D))
-        s = warpgroup_mma(q_smem.index(G).reshape((ROWS, D)), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        q_first = q_smem.index(G).reshape((ROWS, D))
+        if HELD:
+            q_held = q_first.load(Q_LAYOUT)
+            q_first = q_held
+        if TURNS:
+            if G == 1:
+                give_turn(G)
+            take_turn(G)
+        s = warpgroup_mma(q_first, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if TURNS:
+            give_turn(G)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(0), count=1, pred=first < end)
         kc += 1
@@ -207,6 +183,8 @@ def _consumer(
         done = t - first
         half = (done % Q_BUFFERS) * 2 + G
         q = q_smem.index(half).reshape((ROWS, D))
+        if HELD:
+            q = q_held
         if not OVERLAP:
             entry = gl.load(entries + lo)
             mbarrier.wait(q_full.index(half), done & 1)
@@ -226,11 +204,15 @@ def _consumer(
             entry = gl.load(entries + i)
             mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1)
             k = k_smem.index(kc % STAGES).reshape((BN, D))
+            if TURNS:
+                take_turn(G)
             s_next = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             vc = kc - 1
             mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
             v = v_smem.index(vc % STAGES).reshape((BN, D))
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
+            if TURNS:
+                give_turn(G)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             s = _adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
@@ -257,11 +239,18 @@ def _consumer(
             mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
             k = k_smem.index(kc % STAGES).reshape((BN, D))
             q_next = q_smem.index(half_next).reshape((ROWS, D))
+            if HELD:
+                q_held = q_next.load(Q_LAYOUT)
+                q_next = q_held
+            if TURNS:
+                take_turn(G)
             s_next = warpgroup_mma(q_next, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             vc = kc - 1
             mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
             v = v_smem.index(vc % STAGES).reshape((BN, D))
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
+            if TURNS:
+                give_turn(G)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
             s = _adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
@@ -286,6 +275,8 @@ def _consumer(
                    HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O)  # fmt: skip
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(half), count=1)
+    if TURNS and G == 0:
+        take_turn(G)  # the one that the other gave last
     tma.store_wait(0)
 
 
@@ -294,7 +285,7 @@ def hopper_attention(
     q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, tiles, entries, bin_ptr,
     o_stride_b, o_stride_h, o_stride_s, lse_stride_h, bias_stride_b, bias_stride_g, word_stride, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr,
+    Q_BUFFERS: gl.constexpr, CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One persistent worker: see the module. Grid: one program per bin of the schedule."""
     ROWS: gl.constexpr = 64
@@ -326,14 +317,14 @@ def hopper_attention(
             (_consumer, (
                 gl.constexpr(0), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS, HELD, TURNS)),
             (_consumer, (
                 gl.constexpr(1), q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
-                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS)),
-            (_producer, (
+                HEADS, GROUP, BN, D, DV, STAGES, ROWS, Q_BUFFERS, DTYPE, CAUSAL, BIAS, MASKS, HELD, TURNS)),
+            (produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, entries, bin_ptr, GROUP, BN, STAGES, ROWS, Q_BUFFERS)),
+                tiles, entries, bin_ptr, GROUP, BN, STAGES, ROWS, Q_BUFFERS, TURNS)),
         ],
         [4, 1],
         [240, 24],

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparsesearch.kernels import triton_decode
-from sparsesearch.kernels.hopper_attention import tma_load
+from sparsesearch.kernels.hopper_producer import tma_load
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.9 and 3.6
 

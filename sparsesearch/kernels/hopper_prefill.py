@@ -18,6 +18,9 @@ class HopperConfig:
         stages: depth of the K/V ring.
         overlap_tiles: Q has two buffers and O its own, so that a tile's first scores are computed beside the last product of the one
             before. Where shared memory is too small, O reuses Q's buffer and tiles follow one another.
+
+    Up to head_dim 64, registers hold a tile's queries (HELD), which spares a fifth of what the products read from shared memory, and the
+    consumers issue in turn (TURNS, `hopper_turns`). At 128, queries would spill 150 bytes a thread, and turns gain nothing at 32k.
     """
 
     tile_keys: int
@@ -56,6 +59,7 @@ def constants(
     config: HopperConfig, *, num_heads: int, group: int, head_dim: int, causal: bool, bias: bool, masks: bool
 ) -> dict[str, int | bool]:
     """Compile-time arguments of `hopper_attention`."""
+    narrow = config.overlap_tiles and head_dim <= 64
     return {
         "HEADS": num_heads,
         "GROUP": group,
@@ -67,6 +71,8 @@ def constants(
         "CAUSAL": causal,
         "BIAS": bias,
         "MASKS": masks,
+        "HELD": narrow and not (bias and masks),  # both leave too few registers
+        "TURNS": narrow,
     }
 
 

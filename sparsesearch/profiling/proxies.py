@@ -2,7 +2,7 @@
 
 | proxy | per unit and candidate | unit of measure |
 |---|---|---|
-| text | ½ E[(Σ_n g_n·δ_n)²] / S, Fisher probes | predicted KL to dense, nats per token |
+| text | ½ E[(Σ_n g_n·δ_n)²] / S, Fisher probes, steadied by output_error (`moderation`) | predicted KL to dense, nats per token |
 | answer | Σ_n (g_n·δ_n)² of the answer log-odds / answers | squared log-odds per answer token |
 | output_error | Σ_n ‖W_o δ_n‖² / Σ_n ‖W_o o_n‖² of the layer | share of the layer's output energy |
 | dropped_mass | 1 - attention mass inside the chosen tiles | share of attention |
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError, nearest
+from sparsesearch.profiling.moderation import moderated
 from sparsesearch.profiling.published import PUBLISHED, allowed
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.tile_scores import late_from
@@ -73,13 +74,24 @@ def _terms(
     if sample_weights is not None:
         scores = _weighed(scores, torch.from_numpy(share).float())
     layers = range(len(profile.manifest.base_model.modules))
-    parts = [
-        _layer_terms(profile, scores, f"{layer:03d}.", length, torch.from_numpy(weight).float(), granularity)
-        for layer in layers
-    ]
+    weighing = _Weighing(torch.from_numpy(weight).float(), float(share.sum() ** 2 / (share**2).sum()))
+    parts = [_layer_terms(profile, scores, f"{layer:03d}.", length, weighing, granularity) for layer in layers]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     tiles = joined.pop("tiles")
     return LengthTerms(joined, tiles)
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """How sequences count.
+
+    Attributes:
+        answer: of each in the answer proxies.
+        num_samples: equally weighed ones that would say as much.
+    """
+
+    answer: Float[Tensor, " n"]
+    num_samples: float
 
 
 def _weighed(scores: dict[str, Tensor], share: Float[Tensor, " n"]) -> dict[str, Tensor]:
@@ -104,7 +116,7 @@ def _layer_terms(
     scores: dict[str, Tensor],
     layer: str,
     length: int,
-    answer_weight: Float[Tensor, " n"],
+    weighing: _Weighing,
     granularity: Granularity,
 ) -> dict[str, Float[ndarray, "u C"]]:
     """One layer's proxies per unit."""
@@ -118,17 +130,24 @@ def _layer_terms(
     suffix = "_group" if granularity == "kv_group" else ""
     answer = scores[layer + "answer" + suffix]
     layer_norm = scores[layer + "output_norm"].sum(-1)[:, None, None]
+    error = (per_unit(scores[layer + "output_error"]) / layer_norm).mean(0)
+
+    def predicted_kl(fisher: Float[Tensor, "n K H C"], tokens: int) -> Float[Tensor, "u C"]:
+        squares = per_unit(fisher).square().mean((0, 1)) / (2 * tokens)
+        degrees = weighing.num_samples * fisher.shape[1]
+        return torch.from_numpy(moderated(squares.double().numpy(), error.double().numpy(), degrees))
+
     terms = {
-        "text": per_unit(scores[layer + "fisher"]).square().mean((0, 1)) / (2 * length),
-        "answer": torch.einsum("nuc,n->uc", answer, answer_weight),
-        "output_error": (per_unit(scores[layer + "output_error"]) / layer_norm).mean(0),
+        "text": predicted_kl(scores[layer + "fisher"], length),
+        "answer": torch.einsum("nuc,n->uc", answer, weighing.answer),
+        "output_error": error,
         "dropped_mass": per_unit(1 - scores[layer + "kept_mass"]).mean(0).clamp(min=0),
         "moa": per_unit(_moa(profile, scores[layer + "influence"], length)),
         "tiles": per_unit(scores[layer + "tiles"]).mean(0),
     }
     if layer + "late_fisher" in scores:
-        late = per_unit(scores[layer + "late_fisher"]).square().mean((0, 1)) / (2 * (length - late_from(length)))
-        generated = torch.einsum("nuc,n->uc", scores[layer + "decode_answer" + suffix], answer_weight)
+        late = predicted_kl(scores[layer + "late_fisher"], length - late_from(length))
+        generated = torch.einsum("nuc,n->uc", scores[layer + "decode_answer" + suffix], weighing.answer)
         terms |= {"decode_text": late, "decode_answer": generated}
     return {name: term.double().numpy() for name, term in terms.items()}
 
@@ -159,7 +178,8 @@ def reference_candidate(profile: Profile) -> int:
     eligible = eligible or [i for i in range(len(rules)) if 0 < density[i] < 1]
     if not eligible:
         raise SpecError(
-            "the search space must have a candidate that skips something; add rules to it and profile again."
+            f"some candidate must skip something at {length} tokens, but every one computes all tiles there. Profile longer sequences, or a space "
+            "with sparser rules."
         )
     return min(eligible, key=lambda i: abs(density[i] - _REFERENCE_DENSITY))
 

@@ -32,11 +32,13 @@ class PublishedObjective:
     Attributes:
         proxy: a name of `proxies.PROXIES`.
         has: whether the method has a rule; dense always counts.
+        space: the shipped search space with its rules.
         granularity: what the method decides on, if it cannot be chosen.
     """
 
     proxy: str
     has: Callable[[Rule], bool]
+    space: str
     granularity: Granularity | None = None
 
 
@@ -46,11 +48,13 @@ def _fixed_window(rule: Rule) -> bool:
 
 PUBLISHED = {
     "minference": PublishedObjective(
-        "dropped_mass", lambda rule: rule.kind in ("vertical_slash", "pooled_topk") or _fixed_window(rule)
+        "dropped_mass",
+        lambda rule: rule.kind in ("vertical_slash", "pooled_topk") or _fixed_window(rule),
+        "minference",
     ),
-    "duo": PublishedObjective("answer", _fixed_window, "kv_group"),
-    "flexprefill": PublishedObjective("dropped_mass", lambda rule: rule.kind == "flex_prefill"),
-    "xattention": PublishedObjective("dropped_mass", lambda rule: rule.kind == "antidiagonal"),
+    "duo": PublishedObjective("answer", _fixed_window, "duo_attention", "kv_group"),
+    "flexprefill": PublishedObjective("dropped_mass", lambda rule: rule.kind == "flex_prefill", "flex_prefill"),
+    "xattention": PublishedObjective("dropped_mass", lambda rule: rule.kind == "antidiagonal", "xattention"),
 }
 
 
@@ -66,6 +70,7 @@ def allowed(name: str, rules: Sequence[Rule], granularity: Granularity) -> Bool[
     mask = np.array([rule.kind == "dense" or method.has(rule) for rule in rules])
     if mask.sum() == sum(rule.kind == "dense" for rule in rules):
         raise SpecError(
-            f"objective {name!r} must have rules of its method to choose from, but the profile has none. Profile its space."
+            f"objective {name!r} must have rules of its method to choose from, but the profile has none. Profile again with --space "
+            f"{method.space}."
         )
     return mask

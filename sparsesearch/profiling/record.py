@@ -58,12 +58,13 @@ class Profile:
     manifest: Manifest
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: str | Path) -> Self:
         """Open a profile directory and check every file's digest.
 
         Raises:
             ArtifactError: it is missing, unfinished, edited or damaged.
         """
+        folder = Path(folder)
         if not folder.is_dir():
             raise ArtifactError(f"{folder} must be a profile directory, but there is none. Run `sparsesearch profile`.")
         if not (folder / "profile.json").exists() and (folder / "state.json").exists():

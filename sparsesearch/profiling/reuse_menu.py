@@ -13,6 +13,8 @@ from sparsesearch.rules.dense_source import DenseSource
 from sparsesearch.search_space import SearchSpace
 
 ReuseUnit = Literal["layer", "kv_group"]
+KEEPS = (0.1, 0.25)
+"""Shares of each row that a dense layer leaves behind unless more is said."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ReuseMenu:
 
 def reuse_menu(
     profile: Profile,
-    keeps: Sequence[float],
+    keeps: Sequence[float] | None = None,
     *,
     span: int,
     unit: ReuseUnit,
@@ -87,7 +89,8 @@ def reuse_menu(
 
     Args:
         profile: whose candidates may be run.
-        keeps: shares of each row; the first is the emitter of the published objectives.
+        keeps: shares of each row; the first is the emitter of the published objectives. None: what the profile's own `dense_source` candidates
+            keep, such as those of the space `hylra`, or else `KEEPS`.
         span: see `ReuseMenu`.
         unit: see `ReuseMenu`.
         space: only these of the profile's candidates.
@@ -103,7 +106,9 @@ def reuse_menu(
         candidates = tuple(rule for place, rule in enumerate(manifest.candidates) if place in kept)
         profile = Profile(profile.folder, manifest.model_copy(update={"candidates": candidates}))
     known = profile.manifest.candidates
-    wanted = [DenseSource(keep=LengthLaw(b=keep), sink=profile.manifest.block_tokens) for keep in keeps]
+    wanted = [DenseSource(keep=LengthLaw(b=keep), sink=profile.manifest.block_tokens) for keep in keeps or KEEPS]
+    if keeps is None:
+        wanted = [rule for rule in known if isinstance(rule, DenseSource)] or wanted
     sources = tuple(rule for rule in wanted if rule not in known)
     rules = (*known, *sources)
     dynamic = [place for place, rule in enumerate(known) if rule.dynamic and not rule.reuses and rule not in wanted]

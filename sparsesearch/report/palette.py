@@ -54,6 +54,7 @@ _KNOWN = {
     "tri_shape": Swatch("^", "#1d5a73", "#79c4e0"),
     "zero": Swatch("0", "#dfe4ea", "#2f3843", "#4a5461", "#aeb8c3"),
 }
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+*#"
 _OTHERS = (
     ("#3a7a24", "#8fcf74"),
     ("#a83232", "#f08f8f"),
@@ -69,13 +70,14 @@ INK = """
 
 
 def swatches(kinds: Iterable[str]) -> dict[str, Swatch]:
-    """A swatch per kind; kinds this file does not know take the spare colours in alphabetical order and their first letter."""
+    """A swatch per kind; kinds this file does not know take the spare colours in alphabetical order and a letter that is free."""
     names = sorted(set(kinds))
-    unknown = [name for name in names if name not in _KNOWN]
-    return {
-        name: _KNOWN[name] if name in _KNOWN else Swatch(name[0].upper(), *_OTHERS[unknown.index(name) % len(_OTHERS)])
-        for name in names
-    }
+    found = {name: _KNOWN[name] for name in names if name in _KNOWN}
+    for index, name in enumerate(name for name in names if name not in _KNOWN):
+        taken = {swatch.letter for swatch in found.values()}
+        letter = next((one for one in name.upper() + _LETTERS if one not in taken), name[0].upper())
+        found[name] = Swatch(letter, *_OTHERS[index % len(_OTHERS)])
+    return found
 
 
 def kind_css(kinds: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from sparsesearch.kernels.dispatch import run_schedule, schedule_for, tile_shape
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.kernels.schedule import Span as Place
 from sparsesearch.kernels.schedule import TileSchedule
+from sparsesearch.kernels.triton_running_mean import put_running_means
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.reuse import Reuse
@@ -68,6 +69,7 @@ class LayerCall:
         self._shape = tile_shape(kernel, q.shape[-1], binding.block_tokens)
         self._selectors: dict[BlockGrid, Selector] = {}
         self._fixed: TileSchedule | None = None
+        self._means = MeanHeads(rules, k.shape[1], q.device)
         grids = tuple(dict.fromkeys(place.grid for place in places))
         if any(rule.dynamic for rule in rules):
             self._selectors = {grid: Selector(rules, grid, k.shape[1], q.device) for grid in grids}
@@ -82,7 +84,7 @@ class LayerCall:
     ) -> Float[Tensor, "B H S D"]:
         """Output of all query heads, one rule each; 0 where there is padding."""
         out, _ = run_schedule(q, k, v, self.schedule(q, k, scale), scale=scale, kernel=self.kernel)
-        _put_means(out, self.rules, v, self.places)
+        self._means.put(out, v, self.places)
         return out
 
     def schedule(self, q: Float[Tensor, "B H S D"], k: Float[Tensor, "B G T D"], scale: float) -> TileSchedule:
@@ -180,36 +182,40 @@ def layer_call(
     return made
 
 
-def _put_means(out: Tensor, rules: tuple[Rule, ...], v: Tensor, places: tuple[Place, ...]) -> None:
-    """Overwrite the heads that follow mean_value; a batch of whole sequences at once."""
-    group = len(rules) // v.shape[1]
-    heads: dict[int, list[int]] = {}
-    for head, rule in enumerate(rules):
-        if rule.rest == "mean_value":
-            heads.setdefault(head // group, []).append(head)
-    if not heads:
-        return
-    whole = places == tuple(Place(places[0].grid, row, 0, 0) for row in range(len(v)))
-    grid = places[0].grid
-    if whole and (grid.q_len, grid.kv_len) == (out.shape[2], v.shape[2]):
-        for kv_head, members in heads.items():
-            mean = _running_mean(v[:, kv_head], grid).to(out.dtype)
-            for head in members:
-                out[:, head] = mean
-        return
-    for place in places:
-        for kv_head, members in heads.items():
-            mean = _running_mean(keys_of(v, place)[kv_head], place.grid).to(out.dtype)
-            for head in members:
-                sequence(out, place.batch, place.q_offset, place.grid.q_len)[head] = mean
+class MeanHeads:
+    """The heads of a call that follow mean_value.
 
+    Args:
+        rules: one per query head.
+        num_kv_heads: of the call.
+        device: where it runs.
+    """
 
-def _running_mean(v: Float[Tensor, "*unit T D"], grid: BlockGrid) -> Float[Tensor, "*unit S D"]:
-    """As `reference.running_mean`, with the tokens in the last place: a GPU sums along any other one token after token."""
-    if not grid.causal:
-        return running_mean(v, grid)
-    counts = torch.arange(1, grid.kv_len + 1, device=v.device, dtype=torch.float64)
-    return (v.mT.contiguous().double().cumsum(-1) / counts).mT[..., grid.q_start :, :]
+    def __init__(self, rules: Sequence[Rule], num_kv_heads: int, device: torch.device) -> None:
+        group = len(rules) // num_kv_heads
+        self._heads: dict[int, list[int]] = {}
+        for head, rule in enumerate(rules):
+            if rule.rest == "mean_value":
+                self._heads.setdefault(head // group, []).append(head)
+        filled = [(members + [-1] * group)[:group] for members in self._heads.values()]
+        self._kv_heads = torch.tensor(list(self._heads), dtype=torch.int32, device=device)
+        self._members = torch.tensor(filled, dtype=torch.int32, device=device)
+
+    def put(self, out: Float[Tensor, "B H S D"], v: Float[Tensor, "B G T D"], places: tuple[Place, ...]) -> None:
+        """Overwrite these heads; a batch of whole causal sequences at once."""
+        if not self._heads:
+            return
+        grid = places[0].grid
+        whole = places == tuple(Place(grid, row, 0, 0) for row in range(len(v)))
+        if whole and grid.causal and (grid.q_len, grid.kv_len) == (out.shape[2], v.shape[2]) and out.stride(-1) == 1:
+            put_running_means(v if v.stride(-1) == 1 else v.contiguous(), self._kv_heads, self._members, out)
+            return
+        for place in places:
+            rows = sequence(out, place.batch, place.q_offset, place.grid.q_len)
+            for kv_head, members in self._heads.items():
+                mean = running_mean(keys_of(v, place)[kv_head], place.grid).to(out.dtype)
+                for head in members:
+                    rows[head] = mean
 
 
 def sequence(x: Float[Tensor, "B H S D"], batch: int, first: int, count: int) -> Float[Tensor, "H s D"]:

@@ -53,7 +53,7 @@ class ExportedCheckpoint:
 def export(
     plan: Plan,
     model: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     overwrite: bool = False,
     allow_other_weights: bool = False,
@@ -82,8 +82,8 @@ def export(
         ArtifactError: the base has no safetensors weights, `out` is not empty, or the disk is full. `out` is as it was.
         SpecError: a GGUF base without `dequantize`.
     """
-    check_target(out, locate(model), overwrite)
-    place = locate(model)
+    out, place = Path(out), locate(model)
+    check_target(out, place, overwrite)
     if isinstance(place, Path) and place.suffix == ".gguf":
         return _export_gguf(plan, place, out, dequantize, overwrite, allow_other_weights, command)
     source = place if isinstance(place, Path) else _download(place, revision)

@@ -186,7 +186,10 @@ def _explain(problem: Knapsack, budgets: Sequence[Budget], together: LeastScale)
         value = _value(budgets[problem.owner[0]], _least(problem).scale)
         return f"{asked}: the smallest feasible value is {value}. Raise the budget or add sparser rules."
     values = {budget: _value(budget, _least(problem, held=owner != index).scale) for index, budget in tight.items()}
-    smallest = [value or f"none of {budget.metric}" for budget, value in values.items() if value or not _full(budget)]
+    smallest = [value for value in values.values() if value]
+    if len(smallest) == len(asking) == 1:
+        return f"{asked}: the smallest feasible value is {smallest[0]}. Raise the budget or add sparser rules."
+    helpless = [budget.metric for budget, value in values.items() if not value and not _full(budget)]
     all_full = [index for index, budget in tight.items() if _full(budget)]
     scale = _least(problem, held=np.isin(owner, all_full)).scale
     joint = [_value(budget, scale) for budget in tight.values() if not _full(budget)]
@@ -194,7 +197,9 @@ def _explain(problem: Knapsack, budgets: Sequence[Budget], together: LeastScale)
         f"; all raised by the same factor, they fit at {', '.join(filter(None, joint))}" if all(joint) else ""
     )
     alone = f"while the others hold, the smallest feasible value is {' or '.join(smallest)}"
-    if not any(values.values()):
+    if smallest and helpless:
+        alone += f" (raising {' or '.join(helpless)} alone does not help)"
+    if not smallest:
         alone = "raising one of them alone does not help"
     return f"{asked}: {alone}{together_text}. Raise them or add sparser rules."
 

@@ -72,6 +72,15 @@ def test_styles_and_wordings_take_turns(tokenizer: PreTrainedTokenizerBase) -> N
     assert [bool(sample.answer_mask[-1]) for sample in data.samples[3:]] == 3 * [True]
 
 
+def test_several_specs_take_turns(tokenizer: PreTrainedTokenizerBase) -> None:
+    both = calibration.load("needle; text", tokenizer, length_tokens=256, num_samples=3, seed=0)
+    needles, text = (
+        calibration.load(spec, tokenizer, length_tokens=256, num_samples=2, seed=0) for spec in ("needle", "text")
+    )
+    expected = [needles.samples[0], text.samples[0], needles.samples[1]]
+    assert [one.input_ids.tolist() for one in both.samples] == [one.input_ids.tolist() for one in expected]
+
+
 @pytest.mark.parametrize("template", calibration.TEMPLATES)
 @pytest.mark.parametrize("kind", ["tokenizer", "merging_tokenizer", "metaspace_tokenizer"])
 def test_the_answer_is_exactly_the_value_that_was_stated(

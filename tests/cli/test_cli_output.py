@@ -1,6 +1,7 @@
 """What the commands print: pure JSON on request, tables that fit the terminal, listings, options from a file."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_every_option_has_help(run: Any, command: str) -> None:
         if line.strip().startswith("--"):
             described = len(line.strip().split("  ", 1)) > 1 or (following and not following.strip().startswith("-"))
             assert described, line
+
+
+def test_options_for_one_purpose_stand_under_a_heading(run: Any) -> None:
+    options, *headed = re.split(r"\n\n(?=\S[^\n]*:\n)", run("search", "--help").stdout.split("Options:")[1])
+    named = {part.partition(":\n")[0]: set(re.findall(r"^  (--[a-z-]+)", part, re.MULTILINE)) for part in headed}
+    assert named["For diffusers pipelines"] == {"--max-ranges"}
+    assert named["For plans that remove"] == {"--criterion", "--refit-samples", "--uniform", "--lengths"}
+    assert "--budget" in options
+    assert "--workload" not in options
 
 
 def test_calibrate_writes_a_cost_model_that_search_can_use(corridor: Path, run: Any, tmp_path: Path) -> None:

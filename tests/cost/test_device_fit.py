@@ -56,7 +56,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     """Real runs of tiny shapes on the CPU, through the interpreter."""
     bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = run_plan.RunPlan(
-        tile_kinds=(), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)), skinny_rows=(1, 8), skinny=((32, 16, "normed"), (32, 16, "gated"), (16, 32, "added")),
+        tile_kinds=(), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)), skinny_rows=(1, 8), skinny=((32, 16, "normed"), (32, 16, "gated"), (16, 32, "added")),
         pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(), layer_tokens=(), peak_side=32,
     )  # fmt: skip
     cases = [TileCase("window", 128, 16, 1, 32, 2, 1), TileCase("stream", 128, 16, 1, 32, 2, 1)]
@@ -65,6 +65,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     assert {row["group"] for row in rows} == {
         "peak",
         "tiles",
+        "dense",
         "decode",
         "gemm",
         "skinny",
@@ -75,6 +76,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     settings = {"name": "tiny", "device": "a CPU", "memory_bytes": 1e9, "dtype_bytes": 4, "provenance": {}}
     table = fitted(rows, kernel="triton", workers=bench.workers, **settings)  # type: ignore[arg-type]
     model = DeviceCostModel(table)
+    assert [(cost.head_dim, len(cost.points.amounts)) for cost in table.dense] == [(16, 2)]
     assert {cost.kind for cost in table.estimators} == set(run_plan.estimators()) >= {"pooled_topk", "vertical_slash"}
     assert set(table.pointwise) == {"norm", "rotation", "gate", "residual", "transpose"}
     assert model.linear_s(8, 32, 16) == pytest.approx(next(c.points.at(8) for c in table.linear if c.outputs == 32))
@@ -86,7 +88,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
 def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the GPU's part played by the interpreter."""
     tiny = run_plan.RunPlan(
-        tile_kinds=((16, 32),), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),), skinny_rows=(1, 2), skinny=((32, 16, "normed"), (32, 64, "added")),
+        tile_kinds=((16, 32),), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),), skinny_rows=(1, 2), skinny=((32, 16, "normed"), (32, 64, "added")),
         pointwise_tokens=(1, 2), estimator_tokens=(128,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
         longest_tokens=0, time_share=0.001,
     )  # fmt: skip
@@ -169,7 +171,7 @@ def test_every_kernel_is_compiled_ahead_and_nothing_is_measured() -> None:
     jobs = list(compile_ahead.jobs(micro_bench.CompilingBench(bench), tiny))
     rows = [row for job in jobs for row in job()]
     launched = [row["group"] for row in rows]
-    assert set(launched) == {"decode", "skinny", "estimator"}
+    assert set(launched) == {"decode", "skinny", "estimator", "permutation"}
     assert launched.count("estimator") == len(run_plan.estimators()) + len(run_plan.HAVE_KERNELS)
     assert all(math.isnan(row["seconds"]) for row in rows)
     compile_ahead.compile_ahead(bench, replace(tiny, estimator_tokens=()))

@@ -7,6 +7,7 @@ import pytest
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.model import DeviceCostModel
+from sparsesearch.cost.device.table import DenseCost, Points
 from sparsesearch.cost.layer_parts import decode_rest_s, parts_s, prefill_rest_s
 from sparsesearch.cost.layer_schedule import choice_of
 from sparsesearch.cost.predict import decode_works, predict
@@ -49,6 +50,18 @@ def plan_of(*heads: Rule, shape: ModelShape = SMALL, block_tokens: int = 128) ->
 
 def test_a_dense_plan_is_dense() -> None:
     assert predict(plan_of(*[Dense()] * 8), SMALL, WORK, COSTS) == predict(None, SMALL, WORK, COSTS)
+
+
+def test_layers_without_sparse_heads_take_what_the_models_own_attention_takes() -> None:
+    """Measured over query-key pairs of all heads and sequences; the tile kernel serves layers with a sparse head alone."""
+    curve = DenseCost(head_dim=64, points=Points(amounts=(1e6, 1e12), seconds=(1e-5, 10.0)))
+    costs = DeviceCostModel(device_table(dense=(curve,)))
+    pairs = 2 * 8 * 8192 * 8193 / 2
+    assert predict(None, SMALL, WORK, costs).layers[0].attention_s == pytest.approx(curve.points.at(pairs))
+    assert predict(plan_of(*[Dense()] * 8), SMALL, WORK, costs) == predict(None, SMALL, WORK, costs)
+    mixed = plan_of(WINDOW, *[Dense()] * 7)
+    assert predict(mixed, SMALL, WORK, costs).layers == predict(mixed, SMALL, WORK, COSTS).layers
+    assert costs.own_dense_s(pairs, 128) == pytest.approx(2 * curve.points.at(pairs))
 
 
 def test_the_parts_add_up() -> None:

@@ -70,9 +70,11 @@ def test_the_family_on_trial_chooses_among_parts_of_its_space_and_its_rivals(
     found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=fresh)
     row = found.targets["0.6"]
     own = row["mixture"]
-    assert set(own.tried) <= {*(menu.label for menu in MENUS), "MoA"}
+    assert set(own.tried) <= {*(menu.label for menu in MENUS), "as MoA"}
     assert "all rules" in own.tried
-    assert ("MoA" in own.tried) == (row["MoA"].share <= 0.6 * 1.05), "what is slower is not taken"
+    assert ("as MoA" in own.tried) >= (row["MoA"].share <= 0.6 * 1.05), (
+        "where a rival is as fast, its plan can be taken"
+    )
     assert own.menu in own.tried
     assert list(row) == ["mixture", "MoA", "uniform window"]
     assert set(row["MoA"].tried) <= {"MoA"}
@@ -80,7 +82,7 @@ def test_the_family_on_trial_chooses_among_parts_of_its_space_and_its_rivals(
     assert row["uniform window"].tried == {}
     again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], choose_on=judged[:1])
     seen = again.targets["0.6"]
-    if "MoA" in seen["mixture"].tried:  # judged on what it chose on, it cannot lose to a rival that it could take
+    if seen["MoA"].share <= 0.6 * 1.05:  # judged on what it chose on, it cannot lose to a rival that it could take
         kl = {name: entry.quality.kl_text.mean + 0.1 * entry.quality.kl_answer.mean for name, entry in seen.items()}
         assert kl["mixture"] <= kl["MoA"] + 1e-9
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from sparsesearch.bench.families import random_samples
 from sparsesearch.cost import load_cost_model
 from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.evaluate import timing
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.predicted import predicted_seconds
 from sparsesearch.evaluate.timing import Stopwatch, prefill_seconds
@@ -27,6 +28,16 @@ def test_a_plan_is_put_together_once_however_often_it_is_timed(model: PreTrained
     stopwatch, narrow, wide = Stopwatch(Head(model), prompt, counting), window(model, 64), window(model, 256)
     times = stopwatch({"dense": None, "narrow": narrow, "wide": wide}, rounds=3, part="attention")
     assert {name: len(runs) for name, runs in times.items()} == {"dense": 3, "narrow": 3, "wide": 3}
+    counted: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            timing._Variant,
+            "seconds",
+            lambda own, part: float(counted.append("dense" if own._plan is None else "plan") or len(counted)),
+        )
+        runs = stopwatch({"dense": None, "narrow": narrow, "wide": wide}, rounds=1, dense_runs=2)
+    assert counted == ["dense", "plan", "dense", "plan"]
+    assert runs == {"dense": (2.0,), "narrow": (2.0,), "wide": (4.0,)}
     stopwatch({"narrow": narrow}, rounds=2)
     assert put == [narrow, wide]
     stopwatch({"wide": wide}, rounds=1, part="attention")

@@ -19,6 +19,7 @@ from sparsesearch.kernels import (
     triton_prefill,
     triton_probe,
     triton_rotate,
+    triton_running_mean,
     triton_select,
     triton_skinny,
 )
@@ -138,6 +139,15 @@ def means(head_dim: int, block: int) -> CompileReport:
     return compile_report(kernel, types, constants, options=triton_means.options(block, head_dim))
 
 
+def running_means(head_dim: int) -> Iterator[tuple[str, CompileReport]]:
+    tile = triton_running_mean.constants(head_dim)
+    for name, kernel in (("sums", triton_running_mean.sum_blocks), ("means", triton_running_mean.put_means)):
+        types = dict.fromkeys(kernel.arg_names, "i32") | {"v": "*bf16", "kv_heads": "*i32", "sums": "*fp32"}
+        types |= {"members": "*i32", "out": "*bf16"} if name == "means" else {}
+        group = {"GROUP": 4} if name == "means" else {}
+        yield f"running {name} {head_dim}", compile_report(kernel, types, tile | group, options={"num_warps": 4})
+
+
 def fill() -> CompileReport:
     kernel = triton_cache.fill
     types = dict.fromkeys(kernel.arg_names, "*i32") | dict.fromkeys(("k", "v", "keys", "values"), "*bf16")
@@ -207,6 +217,8 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     yield "cache append", append()
     for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
         yield f"means {head_dim} {block}", means(head_dim, block)
+    for head_dim in (64, 128):
+        yield from running_means(head_dim)
     yield "cache fill", fill()
     yield from probe()
     yield from step()

@@ -25,13 +25,17 @@ def reports() -> list[dict[str, Any]]:
 def tolerated(row: dict[str, Any]) -> bool:
     """What may live in memory, outside the usual path.
 
-    head_dim 256: a few scalars of a tile, outside the loop over keys (Triton 3.9 makes ptxas allocate less well). Portable kernel with
-    bitmaps: a few values under the branch that partial tiles take. Ring: Triton 3.9 (not 3.6) lets one value wait in memory.
+    head_dim 64 and 256: a few scalars of a tile, outside the loop over keys or under its branch for partial blocks (Triton 3.9 makes ptxas
+    allocate less well; 3.6 keeps them in registers). Portable kernel with bitmaps: a few values under the branch that partial tiles take.
+    Ring: 3.9 lets one value wait in memory.
     """
     if row["name"].startswith("ring"):
         return row["spill_bytes"] == 0 and row["local_accesses"] <= 5 and not row["warnings"]
     if row["name"] == "triton 128 128 bitmaps":
         return row["spill_bytes"] == 0 and row["local_accesses"] <= 32 and not row["warnings"]
+    if row["name"].startswith("gluon 64 128"):
+        scalars = row["local_accesses"] <= 48 and row["loop_local_accesses"] <= 2
+        return scalars and row["spill_bytes"] == 0 and not row["warnings"]
     return row["name"].startswith("gluon 256") and row["spill_bytes"] <= 32 and not row["warnings"]
 
 

@@ -149,3 +149,15 @@ def test_menus_that_cannot_be_are_refused(profiled: tuple[PreTrainedModel, Profi
         ReuseMenu(profile, (), (1,), span=1, unit="layer")
     with pytest.raises(SpecError, match="span"):
         ReuseMenu(profile, (), (), span=1, unit="layer")
+
+
+def test_a_space_with_dense_sources_says_what_they_keep(tiny: Any, tmp_path: Path) -> None:
+    space = SearchSpace.parse(SPACE + "  - {kind: dense_source, keep: 32}\n", where="tests")
+    model = tiny("llama", num_hidden_layers=2)
+    request = Request(describe(model, "tiny"), space, {LENGTH: Calibration(samples(), "tests")}, num_probes=1)
+    profile = profile_model(model, request, tmp_path / "profile")
+    kept = {None: "dense_source(keep=32,sink=64)", (0.3,): "dense_source(keep=0.3N,sink=16)"}
+    for keeps, label in kept.items():
+        menu = reuse_menu(profile, keeps, span=1, unit="layer")
+        assert menu.rules[menu.emitters[0]].label == label
+        assert sum(rule.kind == "dense_source" for rule in menu.rules) == (1 if keeps is None else 2)

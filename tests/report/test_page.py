@@ -210,6 +210,7 @@ def test_kinds_look_different_and_unknown_ones_get_a_look() -> None:
     assert len({swatch.letter for swatch in known.values()}) == len(known)
     assert len({swatch.light for swatch in known.values()}) == len(known)
     assert swatches(["chunked", "strided"])["strided"].letter == "S"
+    assert swatches(["dense", "dilated"])["dilated"].letter == "I", "dense has the D"
 
 
 def test_a_plot_puts_points_where_the_axes_say() -> None:

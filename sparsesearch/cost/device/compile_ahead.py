@@ -58,6 +58,7 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
             yield partial(list, runs.skinny_runs(bench, (rows,), (product,)))
     for batch in plan.fused_batches:
         yield partial(_one_layer, bench, batch)
+    yield partial(list, runs.permutation_runs(bench, (FEW_TOKENS,)))
 
 
 def choices(bench: CompilingBench, tokens: Sequence[int], kinds: Sequence[str]) -> Iterator[Job]:

@@ -16,6 +16,7 @@ from sparsesearch.cost.device.model import DeviceCostModel, many_schedule_second
 from sparsesearch.cost.device.table import (
     Correction,
     DecodeCost,
+    DenseCost,
     DeviceTable,
     EstimatorCost,
     LinearCost,
@@ -84,6 +85,7 @@ def fitted(
         memory_bytes=memory_bytes,
         peaks=peaks,
         tiles=tiles,
+        dense=_dense(rows),
         decode=_decode(rows, dtype_bytes),
         linear=_linear(rows),
         pointwise=_pointwise(rows),
@@ -181,6 +183,16 @@ def _peaks(rows: Sequence[Row]) -> Peaks:
         copy_bytes_per_s=rates["copy_bytes_per_s"],
         read_bytes_per_s=rates["read_bytes_per_s"],
         launch_s=1 / rates["launch_per_s"],
+    )
+
+
+def _dense(rows: Sequence[Row]) -> tuple[DenseCost, ...]:
+    own = group_of(rows, "dense")
+    return tuple(
+        DenseCost(
+            head_dim=size, points=rising([(row["pairs"], row["seconds"]) for row in own if row["head_dim"] == size])
+        )
+        for size in sorted({row["head_dim"] for row in own})
     )
 
 

@@ -140,6 +140,11 @@ class DeviceCostModel:
         )
         return schedule_seconds(kernel, load, self.table.peaks.read_bytes_per_s)
 
+    def own_dense_s(self, pairs: float, head_dim: int) -> float | None:
+        """One layer's dense attention by the kernel that PyTorch picks; None if an older calibration left it out."""
+        seconds = {cost.head_dim: cost.points.at(pairs) for cost in self.table.dense}
+        return between_sizes(seconds, head_dim) if seconds else None
+
     def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
         """A linear layer of `rows` inputs.
 

@@ -47,8 +47,9 @@ class RunPlan:
 
     Attributes:
         tile_kinds: (head_dim, block_tokens) of the tile kernel.
+        dense_tokens: prompt lengths of the model's own dense attention, at every `decode_head_dims`.
         decode: (batch, keys per sequence); 8 KV heads of four query heads.
-        decode_head_dims: head sizes of decoding.
+        decode_head_dims: head sizes of decoding and of dense attention.
         gemm_tokens: rows of the activations of a linear layer.
         gemm_widths: (outputs, inputs) of a linear layer.
         skinny_rows: rows of the fused step's products.
@@ -63,6 +64,7 @@ class RunPlan:
     """
 
     tile_kinds: tuple[tuple[int, int], ...] = ((128, 128), (64, 128), (128, 64), (64, 64))
+    dense_tokens: tuple[int, ...] = (1024, 4096, 16384, 65536)
     decode: tuple[tuple[int, int], ...] = (
         (1, 1024), (1, 4096), (1, 16384), (1, 65536), (1, 131072), (8, 512), (8, 2048), (8, 8192), (8, 32768), (32, 512), (32, 2048),
         (32, 8192),
@@ -97,7 +99,8 @@ class RunPlan:
     def count(self) -> int:
         """Rows to expect, for a progress bar; a few large cases may be left out."""
         tiles = sum(case.length <= self.longest_tokens for kind in self.tile_kinds for case in tile_cases(*kind))
-        decode, gemm = len(self.decode) * len(self.decode_head_dims), len(self.gemm_tokens) * len(self.gemm_widths)
+        decode = (len(self.dense_tokens) + len(self.decode)) * len(self.decode_head_dims)
+        gemm = len(self.gemm_tokens) * len(self.gemm_widths)
         skinny = len(self.skinny_rows) * len(self.skinny)
         layers = (3 + len(self.probe_widths)) * len(self.layer_batches) + len(self.layer_tokens)
         fused = 2 * len(self.fused_batches)
@@ -118,6 +121,7 @@ class RunPlan:
 FULL = RunPlan()
 QUICK = RunPlan(
     tile_kinds=((128, 128),),
+    dense_tokens=(1024, 16384),
     decode=((1, 4096), (8, 32768)),
     decode_head_dims=(128,),
     gemm_tokens=(1, 512, 8192),

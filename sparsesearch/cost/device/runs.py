@@ -1,4 +1,4 @@
-"""The micro-runs of a calibration: peaks, tiles, decoding, linear layers, fused products, pointwise layers, estimators, permutation.
+"""The micro-runs of a calibration: peaks, tiles, dense attention, decoding, linear layers, fused products, pointwise layers, estimators, permutation.
 
 Each returns rows of plain numbers; `fit` turns them into a cost model. A row names its group, its parameters and its seconds.
 """
@@ -20,19 +20,23 @@ from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import build_on_device
 from sparsesearch.kernels.device_select import Selector
 from sparsesearch.kernels.dispatch import run_schedule, tile_shape
+from sparsesearch.kernels.row_copies import take_rows
 from sparsesearch.kernels.schedule import Span
 from sparsesearch.kernels.step_ops import skinny_linear
 from sparsesearch.rules import Rule
 
 SLOW_S = 0.05
+WARM_S = 1.0
 
 
 def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
-    """Every group in turn."""
+    """Every group in turn, on a device that compiling has not let cool."""
+    bench.settle(WARM_S)
     yield from peak_runs(bench, plan.peak_side)
     for head_dim, block_tokens in plan.tile_kinds:
         cases = [case for case in tile_cases(head_dim, block_tokens) if case.length <= plan.longest_tokens]
         yield from tile_runs(bench, cases)
+    yield from dense_runs(bench, plan.dense_tokens, plan.decode_head_dims)
     yield from decode_runs(bench, plan.decode, plan.decode_head_dims)
     yield from gemm_runs(bench, plan.gemm_tokens, plan.gemm_widths)
     for row in gemm_runs(bench, plan.layer_batches, plan.probe_widths):
@@ -83,6 +87,26 @@ def time_schedule(bench: Bench, schedule: Any, length: int, head_dim: int, num_h
         return run_schedule(q, k, v, placed, scale=head_dim**-0.5, kernel=bench.kernel)
 
     return bench.time(run, copies=copies)
+
+
+def dense_runs(
+    bench: Bench, tokens: Sequence[int], head_dims: Sequence[int], heads: int = 32, kv_heads: int = 8
+) -> Iterator[Row]:
+    """Causal attention as a model without a plan runs it, by the kernel that PyTorch picks."""
+    for head_dim in head_dims:
+        for length in tokens:
+            copies = bench.copies(2.0 * (heads + 2 * kv_heads) * length * head_dim, most=4)
+            inputs = [
+                [bench.normal(1, n, length, head_dim) for n in (heads, kv_heads, kv_heads)] for _ in range(copies)
+            ]
+
+            def run(copy: int) -> object:
+                q, k, v = inputs[copy]  # noqa: B023
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+            timed = bench.time(run, copies=copies)
+            pairs = heads * length * (length + 1) / 2
+            yield bench.row("dense", timed, head_dim=head_dim, tokens=length, pairs=pairs)
 
 
 def decode_runs(bench: Bench, shapes: Sequence[tuple[int, int]], head_dims: Sequence[int]) -> Iterator[Row]:
@@ -211,9 +235,10 @@ def _choice(bench: Bench, rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor) -> 
 
 
 def permutation_runs(bench: Bench, tokens: Sequence[int], heads: int = 32, head_dim: int = 128) -> Iterator[Row]:
-    """Tokens gathered in another order."""
+    """All heads' tokens gathered in another order, as `kernels.ordered` does it; putting them back moves the same bytes."""
     for length in tokens:
-        x = bench.normal(heads, length, head_dim)
-        order = torch.randperm(length, device=bench.device)
-        timed = bench.time(lambda _: x.index_select(1, order), warm_s=0.02)  # noqa: B023
-        yield bench.row("permutation", timed, nbytes=float(x.nbytes))
+        copies = bench.copies(2.0 * heads * length * head_dim)
+        x = [bench.normal(1, heads, length, head_dim) for _ in range(copies)]
+        every, order = torch.arange(heads, device=bench.device), torch.randperm(length, device=bench.device)
+        timed = bench.time(lambda copy: take_rows(x[copy], every, order), copies=copies, warm_s=0.02)  # noqa: B023
+        yield bench.row("permutation", timed, nbytes=float(x[0].nbytes))

@@ -115,6 +115,13 @@ class DecodeCost(Frozen):
         return math.exp(float(np.interp(math.log(pairs), [math.log(curve.pairs) for curve in self.curves], seconds)))
 
 
+class DenseCost(Frozen):
+    """Dense causal attention by the kernel that PyTorch picks: query-key pairs of all heads and sequences -> seconds of a layer."""
+
+    head_dim: int = Field(ge=1)
+    points: Points
+
+
 class LinearCost(Frozen):
     """A linear layer of one size: rows of the input -> seconds."""
 
@@ -179,6 +186,9 @@ class DeviceTable(StoredModel):
     memory_bytes: float = Field(gt=0, description="of the device")
     peaks: Peaks
     tiles: tuple[TileKernelCost, ...] = Field(min_length=1)
+    dense: tuple[DenseCost, ...] = Field(
+        (), description="layers without a plan; the tile kernel stands for them if empty"
+    )
     decode: tuple[DecodeCost, ...] = Field(min_length=1)
     linear: tuple[LinearCost, ...] = Field(min_length=1)
     pointwise: dict[str, Points] = Field(description="norm, rotation, gate, residual, transpose: elements -> seconds")

@@ -1,0 +1,41 @@
+"""The benchmark of video shapes on a tiny one and the CPU: that it measures what it says, never how fast."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from sparsesearch.bench import video, video_predicted
+from sparsesearch.bench.video_shapes import VideoModel, grid_of, mixed_rules
+from sparsesearch.kernels.ordered import attend
+from sparsesearch.layout import video_layout
+
+TINY = VideoModel("tiny", video_layout(4, 8, 16), 2, 16, 0.7, 0.5, 1.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part")
+def test_rows_are_kept_as_they_come_and_predicted_at_the_end(monkeypatch):
+    drawn, outputs = video.random_tensors, []
+    monkeypatch.setattr(
+        video, "random_tensors", lambda layout, heads, size, _: [x.float() for x in drawn(layout, heads, size, "cpu")]
+    )
+    monkeypatch.setattr(video, "median_s", lambda run, **_: outputs.append(run()) or 1e-3)
+    for name, found in (("ceilings", {}), ("provenance", {"device": "CPU"}), ("check_small", {"check": "small"})):
+        monkeypatch.setattr(video, name, lambda *_, found=found: found)
+    monkeypatch.setattr(video, "sdpa_kernel", lambda *_: nullcontext())
+    monkeypatch.setattr(video_predicted, "MODELS", (TINY,))
+    seen: list[int] = []
+    record = video.run(
+        models=(TINY,), densities=(0.95,), mixes=("temporal",), backend="triton", cost_model="h200",
+        progress=lambda record: seen.append(len(record["rows"])),
+    )  # fmt: skip
+    assert seen == [1, 2, 3, 4]
+    rows = [row for row in record["rows"] if "R" in row]
+    assert [row["mix"] for row in rows] == ["temporal", "temporal"]
+    assert rows[0]["density"] < rows[1]["density"]
+    assert record["predicted_by"] == "h200"
+    assert all(row["predicted_s"] > 0 for row in rows)
+    q, k, v = (x.float() for x in drawn(TINY.layout, TINY.num_heads, TINY.head_dim, "cpu"))
+    rules = mixed_rules(TINY.layout, TINY.num_heads, "temporal", TINY.density)
+    expected = attend(q, k, v, grid_of(TINY.layout), rules, scale=TINY.head_dim**-0.5, backend="torch")
+    torch.testing.assert_close(outputs[1], expected, rtol=1e-3, atol=1e-4)
