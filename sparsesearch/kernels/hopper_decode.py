@@ -8,9 +8,10 @@ A worker starts when one of the call before leaves its multiprocessor, and reads
 launch): what the kernels in front may still write is unknown, so those copies only bring the blocks into L2, and are made again from there
 after the wait. They fill the time of the merge, when memory would idle. A cache that is read in a few microseconds has no use for that.
 
-Measured on an H200 (tests/golden/decode_h200.json) beside `triton_decode`: with 8 pairs 134 MB take 3 to 5 % less time, with 64 pairs 5 %, 268 MB
-4 %; with 128 pairs more, so they are left to it. What limits 134 MB: workers with equal shares end 27 to 37 us after the last of the call
-before, in the middle 34; the merge and the way to the first block take 4 us.
+Measured on an H200 in one run with `triton_decode`: 134 MB take 3 to 5 % less time with 8 pairs and 5 % with 64, 268 MB 4 %; with 128 pairs the
+ring is 3 to 7 % slower, so they are left to the other. What limits 134 MB, by the device's clock in an instrumented copy: the merge of the call
+before ends 2 us after its workers, the first block is there 2 to 6 us later, and workers with equal shares end after 27 to 37 us, half of them by
+34: memory does not serve all multiprocessors alike, and a share is fixed.
 
 Tried and slower: one worker per multiprocessor with three blocks in flight (two may land on one multiprocessor, and none on another) or six; loads
 that count, from where the lengths before the wait put them, checked afterwards; letting the merge start when the last blocks are asked for.
