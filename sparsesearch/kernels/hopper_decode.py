@@ -45,7 +45,7 @@ ROWS = gl.constexpr(64)
 HEAD_DIM = 128
 STAGES = 3  # blocks of keys and values in flight per worker
 WORKERS_PER_SM = 2  # as many as fit, so that no multiprocessor gets one more than another
-MOST_PAIRS = 64
+MOST_PAIRS, MOST_HEADS = 64, 256  # beyond, programs of the merge that wait take the room of workers
 EARLY_BYTES = 64 << 20  # caches of so much room have their first blocks read early
 OPTIONS = {"num_warps": 4, "maxnreg": 112, "enable_fp_fusion": True}
 """112 registers for eight warps; the consumer then takes 200 and leaves the producer's four 24."""
@@ -224,7 +224,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, num_pairs: int) -> bool:
     return (
         q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) == (9, 0)
         and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] == HEAD_DIM
-        and num_pairs <= MOST_PAIRS and q.shape[0] * q.shape[1] // num_pairs <= ROWS.value
+        and num_pairs <= MOST_PAIRS and q.shape[0] * q.shape[1] <= min(MOST_HEADS, ROWS.value * num_pairs)
         and all(x.shape[0] > 0 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (k, v))
     )  # fmt: skip
 

@@ -122,7 +122,8 @@ def test_what_is_left_to_the_portable_kernel() -> None:
     assert not hopper_decode.serves(q.float(), k.float(), v.float(), 2)
     assert not hopper_decode.serves(*(x[..., :64].contiguous() for x in (q, k, v)), 2)
     assert not hopper_decode.serves(q, k.view(-1)[1:1025].view(8, 128), v, 2)
-    assert not hopper_decode.serves(q.repeat(128, 1, 1), k, v, 256)
+    assert not hopper_decode.serves(q.repeat(64, 1, 1), k, v, 128)
+    assert not hopper_decode.serves(q.repeat(2, 100, 1), k, v, 64)
 
 
 @pytest.mark.parametrize("pairs", [8, 64])
