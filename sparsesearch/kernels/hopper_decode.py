@@ -45,7 +45,7 @@ ROWS = gl.constexpr(64)
 HEAD_DIM = 128
 STAGES = 3  # blocks of keys and values in flight per worker
 WORKERS_PER_SM = 2  # as many as fit, so that no multiprocessor gets one more than another
-MOST_PAIRS, MOST_HEADS = 64, 256  # beyond, programs of the merge that wait take the room of workers
+MOST_PAIRS, MOST_HEADS = 64, 256  # with 128 and 512, `triton_decode` was faster
 EARLY_BYTES = 64 << 20  # caches of so much room have their first blocks read early
 OPTIONS = {"num_warps": 4, "maxnreg": 112, "enable_fp_fusion": True}
 """112 registers for eight warps; the consumer then takes 200 and leaves the producer's four 24."""
