@@ -13,6 +13,8 @@ from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
     from sparsesearch.cost import CostModel
+    from sparsesearch.plan import Plan
+    from sparsesearch.profiling.record import Profile
     from sparsesearch.pruning.quality import Batch
     from sparsesearch.pruning.record import PruningProfile
 
@@ -43,35 +45,19 @@ def cuts(
     json: o.Json = False,
 ) -> None:
     """Measure plans that remove beside baselines at the same budget. A joint profile also compares attention and removals alone."""
-    from sparsesearch.artifacts import write_bytes
-    from sparsesearch.bench.cuts import CutBench, joint_plans, measure_cuts, record_of, rival_plans
-    from sparsesearch.plan import Plan
+    from sparsesearch.bench.cuts import CutBench, measure_cuts, record_of
     from sparsesearch.profiling.record import Profile
     from sparsesearch.pruning.data import load_batches
     from sparsesearch.pruning.models import load_prunable
     from sparsesearch.pruning.record import PruningProfile
-    from sparsesearch.pruning.search import PruningQuestion
-    from sparsesearch.search.budget import parse_budgets
-
-    from .bench import as_bytes
 
     opened, timed_on = PruningProfile.load(profile), o.present_device(time_device or device)
     if not prune.only_cuts(profile):
         o.refuse_given(context, f"is for profiles of removals alone, and {profile} covers attention too", "plans")
     attention = None if prune.only_cuts(profile) else Profile.load(profile)
-    lengths = (time_tokens,) if attention is None else attention.manifest.lengths
     names = None if plans is None else [name.strip() for name in plans.split(";")]
     priced = None if cost_model is None else _priced(opened, cost_model, time_tokens)
-    compensation = prune.refit_spec(opened, refit_samples)
-    wanted: dict[tuple[str, str], Plan] = {}
-    for text in budget:
-        with usage("--budget"):
-            question = PruningQuestion(parse_budgets(text), lengths, cost_model=priced, compensation=compensation)
-        if attention is None:
-            made = rival_plans(opened, question, names=names)
-        else:
-            made = joint_plans(opened, attention, question)
-        wanted |= {(name, text): plan for name, plan in made.items()}
+    wanted = _wanted(opened, attention, budget, names, priced, refit_samples, time_tokens)
     live, tokenizer = load_prunable(
         model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype
     )
@@ -95,12 +81,48 @@ def cuts(
         live, opened, rows, judged_on=device, timed_on=timed_on if rounds else None, command=o.command_line(), seed=seed, num_sequences=num_sequences, refit_samples=refit_samples,
         time_tokens=time_tokens, held_out=judged_on,
     )  # fmt: skip
+    _finish(record, out, json)
+
+
+def _finish(record: dict[str, Any], out: Path, json: bool) -> None:
+    from sparsesearch.artifacts import write_bytes
+
+    from .bench import as_bytes
+
     write_bytes(out, as_bytes(record))
     if json:
         emit_json(record)
         return
     _show(record)
     lines(f"written: {out}")
+
+
+def _wanted(
+    profile: "PruningProfile",
+    attention: "Profile | None",
+    budgets: list[str],
+    names: list[str] | None,
+    cost_model: "CostModel | None",
+    refit_samples: int,
+    time_tokens: int,
+) -> "dict[tuple[str, str], Plan]":
+    """(plan, budget) -> the plans to measure."""
+    from sparsesearch.bench.cuts import joint_plans, rival_plans
+    from sparsesearch.pruning.search import PruningQuestion
+    from sparsesearch.search.budget import parse_budgets
+
+    lengths = (time_tokens,) if attention is None else attention.manifest.lengths
+    compensation = prune.refit_spec(profile, refit_samples)
+    found: dict[tuple[str, str], Plan] = {}
+    for text in budgets:
+        with usage("--budget"):
+            question = PruningQuestion(parse_budgets(text), lengths, cost_model=cost_model, compensation=compensation)
+        if attention is None:
+            made = rival_plans(profile, question, names=names)
+        else:
+            made = joint_plans(profile, attention, question)
+        found |= {(name, text): plan for name, plan in made.items()}
+    return found
 
 
 def _priced(profile: "PruningProfile", cost_model: str, tokens: int) -> "CostModel":

@@ -9,6 +9,17 @@ from . import options as o
 from .errors import guarded
 from .render import emit_json, lines, progress_bar, say, table
 
+REDUCED: dict[str, Any] = {
+    "frames": 8,
+    "side": 16,
+    "steps": 6,
+    "held_out_clips": 4,
+    "other_steps": (4, 9),
+    "other_frames": (4,),
+}
+PLAIN: dict[str, Any] = {"again": False, "slices": 0, "other_steps": (), "other_frames": ()}
+"""What --reduced and --plain change of a request."""
+
 
 def video_quality(
     context: typer.Context,
@@ -68,11 +79,9 @@ def video_quality(
     )
     if reduced:
         o.refuse_given(context, "is what --reduced takes care of", "held_out_clips")
-        request = replace(request, frames=8, side=16, steps=6, held_out_clips=4, other_steps=(4, 9), other_frames=(4,))
     elif device == "cpu":
         say("on a CPU the whole run takes many hours; --reduced shows in minutes that everything runs")
-    if plain:
-        request = replace(request, again=False, slices=0, other_steps=(), other_frames=())
+    request = replace(request, **((REDUCED if reduced else {}) | (PLAIN if plain else {})))
     with progress_bar() as progress:
         record = run(
             request,

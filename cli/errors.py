@@ -28,6 +28,8 @@ EXTRAS = {
 """Packages that only some commands need -> the extra that brings them."""
 PLACES = ("out", "pareto", "junit", "plot", "runs", "folder")
 """Parameters that name what a command writes."""
+KEPT = (*PLACES, "measured")
+"""Parameters that may name the place of a result: results themselves, and a record that is written anew."""
 WRITE_FOLDERS = ("apply", "convert", "heal", "profile", "quickstart", "search", "tune")
 """Commands whose `out` may be a folder; that of the others is a file."""
 
@@ -62,10 +64,21 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def _require_places(command: str, given: dict[str, Any]) -> None:
     from sparsesearch.artifacts import require_writable
 
+    taken = {path.resolve() for name, value in given.items() if name not in KEPT for path in _paths(value)}
     for name in PLACES:
         if isinstance(given.get(name), Path):
             folder = name == "folder" or (name == "out" and command in WRITE_FOLDERS)
             require_writable(given[name], is_file=not folder)
+            if given[name].resolve() in taken:
+                raise typer.BadParameter(
+                    f"must be a place of its own, but {given[name]} is named twice and would be lost.",
+                    param_hint=f"--{name}",
+                )
+            taken.add(given[name].resolve())
+
+
+def _paths(value: Any) -> list[Path]:
+    return [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
 
 
 def _told(error: Exception) -> tuple[str, int] | None:

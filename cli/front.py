@@ -98,6 +98,7 @@ def front(
     json: o.Json = False,
 ) -> None:
     """Measure every family over a row of densities, or at equal latency. They are mixture, MoA, MInference, DuoAttention and uniform windows."""
+    from sparsesearch.calibration import check_context
     from sparsesearch.profiling.record import Profile
     from sparsesearch.runtime.loading import load_model
 
@@ -112,6 +113,7 @@ def front(
     live, tokenizer = load_model(
         model or opened.manifest.base_model.name_or_path, device=o.present_device(device), dtype=dtype, with_plan=False
     )
+    check_context(live.config, o.parsed_lengths(lengths))
     if at is not None:
         found = at_latency(
             live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model, out=out, resume=resume,

@@ -107,15 +107,13 @@ def evaluate(
         )
     if out is not None:
         metrics.save(out)
-    content = metrics.model_dump(mode="json")
-    if tasks is not None:
-        content["lm_eval"] = lm_eval_tasks(live, tokenizer, opened, tasks.split(","))
+    harness = {} if tasks is None else {"lm_eval": lm_eval_tasks(live, tokenizer, opened, tasks.split(","))}
     if json:
-        emit_json(content)
+        emit_json(metrics.model_dump(mode="json") | harness)
         return
     show_metrics(metrics)
-    if tasks is not None:
-        lines(str(content["lm_eval"]))
+    if harness:
+        lines(str(harness["lm_eval"]))
 
 
 def _require_pipeline_plans(context: typer.Context, plans: list[Path] | None) -> None:

@@ -11,6 +11,9 @@ from .render import emit_json, lines, progress_bar, table
 
 if TYPE_CHECKING:
     from sparsesearch.plan import Plan
+    from sparsesearch.profiling.record import Profile
+    from sparsesearch.profiling.reuse_menu import ReuseMenu
+    from sparsesearch.reuse_lanes import ReuseQuestion
 
 OF_OBJECTIVES = {"budget": "reuse", "cost_model": "reuse", "threshold": "hylra", "max_refreshes": "rals"}
 """Options that mean something for one objective only."""
@@ -58,15 +61,10 @@ def search_reuse(
     from dataclasses import asdict
 
     from sparsesearch import calibration
-    from sparsesearch.cost import load_cost_model
     from sparsesearch.errors import ArtifactError
     from sparsesearch.index_reuse import search_reuse as run
     from sparsesearch.profiling.record import Profile
-    from sparsesearch.profiling.reuse_menu import reuse_menu
-    from sparsesearch.reuse_lanes import ReuseQuestion
     from sparsesearch.runtime.loading import load_model
-    from sparsesearch.search.budget import parse_budgets
-    from sparsesearch.search_space import SearchSpace
 
     for option, own in OF_OBJECTIVES.items():
         if objective != own:
@@ -75,20 +73,9 @@ def search_reuse(
         raise typer.BadParameter("must be given, such as density=0.25.", param_hint="--budget")
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} must not exist yet. Pass --overwrite, or choose another -o.")
-    with usage("--budget"):
-        budgets = parse_budgets(budget) if budget else ()
     opened = Profile.load(profile)
-    menu = reuse_menu(
-        opened,
-        None if keep is None else o.parsed_shares(keep, "--keep"),
-        span=span,
-        unit=unit or ("kv_group" if objective == "reuse" else "layer"),
-        space=None if space is None else SearchSpace.load(space),
-    )
-    priced = None if cost_model is None else load_cost_model(cost_model)
-    question = ReuseQuestion(
-        menu, objective, budgets, threshold=threshold, max_refreshes=max_refreshes, cost_model=priced
-    )
+    menu = _menu(opened, space, keep, span, unit or ("kv_group" if objective == "reuse" else "layer"))
+    question = _question(menu, objective, budget, cost_model, threshold=threshold, max_refreshes=max_refreshes)
     name = model or opened.manifest.base_model.name_or_path
     live, tokenizer = load_model(name, device=o.present_device(device), with_plan=False)
     samples = {
@@ -99,6 +86,40 @@ def search_reuse(
         plan, rounds = run(live, question, samples, passes=passes, seed=seed, progress=progress)
     plan.save(out)
     _show(plan, [asdict(one) for one in rounds], out, json)
+
+
+def _menu(
+    profile: "Profile", space: str | None, keep: str | None, span: int, unit: Literal["layer", "kv_group"]
+) -> "ReuseMenu":
+    """What layers may run and reuse."""
+    from sparsesearch.profiling.reuse_menu import reuse_menu
+    from sparsesearch.search_space import SearchSpace
+
+    return reuse_menu(
+        profile,
+        None if keep is None else o.parsed_shares(keep, "--keep"),
+        span=span,
+        unit=unit,
+        space=None if space is None else SearchSpace.load(space),
+    )
+
+
+def _question(
+    menu: "ReuseMenu",
+    objective: Literal["reuse", "hylra", "rals"],
+    budget: list[str] | None,
+    cost_model: str | None,
+    **limits: Any,
+) -> "ReuseQuestion":
+    """What the options ask."""
+    from sparsesearch.cost import load_cost_model
+    from sparsesearch.reuse_lanes import ReuseQuestion
+    from sparsesearch.search.budget import parse_budgets
+
+    with usage("--budget"):
+        budgets = parse_budgets(budget) if budget else ()
+    priced = None if cost_model is None else load_cost_model(cost_model)
+    return ReuseQuestion(menu, objective, budgets, cost_model=priced, **limits)
 
 
 def _show(plan: "Plan", passes: list[dict[str, Any]], out: Path, json: bool) -> None:

@@ -8,10 +8,11 @@ import typer
 from . import options as o
 from . import pipelines, prune
 from .errors import guarded, usage
-from .render import emit_json, lines, progress_bar, table
+from .render import progress_bar
+from .search_tables import show_search
 
 if TYPE_CHECKING:
-    from sparsesearch.plan import BudgetRecord, Plan
+    from sparsesearch.plan import Plan
     from sparsesearch.planning import Question
     from sparsesearch.profiling.record import Profile
 
@@ -168,6 +169,10 @@ def search(
         )  # fmt: skip
         return
     o.refuse_given(context, f"is for removals, and {profile} covers none", *FOR_REMOVALS)
+    if objective != "combined":
+        o.refuse_given(
+            context, f"weighs the parts of --objective combined, and {objective} is not that", "answer_weight"
+        )
     opened = Profile.load(profile)
     question = _question(
         opened, budget, workload, space, unit, device, dtype, model_shape, objective=objective, answer_weight=answer_weight,
@@ -177,7 +182,7 @@ def search(
     plan.save(out)
     if pareto is not None:
         _write_front(opened, question, pareto)
-    _show_search(plan, out, json)
+    show_search(plan, out, json)
 
 
 def _question(
@@ -243,47 +248,6 @@ def _write_front(profile: "Profile", question: "Question", path: Path) -> None:
     from sparsesearch.planning import surface_rows
 
     write_bytes(path, pd.DataFrame(surface_rows(profile, question)).to_csv(index=False).encode())
-
-
-def _show_search(plan: "Plan", out: Path, json: bool) -> None:
-    certificate = plan.certificate
-    assert certificate is not None
-    content = {
-        "plan": str(out),
-        "sha256": plan.sha256,
-        "rules": plan.kind_counts(),
-        "budgets": [record.model_dump(mode="json") for record in plan.budgets],
-        "loss": certificate.loss,
-        "lower_bound": certificate.lower_bound,
-        "gap": certificate.gap,
-        "solver": certificate.solver,
-    }
-    if json:
-        emit_json(content)
-        return
-    rows = [
-        [record.metric, length, *(None if value is None else _amount(record, value) for value in values)]
-        for record in plan.budgets
-        for length, used in record.predicted.items()
-        for values in [(record.bound, used, record.replayed.get(length))]
-    ]
-    if any(record.replayed for record in plan.budgets):
-        table("budgets", ["metric", "length", "bound", "sum of its units", "layers replayed"], rows)
-    else:
-        table("budgets", ["metric", "length", "bound", "plan"], [row[:-1] for row in rows])
-    unmeasured = {record.cost_model for record in plan.budgets if (record.cost_model or "").startswith("roofline:")}
-    if unmeasured:
-        lines(
-            f"{min(map(str, unmeasured))}: nobody has measured this device; its seconds are lower bounds from a datasheet."
-        )
-    table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
-    lines(f"loss {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})", f"written: {out}")
-
-
-def _amount(record: "BudgetRecord", value: float) -> str:
-    from sparsesearch.search.budget import Budget
-
-    return Budget(record.metric, record.bound, absolute=record.absolute).amount(float(f"{value:.4g}"))
 
 
 def register(app: typer.Typer) -> None:

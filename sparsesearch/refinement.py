@@ -1,6 +1,6 @@
 """Refinement: true evaluations where the additive proxy is not enough, always keeping the best plan that was replayed.
 
-First the search is solved for several weights of the answer proxy and every plan is replayed on calibration sequences. Then, while
+First the search is solved for several weights of the answer proxy, around the one asked for, and every plan is replayed on calibration sequences. Then, while
 evaluations last, the true loss is expanded around the best plan (`profiling.local_model`), the search is solved on that local model with
 a price on every unit that changes, and the result is replayed. Budgets in seconds hold for every replayed plan under the device's replayed
 schedule (`replayed_search`), where that is known. The price is the trust region: undamped steps diverge (needle-7m, density
@@ -80,6 +80,11 @@ class Refinement:
         return plan if self._timed is None or timed is None else self._timed.recorded(plan, *timed)
 
     @property
+    def answer_weight(self) -> float:
+        """How much answers count beside their usual share; as usual where the objective has no such weight."""
+        return self.question.answer_weight if self.question.objective == "combined" else 1.0
+
+    @property
     def spent(self) -> bool:
         """Whether no evaluation is left."""
         return len(self.trials) >= self.evaluations
@@ -90,7 +95,7 @@ class Refinement:
             return False
         self._seen.add(solution.choice.tobytes())
         found = self.reference.compare(self.plan(solution))
-        objective = true_loss(found)
+        objective = true_loss(found, self.answer_weight)
         accepted = self.objective is None or clearly_less(objective, self.objective)
         if accepted:
             self.best, self.best_question, self.objective = solution, question, objective
@@ -116,6 +121,7 @@ class Refinement:
             samples,
             self.question.granularity,
             columns=columns,
+            answer_weight=self.answer_weight,
         ).change
         for price, frozen in self._trust_regions(around, now):
             try:
@@ -144,9 +150,9 @@ class Refinement:
             frozen |= swap != now
 
 
-def true_loss(found: Comparison) -> Float[Tensor, " n"]:
-    """KL over all positions + ANSWER_KL_WEIGHT x KL at answers of every sequence; those without answers have none of the latter."""
-    return found.kl_text + ANSWER_KL_WEIGHT * found.kl_answer.nan_to_num()
+def true_loss(found: Comparison, answer_weight: float = 1.0) -> Float[Tensor, " n"]:
+    """KL over all positions + ANSWER_KL_WEIGHT x `answer_weight` x KL at answers of every sequence; those without answers have none of the latter."""
+    return found.kl_text + ANSWER_KL_WEIGHT * answer_weight * found.kl_answer.nan_to_num()
 
 
 def clearly_less(new: Float[Tensor, " n"], best: Float[Tensor, " n"]) -> bool:
@@ -202,7 +208,7 @@ def refine(
     state = Refinement(model, profile, question, table, DenseReference(model, samples), evaluations, progress)
     state.replay("search", question, state.solve())
     if question.objective == "combined":
-        for weight in ANSWER_WEIGHTS:
+        for weight in (factor * question.answer_weight for factor in ANSWER_WEIGHTS):
             other = replace(question, answer_weight=weight)
             state.replay(f"search, answer weight {weight:g}", other, state.solve(score_table(profile, other).loss))
     while not state.spent and state.step(samples[:steps_from]):

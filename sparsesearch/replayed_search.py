@@ -174,6 +174,8 @@ class ReplayedSearch:
         if widest == 0 and len(near) > 2:
             near = near[1:]  # no pass fits: the line through the two tightest says more than the origin
         (start, low), (end, high) = near[:2] if len(near) > 1 else points[-2:]
+        if low > 1 and high - low < CLOSE:  # nearly the same plan twice
+            return start * aim / low
         wanted = start + (aim - low) * (end - start) / max(high - low, 1e-9)
         if low > 1:
             return float(np.clip(wanted, start / 4, 0.98 * start))

@@ -1,5 +1,6 @@
 """The question asked of a profile, and its score table: losses and prices of every candidate in every unit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -59,6 +60,10 @@ class Question:
     shape: ModelShape | None = None
     max_groups_per_layer: int | None = None
     sample_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.answer_weight < math.inf:
+            raise SpecError(f"the weight of answers must be a number from 0 on, but got {self.answer_weight}.")
 
     @property
     def layer_costs(self) -> LayerCosts | None:

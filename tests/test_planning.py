@@ -1,6 +1,7 @@
 """From a profile to a plan on a tiny model: prices against the rules themselves, refinement against replay, proxies against the truth."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,17 @@ def test_refinement_returns_the_last_plan_it_accepted(model: PreTrainedModel, pr
     for length in map(str, LENGTHS):
         assert plan.budgets[0].predicted[length] <= 0.3 + 1e-12
     assert [trial["origin"] for trial in plan.provenance["refinement"]] == [trial.origin for trial in trials]
+
+
+def test_a_refinement_weighs_answers_as_asked(model: PreTrainedModel, profile: Profile) -> None:
+    replayed = samples(96, 2, seed=1)
+    asked = replace(question("density=0.3"), answer_weight=20.0)
+    plan, trials = refine(model, profile, asked, replayed, evaluations=5)
+    weighed = [trial.origin for trial in trials if "answer weight" in trial.origin]
+    assert set(weighed) <= {"search, answer weight 20", "search, answer weight 60", "search, answer weight 6"}
+    found = DenseReference(model, replayed).score(plan)
+    objective = found["kl_text"] + 20 * ANSWER_KL_WEIGHT * found["kl_answer"]
+    assert objective == pytest.approx(min(trial.objective for trial in trials if trial.accepted), rel=1e-6)
 
 
 def test_no_evaluation_is_the_searchs_own_plan(model: PreTrainedModel, profile: Profile) -> None:

@@ -105,8 +105,7 @@ def _figures(device: torch.device, start: float, resident: int) -> dict[str, Any
     return {"profile_s": perf_counter() - start, "resident_bytes": resident, "peak_bytes": peak_bytes(device)}
 
 
-def main() -> None:
-    """Command line."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a named shape, or a model to load")
     parser.add_argument("--length", type=int, default=8192)
@@ -117,7 +116,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where weights and profile are written; removed afterwards")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Command line."""
+    options = _options()
     menu = SearchSpace.load(options.space)
     sizes = {"length": options.length, "samples": options.samples}
     shape = MODEL_SHAPES.get(options.model)

@@ -129,17 +129,7 @@ def write_step_plan(
     manifest = profile.manifest
     steps = manifest.ranges if merged is None else tuple(merged)
     starts = [first for first, _ in manifest.ranges]
-    shape = (len(steps), len(manifest.base_model.modules), manifest.base_model.num_heads[0])
-    rules: dict[str, Rule] = {}
-    tables: list[dict[str, tuple[str, ...]]] = []
-    for (first, _), layers in zip(steps, choice.reshape(shape), strict=True):
-        place = starts.index(first)
-        table = {}
-        for module, heads in zip(manifest.base_model.modules, layers, strict=True):
-            own = [profile.rule_for(place, module, head, int(column)) for head, column in enumerate(heads)]
-            rules |= {rule.label: rule for rule in own}
-            table[module] = tuple(rule.label for rule in own)
-        tables.append(table)
+    rules, tables = _tables(profile, choice, [starts.index(first) for first, _ in steps])
     ranges = [(first, end, table) for (first, end), table in zip(steps, tables, strict=True)]
     used = plan_density(profile, choice, steps)
     return Plan(
@@ -152,15 +142,7 @@ def write_step_plan(
         schedule=None if len(ranges) == 1 else StepSchedule.of(manifest.num_steps, ranges),
         layout=manifest.layout,
         budgets=(BudgetRecord(metric="density", bound=density, predicted={str(manifest.layout.num_tokens): used}),),
-        certificate=None
-        if solution is None
-        else Certificate(
-            objective=objective,
-            loss=solution.loss,
-            lower_bound=solution.lower_bound,
-            gap=solution.gap,
-            solver="interval dp + lagrangian + highs" if isinstance(solution, StepSolution) else solution.solver,
-        ),
+        certificate=None if solution is None else _certificate(solution, objective),
         provenance={
             "objective": objective,
             "space": manifest.space if space is None else space.name,
@@ -170,6 +152,34 @@ def write_step_plan(
             "versions": manifest.versions,
             **(provenance or {}),
         },
+    )
+
+
+def _tables(
+    profile: DenoisingProfile, choice: Int[ndarray, " U"], places: Sequence[int]
+) -> tuple[dict[str, Rule], list[dict[str, tuple[str, ...]]]]:
+    """The rules of a choice by name, and per range of steps what every module's heads follow; `places` are the profile's ranges."""
+    model = profile.manifest.base_model
+    rules: dict[str, Rule] = {}
+    tables = []
+    for place, layers in zip(places, choice.reshape(len(places), len(model.modules), model.num_heads[0]), strict=True):
+        table = {}
+        for module, heads in zip(model.modules, layers, strict=True):
+            own = [profile.rule_for(place, module, head, int(column)) for head, column in enumerate(heads)]
+            rules |= {rule.label: rule for rule in own}
+            table[module] = tuple(rule.label for rule in own)
+        tables.append(table)
+    return rules, tables
+
+
+def _certificate(solution: Solution | StepSolution, objective: str) -> Certificate:
+    solver = "interval dp + lagrangian + highs" if isinstance(solution, StepSolution) else solution.solver
+    return Certificate(
+        objective=objective,
+        loss=solution.loss,
+        lower_bound=solution.lower_bound,
+        gap=solution.gap,
+        solver=solver,
     )
 
 

@@ -81,14 +81,7 @@ def evaluate(
     Raises:
         SpecError: a variant is called `dense`, the model runs a plan already, no length is given or one exceeds the model's context, or the data do not suffice.
     """
-    if "dense" in plans:
-        raise SpecError("no plan may be called 'dense': dense is always judged beside the plans. Choose another name.")
-    if not lengths or num_sequences < 1:
-        raise SpecError(
-            f"at least one length and one sequence must be judged, but got {list(lengths)}, {num_sequences}."
-        )
-    calibration.check_context(model.config, lengths)
-    require_dense(model)
+    _require_judgeable(model, plans, lengths, num_sequences)
     variants: dict[str, Plan | None] = {"dense": None, **plans}
     results: dict[int, dict[str, VariantMetrics]] = {}
     used: dict[str, str] = {}
@@ -124,6 +117,19 @@ def evaluate(
         tasks=tasks,
         provenance=provenance(model, seed, command),
     )
+
+
+def _require_judgeable(
+    model: "PreTrainedModel", plans: Mapping[str, Plan], lengths: Sequence[int], num_sequences: int
+) -> None:
+    if "dense" in plans:
+        raise SpecError("no plan may be called 'dense': dense is always judged beside the plans. Choose another name.")
+    if not lengths or num_sequences < 1:
+        raise SpecError(
+            f"at least one length and one sequence must be judged, but got {list(lengths)}, {num_sequences}."
+        )
+    calibration.check_context(model.config, lengths)
+    require_dense(model)
 
 
 def held_out_parts(

@@ -201,27 +201,19 @@ def build_schedule(
     Raises:
         SpecError: the tile does not fit the plan's blocks, or the sequences disagree.
     """
-    if len(spans) != len(head_tiles) or not spans:
-        raise SpecError(f"there must be one choice per sequence, but got {len(head_tiles)} for {len(spans)}.")
-    if len({span.grid.causal for span in spans}) > 1 or len({len(choice.of_head) for choice in head_tiles}) > 1:
-        raise SpecError("all sequences of a batch must have the same causality and the same number of heads.")
+    _require_one_batch(spans, head_tiles, num_kv_heads)
     num_heads = len(head_tiles[0].of_head)
-    if num_heads % num_kv_heads:
-        raise SpecError(f"query heads must be a multiple of KV heads, but got {num_heads} and {num_kv_heads}.")
     lists = TileLists(shape, [choice.elements for choice in head_tiles])
-    records = np.concatenate([lists.tiles_of(span, choice) for span, choice in zip(spans, head_tiles, strict=True)])
     group = num_heads // num_kv_heads
-    pair = np.repeat(np.arange(len(spans)), [num_tiles(span.grid, shape) * num_heads for span in spans])
-    pair = pair * num_kv_heads + records[:, 1] // group
+    records = np.concatenate(
+        [lists.tiles_of(span, choice, group) for span, choice in zip(spans, head_tiles, strict=True)]
+    )
+    per_pair = np.repeat([num_tiles(span.grid, shape) * group for span in spans], num_kv_heads)
+    pair = np.repeat(np.arange(len(per_pair)), per_pair)
     used = records[:, 9] > records[:, 8]
     covered = int((records[used, 4] - records[used, 3]).sum())
     if not used.all():
         records, pair = records[used], pair[used]
-    by_queries = (pair * (int(records[:, 7].max(initial=0)) + 1) + records[:, 7]) * np.int64(group) + records[
-        :, 1
-    ] % group
-    order = np.argsort(by_queries, kind="stable")  # heads of a group at the same queries side by side: they share keys
-    records, pair = records[order], pair[order]
     num_blocks = int((records[:, 9] - records[:, 8]).sum())
     records, pair, merges, num_slots = _cut(records, pair, workers.count, num_blocks)
     section = _sections(
@@ -252,6 +244,16 @@ def build_schedule(
     )
 
 
+def _require_one_batch(spans: Sequence[Span], head_tiles: Sequence[HeadTiles], num_kv_heads: int) -> None:
+    if len(spans) != len(head_tiles) or not spans:
+        raise SpecError(f"there must be one choice per sequence, but got {len(head_tiles)} for {len(spans)}.")
+    if len({span.grid.causal for span in spans}) > 1 or len({len(choice.of_head) for choice in head_tiles}) > 1:
+        raise SpecError("all sequences of a batch must have the same causality and the same number of heads.")
+    num_heads = len(head_tiles[0].of_head)
+    if num_heads % num_kv_heads:
+        raise SpecError(f"query heads must be a multiple of KV heads, but got {num_heads} and {num_kv_heads}.")
+
+
 @lru_cache(maxsize=256)
 def schedule_of_rules(
     rules: "tuple[Rule, ...]",
@@ -272,7 +274,8 @@ def schedule_of_rules(
         if rule.dynamic:
             raise SpecError(f"{rule.label} chooses tiles from queries and keys: pass its tiles to build_schedule.")
     distinct = tuple(dict.fromkeys(rules))
-    of_head = tuple(distinct.index(rule) for rule in rules)
+    place = {rule: index for index, rule in enumerate(distinct)}
+    of_head = tuple(place[rule] for rule in rules)
     grids = {span.grid for span in spans}  # each once: the rows of a batch mostly share one
     by_grid = {grid: HeadTiles(torch.stack([r.select(grid) for r in distinct]), of_head) for grid in grids}
     return build_schedule(

@@ -64,25 +64,25 @@ class TileLists:
         """Where each entry's bitmaps start, beside `entries`."""
         return np.concatenate([*self._masks, np.full((1, 2), -1, np.int64)])
 
-    def tiles_of(self, span: "Span", choice: "HeadTiles") -> Ints:
-        """Records of one sequence, head-major."""
+    def tiles_of(self, span: "Span", choice: "HeadTiles", group: int) -> Ints:
+        """Records of one sequence, by KV head, then by query: heads of a group at the same queries side by side, because they share keys."""
         grid, shape = span.grid, self.shape
         count = num_tiles(grid, shape)
         bounds = np.stack([self._bounds(grid, choice, r) for r in range(len(choice.choices))])
-        num_heads = len(choice.of_head)
+        kv_heads = len(choice.of_head) // group
+        of_head = np.array(choice.of_head).reshape(kv_heads, 1, group)
         q_pos = (grid.q_start // shape.rows + np.arange(count)) * shape.rows
-        first = np.maximum(grid.q_start - q_pos, 0)
-        last = np.minimum(grid.kv_len - q_pos, shape.rows)
-        records = np.zeros((num_heads, count, len(TILE_FIELDS)), np.int32)
+        q_pos = q_pos[:, None]
+        records = np.zeros((kv_heads, count, group, len(TILE_FIELDS)), np.int32)
         records[..., 0] = span.batch
-        records[..., 1] = np.arange(num_heads)[:, None]
+        records[..., 1] = np.arange(len(choice.of_head)).reshape(kv_heads, 1, group)
         records[..., 2] = span.q_offset + q_pos - grid.q_start
-        records[..., 3] = first
-        records[..., 4] = last
+        records[..., 3] = np.maximum(grid.q_start - q_pos, 0)
+        records[..., 4] = np.minimum(grid.kv_len - q_pos, shape.rows)
         records[..., 5] = span.k_offset
         records[..., 6] = grid.kv_len
         records[..., 7] = q_pos
-        records[..., 8:10] = bounds[list(choice.of_head)]
+        records[..., 8:10] = bounds[of_head, np.arange(count)[:, None]]
         records[..., 10] = -1
         return records.reshape(-1, len(TILE_FIELDS))
 
@@ -137,9 +137,15 @@ def tile_entries(mask: Bool[Tensor, "M N"], grid: BlockGrid, shape: "TileShape")
     source = halves // block - grid.first_q_block
     real = (source >= 0) & (source < bits.shape[0])
     columns = np.arange(-(-grid.kv_len // keys)) * keys // block
-    present = (bits[np.where(real, source, 0)] & real[:, None])[:, columns].reshape(-1, 2, len(columns))
-    tile, key = np.nonzero(present.any(1))
-    absent = ~present[tile, :, key]
+
+    def half(index: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        chosen: np.ndarray[Any, np.dtype[np.bool_]] = bits[np.where(real, source, 0)[index::2]] & real[index::2, None]
+        return chosen if keys == block else chosen[:, columns]
+
+    upper, lower = half(0), half(1)
+    place = np.flatnonzero(upper | lower)
+    tile, key = np.divmod(place, len(columns))
+    absent = np.stack([~upper.ravel()[place], ~lower.ravel()[place]], 1)
     q_first = np.maximum((grid.q_start // rows + tile) * rows, grid.q_start)
     past = key * keys + keys
     partial = (past > grid.kv_len) | absent.any(1)

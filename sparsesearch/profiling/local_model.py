@@ -51,6 +51,7 @@ def loss_around(
     granularity: Granularity,
     *,
     columns: Sequence[int] | None = None,
+    answer_weight: float = 1.0,
     num_probes: int = 4,
     seed: int = 0,
 ) -> LossAround:
@@ -64,6 +65,7 @@ def loss_around(
         samples: sequences to average over.
         granularity: what a unit is.
         columns: the candidates that are scored, as indices into the profile's, and what `choice` counts in; None: all of them.
+        answer_weight: of the KL at answers, beside ANSWER_KL_WEIGHT.
         num_probes: Fisher probes per sequence.
         seed: of the probes.
     """
@@ -72,7 +74,8 @@ def loss_around(
     per_head = _per_head(profile, choice, granularity)
     per_layer: list[list[Float[Tensor, "R H C"]]] = [[] for _ in profile.manifest.base_model.modules]
     for index, sample in enumerate(samples):
-        found = _products(model, plan, per_head, profile, scored, sample, num_probes, seed + index)
+        weight = _weight(sample, answer_weight)
+        found = _products(model, plan, per_head, profile, scored, sample, weight, num_probes, seed + index)
         for layer, products in enumerate(found):
             per_layer[layer].append(products)
     rows = []
@@ -92,6 +95,7 @@ def _products(
     profile: Profile,
     scored: Sequence[Rule],
     sample: Sample,
+    weight: Float[Tensor, " S"],
     num_probes: int,
     seed: int,
 ) -> list[Float[Tensor, "R H C"]]:
@@ -103,7 +107,7 @@ def _products(
             dense = model(input_ids=sample.input_ids[None].to(model.device), use_cache=False).logits[0].float()
         with apply(model, plan, allow_other_weights=True):
             logits, calls = logits_and_calls(model, sample.input_ids)
-            scalars = _scalars(dense.log_softmax(-1), logits.float().log_softmax(-1), sample, num_probes, seed)
+            scalars = _scalars(dense.log_softmax(-1), logits.float().log_softmax(-1), weight, num_probes, seed)
             outputs = [call.out for call in calls]
             gradients = [
                 torch.autograd.grad(scalar, outputs, retain_graph=index + 1 < len(scalars))
@@ -119,14 +123,24 @@ def _products(
     return found
 
 
+def _weight(sample: Sample, answer_weight: float) -> Float[Tensor, " S"]:
+    """How much the KL at every position counts in J."""
+    positions = sample.answer_mask.nonzero()[:, 0] - 1
+    weight = torch.full((len(sample.input_ids),), 1 / len(sample.input_ids))
+    if len(positions):
+        weight[positions] += ANSWER_KL_WEIGHT * answer_weight / len(positions)
+    return weight
+
+
 def _scalars(
-    dense: Float[Tensor, "S V"], sparse: Float[Tensor, "S V"], sample: Sample, num_probes: int, seed: int
+    dense: Float[Tensor, "S V"],
+    sparse: Float[Tensor, "S V"],
+    weight: Float[Tensor, " S"],
+    num_probes: int,
+    seed: int,
 ) -> list[Tensor]:
     """J of one sequence, and probes whose mean square is its curvature."""
-    positions = sample.answer_mask.nonzero()[:, 0].to(sparse.device) - 1
-    weight = torch.full((len(sparse),), 1 / len(sparse), device=sparse.device)
-    if len(positions):
-        weight[positions] += ANSWER_KL_WEIGHT / len(positions)
+    weight = weight.to(sparse.device)
     kl = (dense.exp() * (dense - sparse)).sum(-1)
     generator = torch.Generator(device=sparse.device).manual_seed(seed)
     labels = torch.multinomial(sparse.detach().exp(), num_probes, replacement=True, generator=generator)

@@ -16,6 +16,12 @@ from sqlalchemy.pool import NullPool
 from sparsesearch.errors import ArtifactError, SpecError
 
 _DRIVERS = {"postgresql+psycopg": "psycopg", "postgresql": "psycopg2", "mysql": "MySQLdb", "redis": "redis"}
+_PACKAGES = {
+    "postgresql+psycopg": "sparsesearch[postgresql]",
+    "redis": "sparsesearch[redis]",
+    "mysql": "mysqlclient",
+}
+"""Scheme -> what brings its driver, where that is not called like the driver."""
 
 
 def open_storage(where: str) -> BaseStorage:
@@ -39,7 +45,7 @@ def open_storage(where: str) -> BaseStorage:
         )
     driver = _DRIVERS.get(scheme)
     if driver is not None and find_spec(driver) is None:
-        hint = {"postgresql+psycopg": "sparsesearch[postgresql]", "redis": "sparsesearch[redis]"}.get(scheme, driver)
+        hint = _PACKAGES.get(scheme, driver)
         also = " (or write postgresql+psycopg://…)" if scheme == "postgresql" else ""
         raise SpecError(
             f"{scheme}:// must have its driver {driver}, which is not installed. Run `pip install '{hint}'`{also}."
@@ -63,6 +69,8 @@ def open_study(where: str, name: str, *, seed: int) -> optuna.Study:
     Raises:
         SpecError: there is no study of that name; the message lists those there are.
     """
+    if "://" not in where and not Path(where).exists():
+        raise SpecError(f"--join must name a study in {where}, but there is no such file. Check --storage or -o.")
     storage = open_storage(where)
     names = sorted(summary.study_name for summary in optuna.get_all_study_summaries(storage))
     if name not in names:

@@ -1,5 +1,6 @@
 """What the committed comparisons claim: at equal measured latency the mixture loses no more than any single family, and less than uniform."""
 
+from math import hypot
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,16 @@ def rows(name: str) -> list[tuple[float, dict[str, Entry]]]:
     return [(float(target), row) for target, row in record.targets.items()]
 
 
+def timing_error(one: Entry, other: Entry) -> float:
+    """Twice the standard error of the difference of their shares of dense's time."""
+    return 2 * hypot(one.share_error, other.share_error)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mixture_takes_the_time_it_was_given(name: str) -> None:
+def test_the_mixture_takes_no_more_time_than_it_was_given(name: str) -> None:
     for target, row in rows(name):
         own = row["mixture"]
-        assert own.at_target
-        assert own.share <= target * 1.02
+        assert target * 0.97 <= own.share <= target * 1.01
         assert len(own.rules) > 1
 
 
@@ -33,26 +38,32 @@ def test_the_mixture_takes_the_time_it_was_given(name: str) -> None:
 def test_the_mixture_loses_no_more_than_any_family_that_is_as_fast(name: str) -> None:
     """Within the paired standard error."""
     for _, row in rows(name):
-        rivals = {family: one for family, one in row.items() if family not in ("mixture", ANSWERS) and one.at_target}
-        assert rivals
-        for family, rival in rivals.items():
+        own = row["mixture"]
+        rivals = {family: one for family, one in row.items() if family not in ("mixture", ANSWERS)}
+        as_fast = {
+            family: one
+            for family, one in rivals.items()
+            if one.at_target or one.share <= own.share + timing_error(own, one)
+        }
+        assert len(as_fast) >= 2
+        for family, rival in as_fast.items():
             assert rival.excess["kl"].mean >= -rival.excess["kl"].standard_error, family
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_family_off_the_target_is_slower_never_faster(name: str) -> None:
-    """What cannot be made as fast shows no loss at equal time; it must not be counted as beaten for being given less."""
-    for target, row in rows(name):
+def test_no_family_is_beaten_for_being_given_less_time(name: str) -> None:
+    """Beyond the error of the clock; what cannot be made as fast is slower and shows no loss at equal time."""
+    for _, row in rows(name):
+        own = row["mixture"]
         for family, one in row.items():
-            assert one.at_target or one.share > target, family
+            assert one.share >= own.share - timing_error(own, one), family
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_uniform_windows_lose_strictly_more(name: str) -> None:
     """By more than twice the paired standard error, though the window is the next slower one where none meets the target."""
-    for target, row in rows(name):
+    for _, row in rows(name):
         uniform = row[UNIFORM]
-        assert uniform.share >= target * 0.98
         assert uniform.excess["kl"].mean > 2 * uniform.excess["kl"].standard_error > 0
 
 
@@ -78,5 +89,15 @@ def test_the_mixture_for_answers_keeps_them_at_two_fifths_of_the_time() -> None:
     assert max(rivals.values()) < kept(row["mixture"]) < kept(row[ANSWERS])
 
 
-def test_there_are_records() -> None:
-    assert NAMES
+def test_on_random_weights_in_the_8b_shape_the_mixture_beats_every_family() -> None:
+    """By more than twice the paired standard error, in both losses, in no more time."""
+    ((target, row),) = rows("llama3-8b-h200.json")
+    assert target == 0.5
+    for family in set(row) - {"mixture"}:
+        for loss in ("kl", "kl_answer"):
+            excess = row[family].excess[loss]
+            assert excess.mean > 2 * excess.standard_error > 0, (family, loss)
+
+
+def test_there_are_records_of_all_three_models() -> None:
+    assert {name.removesuffix("-h200.json") for name in NAMES} >= {"needle-7m", "smollm2", "llama3-8b"}

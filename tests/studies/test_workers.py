@@ -295,9 +295,12 @@ def test_failing_objectives_are_loud(tmp_path: Path) -> None:
 def test_bad_storages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="SQLite"):
         open_storage("sqlite:///x.db")
-    with pytest.raises(SpecError, match="there is no 'nothing': it holds none"):
+    with pytest.raises(SpecError, match="there is no such file"):
         open_study(str(tmp_path / "s.journal"), "nothing", seed=0)
+    assert not (tmp_path / "s.journal").exists(), "to join makes nothing"
     create_study(str(tmp_path / "s.journal"), "s", seed=0)
+    with pytest.raises(SpecError, match="there is no 'nothing': it holds s"):
+        open_study(str(tmp_path / "s.journal"), "nothing", seed=0)
     with pytest.raises(SpecError, match="--join s"):
         create_study(str(tmp_path / "s.journal"), "s", seed=0)
     pytest.importorskip("psycopg")

@@ -1,0 +1,59 @@
+"""What a search found, as tables."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .render import emit_json, lines, table
+
+if TYPE_CHECKING:
+    from sparsesearch.plan import BudgetRecord, Plan
+
+
+def show_search(plan: "Plan", out: Path, json: bool) -> None:
+    """Budgets, rules and what was proved, as tables or JSON."""
+    certificate = plan.certificate
+    assert certificate is not None
+    content = {
+        "plan": str(out),
+        "sha256": plan.sha256,
+        "rules": plan.kind_counts(),
+        "budgets": [record.model_dump(mode="json") for record in plan.budgets],
+        "loss": certificate.loss,
+        "lower_bound": certificate.lower_bound,
+        "gap": certificate.gap,
+        "solver": certificate.solver,
+    }
+    if json:
+        emit_json(content)
+        return
+    rows = [
+        [record.metric, length, *(None if value is None else _amount(record, value) for value in values)]
+        for record in plan.budgets
+        for length, used in record.predicted.items()
+        for values in [(record.bound, used, record.replayed.get(length))]
+    ]
+    if any(record.replayed for record in plan.budgets):
+        table("budgets", ["metric", "length", "bound", "sum of its units", "layers replayed"], rows)
+    else:
+        table("budgets", ["metric", "length", "bound", "plan"], [row[:-1] for row in rows])
+    unmeasured = {record.cost_model for record in plan.budgets if (record.cost_model or "").startswith("roofline:")}
+    if unmeasured:
+        lines(
+            f"{min(map(str, unmeasured))}: nobody has measured this device; its seconds are lower bounds from a datasheet."
+        )
+    table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
+    tried = [trial for trial in plan.provenance.get("refinement", ()) if trial["accepted"]]
+    lines(
+        f"{certificate.objective}: {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})",
+        *(
+            f"replayed on calibration sequences: KL {tried[-1]['kl_text']:.4g} nats per token, {tried[-1]['kl_answer']:.4g} at answers"
+            for _ in tried[:1]
+        ),
+        f"written: {out}",
+    )
+
+
+def _amount(record: "BudgetRecord", value: float) -> str:
+    from sparsesearch.search.budget import Budget
+
+    return Budget(record.metric, record.bound, absolute=record.absolute).amount(float(f"{value:.4g}"))
