@@ -222,6 +222,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "front beyond the context": ("front {good}/profile --lengths 20000 -o {out}/f.json", 1, r"at most 16384 tokens"),
     "metrics on a folder": ("eval {good}/plan.json -o {good}/profile", 1, r"profile must be a file, but is a folder. Name a file in it"),
     "front on a folder": (SEARCH + "density=0.5 --pareto {good}/profile", 1, r"profile must be a file, but is a folder"),
+    "micro-runs of a CPU": ("calibrate --quick --runs {out}/r.json -o {out}/c.json", 2, r"--runs: is for a GPU"),
     "unknown device map": (TRIAL + "--device-map nowhere", 2, r"--device-map: must be one of auto, balanced"),
     "bench of a whole model on a CPU": ("bench model llama3-8b --device cpu -o {out}/b.json", 2, r"--device: must be a CUDA device"),
     "lengths of our own plan": ("convert {good}/plan.json --to moa --lengths 128 -o {out}/c", 2, r"--lengths: is for plans of other systems"),
