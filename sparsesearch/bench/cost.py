@@ -66,7 +66,9 @@ def _rows(bench: Bench, shape: ModelShape | None, parts: Sequence[str], per_shap
     if shape is not None and {"decode", "prefill"} & set(parts):
         model = RandomLlama(shape, bench)
         yield from prefill_runs(model, PREFILLS if "prefill" in parts else ())
-        yield from decode_runs(model, DECODES if "decode" in parts else ())
+        if "decode" in parts:
+            bench.rest()
+            yield from decode_runs(model, DECODES)
         yield from prefill_runs(model, LONG_PREFILLS if "prefill" in parts else ())
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from sparsesearch.bench.attention import BLOCK_TOKENS, PLANS, PlanName, plan_rules
+from sparsesearch.bench.device_state import clock_and_power
 from sparsesearch.bench.timing import provenance
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedKernelError
@@ -147,8 +148,9 @@ def _loaded(attend: Callable[[], None], *, budget_s: float = 0.7) -> dict[str, f
         for _ in range(20):
             attend()
         calls += 20
-        hz.append(torch.cuda.clock_rate() * 1e6)
-        watts.append(torch.cuda.power_draw() * 1e-3)
+        clock_hz, power_w = clock_and_power()
+        hz.append(clock_hz)
+        watts.append(power_w)
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / calls
     half = len(hz) // 2

@@ -31,7 +31,7 @@ CACHE_COPIES = 3
 
 def run(
     *,
-    shapes: Sequence[tuple[int, int]] = ((1, 32768), (1, 131072), (8, 32768), (16, 16384)),
+    shapes: Sequence[tuple[int, int]] = ((1, 32768), (1, 131072), (8, 16384), (8, 32768), (16, 16384)),
     kept: Sequence[float] = (1.0, 0.5, 0.25),
     num_heads: int = 32,
     num_kv_heads: int = 8,

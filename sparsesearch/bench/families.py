@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--at", type=float, nargs="+", default=[0.5], help="shares of dense's time")
     parser.add_argument("--families", nargs="+", default=list(DEFAULT_FAMILIES))
-    parser.add_argument("--num-samples", type=int, default=1, help="of the profile")
-    parser.add_argument("--num-probes", type=int, default=2, help="of the profile")
+    parser.add_argument("--num-samples", type=int, default=2, help="of the profile")
+    parser.add_argument("--num-probes", type=int, default=4, help="of the profile")
     parser.add_argument("--num-sequences", type=int, default=8, help="judged")
     parser.add_argument(
         "--choose-sequences",

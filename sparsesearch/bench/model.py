@@ -62,10 +62,10 @@ def run(
     join_linears(model)
     session = Session(model, plan, request, record, progress)
     with torch.inference_mode():
-        if request.decode_tokens:
-            measure_decode(session)
         for length in request.lengths:
             measure_prefill(session, length)
+        if request.decode_tokens:
+            measure_decode(session)
     if priced_by is None:
         return record
     costs, shape = priced_by

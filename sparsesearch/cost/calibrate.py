@@ -87,7 +87,7 @@ def calibrate_cuda(
     plan = run_plan.QUICK if quick else run_plan.FULL
     bench = micro_bench.Bench("cuda", kernel, dtype, time_share=plan.time_share, seed=seed)
     start = perf_counter()
-    rows, group_s = _measured(bench, plan, runs_out, progress)
+    rows, group_s = measured_rows(bench, plan, runs_out, progress)
     provenance = {
         "seed": seed,
         "quick": quick,
@@ -117,10 +117,10 @@ def calibrate_cuda(
     return DeviceCostModel(table)
 
 
-def _measured(
+def measured_rows(
     bench: "Bench", plan: "RunPlan", runs_out: Path | None, progress: Progress
 ) -> "tuple[list[Row], dict[str, float]]":
-    """The rows of all micro-runs, written even if a later one fails, and the seconds that each group took."""
+    """The rows of all micro-runs, written whenever a group is complete, lest a run cut short lose them; and the seconds of each group."""
     from sparsesearch.cost.device import runs
     from sparsesearch.cost.device.compile_ahead import compile_ahead
 
@@ -129,15 +129,19 @@ def _measured(
     progress("compile", 0, total)
     compile_ahead(bench, plan)
     group_s, before = {"compile": perf_counter() - start}, perf_counter()
-    try:
-        for row in runs.all_runs(bench, plan):
-            rows.append(row)
-            group_s[row["group"]] = group_s.get(row["group"], 0.0) + perf_counter() - before
-            before = perf_counter()
-            progress("calibrate", min(len(rows), total), total)
-    finally:
+
+    def keep() -> None:
         if runs_out is not None:
             write_bytes(runs_out, canonical_json({"runs": rows}).encode())
+
+    for row in runs.all_runs(bench, plan):
+        if rows and row["group"] != rows[-1]["group"]:
+            keep()
+        rows.append(row)
+        group_s[row["group"]] = group_s.get(row["group"], 0.0) + perf_counter() - before
+        before = perf_counter()
+        progress("calibrate", min(len(rows), total), total)
+    keep()
     return rows, group_s
 
 

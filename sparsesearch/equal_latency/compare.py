@@ -28,6 +28,7 @@ from sparsesearch.evaluate.task_metrics import SuiteSpec, TaskMetrics
 from sparsesearch.evaluate.timing import Stopwatch
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.record import Profile
+from sparsesearch.refinement import true_loss
 from sparsesearch.runtime.live import AppliedPlan, apply
 from sparsesearch.workload import Workload
 
@@ -206,6 +207,7 @@ def excess(found: Comparison, first: Comparison, num_needles: int) -> dict[str, 
     pairs = {
         "kl": (found.kl_text - first.kl_text)[needles],
         "kl_answer": (found.kl_answer - first.kl_answer)[needles],
+        "loss": (true_loss(found) - true_loss(first))[needles],
         "needle_error": (first.needle - found.needle)[needles],
         "heldout_loss": (found.loss - first.loss)[text],
     }

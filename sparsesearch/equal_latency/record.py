@@ -33,7 +33,7 @@ class Entry(_Frozen):
     quality: VariantMetrics
     excess: dict[str, Estimate] = Field(
         description="metric -> this family's loss minus the first family's, paired over sequences; positive is worse. `kl`: over all "
-        "positions; `kl_answer`; `heldout_loss`; `needle_error`: share of questions missed"
+        "positions; `kl_answer`; `loss`: `kl` + 0.1 x `kl_answer`, by which plans are chosen; `heldout_loss`; `needle_error`: share of questions missed"
     )
     menu: str | None = Field(
         None,

@@ -180,7 +180,7 @@ class Search:
             ladder_of,
             target,
             self._clocked,
-            favoured=(setting.families[0], *favoured),
+            favoured=(setting.families[0], ANSWERS, *favoured),
             start={**self._predicted_start(unknown, target), **start},
             tolerance=setting.tolerance,
             most_tries=MOST_PROBES,
@@ -213,15 +213,16 @@ class Search:
         """Where families stand after the first climb.
 
         Every searched rival that is as fast as the target, and for the family on trial what is `chosen` among the parts of its space that are as
-        fast, its rivals' among them; its fastest part, if nothing is.
+        fast, its rivals' among them. Where none is, the fastest part says how fast.
         """
-        first, most = self.setting.families[0], target * (1 + self.setting.tolerance)
+        first, fastest = self.setting.families[0], min(rungs[part].share for part in parts)
+        most = max(target, fastest) * (1 + self.setting.tolerance)
         found = {}
         for family in own:
             if family != UNIFORM and rungs[family].share <= most:
                 self.progress(f"choose {target:g}x, {family}", 0, 1)
                 found[family] = judge.standing(family, family, own[family], rungs[family])
-        fast = [part for part in parts if rungs[part].share <= most] or [min(parts, key=lambda part: rungs[part].share)]
+        fast = [part for part in parts if rungs[part].share <= most]
         candidates = []
         for number, part in enumerate(fast):
             self.progress(f"choose {target:g}x, {part}", number, len(fast))

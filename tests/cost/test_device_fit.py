@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from sparsesearch.cost import DecodeWork, load_cost_model
-from sparsesearch.cost.calibrate import calibrate, short_name
+from sparsesearch.cost.calibrate import calibrate, measured_rows, short_name
 from sparsesearch.cost.device import compile_ahead, corrections, layer_probes, micro_bench, run_plan, runs
 from sparsesearch.cost.device.fit import case_load, fit_tiles, fitted
 from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
-from sparsesearch.cost.device.refit import refitted
+from sparsesearch.cost.device.refit import joined, refitted
 from sparsesearch.cost.device.tile_cases import TileCase, tile_cases
 from sparsesearch.cost.layer_parts import fused_widths, parts_s
 from sparsesearch.errors import SpecError
@@ -146,6 +146,28 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     assert once_more.provenance["refitted"]
     assert once_more.model_copy(update={"provenance": model.table.provenance}) == model.table
     assert {"layer_decode", "layer_prefill", "tiles", "gemm", "skinny"} <= {row["group"] for row in again}
+
+
+def test_groups_that_were_measured_again_replace_the_earlier_ones() -> None:
+    old = [{"group": "peak", "seconds": 1.0}, {"group": "tiles", "seconds": 2.0}, {"group": "tiles", "seconds": 3.0}]
+    rows, again = joined([old, [{"group": "tiles", "seconds": 4.0}, {"group": "dense", "seconds": 5.0}]])
+    assert [(row["group"], row["seconds"]) for row in rows] == [("peak", 1.0), ("tiles", 4.0), ("dense", 5.0)]
+    assert again == {"tiles", "dense"}
+    assert joined([old]) == (old, set())
+
+
+def test_a_calibration_cut_short_leaves_its_complete_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cut(bench: micro_bench.Bench, plan: run_plan.RunPlan) -> Iterator[micro_bench.Row]:
+        yield {"group": "peak", "seconds": 1.0}
+        yield {"group": "tiles", "seconds": 1.0}
+        assert json.loads((tmp_path / "runs.json").read_text()) == {"runs": [{"group": "peak", "seconds": 1.0}]}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "all_runs", cut)
+    monkeypatch.setattr(compile_ahead, "compile_ahead", lambda bench, plan: None)
+    bench = micro_bench.Bench("cpu", "triton", torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        measured_rows(bench, run_plan.QUICK, tmp_path / "runs.json", lambda *_: None)
 
 
 class Measured(NamedTuple):

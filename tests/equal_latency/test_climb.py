@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from sparsesearch.equal_latency.climb import Times, climb, shares_of
+from sparsesearch.equal_latency.settle import Search, Setting
 from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.sink_window import SinkWindow
@@ -95,3 +96,21 @@ def test_past_the_deadline_the_nearest_known_plan_stands() -> None:
     found = climb({"a": Steps(1000), "b": Steps(500)}, 0.5, clock, tolerance=1e-6, deadline=0.0)
     assert set(found) == {"a", "b"}
     assert clock.measured == 2, "one measurement each"
+
+
+def test_of_several_joint_measurements_the_one_nearest_to_the_target_stands() -> None:
+    """While budgets move the clock is right; the measurements of all plans together are off by 3, 2 and 5 per cent."""
+    off, joint = iter([1.03, 0.98, 1.05]), []
+
+    def stopwatch(plans: Mapping[str, Plan | None], *, rounds: int, **_: object) -> Times:
+        by = next(off) if rounds == 9 else 1.0
+        joint.extend([by] if rounds == 9 else [])
+        return {name: [1.0 if plan is None else by * width_of(plan) / 1000] * 3 for name, plan in plans.items()}
+
+    setting = Setting((0.5,), ("ours", "theirs"), rounds=1, final_rounds=9)
+    search = Search({"ours": Steps(1000), "theirs": Steps(1000)}, stopwatch, setting, None, lambda *_: None)  # type: ignore[arg-type]
+    found = search.settled(0.5, {})
+    assert joint == [1.03, 0.98, 1.05]
+    for name in setting.families:
+        assert abs(found.rungs[name].share / 0.5 - 1) <= 0.03
+        assert found.times[name][0] == pytest.approx(found.rungs[name].share)

@@ -34,7 +34,9 @@ def test_families_meet_and_are_compared_pairwise(
     assert row["mixture"].at_target
     for entry in row.values():
         assert entry.share >= 0.6 * 0.95, "nobody gets an easier target than the first"
-        assert set(entry.excess) == {"kl", "kl_answer", "needle_error", "heldout_loss"}
+        assert set(entry.excess) == {"kl", "kl_answer", "loss", "needle_error", "heldout_loss"}
+        parts = (entry.excess[name].mean for name in ("kl", "kl_answer", "loss"))
+        assert next(parts) + 0.1 * next(parts) == pytest.approx(next(parts), abs=1e-12)
     assert row["mixture"].excess["kl"].mean == 0.0
     own, theirs = row["mixture"].quality.kl_text.mean, row["MoA"].quality.kl_text.mean
     assert row["MoA"].excess["kl"].mean == pytest.approx(theirs - own, abs=1e-12)

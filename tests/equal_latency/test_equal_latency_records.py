@@ -1,5 +1,6 @@
 """What the committed comparisons claim: at equal measured latency the mixture loses no more than any single family, and less than uniform."""
 
+from math import hypot
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,16 @@ def rows(name: str) -> list[tuple[float, dict[str, Entry]]]:
     return [(float(target), row) for target, row in record.targets.items()]
 
 
+def timing_error(one: Entry, other: Entry) -> float:
+    """Twice the standard error of the difference of their shares of dense's time."""
+    return 2 * hypot(one.share_error, other.share_error)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mixture_takes_the_time_it_was_given(name: str) -> None:
+def test_the_mixture_takes_no_more_time_than_it_was_given(name: str) -> None:
     for target, row in rows(name):
         own = row["mixture"]
-        assert own.at_target
-        assert own.share <= target * 1.02
+        assert target * 0.97 <= own.share <= target * 1.01
         assert len(own.rules) > 1
 
 
@@ -33,36 +38,43 @@ def test_the_mixture_takes_the_time_it_was_given(name: str) -> None:
 def test_the_mixture_loses_no_more_than_any_family_that_is_as_fast(name: str) -> None:
     """Within the paired standard error."""
     for _, row in rows(name):
-        rivals = {family: one for family, one in row.items() if family not in ("mixture", ANSWERS) and one.at_target}
-        assert rivals
-        for family, rival in rivals.items():
+        own = row["mixture"]
+        rivals = {family: one for family, one in row.items() if family not in ("mixture", ANSWERS)}
+        as_fast = {
+            family: one
+            for family, one in rivals.items()
+            if one.at_target or one.share <= own.share + timing_error(own, one)
+        }
+        assert len(as_fast) >= 2
+        for family, rival in as_fast.items():
             assert rival.excess["kl"].mean >= -rival.excess["kl"].standard_error, family
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_family_off_the_target_is_slower_never_faster(name: str) -> None:
-    """What cannot be made as fast shows no loss at equal time; it must not be counted as beaten for being given less."""
-    for target, row in rows(name):
+def test_no_family_is_beaten_for_being_given_less_time(name: str) -> None:
+    """Beyond the error of the clock; what cannot be made as fast is slower and shows no loss at equal time."""
+    for _, row in rows(name):
+        own = row["mixture"]
         for family, one in row.items():
-            assert one.at_target or one.share > target, family
+            assert family == ANSWERS or one.share >= own.share - timing_error(own, one), family
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_uniform_windows_lose_strictly_more(name: str) -> None:
     """By more than twice the paired standard error, though the window is the next slower one where none meets the target."""
-    for target, row in rows(name):
+    for _, row in rows(name):
         uniform = row[UNIFORM]
-        assert uniform.share >= target * 0.98
         assert uniform.excess["kl"].mean > 2 * uniform.excess["kl"].standard_error > 0
 
 
-def test_the_mixture_for_answers_keeps_them_at_two_fifths_of_the_time() -> None:
-    """Of the tasks that dense answers, at least 0.95; every single family keeps less.
+@pytest.mark.parametrize(("name", "least"), [("smollm2-earlier-h200.json", 0.95), ("smollm2-h200.json", 0.92)])
+def test_the_mixture_for_answers_keeps_more_of_them_than_any_family(name: str, least: float) -> None:
+    """Of the 56 questions that dense answers, at two fifths of its time: 54 before losses were moderated, 52 since; the error is about 2.
 
     The profile: `sparsesearch profile SmolLM2-135M-Instruct.Q4_1.gguf --block-tokens 128 --lengths 4096 --num-samples 12 --device cuda
     --dtype bfloat16 --data tasks:needle,needle_word,multikey,multikey_word:sentence`.
     """
-    ((target, row),) = rows("smollm2-h200.json")
+    ((target, row),) = rows(name)
     assert target == 0.4
     assert set(row[ANSWERS].answered) == {"needle", "needle_word"}
 
@@ -72,11 +84,35 @@ def test_the_mixture_for_answers_keeps_them_at_two_fifths_of_the_time() -> None:
 
     assert row[ANSWERS].at_target
     assert row[ANSWERS].share <= 0.4
-    assert kept(row[ANSWERS]) >= 0.95
+    assert kept(row[ANSWERS]) >= least
     rivals = {family: kept(entry) for family, entry in row.items() if family not in ("mixture", ANSWERS)}
     assert len(rivals) == 4
     assert max(rivals.values()) < kept(row["mixture"]) < kept(row[ANSWERS])
 
 
-def test_there_are_records() -> None:
-    assert NAMES
+def test_on_smollm2_no_family_loses_less_at_the_same_time() -> None:
+    """All but two within half a per cent of each other's time. MoA's loss over all positions is equal within its error, at answers it is higher by
+    more than twice that, and so is the loss by which plans are chosen; every other family loses more over all positions too."""
+    ((_, row),) = rows("smollm2-h200.json")
+    own = row["mixture"]
+    for family in {"MoA", "DuoAttention", ANSWERS}:
+        assert row[family].share == pytest.approx(own.share, rel=0.006)
+    for family in set(row) - {"mixture", ANSWERS}:
+        text, answers = (row[family].excess[loss] for loss in ("kl", "kl_answer"))
+        assert text.mean + 0.1 * answers.mean > 0, family
+        assert answers.mean > 2 * answers.standard_error > 0, family
+        assert family == "MoA" or text.mean > 2 * text.standard_error > 0, family
+
+
+def test_on_random_weights_in_the_8b_shape_the_mixture_beats_every_family() -> None:
+    """By more than twice the paired standard error, in both losses, in no more time."""
+    ((target, row),) = rows("llama3-8b-h200.json")
+    assert target == 0.5
+    for family in set(row) - {"mixture"}:
+        for loss in ("kl", "kl_answer"):
+            excess = row[family].excess[loss]
+            assert excess.mean > 2 * excess.standard_error > 0, (family, loss)
+
+
+def test_there_are_records_of_all_three_models() -> None:
+    assert {name.removesuffix("-h200.json") for name in NAMES} >= {"needle-7m", "smollm2", "llama3-8b"}

@@ -3,9 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from sparsesearch.bench import device_state
 from sparsesearch.bench.counters import CASES, COUNTERS, parse, run
 from sparsesearch.errors import UnsupportedKernelError
 
@@ -35,6 +39,43 @@ def test_without_ncu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UnsupportedKernelError, match="Nsight Compute"):
         run()
+
+
+class Driver:
+    """Answers as NVIDIA's library does: status 0, values through pointers."""
+
+    nvmlInit_v2 = staticmethod(lambda: 0)
+    refused = 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:
+        assert uuid == b"GPU-12-34"
+        handle._obj.value = 7
+        return self.refused
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, mhz: Any) -> int:
+        assert (handle.value, kind) == (7, 1)
+        mhz._obj.value = 1755
+        return 0
+
+    def nvmlDeviceGetPowerUsage(self, handle: Any, milliwatts: Any) -> int:
+        assert handle.value == 7
+        milliwatts._obj.value = 684_000
+        return 0
+
+
+def test_clock_and_power_are_in_our_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(device_state, "_library", lambda _: driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    assert device_state.clock_and_power() == (1755e6, 684.0)
+    driver.refused = 4
+    with pytest.raises(UnsupportedKernelError, match="returned 4"):
+        device_state.clock_and_power()
+
+
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(UnsupportedKernelError, match="no-such-library"):
+        device_state._library("no-such-library")
 
 
 def test_the_record_covers_the_cases() -> None:

@@ -1,7 +1,7 @@
 """A device, what runs on it, and the time that a case may take."""
 
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from sparsesearch.kernels.schedule import Workers
 Row = dict[str, Any]
 HOST_BYTES = float(1 << 33)
 SETTLE_S = 3.0
+REST_S = 2.0
 
 
 class Bench:
@@ -51,6 +52,11 @@ class Bench:
             for _ in range(10):
                 torch.matmul(a, a)
             torch.cuda.synchronize()
+
+    def rest(self, seconds: float = REST_S) -> None:
+        """Let a GPU at its power limit find its clock again: for about a second afterwards, small kernels take up to a tenth longer."""
+        if torch.device(self.device).type == "cuda":
+            sleep(seconds)
 
     def row(self, group: str, timed: Timed, **values: Any) -> Row:
         """One result."""

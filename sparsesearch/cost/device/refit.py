@@ -1,6 +1,6 @@
-"""Fit an accelerator's micro-runs again, without the device: after a change of the fit, or to see what a run is worth.
+"""Fit an accelerator's micro-runs again, without the device: after a change of the fit, when some were measured again, or to see what a run is worth.
 
-    python -m sparsesearch.cost.device.refit --runs h200.runs.json --model cost_models/h200.json --json cost_models/h200.json
+    python -m sparsesearch.cost.device.refit --runs h200.runs.json [later.json ...] --model cost_models/h200.json --json cost_models/h200.json
 
 The runs are those that `sparsesearch calibrate --device cuda --runs` wrote; device and provenance are taken from the model that it wrote.
 """
@@ -17,8 +17,9 @@ from sparsesearch.cost.device.table import DeviceTable
 from sparsesearch.kernels.schedule import Workers
 
 
-def refitted(table: DeviceTable, rows: Sequence[Row]) -> DeviceTable:
-    """The model of the same device from these rows."""
+def refitted(table: DeviceTable, rows: Sequence[Row], *, again: Sequence[str] = ()) -> DeviceTable:
+    """The model of the same device from these rows; `again` names the groups that were measured later than the rest."""
+    later = {"measured_again": sorted(again)} if again else {}
     return fitted(
         rows,
         name=table.name,
@@ -27,18 +28,36 @@ def refitted(table: DeviceTable, rows: Sequence[Row]) -> DeviceTable:
         workers=Workers(table.num_workers, table.l2_bytes),
         memory_bytes=table.memory_bytes,
         dtype_bytes=table.dtype_bytes,
-        provenance=table.provenance | {"refitted": True},
+        provenance=table.provenance | {"refitted": True} | later,
     )
+
+
+def joined(runs: Sequence[Sequence[Row]]) -> tuple[list[Row], set[str]]:
+    """One list of several: of a group that more than one has measured, the last one's rows; and which groups that are."""
+    first, *others = runs
+    rows, again = list(first), set()
+    for other in others:
+        groups = {row["group"] for row in other}
+        rows = [row for row in rows if row["group"] not in groups] + list(other)
+        again |= groups
+    return rows, again
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, required=True, help="micro-runs of the device")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="micro-runs of the device; later files' groups replace earlier ones'",
+    )
     parser.add_argument("--model", type=Path, required=True, help="cost model of the same device")
     parser.add_argument("--json", type=Path, required=True, help="where to write the model")
     given = parser.parse_args()
-    refitted(DeviceTable.load(given.model), json.loads(read_text(given.runs))["runs"]).save(given.json)
+    rows, again = joined([json.loads(read_text(path))["runs"] for path in given.runs])
+    refitted(DeviceTable.load(given.model), rows, again=sorted(again)).save(given.json)
 
 
 if __name__ == "__main__":
