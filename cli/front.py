@@ -1,7 +1,7 @@
 """The command that measures families of plans: over a row of densities, or at equal measured latency."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -9,6 +9,11 @@ from . import options as o
 from .errors import guarded
 from .front_latency import at_latency, show
 from .render import emit_json, progress_bar, table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsesearch.profiling.record import Profile
 
 TIMES = "With --at"
 OF_TIMES = (
@@ -130,9 +135,9 @@ def front(
 
 
 def _at_densities(
-    live: object,
-    tokenizer: object,
-    profile: object,
+    live: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    profile: "Profile",
     families: list[str] | None,
     densities: list[float],
     lengths: list[int],
@@ -148,9 +153,9 @@ def _at_densities(
 
     with progress_bar() as progress:
         metrics = measure_front(
-            live,  # type: ignore[arg-type]
-            tokenizer,  # type: ignore[arg-type]
-            profile,  # type: ignore[arg-type]
+            live,
+            tokenizer,
+            profile,
             families=families or ALL_FAMILIES,
             densities=densities,
             lengths=lengths,

@@ -11,16 +11,19 @@ from .render import emit_json, lines, progress_bar, table
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from sparsesearch.calibration import Calibration
     from sparsesearch.cost import CostModel
     from sparsesearch.equal_latency.record import Entry, EqualLatency
     from sparsesearch.evaluate import SuiteSpec
+    from sparsesearch.profiling.record import Profile
 
 
 def at_latency(
-    live: object,
-    tokenizer: object,
-    profile: object,
+    live: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    profile: "Profile",
     families: list[str] | None,
     at: str,
     *,
@@ -51,19 +54,19 @@ def at_latency(
         _targets(at), families or DEFAULT_FAMILIES, batch, part, rounds=max(1, rounds // 2), final_rounds=rounds,
         time_limit_s=time_limit_s, steps=steps, seed=seed,
     )  # fmt: skip
-    parts = held_out_parts(tokenizer, lengths[0], num_sequences, seed=seed)  # type: ignore[arg-type]
-    fresh = _fresh(choose, tokenizer, lengths[0], profile.manifest.seed)  # type: ignore[attr-defined]
+    parts = held_out_parts(tokenizer, lengths[0], num_sequences, seed=seed)
+    fresh = _fresh(choose, tokenizer, lengths[0], profile.manifest.seed)
     with progress_bar() as progress:
         return compare_at_latency(
-            live,  # type: ignore[arg-type]
-            profile,  # type: ignore[arg-type]
+            live,
+            profile,
             setting,
             _priced(cost_model, live),
             [sample for each in parts[:-1] for sample in each.samples],
             parts[-1].samples,
             choose_on=[sample for each in fresh for sample in each.samples],
             suite=suite,
-            tokenizer=tokenizer,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
             data={each.description: each.id for each in (*parts, *fresh)},
             command=o.command_line(),
             begun=EqualLatency.load(out) if resume and out.exists() else None,
@@ -72,14 +75,16 @@ def at_latency(
         )
 
 
-def _fresh(choose: tuple[str, int], tokenizer: object, length: int, profiled_seed: int) -> "list[Calibration]":
+def _fresh(
+    choose: tuple[str, int], tokenizer: "PreTrainedTokenizerBase", length: int, profiled_seed: int
+) -> "list[Calibration]":
     """Calibration sequences of another seed than the profile's; none if none are asked for."""
     from sparsesearch import calibration
 
     spec, count = choose
     if count == 0:
         return []
-    return [calibration.load(spec, tokenizer, length_tokens=length, num_samples=count, seed=profiled_seed + 1)]  # type: ignore[arg-type]
+    return [calibration.load(spec, tokenizer, length_tokens=length, num_samples=count, seed=profiled_seed + 1)]
 
 
 def _targets(at: str) -> list[float]:
@@ -89,12 +94,12 @@ def _targets(at: str) -> list[float]:
     return o.parsed_shares(bounds.replace("x", ""), "--at")
 
 
-def _priced(cost_model: str | None, live: object) -> "CostModel":
+def _priced(cost_model: str | None, live: "PreTrainedModel") -> "CostModel":
     from sparsesearch.cost import load_cost_model
     from sparsesearch.cost.shipped import shipped_for
     from sparsesearch.errors import SpecError
 
-    found = load_cost_model(cost_model) if cost_model else shipped_for(live.device)  # type: ignore[attr-defined]
+    found = load_cost_model(cost_model) if cost_model else shipped_for(live.device)
     if found is None:
         raise SpecError(
             "a cost model of this device must be known, but nobody has measured it. Run `sparsesearch calibrate --device cuda` and pass "

@@ -252,6 +252,7 @@ def validate_proxy(
 
 
 def calibrate(
+    context: typer.Context,
     device: Annotated[str, typer.Option(help="Device to measure: cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; <device>.json by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths and repeats, for a first look.")] = False,
@@ -261,6 +262,8 @@ def calibrate(
     json: o.Json = False,
 ) -> None:
     """Measure what attention costs here, and on a GPU what whole layers cost."""
+    if device == "cpu":
+        o.refuse_given(context, "is for a GPU, whose micro-runs are kept apart from the fit", "runs")
     from sparsesearch.cost.calibrate import calibrate as run
 
     path = out or Path(f"{device}.json")

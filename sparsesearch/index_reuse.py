@@ -130,12 +130,14 @@ def _solve(
     if not limited:
         raise SpecError("some budget must name a profiled length, but none does.")
     dense = sum(lane.cost[:, 0].sum(0) for lane in lanes)
-    bounds = [
-        min(budget.bound for budget in question.budgets if budget.metric == metric and budget.holds_at(length))
+    asked = [
+        min(
+            (own for own in question.budgets if own.metric == metric and own.holds_at(length)),
+            key=lambda own: own.bound,
+        )
         for metric, length in limited
     ]
-    limit = np.array(bounds) * dense
-    solution = solve_lanes(lanes, limit)
+    solution = solve_lanes(lanes, np.array([budget.bound for budget in asked]) * dense, asked=asked)
     return _plan(question, heads, lanes, solution, limited, solution.cost / dense), solution.loss
 
 

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any
 
 import hypothesis
@@ -24,6 +25,10 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("same everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("same everywhere")
 transformers.utils.logging.disable_progress_bar()
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from quick_interpreter import patch_once_per_launch
+
+    patch_once_per_launch()
 
 NEEDLE_7M = str(files("sparsesearch") / "presets" / "models" / "needle-7m")
 

@@ -1,6 +1,7 @@
 """What a profile would take, from the model's configuration alone: no weights are read."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,6 +13,7 @@ from sparsesearch.calibration import check_context
 from sparsesearch.errors import SpecError
 from sparsesearch.presets import preset_names, preset_path
 from sparsesearch.profiling.losses import CHUNK_LOGITS, LEAST_ROWS
+from sparsesearch.runtime.fingerprint import attention_sites
 from sparsesearch.search_space import SearchSpace
 
 _MIB = 1 << 20
@@ -37,11 +39,17 @@ def estimate(
 
     Raises:
         SpecError: the source has no configuration to read (a GGUF file, or no model at all), or a length exceeds its context.
+        UnsupportedModelError: its attention has something no rule can express.
     """
     config = _config(source, revision, trust_remote_code)
     check_context(config, lengths)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    if len(space.candidates) > 1:
+        with suppress(
+            RuntimeError
+        ):  # layers that need values, which meta tensors lack, are judged when the model is loaded
+            attention_sites(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = config.get_text_config()
     layers, heads, hidden = text.num_hidden_layers, text.num_attention_heads, text.hidden_size

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsesearch.errors import BudgetInfeasibleError
+from sparsesearch.search.budget import Budget
+from sparsesearch.search.feasible import round_up
 from sparsesearch.search.lagrangian import ROUNDING, Cuts, ascend
 from sparsesearch.search.layer_dp import Lane, LanePath, priced_path
 from sparsesearch.search.layer_labels import SLACK, LanePlan, fits, search_labels
@@ -42,6 +44,7 @@ def solve_lanes(
     lanes: Sequence[Lane],
     limit: Float[ndarray, " K"],
     *,
+    asked: Sequence[Budget] | None = None,
     gap_target: float = 1e-4,
     max_labels: int = 50_000,
     time_limit_s: float = 10.0,
@@ -51,6 +54,7 @@ def solve_lanes(
     Args:
         lanes: with the same K resources.
         limit: of the lanes' summed cost, in the same absolute units; positive.
+        asked: the budget behind each limit, for messages; None: limits are called by their place.
         gap_target: relative gap at which labels are dropped; 0 asks for the optimum.
         max_labels: partial plans kept per layer.
         time_limit_s: of the label search; past it the dual's gap is stated.
@@ -61,10 +65,10 @@ def solve_lanes(
     cheapest = [_plan(lanes, np.eye(len(limit))[k], losses=False) for k in range(len(limit))]
     floor = np.array([plan.cost[k] for k, plan in enumerate(cheapest)])
     if (floor > limit * (1 + SLACK)).any():
-        raise BudgetInfeasibleError(_infeasible(floor, limit))
+        raise BudgetInfeasibleError(_infeasible(floor, limit, asked))
     prices, bound, plans = _maximise(lanes, limit, cheapest, tolerance=max(gap_target / 50, 1e-9))
     if bound > _most(lanes):
-        raise BudgetInfeasibleError(_infeasible(floor, limit))
+        raise BudgetInfeasibleError(_infeasible(floor, limit, asked))
     best = _within_limits(lanes, limit, plans, prices, bound, gap_target)
     if best is not None and gap_target > 0 and relative_gap(best.loss, bound) <= gap_target:
         return LaneSolution(
@@ -86,7 +90,7 @@ def solve_lanes(
             break
     found = best
     if found is None:
-        raise BudgetInfeasibleError(_infeasible(floor, limit))
+        raise BudgetInfeasibleError(_infeasible(floor, limit, asked))
     lower_bound = min(max(bound, dropped if complete else bound), found.loss)
     if found.loss - lower_bound <= 1e-12 * abs(found.loss):
         lower_bound = found.loss
@@ -172,8 +176,10 @@ def _maximise(
     return best.prices / limit, best.bound, plans
 
 
-def _infeasible(floor: Float[ndarray, " K"], limit: Float[ndarray, " K"]) -> str:
-    least = ", ".join(
-        f"{value / bound:.4g} of limit {index}" for index, (value, bound) in enumerate(zip(floor, limit, strict=True))
-    )
-    return f"some plan must keep every limit, but the cheapest paths use {least}. Raise the budget."
+def _infeasible(floor: Float[ndarray, " K"], limit: Float[ndarray, " K"], asked: Sequence[Budget] | None) -> str:
+    if asked is None:
+        least = ", ".join(f"{share:.4g} of limit {index}" for index, share in enumerate(floor / limit))
+        return f"some plan must keep every limit, but the cheapest paths use {least}. Raise the budget."
+    values = zip(asked, floor / limit, strict=True)
+    least = ", ".join(f"{one.metric}={one.amount(round_up(one.bound * share))}" for one, share in values)
+    return f"no plan fits {' and '.join(map(str, asked))}: the smallest values, each by itself, are {least}. Raise the budget or add sparser rules."

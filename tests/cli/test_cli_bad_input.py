@@ -66,6 +66,16 @@ def bad(corridor: Path, run: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     for name in ("unfinished", "damaged"):
         shutil.copytree(corridor / "profile", folder / name)
     (folder / "unfinished" / "profile.json").unlink()
+    capped = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+    }
+    transformers.AutoConfig.for_model("gemma2", head_dim=16, intermediate_size=32, **capped).save_pretrained(
+        folder / "capped"
+    )
     (folder / "removals").mkdir()
     (folder / "removals" / "pruning.json").write_text("{}")
     scores = folder / "damaged" / "scores-256.safetensors"
@@ -222,6 +232,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "front beyond the context": ("front {good}/profile --lengths 20000 -o {out}/f.json", 1, r"at most 16384 tokens"),
     "metrics on a folder": ("eval {good}/plan.json -o {good}/profile", 1, r"profile must be a file, but is a folder. Name a file in it"),
     "front on a folder": (SEARCH + "density=0.5 --pareto {good}/profile", 1, r"profile must be a file, but is a folder"),
+    "micro-runs of a CPU": ("calibrate --quick --runs {out}/r.json -o {out}/c.json", 2, r"--runs: is for a GPU"),
     "unknown device map": (TRIAL + "--device-map nowhere", 2, r"--device-map: must be one of auto, balanced"),
     "bench of a whole model on a CPU": ("bench model llama3-8b --device cpu -o {out}/b.json", 2, r"--device: must be a CUDA device"),
     "lengths of our own plan": ("convert {good}/plan.json --to moa --lengths 128 -o {out}/c", 2, r"--lengths: is for plans of other systems"),
@@ -264,6 +275,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "metrics are missing": ("report {good}/plan.json {bad}/none.json -o {out}/r.html", 1, r"none.json must exist"),
     "baseline is a plan": ("check {good}/plan.json --baseline {good}/plan.json", 1, r"must have format 'sparsesearch.metrics'"),
     # models
+    "model soft-caps, before its weights are read": ("profile {bad}/capped --dry-run", 5, r"Gemma2ForCausalLM cannot run a sparse plan: soft-capped scores"),
     "model is missing": ("profile ./no/such/model -o {out}/profile", 1, r"no such file or directory"),
     "model is a text file": ("profile {bad}/notes.md -o {out}/profile", 1, r"model directory or a .gguf file"),
     "model folder has no config": ("profile {good} -o {out}/profile", 1, r"has no config.json"),

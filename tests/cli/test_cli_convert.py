@@ -33,12 +33,13 @@ def test_a_minference_file_becomes_a_plan_that_runs(run: Any, run_json: Any, tmp
     ("arguments", "code", "sentence"),
     [
         (["--from", "minference", "-o", "{tmp}/plan.json"], 1, "name it with --model"),
-        (["--from", "minference", "--model", "needle-7m", "-o", "{tmp}/in.json"], 1, "must not exist yet"),
+        (["--from", "minference", "--model", "needle-7m", "-o", "{tmp}/taken.json"], 1, "must not exist yet"),
         (["--from", "minference", "--model", "needle-7m", "-o", "{tmp}/plan.json"], 5, "query heads for needle-7m"),
         (["--from", "mimference", "-o", "{tmp}/plan.json"], 2, "mimference"),
     ],
 )
 def test_what_is_refused(run: Any, tmp_path: Path, arguments: list[str], code: int, sentence: str) -> None:
-    (tmp_path / "in.json").write_text("[{}]")
+    for name in ("in.json", "taken.json"):
+        (tmp_path / name).write_text("[{}]")
     result = run("convert", tmp_path / "in.json", *(part.format(tmp=tmp_path) for part in arguments), code=code)
     assert sentence in " ".join(result.stderr.split())

@@ -18,7 +18,7 @@ from sparsesearch.presets import preset_path
 def test_quickstart_leaves_everything_and_says_what_it_found(
     run_json: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quickstart, "TIMED_LENGTH_TOKENS", 1024)  # 4096 take half a minute
+    monkeypatch.setattr(quickstart, "TIMED_LENGTH_TOKENS", 512)  # 4096 take half a minute
     out = tmp_path / "quickstart"
     with monkeypatch.context() as patch:
         patch.setattr(quickstart, "refine", lambda *_, **__: signal.raise_signal(signal.SIGINT))

@@ -14,14 +14,19 @@ from sparsesearch.plan import Plan
 def test_a_workload_and_budgets_of_every_kind(
     corridor: Path, run_json: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coarse = partial(
-        planning.surface_rows, num_points=3, num_levels=2
-    )  # the 120 searches of a whole front take a minute
+    # the 120 searches of a whole front take a minute, and so does closing the gap over layers of many rules
+    coarse = partial(planning.surface_rows, num_points=3, num_levels=2)
+    few = [
+        line
+        for line in (corridor / "space.yaml").read_text().splitlines()
+        if "mean" not in line and "fixed" not in line
+    ]
+    (tmp_path / "few.yaml").write_text("\n".join(few))
     monkeypatch.setattr(planning, "surface_rows", coarse)
     found = run_json(
-        "search", corridor / "profile", "--unit", "kv_group", "--device", "cpu",
+        "search", corridor / "profile", "--space", tmp_path / "few.yaml", "--unit", "kv_group", "--device", "cpu",
         "--workload", "prompt=512,generate=32,batch=2,weight=3", "--workload", "prompt=1k",
-        "--budget", "density=0.8,memory=60MB", "--budget", "latency=0.95x", "--max-groups-per-layer", "3",
+        "--budget", "density=0.8,memory=60MB", "--budget", "latency=0.95x", "--max-groups-per-layer", "2",
         "--pareto", tmp_path / "front.csv", "-o", tmp_path / "plan.json",
     )  # fmt: skip
     plan = Plan.load(tmp_path / "plan.json")
@@ -35,7 +40,7 @@ def test_a_workload_and_budgets_of_every_kind(
         "prompt=1024,generate=0,batch=1,weight=1",
     ]
     for module in plan.base_model.modules:
-        assert len({plan.rules[name].kind for name in plan.assignments[module]} - {"zero"}) <= 3
+        assert len({plan.rules[name].kind for name in plan.assignments[module]} - {"zero"}) <= 2
     front = pd.read_csv(tmp_path / "front.csv")
     assert {"loss", "lower_bound", "memory_bound", "memory_bytes@512", "latency_s@workload"} <= set(front)
 
