@@ -179,13 +179,12 @@ def _scheduled(
     costs: LayerCosts,
 ) -> LayerPrediction:
     """A prefill in one launch for all heads, or in the model's own attention where all are dense."""
-    if all(rule.kind == "dense" for rule in rules):
-        pairs = workload.batch * shape.num_heads * workload.prompt_tokens * (workload.prompt_tokens + 1) / 2
-        own_s = costs.own_dense_s(pairs, shape.head_dim)
-        if own_s is not None:
-            return LayerPrediction(density=1.0, attention_s=own_s, index_s=0.0)
     schedule, repeats = layer_schedule(tile_rules, block_tokens, shape, workload, costs)
     attention_s = repeats * costs.attention_s(schedule, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
+    if all(rule.kind == "dense" for rule in rules):
+        pairs = workload.batch * shape.num_heads * workload.prompt_tokens * (workload.prompt_tokens + 1) / 2
+        # the replay knows that few heads leave workers idle, the curve how much longer PyTorch's kernel takes
+        attention_s = max(attention_s, costs.own_dense_s(pairs, shape.head_dim) or 0.0)
     mean_heads = sum(rule.rest == "mean_value" for rule in rules)
     if mean_heads:
         elements = 2 * workload.batch * workload.prompt_tokens * mean_heads * shape.head_dim
