@@ -1,7 +1,8 @@
 """What a plan will take on a device: time to first token, time per output token, cache and peak memory, for a stated workload.
 
 Prefill attention is priced from the exact tile list of every layer, dealt to the device's workers as the kernel will have it; on a processor,
-as the calls that the layer makes. The rest of a layer is priced by shape (`layer_parts`). Decoding is priced as `DecodeStep` runs it, with and without a plan: fused where that serves.
+as the calls that the layer makes. Layers whose heads are all dense run in the model's own attention, and are priced by what that was measured to
+take. The rest of a layer is priced by shape (`layer_parts`). Decoding is priced as `DecodeStep` runs it, with and without a plan: fused where that serves.
 Tokenisation, sampling and the host are left out.
 """
 
