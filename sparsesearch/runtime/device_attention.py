@@ -12,16 +12,15 @@ from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.device_schedule import BankedTiles, build_on_device
 from sparsesearch.kernels.device_select import BatchSelector, Selector, acting_rules, watchers
 from sparsesearch.kernels.dispatch import run_schedule, schedule_for, tile_shape, workers_of
-from sparsesearch.kernels.reference import running_mean
 from sparsesearch.kernels.schedule import Span as Place
 from sparsesearch.kernels.schedule import TileSchedule
-from sparsesearch.kernels.triton_running_mean import put_running_means
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.backends import Kernel
 from sparsesearch.runtime.binding import LayerBinding
 from sparsesearch.runtime.mask_code import Span
+from sparsesearch.runtime.mean_heads import MeanHeads
 
 
 def places_of(spans: Sequence[Span], batch_size: int) -> tuple[Place, ...] | None:
@@ -180,42 +179,6 @@ def layer_call(
         key, lambda: LayerCall(binding, rules, layer_heads, spans, places, q, k, kernel)
     )
     return made
-
-
-class MeanHeads:
-    """The heads of a call that follow mean_value.
-
-    Args:
-        rules: one per query head.
-        num_kv_heads: of the call.
-        device: where it runs.
-    """
-
-    def __init__(self, rules: Sequence[Rule], num_kv_heads: int, device: torch.device) -> None:
-        group = len(rules) // num_kv_heads
-        self._heads: dict[int, list[int]] = {}
-        for head, rule in enumerate(rules):
-            if rule.rest == "mean_value":
-                self._heads.setdefault(head // group, []).append(head)
-        filled = [(members + [-1] * group)[:group] for members in self._heads.values()]
-        self._kv_heads = torch.tensor(list(self._heads), dtype=torch.int32, device=device)
-        self._members = torch.tensor(filled, dtype=torch.int32, device=device)
-
-    def put(self, out: Float[Tensor, "B H S D"], v: Float[Tensor, "B G T D"], places: tuple[Place, ...]) -> None:
-        """Overwrite these heads; a batch of whole causal sequences at once."""
-        if not self._heads:
-            return
-        grid = places[0].grid
-        whole = places == tuple(Place(grid, row, 0, 0) for row in range(len(v)))
-        if whole and grid.causal and (grid.q_len, grid.kv_len) == (out.shape[2], v.shape[2]) and out.stride(-1) == 1:
-            put_running_means(v if v.stride(-1) == 1 else v.contiguous(), self._kv_heads, self._members, out)
-            return
-        for place in places:
-            rows = sequence(out, place.batch, place.q_offset, place.grid.q_len)
-            for kv_head, members in self._heads.items():
-                mean = running_mean(keys_of(v, place)[kv_head], place.grid).to(out.dtype)
-                for head in members:
-                    rows[head] = mean
 
 
 def sequence(x: Float[Tensor, "B H S D"], batch: int, first: int, count: int) -> Float[Tensor, "H s D"]:
