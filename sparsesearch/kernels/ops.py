@@ -94,22 +94,18 @@ def ragged_decode(
     page_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """One query per head over ragged keys; `decode.ragged_decode` is its caller and describes the arguments."""
-    from sparsesearch.kernels import hopper_decode, triton_decode
+    from sparsesearch.kernels import triton_decode
 
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     sms = (
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     )  # the interpreter's, for tests
+    workers = sms * triton_decode.WORKERS_PER_SM
     with torch.cuda.device(q.get_device()):
-        if table is None and hopper_decode.serves(q, k, v, kv_lens.numel()):
-            workers = sms * hopper_decode.WORKERS_PER_SM
-            hopper_decode.launch(q, k, v, kv_start, kv_lens, out, lse, scale=scale, workers=workers)
-        else:
-            workers = sms * triton_decode.WORKERS_PER_SM
-            triton_decode.launch(
-                q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers
-            )
+        triton_decode.launch(
+            q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers
+        )  # fmt: skip
     return out, lse
 
 

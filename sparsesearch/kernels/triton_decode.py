@@ -12,10 +12,15 @@ With few heads the merge is launched at once and waits beside the workers, and a
 134 MB 3 % faster, H200). With many, programs of the merge that wait would keep a third worker off every multiprocessor, so it is launched
 when the workers have read their shares (8 sequences: 3 workers 18 % slower with an early merge, 6 % faster with a late one, than 2 workers).
 
-On Hopper `hopper_decode` takes the workers' place for head_dim 128 and up to 64 pairs; the merge is this one.
-
 Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
 blocks in turns.
+
+Tried on an H200 and withdrawn: workers that stream their share through a ring in shared memory, filled by the tensor copy engine across the borders
+of pairs, their first blocks read while the merge before runs. In a trial of up to 64 pairs it took 3 to 5 % less time at 134 MB and 4 % at 268 MB;
+in its last form (112 registers at launch instead of 104, among other things) `bench decode` measured 0.86 of the copy bandwidth at 134 MB in one
+sequence, 0.76 in 8, and 0.89 at 268 MB in 8, so in 8 sequences less than this kernel reached in the trials (0.79-0.80 and 0.91-0.93), and its
+tests had not run. An instrumented form of it shows what a fixed share costs: of equal shares of 134 MB in one sequence some were read 27 us after the
+call before had ended, half after 34, the last after 37.
 """
 
 import torch
@@ -228,38 +233,24 @@ def launch(
         group=group, head_dim=q.shape[-1], num_pairs=num_pairs, page_tokens=0 if table is None else page_tokens,
         fp32=q.dtype == torch.float32, early=early,
     )  # fmt: skip
-    parts, lse_parts = new_parts(q, workers, num_pairs, int(fixed["D"]))
+    padded = int(fixed["D"])
+    parts = q.new_empty(workers + num_pairs, group, padded, dtype=torch.float32)
+    lse_parts = q.new_empty(workers + num_pairs, group, dtype=torch.float32)
     pages = kv_lens if table is None else table
+    options = OPTIONS | ({"launch_pdl": True} if early else {})
     ragged_decode_parts[(workers,)](
         q, k, v, kv_start, kv_lens, pages, parts, lse_parts, num_pairs, k.shape[0], k.stride(0), v.stride(0), pages.stride(0), scale,
-        **fixed, **OPTIONS, **launch_options(early),
+        **fixed, **options,
     )  # fmt: skip
-    launch_merge(kv_lens, parts, lse_parts, out, lse, workers=workers)
-
-
-def new_parts(q: Tensor, workers: int, num_pairs: int, padded: int) -> tuple[Tensor, Tensor]:
-    """Room for the parts of all workers and their log-sum-exp; `padded` is the width of a part."""
-    slots = workers + num_pairs, q.shape[0] * q.shape[1] // num_pairs
-    return q.new_empty(*slots, padded, dtype=torch.float32), q.new_empty(slots, dtype=torch.float32)
-
-
-def launch_options(early: bool) -> dict[str, bool]:
-    """What lets a kernel start before its turn."""
-    return {"launch_pdl": True} if early else {}
-
-
-def launch_merge(kv_lens: Tensor, parts: Tensor, lse_parts: Tensor, out: Tensor, lse: Tensor, *, workers: int) -> None:
-    """Merge parts of shares cut by blocks of BLOCK_KEYS, as both kernels cut them."""
-    num_pairs, (_, group, padded) = kv_lens.numel(), parts.shape
-    num_heads = num_pairs * group
-    early = starts_early(out)
+    shared = {
+        name: value for name, value in fixed.items() if name not in ("ROWS", "PAGE", "PRECISION", "AHEAD", "LATE")
+    }
     # few heads: their columns are shared out too; parts are read in as many rows at once as a pair longer than the others may have
     cols = padded if num_heads >= MANY_HEADS else min(padded, 32)
     chunk = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
     merge_decode_parts[(num_heads, padded // cols)](
-        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, GROUP=group, BN=BLOCK_KEYS, D=padded, DV=out.shape[-1],
-        PAIRS=triton.next_power_of_2(num_pairs), UNIT=UNIT_KEYS, IDLE=IDLE_UNITS, CHUNK=chunk, COLS=cols, EARLY=early,
-        num_warps=4, num_stages=1, **launch_options(early),
+        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=chunk, COLS=cols,
+        **(options | {"num_stages": 1}),
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from triton.experimental.gluon import language as gl
 from sparsesearch.kernels import (
     device_schedule,
     hopper_attention,
-    hopper_decode,
     hopper_prefill,
     triton_cache,
     triton_decode,
@@ -80,21 +79,6 @@ def decode(page_tokens: int, num_pairs: int) -> CompileReport:
         group=4, head_dim=128, num_pairs=num_pairs, page_tokens=page_tokens, fp32=False, early=True
     )
     return compile_report(kernel, types, constants, options=triton_decode.OPTIONS)
-
-
-def decode_hopper(num_pairs: int, *, early: bool) -> CompileReport:
-    kernel = hopper_decode.ring_decode_parts
-    layout = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)
-    types = dict.fromkeys(kernel.arg_names, f"tensordesc<bf16[64, 128],{layout!r}>") | {
-        "q": "*bf16",
-        **dict.fromkeys(("parts", "lse_parts"), "*fp32"),
-        "kv_start": "*i64",
-        "kv_lens": "*i32",
-        "num_pairs": "i32",
-        "scale": "fp32",
-    }
-    constants = hopper_decode.constants(group=4, num_pairs=num_pairs, early=early)
-    return compile_report(kernel, types, constants, options=hopper_decode.OPTIONS)
 
 
 def schedule() -> Iterator[tuple[str, CompileReport]]:
@@ -209,8 +193,6 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     for page_tokens in (0, 64):
         for num_pairs in (8, 64):
             yield f"decode {page_tokens} {num_pairs}", decode(page_tokens, num_pairs)
-    for num_pairs, early in ((8, True), (8, False), (64, True)):
-        yield f"ring {num_pairs} {early}", decode_hopper(num_pairs, early=early)
     yield from schedule()
     yield "index mass", index()
     yield "select best", select()
