@@ -58,7 +58,8 @@ def video_quality(
     from dataclasses import replace
 
     from sparsesearch.artifacts import write_bytes
-    from sparsesearch.bench.video_quality import DENSITIES, MENUS, QualityRequest, run
+    from sparsesearch.bench.video_quality import run
+    from sparsesearch.bench.video_quality_request import DENSITIES, MENUS, QualityRequest
     from sparsesearch.errors import ArtifactError
 
     from .bench import as_bytes

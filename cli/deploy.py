@@ -42,7 +42,7 @@ def apply(
     ] = False,
     component: Annotated[
         str | None,
-        typer.Option(help="Which transformer of a diffusers pipeline; by default the one the plan was made for."),
+        typer.Option(help="Which transformer; by default the one the plan was made for.", rich_help_panel=o.PIPELINES),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the refit runs.", rich_help_panel=o.REMOVALS)] = "cpu",
     json: o.Json = False,

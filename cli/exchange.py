@@ -12,6 +12,7 @@ from .render import emit_json, lines
 Format = Literal["plan", "minference", "moa", "duo_attention", "ucm", "modelopt"]
 
 
+IMPORTS = "For a plan of another system"
 OF_IMPORTS = ("model", "lengths", "block_tokens", "revision", "trust_remote_code")
 """Options that fill in what a foreign file leaves open."""
 OF_FORMATS = {"streaming_share": "duo_attention", "target_sparsity": "modelopt"}
@@ -26,24 +27,43 @@ def convert(
     to: Annotated[Format, typer.Option("--to", help="Format to write.")] = "plan",
     model: Annotated[
         str | None,
-        typer.Option(help="The model a foreign plan is for; only its configuration is read."),
+        typer.Option(help="The model it is for; only its configuration is read.", rich_help_panel=IMPORTS),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths an imported plan is meant for.")] = "8192",
-    block_tokens: Annotated[int, typer.Option(help="Tile of an imported plan, in tokens.", min=16, max=256)] = 64,
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths the plan is meant for.", rich_help_panel=IMPORTS)
+    ] = "8192",
+    block_tokens: Annotated[
+        int, typer.Option(help="Tile of the plan, in tokens.", min=16, max=256, rich_help_panel=IMPORTS)
+    ] = 64,
     streaming_share: Annotated[
         float | None,
-        typer.Option(help="duo_attention: share of KV heads that stream, instead of its threshold.", min=0, max=1),
+        typer.Option(
+            help="duo_attention: share of KV heads that stream, instead of its threshold.",
+            min=0,
+            max=1,
+            rich_help_panel=IMPORTS,
+        ),
     ] = None,
     target_sparsity: Annotated[
         float | None,
-        typer.Option(help="modelopt: where to evaluate its threshold law; the file's own by default.", min=0, max=1),
+        typer.Option(
+            help="modelopt: where to evaluate its threshold law; the file's own by default.",
+            min=0,
+            max=1,
+            rich_help_panel=IMPORTS,
+        ),
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=IMPORTS)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that a hub repository ships.", rich_help_panel=IMPORTS),
+    ] = False,
     length: Annotated[
         int | None,
         typer.Option(help="Prompt length at which a + b·N becomes a number, for formats without laws.", min=1),
     ] = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or folder.")] = False,
     json: o.Json = False,
 ) -> None:

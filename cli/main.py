@@ -125,7 +125,8 @@ def _refusal(option: str, message: str, name: str = "", known: Any = ()) -> type
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point; commands that run no model start without transformers."""
+    os.environ.setdefault("SPARSESEARCH_REGISTER", "later")
     app()
 
 

@@ -32,7 +32,9 @@ def quickstart(
     video: Annotated[
         bool, typer.Option("--video", help="The embedded video model instead; on a CPU a reduced run. Needs diffusers.")
     ] = False,
-    mode: Annotated[str, typer.Option(help="With --video: t2v (text to video) or i2v (image to video).")] = "t2v",
+    mode: Annotated[
+        str, typer.Option(help="t2v (text to video) or i2v (image to video).", rich_help_panel="With --video")
+    ] = "t2v",
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:

@@ -1,13 +1,13 @@
 """sparsesearch: calibration -> Profile, search space -> candidates, device -> CostModel; ScoreTable -> search -> Plan -> apply -> report.
 
 Importing it registers the attention implementation `sparsesearch` with transformers, so that `from_pretrained` runs the plan which a patched
-checkpoint carries; likewise for diffusers, as soon as that is imported. It touches nothing else.
+checkpoint carries; likewise for diffusers, as soon as that is imported. It touches nothing else. With SPARSESEARCH_REGISTER=later in the environment, as
+under the command line, that waits until something imports `sparsesearch.runtime`, for transformers takes seconds to import.
 """
 
+import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from sparsesearch.runtime.diffusion.loading import register as register_diffusers
-from sparsesearch.runtime.registration import register
 
 if TYPE_CHECKING:
     from sparsesearch.plan import Plan
@@ -46,14 +46,12 @@ _HOMES = {
     "verify": "runtime.verify",
 }
 
-register()
-register_diffusers()
+if os.environ.get("SPARSESEARCH_REGISTER") != "later":
+    import_module("sparsesearch.runtime")
 
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sparsesearch' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"sparsesearch.{_HOMES[name]}"), name)

@@ -103,6 +103,24 @@ def test_help_answers_in_under_a_second() -> None:
     assert min(seconds) < 1.0
 
 
+def test_commands_that_run_no_model_start_without_transformers(tmp_path: Path) -> None:
+    """It takes seconds to import; the library registers with it at once, the command line when a model is loaded."""
+    (script,) = entry_points(group="console_scripts", name="sparsesearch")
+    plan, out = ROOT / "profiles" / "needle-7m-plan.json", tmp_path / "out.json"
+    code = f"""
+import os, sys
+sys.argv = ["sparsesearch", "convert", {str(plan)!r}, "-o", {str(out)!r}]
+from {script.module} import {script.attr} as main
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code
+assert not {{"transformers", "sparsesearch.runtime"}} & set(sys.modules), "the way of search, predict, diff, explain, lint and convert"
+"""
+    assert "written" in _python(code).stdout
+    assert out.exists()
+
+
 def test_the_readmes_command_line_reference_is_what_help_says() -> None:
     (script,) = entry_points(group="console_scripts", name="sparsesearch")
     reference = importlib.import_module(script.module.replace(".main", ".reference"))

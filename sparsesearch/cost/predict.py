@@ -1,7 +1,8 @@
 """What a plan will take on a device: time to first token, time per output token, cache and peak memory, for a stated workload.
 
 Prefill attention is priced from the exact tile list of every layer, dealt to the device's workers as the kernel will have it; on a processor,
-as the calls that the layer makes. The rest of a layer is priced by shape (`layer_parts`). Decoding is priced as `DecodeStep` runs it, with and without a plan: fused where that serves.
+as the calls that the layer makes. Layers whose heads are all dense run in the model's own attention, and are priced by what that was measured to
+take. The rest of a layer is priced by shape (`layer_parts`). Decoding is priced as `DecodeStep` runs it, with and without a plan: fused where that serves.
 Tokenisation, sampling and the host are left out.
 """
 
@@ -179,13 +180,12 @@ def _scheduled(
     costs: LayerCosts,
 ) -> LayerPrediction:
     """A prefill in one launch for all heads, or in the model's own attention where all are dense."""
-    if all(rule.kind == "dense" for rule in rules):
-        pairs = workload.batch * shape.num_heads * workload.prompt_tokens * (workload.prompt_tokens + 1) / 2
-        own_s = costs.own_dense_s(pairs, shape.head_dim)
-        if own_s is not None:
-            return LayerPrediction(density=1.0, attention_s=own_s, index_s=0.0)
     schedule, repeats = layer_schedule(tile_rules, block_tokens, shape, workload, costs)
     attention_s = repeats * costs.attention_s(schedule, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
+    if all(rule.kind == "dense" for rule in rules):
+        pairs = workload.batch * shape.num_heads * workload.prompt_tokens * (workload.prompt_tokens + 1) / 2
+        # the replay knows that few heads leave workers idle, the curve how much longer PyTorch's kernel takes
+        attention_s = max(attention_s, costs.own_dense_s(pairs, shape.head_dim) or 0.0)
     mean_heads = sum(rule.rest == "mean_value" for rule in rules)
     if mean_heads:
         elements = 2 * workload.batch * workload.prompt_tokens * mean_heads * shape.head_dim

@@ -181,10 +181,10 @@ def test_batches_are_numbers_or_max():
 @pytest.mark.parametrize(
     ("name", "lengths", "decoded"),
     [
-        ("model_llama3_8b_h200", [1024, 4096, 32768], 8),
-        ("model_llama3_8b_128k_h200", [131072], 0),
+        ("model_llama3_8b_h200", [1024, 4096, 32768, 131072], 2),
         ("model_llama3_8b_decode_h200", [], 6),
-        ("model_qwen3_4b_h200", [], 6),  # its prefills were cut off by a time limit
+        ("model_smollm2_135m_h200", [4096], 4),  # cut off by a time limit
+        ("model_qwen3_4b_h200", [], 6),  # its prefills were cut off by a time limit; kernels before the present ones
     ],
 )
 def test_the_shipped_records_stay_readable(name, lengths, decoded):
@@ -199,28 +199,40 @@ def test_the_shipped_records_stay_readable(name, lengths, decoded):
     assert figure(record).count("<svg") == 1
 
 
-def test_decoding_steps_reach_the_byte_bound():
-    """In the record of the present kernels: 0.85 of it at batch 1 and 8."""
-    rows = golden("model_llama3_8b_decode_h200")["rows"]
-    decode = {(row["variant"], row["batch"]): row for row in rows if row["phase"] == "decode"}
-    for batch in (1, 8):
-        assert decode["plan", batch]["fused"]
-        assert decode["plan", batch]["bound_share"] >= 0.85
-        assert decode["plan", batch]["tokens_per_s"] > decode["dense_fused", batch]["tokens_per_s"]
-        assert decode["plan", batch]["predicted_s"] == pytest.approx(decode["plan", batch]["step_s"], rel=0.07)
-
-
 def test_what_the_shipped_record_holds():
-    """The bars of time and memory: the record's batch 8 is of an earlier kernel, the test above has the present one's."""
+    """Every bar of time and memory: 0.9 of Amdahl's bound, 0.85 of the byte bound at every batch, 2.5x dense at the largest batch."""
     record = golden("model_llama3_8b_h200")
     prefill = {row["length"]: row for row in record["rows"] if row["phase"] == "prefill"}
     assert prefill[4096]["plan_s"] <= 1.02 * prefill[4096]["dense_s"]
-    assert prefill[32768]["bound_share"] >= 0.9
-    decode = {(row["variant"], row["batch"]): row for row in record["rows"] if row["phase"] == "decode"}
+    assert prefill[1024]["plan_graph_s"] <= 1.04 * prefill[1024]["dense_graph_s"]
+    for length in (32768, 131072):
+        assert prefill[length]["bound_share"] >= 0.9
+    assert prefill[131072]["index_share"] <= 0.05
+    assert prefill[131072]["density"] == pytest.approx(0.15, abs=0.005)
+    rows = [*record["rows"], *golden("model_llama3_8b_decode_h200")["rows"]]
+    decode = {(row["variant"], row["batch"]): row for row in rows if row["phase"] == "decode"}
     fits = next(row["largest_batch"] for row in record["rows"] if row["phase"] == "fit")
-    assert decode["plan", 1]["bound_share"] >= 0.85
-    assert decode["plan", 1]["fused"]
-    assert prefill[1024]["plan_graph_s"] <= 1.03 * prefill[1024]["dense_graph_s"]
+    for batch in (1, 8, fits["plan"]):
+        assert decode["plan", batch]["bound_share"] >= 0.85
+        assert decode["plan", batch]["fused"] == (batch <= 16)
+    for batch in (1, 8):
+        assert decode["plan", batch]["tokens_per_s"] > 1.15 * decode["dense_fused", batch]["tokens_per_s"]
     most = {variant: decode[variant, batch] for variant, batch in fits.items()}
     assert most["plan"]["tokens_per_s"] >= 2.5 * most["dense"]["tokens_per_s"]
     assert most["plan"]["cache_bytes_per_sequence"] <= 0.30 * most["dense"]["cache_bytes_per_sequence"]
+
+
+def test_whole_models_are_predicted_as_they_run():
+    """Prompts from 4k tokens and fused steps of the 8B shape within 7 %, through the runtime; dense prompts, which cuDNN computes, within 8 %."""
+    record = golden("model_llama3_8b_h200")
+    prefill = [row for row in record["rows"] if row["phase"] == "prefill" and row["length"] >= 4096]
+    assert {row["length"] for row in prefill} == {4096, 32768, 131072}
+    for row in prefill:
+        assert row["predicted_s"] == pytest.approx(row.get("plan_graph_s", row["plan_s"]), rel=0.07)
+        assert row["predicted_dense_s"] == pytest.approx(row.get("dense_graph_s", row["dense_s"]), rel=0.08)
+    steps = [
+        row for row in golden("model_llama3_8b_decode_h200")["rows"] if row.get("fused") and row["variant"] == "plan"
+    ]
+    assert [row["batch"] for row in steps] == [8, 1]
+    for row in steps:
+        assert row["predicted_s"] == pytest.approx(row["step_s"], rel=0.07)

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("diffusers")
 
 from sparsesearch.bench import video_quality
-from sparsesearch.bench.video_quality import MENUS, WITH_RESTS, QualityRequest, run
+from sparsesearch.bench.video_quality import run
+from sparsesearch.bench.video_quality_request import MENUS, WITH_RESTS, QualityRequest
 from sparsesearch.errors import ArtifactError
 from sparsesearch.plan import Plan
 from sparsesearch.testbed.model import VideoBed, load_bed

@@ -52,6 +52,16 @@ def test_the_law_is_found_again() -> None:
     assert fit_skinny([], 2, 4e12) == ((), {})
 
 
+def test_a_disturbed_product_tells_nothing() -> None:
+    rows = [
+        {"m": 1, "n": n, "k": 4096, "seconds": skinny_seconds(ONE, n, 4096, 2), "spread": 0.01} for n in (1024, 4096)
+    ]
+    disturbed = rows[0] | {"seconds": 4 * rows[0]["seconds"], "spread": 0.54}
+    assert fit_skinny([*rows, disturbed], 2, 4e12) == fit_skinny(rows, 2, 4e12)
+    (alone,), _ = fit_skinny([disturbed], 2, 4e12)
+    assert skinny_seconds(alone, 1024, 4096, 2) == pytest.approx(disturbed["seconds"], rel=0.02)
+
+
 def test_a_fused_step_is_its_products_and_what_they_leave_out() -> None:
     fused = COSTS.fused
     assert fused is not None

@@ -56,6 +56,9 @@ def test_layers_without_sparse_heads_take_what_the_models_own_attention_takes() 
     """Measured over query-key pairs of all heads and sequences; the tile kernel serves layers with a sparse head alone."""
     curve = DenseCost(head_dim=64, points=Points(amounts=(1e6, 1e12), seconds=(1e-5, 10.0)))
     costs = DeviceCostModel(device_table(dense=(curve,)))
+    short = curve.model_copy(update={"points": Points(amounts=(1e6, 1e12), seconds=(1e-9, 1e-3))})
+    few_heads = DeviceCostModel(device_table(dense=(short,)))
+    assert predict(None, SMALL, WORK, few_heads) == predict(None, SMALL, WORK, COSTS)  # never less than a replay
     pairs = 2 * 8 * 8192 * 8193 / 2
     assert predict(None, SMALL, WORK, costs).layers[0].attention_s == pytest.approx(curve.points.at(pairs))
     assert predict(plan_of(*[Dense()] * 8), SMALL, WORK, costs) == predict(None, SMALL, WORK, costs)

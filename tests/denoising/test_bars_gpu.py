@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsesearch.bench.video_quality import BARS_DB, DENSITIES, QualityRequest, run
+from sparsesearch.bench.video_quality import run
+from sparsesearch.bench.video_quality_request import BARS_DB, DENSITIES, QualityRequest
 from sparsesearch.testbed.sampling import Mode
 
 pytestmark = [

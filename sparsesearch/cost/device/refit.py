@@ -1,6 +1,6 @@
-"""Fit an accelerator's micro-runs again, without the device: after a change of the fit, when some were measured again, or to see what a run is worth.
+"""Fit an accelerator's micro-runs again, without the device: after a change of the fit, when some are taken from another run, or to see what a run is worth.
 
-    python -m sparsesearch.cost.device.refit --runs h200.runs.json [later.json ...] --model cost_models/h200.json --json cost_models/h200.json
+    python -m sparsesearch.cost.device.refit --runs h200.runs.json [other.json ...] --model cost_models/h200.json --json cost_models/h200.json
 
 The runs are those that `sparsesearch calibrate --device cuda --runs` wrote; device and provenance are taken from the model that it wrote.
 """
@@ -18,8 +18,8 @@ from sparsesearch.kernels.schedule import Workers
 
 
 def refitted(table: DeviceTable, rows: Sequence[Row], *, again: Sequence[str] = ()) -> DeviceTable:
-    """The model of the same device from these rows; `again` names the groups that were measured later than the rest."""
-    later = {"measured_again": sorted(again)} if again else {}
+    """The model of the same device from these rows; `again` names the groups that come from another calibration of it."""
+    later = {"from_another_calibration": sorted(again)} if again else {}
     return fitted(
         rows,
         name=table.name,
