@@ -9,11 +9,12 @@ matrix instructions), and each worker has its own list of tiles, balanced before
 All four tensors are read through rank-4 descriptors [B, H, S, D] of any strides, so heads of 96 read zeros beyond their width and rows
 beyond the tensor read zeros. Rows of V that a list reaches must be finite: a masked weight is 0, and 0 · NaN is NaN.
 
-What limits it (H200, tests/golden/attention_h200.json). head_dim 128 at 32k: power. It computes 620-710 TFLOP/s on its blocks, cuBLAS 686 in
-a product of 8192 cubed on the same card; before the late softmax, at 629, the card was near its cap of 690 W at 1.5 of 1.98 GHz. head_dim 64 (450-520)
-is near the cap too at 32k, where fewer reads of shared memory (HELD) gain 1-5 %; turns gain 2 % at 8k, less at 32k. Counters of a kernel before
-both (`sparsesearch.bench.counters`, tests/golden/counters_h200.json) show neither matrix units (54 %) nor exponentials (55 %) nor issue slots (45 %)
-full: a warpgroup's own chain of scores, exponentials, rounding and barriers is longer than what the other can fill.
+What limits it (H200, tests/golden/attention_h200.json; counters by `sparsesearch.bench.counters`, tests/golden/counters_h200.json). head_dim 128 at
+32k: power. It computes 620-720 TFLOP/s on its blocks, cuBLAS 686 in a product of 8192 cubed on the same card; the matrix units are busy 88 % of the
+time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (450-530, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (57 % each)
+nor issue slots (39 %) are full. A warpgroup's own chain of scores, exponentials, rounding and barriers is longer than what the other fills, and
+consumers wait 4 % of the time for instructions, of which each has its own copy (9 % where TURNS was tried on sparse tiles at 8k). Tried and 5-10 %
+slower: values released with the next keys; keys and the values before them under one barrier; three consumers of 64 rows spill.
 At 8k a sparse tile has five blocks: its output, the first block's exponentials (ptxas puts them after the last product, see `hopper_softmax`) and the
 masks of its last block cost about one more, and launch, drain and workers that finish early 6 % of the time at head_dim 128 and 11 % at 64.
 """

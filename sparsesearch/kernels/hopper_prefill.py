@@ -18,9 +18,6 @@ class HopperConfig:
         stages: depth of the K/V ring.
         overlap_tiles: Q has two buffers and O its own, so that a tile's first scores are computed beside the last product of the one
             before. Where shared memory is too small, O reuses Q's buffer and tiles follow one another.
-
-    Up to head_dim 64, registers hold a tile's queries (HELD), which spares a fifth of what the products read from shared memory, and the
-    consumers issue in turn (TURNS, `hopper_turns`). At 128, queries would spill 150 bytes a thread, and turns gain nothing at 32k.
     """
 
     tile_keys: int
@@ -28,6 +25,11 @@ class HopperConfig:
     overlap_tiles: bool = True
 
 
+LONG_KEYS = 32768
+"""From here on, in causal attention up to head_dim 64, registers hold a tile's queries (HELD), which spares a fifth of what the products read from
+shared memory, and the consumers issue in turn (TURNS, `hopper_turns`): up to 5 % faster at 32k, measured. At 8k both together gained nothing when
+interleaved, and lost up to 5 % from one run to the next, as without a causal mask at 32k. At head_dim 128, queries would spill 150 bytes a thread,
+and turns gained nothing."""
 TILE_ROWS = 128
 """Three consumers of 64 rows would have 160 registers each: ptxas spills 1.2 KB of the late softmax at head_dim 64, 256 bytes of the exact one."""
 CONFIGS: dict[tuple[int, int], HopperConfig] = {
@@ -56,10 +58,18 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def constants(
-    config: HopperConfig, *, num_heads: int, group: int, head_dim: int, causal: bool, bias: bool, masks: bool
+    config: HopperConfig,
+    *,
+    num_heads: int,
+    group: int,
+    head_dim: int,
+    num_keys: int,
+    causal: bool,
+    bias: bool,
+    masks: bool,
 ) -> dict[str, int | bool]:
     """Compile-time arguments of `hopper_attention`."""
-    narrow = config.overlap_tiles and head_dim <= 64
+    turns = causal and head_dim <= 64 and num_keys >= LONG_KEYS
     return {
         "HEADS": num_heads,
         "GROUP": group,
@@ -71,8 +81,8 @@ def constants(
         "CAUSAL": causal,
         "BIAS": bias,
         "MASKS": masks,
-        "HELD": narrow and not (bias and masks),  # both leave too few registers
-        "TURNS": narrow,
+        "HELD": turns and not (bias and masks),  # both leave too few registers
+        "TURNS": turns,
     }
 
 
@@ -92,6 +102,7 @@ def launch(
         num_heads=q.shape[1],
         group=q.shape[1] // k.shape[1],
         head_dim=head_dim,
+        num_keys=k.shape[2],
         causal=causal,
         bias=bias is not None,
         masks=masks is not None,

@@ -27,7 +27,14 @@ from sparsesearch.kernels.skinny_tiling import EIGHT_ROWS, ONE_ROW, ONE_SHORT_RO
 
 
 def hopper(
-    head_dim: int, keys: int, *, causal: bool = True, dtype: str = "bf16", bias: bool = False, masks: bool = False
+    head_dim: int,
+    keys: int,
+    *,
+    causal: bool = True,
+    long: bool = False,
+    dtype: str = "bf16",
+    bias: bool = False,
+    masks: bool = False,
 ) -> CompileReport:
     config = hopper_prefill.CONFIGS[head_dim, keys]
     padded = hopper_prefill.padded_head_dim(head_dim)
@@ -46,8 +53,8 @@ def hopper(
         "scale": "fp32",
     }
     constants = hopper_prefill.constants(
-        config, num_heads=32, group=4, head_dim=head_dim, causal=causal, bias=bias, masks=masks
-    )
+        config, num_heads=32, group=4, head_dim=head_dim, num_keys=hopper_prefill.LONG_KEYS if long else 8192, causal=causal, bias=bias, masks=masks
+    )  # fmt: skip
     return compile_report(kernel, types, constants, options=hopper_prefill.OPTIONS)
 
 
@@ -180,10 +187,14 @@ def step() -> Iterator[tuple[str, CompileReport]]:
 def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, keys in hopper_prefill.CONFIGS:
         yield f"gluon {head_dim} {keys} causal=True", hopper(head_dim, keys)
+        if head_dim <= 64:
+            yield f"gluon {head_dim} {keys} long", hopper(head_dim, keys, long=True)
     for head_dim, keys in ((64, 128), (128, 128), (256, 64)):  # of the others ptxas makes the same
         yield f"gluon {head_dim} {keys} causal=False", hopper(head_dim, keys, causal=False)
     yield "gluon 128 128 fp16", hopper(128, 128, dtype="fp16")
     yield "gluon 64 128 bias", hopper(64, 128, bias=True)
+    yield "gluon 64 128 long bias", hopper(64, 128, long=True, bias=True)
+    yield "gluon 64 128 long bitmaps", hopper(64, 128, long=True, masks=True)
     yield "gluon 128 128 bias", hopper(128, 128, bias=True)
     yield "gluon 64 128 bitmaps", hopper(64, 128, masks=True)
     yield "gluon 128 128 bitmaps", hopper(128, 128, masks=True)

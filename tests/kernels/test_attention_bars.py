@@ -9,10 +9,9 @@ import pytest
 
 RECORD = Path(__file__).parents[1] / "golden" / "attention_h200.json"
 MISSED: dict[tuple[object, ...], float] = {
-    ("Flex", 64, 32768, "causal", "dense"): 1.30,
-    ("Flex", 64, 32768, "causal", "sparse"): 1.34,
-    ("Flex", 64, 32768, "causal", "equal"): 1.31,
-    ("Flex", 64, 32768, "causal", "unequal"): 1.33,
+    ("Flex", 64, 32768, "causal", "sparse"): 1.332,
+    ("Flex", 64, 32768, "causal", "equal"): 1.337,
+    ("Flex", 64, 32768, "causal", "unequal"): 1.338,
 }
 """Missed bars, and what was measured. A bar that is reached must leave this list."""
 
@@ -55,8 +54,8 @@ def bars(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[object, ...], float
 def test_bars_hold_but_for_the_listed() -> None:
     runs = json.loads(RECORD.read_text())["runs"]
     found = {name: (share, value) for run in runs for name, share, value in bars(run["rows"])}
-    assert len(found) >= 70
+    assert len(found) >= 100
     missed = {name: value for name, (share, value) in found.items() if share > 1}
     assert set(missed) == set(MISSED), sorted(missed.items(), key=str)
     for name, value in missed.items():
-        assert value == pytest.approx(MISSED[name], rel=0.01), name
+        assert value == pytest.approx(MISSED[name], rel=0.002), name

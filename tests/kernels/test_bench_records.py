@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def prefill_rows() -> list[dict[str, Any]]:
-    """Of all runs: 128k tokens are of one before."""
+    """Of all runs: the kernel of long sequences at head_dim 64 has its own, 128k tokens at head_dim 128 are of one before."""
     runs = json.loads((GOLDEN / "attention_h200.json").read_text())["runs"]
     return [row for run in runs for row in run["rows"]]
 
@@ -62,7 +62,7 @@ def test_errors_are_within_twice_those_of_cudnn() -> None:
     rows = prefill_rows()
     dense = [row for row in rows if row["plan"] == "dense"]
     cudnn = {(r["head_dim"], r["length"], r["causal"]): r["fp64_error"] for r in dense if r["kernel"] == "cudnn"}
-    assert len(cudnn) == 14
+    assert len(cudnn) == 16
     for row in rows:
         if row["kernel"] == "gluon":
             assert 0 < row["fp64_error"] <= 2 * cudnn[row["head_dim"], row["length"], row["causal"]]

@@ -50,6 +50,16 @@ def test_gluon_head_dims(head_dim: int, block: int, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_gluon_in_turns(head_dim: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of long sequences, on short ones."""
+    from sparsesearch.kernels import hopper_prefill  # Triton is an extra
+
+    monkeypatch.setattr(hopper_prefill, "LONG_KEYS", 0)
+    _runs("gluon", case, head_dim, 128, torch.bfloat16, seed=head_dim)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("head_dim", "block"), [(64, 64), (128, 128), (96, 32), (256, 64)])
 def test_triton(head_dim: int, block: int, case: Case) -> None:
     _runs("triton", case, head_dim, block, torch.bfloat16, seed=block)
