@@ -15,7 +15,7 @@ import torch
 from sparsesearch.cost.device import runs
 from sparsesearch.cost.device.fused_chain import FusedChain
 from sparsesearch.cost.device.micro_bench import Bench, CompilingBench
-from sparsesearch.cost.device.run_plan import EVICTING, HAVE_KERNELS, MANY_HEADS, PROBE_KV_TOKENS, RunPlan, estimators
+from sparsesearch.cost.device.run_plan import EVICTING, HAVE_KERNELS, MANY_HEADS, RunPlan, estimators
 from sparsesearch.cost.device.tile_cases import tile_cases
 
 Job = Callable[[], object]
@@ -49,12 +49,10 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
         kinds = {case.family: case for case in reversed(cases)}  # one of them is cut, and merged
         yield partial(list, runs.tile_runs(bench, list(kinds.values())))
     yield from choices(bench, plan.estimator_tokens, tuple(estimators()))
-    asked = {(head_dim, batch, tokens) for head_dim in plan.decode_head_dims for batch, tokens in plan.decode}
-    asked |= {(EVICTING.head_dim, batch, PROBE_KV_TOKENS) for batch in plan.layer_batches}
-    for head_dim, batch in sorted({(head_dim, batch) for head_dim, batch, _ in asked}):
-        longest = max(tokens for *case, tokens in asked if tuple(case) == (head_dim, batch))
-        for tokens in {FEW_TOKENS, longest}:  # large caches have a kernel of their own
-            yield partial(list, runs.decode_runs(bench, ((batch, tokens),), (head_dim,)))
+    batches = {(head_dim, batch) for head_dim in plan.decode_head_dims for batch, _ in plan.decode}
+    probed = {(EVICTING.head_dim, batch) for batch in plan.layer_batches}
+    for head_dim, batch in sorted(batches | probed):
+        yield partial(list, runs.decode_runs(bench, ((batch, FEW_TOKENS),), (head_dim,)))
     for product in plan.skinny:
         for rows in plan.skinny_rows:
             yield partial(list, runs.skinny_runs(bench, (rows,), (product,)))
