@@ -220,5 +220,6 @@ def present_device(text: str) -> str:
     found = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= found:
         has = f"{found} of them" if found else f"none (torch {torch.__version__})"
-        raise SpecError(f"--device {text} must be a GPU that torch can use, but this machine has {has}. Pass another.")
+        other = "Pass another" if found else "Run this on one that has, or pass cpu where the command takes it"
+        raise SpecError(f"--device {text} must be a GPU that torch can use, but this machine has {has}. {other}.")
     return text
