@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 SERVED = "What is served, and where"
 FOR_REMOVALS = ("criterion", "refit_samples", "uniform", "lengths")
-NOT_FOR_PIPELINES = ("workload", "decode", "dtype", "model_shape", "unit", "answer_weight", "pareto")
+REPLAYS = ("refine_on", "refine_sequences")
+NOT_FOR_PIPELINES = ("workload", "decode", "dtype", "model_shape", "unit", "answer_weight", "pareto", *REPLAYS)
 NOT_FOR_REMOVALS = (
     *("space", "workload", "decode", "dtype", "max_groups_per_layer", "model_shape", "unit", "objective"),
-    *("answer_weight", "pareto"),
+    *("answer_weight", "pareto", *REPLAYS),
 )
 """Options of `search` that mean something only, or nothing, for a kind of profile."""
 
@@ -97,6 +98,10 @@ def search(
         ),
     ] = None,
     refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,
+    refine_on: Annotated[
+        str, typer.Option(help="Calibration data, as of `profile --data`, on which --refine replays them.")
+    ] = "needle",
+    refine_sequences: Annotated[int, typer.Option(help="How many such sequences.", min=2)] = 6,
     max_ranges: Annotated[
         int | None,
         typer.Option(
@@ -173,12 +178,17 @@ def search(
         o.refuse_given(
             context, f"weighs the parts of --objective combined, and {objective} is not that", "answer_weight"
         )
+    if not refine:
+        o.refuse_given(context, "is for --refine, which is 0", *REPLAYS)
     opened = Profile.load(profile)
     question = _question(
         opened, budget, workload, space, unit, device, dtype, model_shape, objective=objective, answer_weight=answer_weight,
         decode=decode, max_groups_per_layer=max_groups_per_layer,
     )  # fmt: skip
-    plan = _refined(opened, question, model, refine, seed) if refine else search_plan(opened, question)
+    if refine:
+        plan = _refined(opened, question, model, refine, refine_on, refine_sequences, seed)
+    else:
+        plan = search_plan(opened, question)
     plan.save(out)
     if pareto is not None:
         _write_front(opened, question, pareto)
@@ -228,17 +238,20 @@ def _question(
     )
 
 
-def _refined(profile: "Profile", question: "Question", model: str | None, evaluations: int, seed: int) -> "Plan":
+def _refined(
+    profile: "Profile", question: "Question", model: str | None, evaluations: int, spec: str, sequences: int, seed: int
+) -> "Plan":
     from sparsesearch import calibration
     from sparsesearch.refinement import refine
     from sparsesearch.runtime.loading import load_model
 
     live, tokenizer = load_model(model or profile.manifest.base_model.name_or_path, with_plan=False)
-    samples = calibration.load(
-        "needle", tokenizer, length_tokens=max(profile.manifest.lengths), num_samples=6, seed=seed + 1
-    ).samples
+    replayed = calibration.load(
+        spec, tokenizer, length_tokens=max(profile.manifest.lengths), num_samples=sequences, seed=seed + 1
+    )
     with progress_bar() as progress:
-        return refine(live, profile, question, samples, evaluations=evaluations, progress=progress)[0]
+        plan, _ = refine(live, profile, question, replayed.samples, evaluations=evaluations, progress=progress)
+    return plan.model_copy(update={"provenance": plan.provenance | {"refined_on": replayed.description}})
 
 
 def _write_front(profile: "Profile", question: "Question", path: Path) -> None:

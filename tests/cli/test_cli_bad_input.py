@@ -263,6 +263,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "cache budget per query head": (SEARCH + "kv_fraction=0.5", 1, r"--unit kv_group"),
     "latency without a cost model": (SEARCH + "latency=0.5x", 1, r"--device cpu"),
     "infeasible": (SEARCH + "density=0.05 --space {bad}/narrow.yaml", 3, r"smallest feasible value is density=0.6.*Raise the budget"),
+    "refined on data, not refined": (SEARCH + "density=0.5 --refine-on text", 2, r"--refine-on: is for --refine, which is 0"),
     "infeasible, refined": (SEARCH + "density=0.05 --space {bad}/narrow.yaml --refine 2", 3, r"smallest feasible value is density=0.6.*Raise the budget"),
     # profiles and metrics
     "profile is missing": ("search {bad}/none --budget density=0.5 -o {out}/plan.json", 1, r"Run `sparsesearch profile`"),

@@ -84,7 +84,9 @@ def test_a_refined_plan_is_never_worse_than_the_search_on_what_was_replayed(
     corridor: Path, run: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "refined.json"
-    run("search", corridor / "profile", "--budget", "density=0.35", "--refine", "2", "-o", out)
+    chosen = ("--refine-on", "text", "--refine-sequences", "3")
+    run("search", corridor / "profile", "--budget", "density=0.35", "--refine", "2", *chosen, "-o", out)
+    assert Plan.load(out).provenance["refined_on"].startswith("text, calibration, 3 x ")
     trials = Plan.load(out).provenance["refinement"]
     assert trials[0]["origin"] == "search"
     accepted = [trial["objective"] for trial in trials if trial["accepted"]]
