@@ -45,7 +45,8 @@ RunFile = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        help="needle, tasks:NAMES:FORMAT, text, stdlib, a .jsonl/.txt/.parquet file, several joined by +, or a hub dataset name:config:split."
+        help="needle, tasks:NAMES:FORMAT, text, stdlib, a .jsonl/.txt/.parquet file, several joined by +, or a hub dataset name:config:split; several of "
+        "these separated by ; take turns."
     ),
 ]
 TextData = Annotated[

@@ -73,9 +73,9 @@ class Stopwatch:
     ) -> dict[str, tuple[float, ...]]:
         """One time in seconds per variant and round.
 
-        Every round runs every variant once, in an order that turns from round to round, or dense several times. Unmeasured runs under the same plan come first, so that
-        schedules are built and memory is warm, as they are from the second prompt on in service; before a wall time there is one in every
-        round. On a GPU dense (None) is the fastest that torch has there.
+        Every round runs every variant once, or dense several times, in an order that turns from round to round. Unmeasured runs under the same
+        plan come first, so that schedules are built and memory is warm, as they are from the second prompt on in service; before a wall time
+        there is one in every round. On a GPU dense (None) is the fastest that torch has there.
 
         Args:
             plans: variant -> plan; None is dense. Of plans that earlier calls timed, only those that are here again are kept.
