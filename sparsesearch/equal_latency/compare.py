@@ -14,7 +14,7 @@ from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times
 from sparsesearch.equal_latency.ladders import SearchedLadder
-from sparsesearch.equal_latency.menus import MENUS, Menu, family_ladders, menu_ladders
+from sparsesearch.equal_latency.menus import ANSWERS, AROUND_ANSWERS, MENUS, Menu, family_ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.equal_latency.settle import Progress, Replay, Search, Setting, Settled
 from sparsesearch.equal_latency.standings import Steps
@@ -84,6 +84,7 @@ def compare_at_latency(
         SpecError: a family is unknown, or its candidates were not profiled; steps without `choose_on`.
     """
     prompts = torch.stack([needles[row % len(needles)].input_ids for row in range(setting.batch)])
+    apply = _Kept(apply)
     workload = Workload(prompts.shape[1], batch=setting.batch)
     search = Search(
         family_ladders(profile, setting.families, workload, cost_model),
@@ -96,6 +97,10 @@ def compare_at_latency(
         search.menus.update(menu_ladders(profile, setting.families[0], menus, workload, cost_model))
         search.reference = DenseReference(model, choose_on, apply=apply)
         spaces = {name: ladder for name, ladder in search.ladder_of.items() if isinstance(ladder, SearchedLadder)}
+        if ANSWERS in spaces:
+            (spaces[ANSWERS],) = menu_ladders(
+                profile, setting.families[0], (AROUND_ANSWERS,), workload, cost_model
+            ).values()
         search.local = Steps(model, profile, spaces, choose_on[:EXPANDED])
     elif setting.steps:
         raise SpecError("steps must have calibration sequences to be judged on. Give choose_on some.")
@@ -118,8 +123,7 @@ def compare_at_latency(
         settled = search.settled(target, begun.bounds(target) if begun is not None else {})
         plans = settled.plans
         walls = settled.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)
-        kept = _Kept(apply)
-        found, density = compare_all(model, plans, [*needles, *text], kept, progress, f"judge {target:g}x")
+        found, density = compare_all(model, plans, [*needles, *text], apply, progress, f"judge {target:g}x")
         record = record or EqualLatency(
             dense_s=median(settled.times["dense"]),
             dense_prefill_s=median(walls["dense"]),
@@ -129,7 +133,7 @@ def compare_at_latency(
         )
         record = record.with_target(target, _entries(settled, walls, found, density, needles, setting, target))
         saved(record)
-        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, kept, progress):
+        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, apply, progress):
             record = record.with_task(target, task, cells)
             saved(record)
     assert record is not None, "a setting has targets"
