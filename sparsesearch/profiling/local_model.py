@@ -29,7 +29,7 @@ from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import frozen
 from sparsesearch.profiling.tile_scores import score_layer
 from sparsesearch.rules import Rule
-from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.live import AppliedPlan, apply
 from sparsesearch.shapes import Granularity
 
 # J: mean KL to dense over all positions plus 0.1 x mean KL over answer positions, nats. Why 0.1: on needle-7m a plan that loses its answers has
@@ -75,9 +75,11 @@ def loss_around(
     scored = rules if columns is None else tuple(rules[column] for column in columns)
     per_head = _per_head(profile, choice, granularity)
     per_layer: list[list[_Products]] = [[] for _ in profile.manifest.base_model.modules]
+    applied = apply(model, plan, allow_other_weights=True)  # once for all sequences, which share its schedules
+    applied.remove()
     for index, sample in enumerate(samples):
         weight = _weight(sample, answer_weight)
-        found = _products(model, plan, per_head, profile, scored, sample, weight, num_probes, seed + index)
+        found = _products(applied, per_head, profile, scored, sample, weight, num_probes, seed + index)
         for layer, products in enumerate(found):
             per_layer[layer].append(products)
     rows = []
@@ -107,8 +109,7 @@ class _Products:
 
 
 def _products(
-    model: PreTrainedModel,
-    plan: Plan,
+    applied: AppliedPlan,
     per_head: list[list[int]],
     profile: Profile,
     scored: Sequence[Rule],
@@ -118,12 +119,12 @@ def _products(
     seed: int,
 ) -> list[_Products]:
     """One sequence, layer by layer."""
-    length = len(sample.input_ids)
+    length, model = len(sample.input_ids), applied.model
     grid = BlockGrid(length, length, profile.manifest.block_tokens)
     with frozen(model):
         with torch.no_grad():
             dense = model(input_ids=sample.input_ids[None].to(model.device), use_cache=False).logits[0].float()
-        with apply(model, plan, allow_other_weights=True):
+        with applied:
             logits, calls = logits_and_calls(model, sample.input_ids)
             scalars = _scalars(dense.log_softmax(-1), logits.float().log_softmax(-1), weight, num_probes, seed)
             outputs = [call.out for call in calls]
