@@ -52,10 +52,9 @@ MENUS = (
     *(replace(STATIC, answer_weight=weight) for weight in (0.1, 0.3, 1.0, 3.0)),
 )
 ANSWERS = "mixture, answers"
-"""The mixture for those whose tasks are judged by their answers, which weigh as in `FOR_ANSWERS` wherever its plans are found, chosen or improved."""
+"""The mixture for those whose tasks are judged by their answers, which weigh as in `FOR_ANSWERS` wherever its plans are found, chosen or improved;
+static rules only, as silent heads are flattered by local models too."""
 FOR_ANSWERS = replace(STATIC, answer_weight=20.0)
-AROUND_ANSWERS = replace(FOR_ANSWERS, silent_heads=True)
-"""What its plan may be improved within: replays tell where silent heads, flattered by additive losses, are worth it."""
 
 
 def answer_weight_of(family: str) -> float:

@@ -232,8 +232,11 @@ class Search:
             candidates.append(judge.standing(first, part, parts[part], rungs[part]))
         found[first] = chosen(candidates, self._rivals(found))
         if ANSWERS in found:
+            space = self.ladder_of[ANSWERS]
+            assert isinstance(space, SearchedLadder), "the mixture for answers is searched"
             # parts are replayed already: only the weight of their answers is another
-            others = [judge.standing(ANSWERS, part, parts[part], rungs[part]) for part in fast]
+            own_too = [part for part in fast if space.choice_of(rungs[part].plan) is not None]
+            others = [judge.standing(ANSWERS, part, parts[part], rungs[part]) for part in own_too]
             found[ANSWERS] = min((found[ANSWERS], *others), key=lambda standing: standing.mean)
         return found
 
