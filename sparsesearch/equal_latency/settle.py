@@ -232,10 +232,9 @@ class Search:
             candidates.append(judge.standing(first, part, parts[part], rungs[part]))
         found[first] = chosen(candidates, self._rivals(found))
         if ANSWERS in found:
-            space = self.ladder_of[ANSWERS]
-            assert isinstance(space, SearchedLadder), "the mixture for answers is searched"
+            assert self.local is not None, "where plans are judged they can be improved"
             # parts are replayed already: only the weight of their answers is another
-            own_too = [part for part in fast if space.choice_of(rungs[part].plan) is not None]
+            own_too = [part for part in fast if self.local.holding(ANSWERS, rungs[part].plan) is not None]
             others = [judge.standing(ANSWERS, part, parts[part], rungs[part]) for part in own_too]
             found[ANSWERS] = min((found[ANSWERS], *others), key=lambda standing: standing.mean)
         return found

@@ -18,6 +18,7 @@ from sparsesearch.equal_latency.climb import Rung
 from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder
 from sparsesearch.equal_latency.menus import answer_weight_of
 from sparsesearch.evaluate.reference import Comparison, DenseReference
+from sparsesearch.plan import Plan
 from sparsesearch.profiling.local_model import loss_around
 from sparsesearch.profiling.record import Profile
 from sparsesearch.refinement import clearly_less, priced, true_loss
@@ -109,24 +110,32 @@ class Steps:
     Attributes:
         model: dense, in evaluation mode.
         profile: candidates and calibrated rules.
-        spaces: family -> the ladder of its whole space.
+        spaces: family -> ladders of the spaces that its plans are improved in, the smallest first.
         samples: calibration sequences.
     """
 
     model: "PreTrainedModel"
     profile: Profile
-    spaces: Mapping[str, SearchedLadder]
+    spaces: Mapping[str, tuple[SearchedLadder, ...]]
     samples: Sequence[Sample]
+
+    def holding(self, family: str, plan: Plan) -> tuple[SearchedLadder, Int[ndarray, " U"]] | None:
+        """The smallest of a family's spaces that holds a plan, and the plan as a choice in it."""
+        for space in self.spaces[family]:
+            choice = space.choice_of(plan)
+            if choice is not None:
+                return space, choice
+        return None
 
     def ladders(self, family: str, standing: Standing) -> tuple[dict[float, SearchedLadder], float] | None:
         """Share of units -> the space searched for the loss around a standing, and the bound at which that plan itself is allowed.
 
-        None where the family's space does not hold the plan.
+        None where no space of the family holds the plan.
         """
-        space = self.spaces[family]
-        now = space.choice_of(standing.rung.plan)
-        if now is None:
+        found = self.holding(family, standing.rung.plan)
+        if found is None:
             return None
+        space, now = found
         change = loss_around(
             self.model,
             standing.rung.plan,
