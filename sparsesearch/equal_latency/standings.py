@@ -7,6 +7,7 @@ which budget the new plan takes the target's time. So every plan that is compare
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
@@ -148,6 +149,7 @@ class Steps:
         ).change
         bound = space.bound_of(now)
 
+        @cache  # the shares' bisections begin with the same prices
         def priced_at(price: float) -> SearchedLadder:
             loss = priced(change, now, price, frozen=now < 0)
             return space.around(loss, f"loss expanded around a replayed plan, price {price:.3g} per change")
