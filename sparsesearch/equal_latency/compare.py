@@ -16,7 +16,8 @@ from sparsesearch.equal_latency.climb import Times
 from sparsesearch.equal_latency.ladders import SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS, AROUND_ANSWERS, MENUS, Menu, family_ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
-from sparsesearch.equal_latency.settle import Progress, Replay, Search, Setting, Settled
+from sparsesearch.equal_latency.replay import Replay
+from sparsesearch.equal_latency.settle import Progress, Search, Setting, Settled
 from sparsesearch.equal_latency.standings import Steps
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate

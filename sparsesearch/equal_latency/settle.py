@@ -5,21 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
-from sparsesearch.cost.layer_calls import CallCosts
-from sparsesearch.cost.layer_costs import LayerCosts
-from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS
+from sparsesearch.equal_latency.replay import Replay
 from sparsesearch.equal_latency.standings import Judge, Standing, Steps, chosen, step
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.evaluate.timing import Part, Stopwatch
 from sparsesearch.measured_front import UNIFORM
-from sparsesearch.model_shapes import heads_alone
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.record import Profile
-from sparsesearch.workload import Workload
 
 Progress = Callable[[str, int, int], None]
 MOST_CORRECTIONS = 3
@@ -67,24 +62,6 @@ class Setting:
             raise SpecError(f"at least two families must be compared, but got {list(self.families)}.")
         if min(self.batch, self.rounds, self.final_rounds) < 1 or self.steps < 0 or not 0 < self.tolerance < 1:
             raise SpecError(f"batch, rounds >= 1, steps >= 0 and a tolerance in (0, 1) must hold, but got {self}.")
-
-
-class Replay:
-    """Attention time of a plan over dense's, by replay of its schedules or calls: the sums that a search works with are off by several per cent."""
-
-    def __init__(self, profile: Profile, workload: Workload, costs: LayerCosts | CallCosts) -> None:
-        info = profile.manifest.base_model
-        self._shape = heads_alone(info.name_or_path, info.geometry)
-        self._workload, self._costs = workload, costs
-        self._dense_s = self._seconds(None)
-
-    def __call__(self, plan: Plan) -> float:
-        """The share."""
-        return self._seconds(plan) / self._dense_s
-
-    def _seconds(self, plan: Plan | None) -> float:
-        layers = predict_layers(plan, self._shape, self._workload, self._costs)
-        return sum(layer.attention_s + layer.index_s for layer in layers)
 
 
 @dataclass(frozen=True)
