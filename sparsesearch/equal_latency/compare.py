@@ -36,9 +36,6 @@ from sparsesearch.workload import Workload
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXPANDED = 8
-"""Calibration sequences around whose loss plans are expanded; plans are judged on all of them."""
-
 
 def compare_at_latency(
     model: "PreTrainedModel",
@@ -103,7 +100,7 @@ def compare_at_latency(
         if ANSWERS in spaces:
             around = menu_ladders(profile, setting.families[0], (AROUND_ANSWERS,), workload, cost_model)
             spaces[ANSWERS] += tuple(around.values())
-        search.local = Steps(model, profile, spaces, choose_on[:EXPANDED])
+        search.local = Steps(model, profile, spaces, choose_on)
     elif setting.steps:
         raise SpecError("steps must have calibration sequences to be judged on. Give choose_on some.")
     stated: dict[str, Any] = {

@@ -49,7 +49,7 @@ STATIC = Menu(bitmaps=False, silent_heads=False, dynamic=False)
 MENUS = (
     Menu(),
     Menu(bitmaps=False, dynamic=False),
-    *(replace(STATIC, answer_weight=weight) for weight in (0.1, 0.3, 1.0, 3.0)),
+    *(replace(STATIC, answer_weight=weight) for weight in (0.1, 0.3, 1.0, 3.0, 8.0)),
 )
 ANSWERS = "mixture, answers"
 """The mixture for those whose tasks are judged by their answers, which weigh as in `FOR_ANSWERS` wherever its plans are found, chosen or improved.

@@ -19,7 +19,7 @@ from sparsesearch.plan import Plan
 Progress = Callable[[str, int, int], None]
 MOST_CORRECTIONS = 3
 """How often families that the final rounds put outside the tolerance are moved again."""
-MOST_PROBES = 3
+MOST_PROBES = 4
 """Plans of a family that are timed before each final measurement."""
 DENSE_RUNS = 3
 """Of dense in every round: on an H200 its attention varies by 3 per cent from run to run, a plan's by one."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsesearch.calibration import Sample
 from sparsesearch.equal_latency.climb import Rung
 from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder
-from sparsesearch.equal_latency.menus import answer_weight_of
+from sparsesearch.equal_latency.menus import ANSWERS, answer_weight_of
 from sparsesearch.evaluate.reference import Comparison, DenseReference
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.local_model import loss_around
@@ -27,12 +27,14 @@ from sparsesearch.refinement import clearly_less, priced, true_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHARES = (0.03, 0.1, 0.3)
+SHARES = (0.01, 0.03, 0.1)
 """Units that a step may change at most; the plans of all of them are timed together and judged. A price on every change keeps to it.
 
 One price for all models does not do: between 0.1 and 2 mean absolute changes SmolLM2 (270 heads, 0.4 of dense's time) changed so much that its
-loss doubled, and from 2 on needle-7m changed nothing. With shares, two steps took needle-7m at density 0.25 (1024 tokens) from 0.073 to 0.059 on 12
-calibration sequences, and its answers' KL on held-out ones from 0.14 to 0.03."""
+loss doubled, and from 2 on needle-7m changed nothing. With shares up to 0.3, two steps took needle-7m at density 0.25 (1024 tokens) from 0.073 to 0.059 on 12
+calibration sequences, and its answers' KL on held-out ones from 0.14 to 0.03. A third of the units at once made SmolLM2 worse than a tenth did."""
+EXPANDED, EXPANDED_AT_ANSWERS = 8, 24
+"""Calibration sequences around whose loss plans are expanded, and for the family whose answers weigh most, which are few tokens of each."""
 BISECTIONS = 8
 LARGEST_PRICE = 1e3
 """In mean absolute changes of the loss; the smallest is its inverse."""
@@ -112,7 +114,7 @@ class Steps:
         model: dense, in evaluation mode.
         profile: candidates and calibrated rules.
         spaces: family -> ladders of the spaces that its plans are improved in, the smallest first.
-        samples: calibration sequences.
+        samples: calibration sequences; the first of them are expanded around.
     """
 
     model: "PreTrainedModel"
@@ -142,7 +144,7 @@ class Steps:
             standing.rung.plan,
             now.tolist(),
             self.profile,
-            self.samples,
+            self.samples[: EXPANDED_AT_ANSWERS if family == ANSWERS else EXPANDED],
             space.question.granularity,
             columns=space.columns,
             answer_weight=answer_weight_of(family),
