@@ -26,8 +26,8 @@ RULES = {
     "mean": {"kind": "mean_value"},
     "slash": {"kind": "vertical_slash", "vertical": 32, "slash": 32, "probe": 16},
     "pooled": {"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16},
-    "bounds": {"kind": "bounds_topk", "keep": 32, "sink": 16},
-    "bounds everywhere": {"kind": "bounds_topk", "keep": 32, "sink": 16, "prefill": True},
+    "bounds": {"kind": "bounds_topk", "keep": 48, "sink": 16},
+    "bounds everywhere": {"kind": "bounds_topk", "keep": 48, "sink": 16, "prefill": True},
     "asks": {"kind": "tri_shape", "sink": 16, "window": 16, "last": 20},
     "rows": {"kind": "token_rows", "tail": 0.4, "min_tokens": 16, "window": 16, "probe": 16},
 }

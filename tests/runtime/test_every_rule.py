@@ -30,7 +30,7 @@ SMALL = [
     {"kind": "fixed_blocks", "keep": 0.4},
     {"kind": "vertical_slash", "vertical": 32, "slash": 32, "probe": 16},
     {"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16},
-    {"kind": "bounds_topk", "keep": 32, "sink": 16},
+    {"kind": "bounds_topk", "keep": 48, "sink": 16},
     {"kind": "bounds_topk", "keep": {"b": 0.3}, "sink": 0, "prefill": True},
     {"kind": "antidiagonal", "mass": 0.5, "stride": 4},
     {"kind": "flex_prefill", "gamma": 0.5, "tau": 0.3, "min_budget": 16, "probe": 16},
@@ -162,7 +162,7 @@ def test_rows_change_places(tiny, data, kind):
         close(found[row], oracle_logits(model, plan, whole, 60)[61:])
 
 
-@pytest.mark.parametrize(("data", "kind"), kernel_cases())
+@pytest.mark.parametrize(("data", "kind"), list(kernel_cases()))
 def test_kernels_do_the_same(tiny, data, kind):
     """Interpreted without a GPU. Two sequences of one row packed; a prompt in two chunks, and tokens over a block's end."""
     model, plan = planned(tiny, data, layers=1)
