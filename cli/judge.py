@@ -75,7 +75,7 @@ def evaluate(
         _require_pipeline_plans(context, plans)
         pipelines.evaluate(plans or [], run, out, model=model, device=device, dtype=dtype, json=json)
         return
-    from sparsesearch.evaluate import evaluate as run_all
+    from sparsesearch.evaluate.run import evaluate as run_all
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.apply import PrunedApply

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparsesearch.check_result import CheckResult, CheckRow, Thresholds
 from sparsesearch.errors import SpecError
-from sparsesearch.evaluate import Estimate, Metrics, SuiteSpec, VariantMetrics, evaluate
+from sparsesearch.evaluate import Estimate, Metrics, SuiteSpec, VariantMetrics
+from sparsesearch.evaluate.run import evaluate
 from sparsesearch.plan import Plan
 
 if TYPE_CHECKING:
