@@ -69,7 +69,12 @@ PlanOut = Annotated[Path, typer.Option("-o", "--out", help="Plan file to write."
 CheckpointOut = Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")]
 OverwritePlan = Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")]
 HeldOutNeedles = Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)]
-NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
+NumNeedles = Annotated[
+    int | None,
+    typer.Option(
+        help="Statements hidden in each needle sequence; 8, or as many as fit into a short one, by default.", min=1
+    ),
+]
 Suite = Annotated[
     str | None,
     typer.Option(

@@ -96,6 +96,7 @@ def bad(corridor: Path, run: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "config" / "config.json").write_text('{"model_type": ')
     shutil.copytree(folder / "other", folder / "unweighted")
     (folder / "unweighted" / "model.safetensors").unlink()
+    shutil.copytree(folder / "other", folder / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     shutil.copytree(folder / "other", folder / "cut")
     weights = folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -294,6 +295,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "model is missing": ("profile ./no/such/model -o {out}/profile", 1, r"no such file or directory"),
     "model is a text file": ("profile {bad}/notes.md -o {out}/profile", 1, r"model directory or a .gguf file"),
     "model folder has no config": ("profile {good} -o {out}/profile", 1, r"has no config.json"),
+    "model has no tokenizer": ("profile {bad}/mute -o {out}/profile", 1, r"mute: there must be a tokenizer beside the weights.*tokenizer_config.json"),
     "model config is damaged": ("profile {bad}/config -o {out}/profile", 1, r"could not be loaded"),
     "model has no weights": ("profile {bad}/unweighted -o {out}/profile", 1, r"could not be loaded: .*model.safetensors"),
     "hub model cannot be reached": ("--offline profile no-one/no-such-model -o {out}/profile", 1, r"no-one/no-such-model.*Check the name"),
