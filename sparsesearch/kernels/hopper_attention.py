@@ -36,6 +36,28 @@ from sparsesearch.kernels.hopper_turns import give_turn, take_turn
 
 
 @gluon.jit
+def _multiply(
+    q, weights, acc, zero, k_smem, v_smem, k_full, v_full, kc, more, G: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Issue the scores of key block kc (of whatever is there, if no block comes) and the product of the weights before with their values."""
+    vc = kc - 1
+    mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
+    k = k_smem.index(kc % STAGES).reshape((BN, D))
+    if TURNS:  # nobody waits for copies while it has the turn
+        mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
+        take_turn(G)
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if not TURNS:
+        mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
+    v = v_smem.index(vc % STAGES).reshape((BN, D))
+    acc = warpgroup_mma(weights, v, acc, is_async=True)
+    if TURNS:
+        give_turn(G)
+    return s, acc
+
+
+@gluon.jit
 def _consumer(
     G: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tiles, entries, bin_ptr, o_desc, o_ptr, lse_ptr, parts, lse_parts, bias, masks, words, strides, scale,
@@ -116,19 +138,10 @@ def _consumer(
         q_pos = q_pos0 + rows
         for i in range(lo + 1, hi):
             entry = gl.load(entries + i)
-            mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1)
-            k = k_smem.index(kc % STAGES).reshape((BN, D))
-            if TURNS:
-                take_turn(G)
-            s_next = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            vc = kc - 1
-            mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
-            v = v_smem.index(vc % STAGES).reshape((BN, D))
-            acc_next = warpgroup_mma(weights, v, acc, is_async=True)
-            if TURNS:
-                give_turn(G)
+            s_next, acc_next = _multiply(q, weights, acc, zero, k_smem, v_smem, k_full, v_full, kc, True, G, BN, D, STAGES, TURNS)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
+            if not TURNS:
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             s = adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
                         G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             if LATE:
@@ -136,7 +149,10 @@ def _consumer(
             else:
                 w, rise, m, total = softmax(s, m, total, scale2, ROWS, BN)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
-            mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
+            if TURNS:  # keys, and the values before them
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
+            else:
+                mbarrier.arrive(v_empty.index((kc - 1) % STAGES), count=1)
             kc += 1
             acc = rescale(acc, rise, ROWS, D, LATE)
             weights = gl.convert_layout(w.to(DTYPE), P_LAYOUT)
@@ -150,28 +166,22 @@ def _consumer(
             entry = gl.load(entries + lo_next)
             half_next = ((done + 1) % Q_BUFFERS) * 2 + G
             mbarrier.wait(q_full.index(half_next), ((done + 1) // Q_BUFFERS) & 1, pred=more)
-            mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
-            k = k_smem.index(kc % STAGES).reshape((BN, D))
             q_next = q_smem.index(half_next).reshape((ROWS, D))
             if HELD:
                 q_held = q_next.load(Q_LAYOUT)
                 q_next = q_held
-            if TURNS:
-                take_turn(G)
-            s_next = warpgroup_mma(q_next, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            vc = kc - 1
-            mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
-            v = v_smem.index(vc % STAGES).reshape((BN, D))
-            acc_next = warpgroup_mma(weights, v, acc, is_async=True)
-            if TURNS:
-                give_turn(G)
+            s_next, acc_next = _multiply(q_next, weights, acc, zero, k_smem, v_smem, k_full, v_full, kc, more, G, BN, D, STAGES, TURNS)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
+            if not TURNS:
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
             s = adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
                         G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             p, _, m_next, total_next = softmax(s, no_max, no_sum, scale2, ROWS, BN)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
-            mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
+            if TURNS:
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
+            else:
+                mbarrier.arrive(v_empty.index((kc - 1) % STAGES), count=1)
             kc += 1
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
             write_rows(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
