@@ -34,7 +34,7 @@ SkinnyUse = Literal["normed", "gated", "added"]
 SKINNY: tuple[tuple[int, int, SkinnyUse], ...] = (
     (6144, 4096, "normed"), (4096, 4096, "added"), (26624, 4096, "gated"), (4096, 13312, "added"), (128256, 4096, "normed"),
     (16384, 3072, "gated"), (3072, 8192, "added"), (6144, 2560, "normed"), (49152, 1024, "normed"), (1024, 576, "normed"),
-    (3072, 576, "gated"), (576, 1536, "added"),
+    (3072, 576, "gated"), (576, 1536, "added"), (2048, 6144, "added"),
 )  # fmt: skip
 """Lines of weights, inner columns and use: every tiling of `kernels.skinny_tiling`, short and long."""
 
