@@ -109,7 +109,7 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
             yield partial(list, runs.skinny_runs(bench, (rows,), (product,)))
     for shape in (EVICTING, SHORT):
         for batch in plan.fused_batches:
-            yield partial(_one_layer, bench, shape, batch)
+            yield partial(_two_layers, bench, shape, batch)
     yield partial(list, runs.permutation_runs(bench, (FEW_TOKENS,)))
 
 
@@ -123,5 +123,6 @@ def choices(bench: CompilingBench, tokens: Sequence[int], kinds: Sequence[str]) 
             yield partial(list, runs.estimator_runs(bench, (length,), (kind,), heads=MANY_HEADS))
 
 
-def _one_layer(bench: Bench, shape: ModelShape, batch: int) -> None:
-    FusedChain(replace(shape, num_layers=1), bench).step(batch, FEW_TOKENS)
+def _two_layers(bench: Bench, shape: ModelShape, batch: int) -> None:
+    """The second one's first product adds up squares of another product's parts."""
+    FusedChain(replace(shape, num_layers=2), bench).step(batch, FEW_TOKENS)
