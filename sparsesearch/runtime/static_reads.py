@@ -23,6 +23,7 @@ from sparsesearch.runtime.binding import LayerBinding, evicting_rule
 from sparsesearch.runtime.device_attention import visible_blocks
 from sparsesearch.runtime.static_regions import Layout
 from sparsesearch.runtime.step_choices import Choosers
+from sparsesearch.step_blocks import StepSelection
 
 _MOST_TABLE_BYTES = 1 << 28
 _PER_ROW = ("sums", "tables", "whole", "open", "first_block", "low", "high", "laws")
@@ -42,13 +43,14 @@ class Queries:
         scored: per mixed head, whether scores count.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], num_kv_heads: int, device: torch.device) -> None:
+    def __init__(self, binding: LayerBinding, num_kv_heads: int, device: torch.device) -> None:
+        rules = binding.kept_by
         self.num_kv_heads, self.size = num_kv_heads, len(rules) // num_kv_heads
         groups = [rules[head : head + self.size] for head in range(0, len(rules), self.size)]
         means = [head for head, own in enumerate(groups) if isinstance(evicting_rule(own), MeanValue)]
         mixed = [head for head, own in enumerate(groups) if not evicting_rule(own) and not all(map(_reads_all, own))]
         self.mean_kv, self.mean_heads = (torch.tensor(heads, device=device) for heads in (means, self._heads(means)))
-        self.choosers = Choosers(rules, num_kv_heads, device)
+        self.choosers = Choosers(binding, num_kv_heads, device)
         self.mixed_heads = [head for head in self._heads(mixed) if not rules[head].decodes]
         self.mixed_on_device = torch.tensor(self.mixed_heads, device=device)
         self.alike = torch.tensor([head not in mixed for head in range(num_kv_heads)], device=device).int()
@@ -71,6 +73,8 @@ class Reads:
         low: [B, n, blocks, D], smallest value of each channel per block, of the n KV heads whose bounds a rule asks for.
         high: largest, likewise.
         laws: int64 [B], the prompts' lengths.
+        left: what this layer chose for the newest tokens, where later layers reuse it.
+        taken: what the layers whose choice this one reuses have left.
     """
 
     def __init__(self, queries: Queries, layout: Layout, like: Float[Tensor, "rows D"], max_tokens: int) -> None:
@@ -82,6 +86,12 @@ class Reads:
         blocks = -(-max_tokens // layout.block_tokens)
         self.low, self.high = (like.new_zeros(batch, len(queries.choosers.bounded), blocks, head_dim) for _ in range(2))
         self.laws = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.left = self._empty_selection() if queries.choosers.leaves else None
+        self.taken: list[StepSelection] = []
+
+    def _empty_selection(self) -> StepSelection:
+        num_heads = self.queries.num_kv_heads * self.queries.size
+        return StepSelection(self.batch, num_heads, self.low.shape[2], self.layout.device)
 
     @property
     def batch(self) -> int:
@@ -143,7 +153,9 @@ class Reads:
         self, q: Tensor, keys: Tensor, values: Tensor, position: Int[Tensor, " B"], scale: float, kernel: bool
     ) -> Float[Tensor, "B h D"]:
         choosers = self.queries.choosers
-        table, lens = choosers.tables(q * scale, keys, self.low, self.high, position, self.laws, self.layout)
+        table, lens = choosers.tables(
+            q * scale, keys, self.low, self.high, position, self.laws, self.layout, self.left, self.taken
+        )
         start = self.layout.start.view(q.shape[0], -1).index_select(1, choosers.kv_heads).flatten()
         own = q.index_select(1, choosers.heads)
         return _read(own, keys, values, start, lens, table, scale, self.layout.block_tokens, kernel)
@@ -190,7 +202,9 @@ class Reads:
     def addresses(self) -> list[int]:
         """Where the tensors lie."""
         own = [getattr(self, name).data_ptr() for name in ("lens", *_PER_ROW)]
-        return own + [x.data_ptr() for x in (self.layout.start, *self.layout.limits)]
+        selections = [*self.taken, *([self.left] if self.left is not None else [])]
+        others = self.layout.start, *self.layout.limits, *(selection.tiles for selection in selections)
+        return own + [x.data_ptr() for x in others]
 
     def choose_rows(self, index: Int[Tensor, " b"], layout: Layout) -> None:
         """Let row i be what row index[i] was; addresses stay if the batch does."""
@@ -203,6 +217,8 @@ class Reads:
             else:
                 setattr(self, name, new)
         self.layout = layout
+        if self.left is not None and not same:
+            self.left.tiles = self._empty_selection().tiles
 
 
 def _tables(

@@ -1,7 +1,8 @@
 """Query heads that choose their key blocks anew for every decoded token of a static ragged cache.
 
 The KV heads of such query heads keep every key, in order of position. Where a rule ranks blocks by bounds (Quest), the cache also keeps the
-smallest and the largest value of each channel per block: 1 / block_tokens of its memory, and what a step reads in place of the keys.
+smallest and the largest value of each channel per block: 1 / block_tokens of its memory, and what a step reads in place of the keys. A layer
+that others reuse leaves its choice in a `StepSelection`, which its later layers of the same cache read in the same step.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.estimators import block_bounds
 from sparsesearch.rules.base import Rule
-from sparsesearch.runtime.binding import kv_partition
+from sparsesearch.runtime.binding import LayerBinding, kv_partition
 from sparsesearch.runtime.static_regions import Layout
-from sparsesearch.step_blocks import StepBlocks, page_tables, update_bounds
+from sparsesearch.step_blocks import StepBlocks, StepSelection, page_tables, update_bounds
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,13 @@ class _Chooser:
         places: int64 [h], where they lie among all query heads of `kv_heads`.
         rows: int64 [g], where `kv_heads` lie among those that keep every key; None: they are all of these.
         bounded: int64 [g], where they lie among those whose bounds are kept.
+        sources: int64 [h], for a reuse: the query heads of the source layer.
+        heads: int64 [h], its query heads.
     """
 
     rule: Rule
+    heads: Int[Tensor, " h"]
+    sources: Int[Tensor, " h"]
     kv_heads: Int[Tensor, " g"]
     places: Int[Tensor, " h"]
     rows: Int[Tensor, " g"] | None
@@ -42,7 +47,7 @@ class Choosers:
     """All of them in one layer; made once per layer and device.
 
     Args:
-        rules: of decoding, one per query head.
+        binding: the layer's.
         num_kv_heads: KV heads.
         device: where the tensors go.
 
@@ -50,9 +55,13 @@ class Choosers:
         heads: int64 [h], the query heads that choose.
         kv_heads: int64 [h], the KV head of each.
         bounded: int64, KV heads whose bounds are kept.
+        source_paths: path of the source layer of each reuse, in turn.
+        leaves: whether a later layer reuses what is chosen here.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], num_kv_heads: int, device: torch.device) -> None:
+    def __init__(self, binding: LayerBinding, num_kv_heads: int, device: torch.device) -> None:
+        rules = binding.kept_by
+
         def placed(numbers: Sequence[int]) -> Int[Tensor, " n"]:
             return torch.tensor(numbers, dtype=torch.int64, device=device)
 
@@ -66,13 +75,18 @@ class Choosers:
         self._whole, self._bounded_rows = whole, placed([whole.index(head) for head in bounded])
         self.heads, self.kv_heads = placed(heads), placed([head // size for head in heads])
         self.bounded, self.size, self.some = placed(bounded), size, bool(heads)
+        self.leaves = binding.leaves is not None and any(rules[head].decodes for head in binding.leaves.heads)
+        self.source_paths: list[str] = []
         self._each = []
         for rule, members in of_rule.items():
+            taken = [one for head in members if rule.reuses and (one := binding.takes[head]) is not None]
+            self.source_paths += [taken[0][0].path] if taken else []
             own = sorted({head // size for head in members})
             places = [own.index(head // size) * size + head % size for head in members]
             rows = None if tuple(own) == whole else placed([whole.index(head) for head in own])
             bounds = [bounded.index(head) for head in own] if rule.reads_bounds else []
-            self._each.append(_Chooser(rule, placed(own), placed(places), rows, placed(bounds)))
+            of_heads = placed(members), placed([head for _, head in taken])
+            self._each.append(_Chooser(rule, *of_heads, placed(own), placed(places), rows, placed(bounds)))
 
     def fill(
         self,
@@ -101,10 +115,12 @@ class Choosers:
         position: Int[Tensor, " B"],
         law_tokens: Int[Tensor, " B"],
         layout: Layout,
+        left: StepSelection | None,
+        taken: Sequence[StepSelection],
     ) -> tuple[Int[Tensor, "pairs N"], Int[Tensor, " pairs"]]:
         """The blocks that each of `heads` reads for the token at `position`, whose key is there already, and how many keys they hold.
 
-        `q` carries the softmax scale.
+        `q` carries the softmax scale; `left` is for later layers to read, `taken` is what the layers of `source_paths` left.
         """
         block, batch = layout.block_tokens, q.shape[0]
         rows = _rows(keys, layout)
@@ -113,15 +129,24 @@ class Choosers:
             start = layout.start.view(batch, -1).index_select(1, self.bounded)
             update_bounds(low, high, keys[start + position[:, None]], position, block)
         where = position[:, None, None, None], law_tokens[:, None, None, None], block, num_blocks
-        grouped, chosen = q.unflatten(1, (-1, self.size)), []
+        grouped, chosen, given = q.unflatten(1, (-1, self.size)), [], iter(taken)
         for one in self._each:
+            if one.rule.reuses:
+                blocks = StepBlocks(*where)
+                tiles = next(given).tiles.index_select(1, one.sources) | (blocks.index == blocks.newest).squeeze(1)
+                chosen.append(tiles & blocks.there().squeeze(1))
+                continue
             if one.rule.reads_bounds:
                 bounds = low.index_select(1, one.bounded), high.index_select(1, one.bounded)
                 blocks = StepBlocks(*where, None, *bounds)
             else:
                 blocks = StepBlocks(*where, rows if one.rows is None else rows.index_select(1, one.rows))
-            tiles = one.rule.step_tiles(grouped.index_select(1, one.kv_heads), blocks)
+            queries = grouped.index_select(1, one.kv_heads)
+            tiles = one.rule.step_tiles(queries, blocks)
             chosen.append(tiles.flatten(1, 2).index_select(1, one.places))
+            if left is not None:
+                kept = one.rule.step_left(tiles, queries, blocks).flatten(1, 2).index_select(1, one.places)
+                left.tiles.index_copy_(1, one.heads, kept)
         return page_tables(torch.cat(chosen, 1), position, block)
 
 
