@@ -69,7 +69,12 @@ PlanOut = Annotated[Path, typer.Option("-o", "--out", help="Plan file to write."
 CheckpointOut = Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")]
 OverwritePlan = Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")]
 HeldOutNeedles = Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)]
-NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
+NumNeedles = Annotated[
+    int | None,
+    typer.Option(
+        help="Statements hidden in each needle sequence; 8, or as many as fit into a short one, by default.", min=1
+    ),
+]
 Suite = Annotated[
     str | None,
     typer.Option(
@@ -148,22 +153,16 @@ def parsed_suite(
 
 
 def profile_for(plan: "Plan", folder: Path) -> "Profile":
-    """The profile in a folder, of the plan's model.
+    """The profile in a folder, in which the plan was searched.
 
     Raises:
         ArtifactError: it is missing or damaged.
-        PlanMismatchError: it is of another model.
+        PlanMismatchError: it is of another model, or the plan was searched in another profile.
     """
-    from sparsesearch.errors import PlanMismatchError
     from sparsesearch.profiling.record import Profile
 
     opened = Profile.load(folder)
-    own, other = plan.base_model, opened.manifest.base_model
-    if own.geometry != other.geometry or {own.weights_sha256, other.weights_sha256} - {None, own.weights_sha256}:
-        raise PlanMismatchError(
-            f"{folder} must be a profile of the plan's model, {own.name_or_path!r}, but is of {other.name_or_path!r}. Give the profile that "
-            "the plan was searched in."
-        )
+    opened.require_source_of(plan)
     return opened
 
 

@@ -207,8 +207,10 @@ class DeviceCostModel:
         for cost in self.table.estimators:
             if cost.kind == kind:
                 return cost
-        known = [cost.kind for cost in self.table.estimators]
-        raise SpecError(f"cost model {self.name} must know what {kind!r} costs. Calibrate again.{nearest(kind, known)}")
+        raise SpecError(
+            f"cost model {self.name} must know what {kind!r} costs, but was calibrated without that rule. Run `sparsesearch calibrate --device cuda "
+            "-o FILE` and give that file."
+        )
 
     def summary(self) -> dict[str, str | float]:
         """What to show of it: where it comes from and how well it fits."""
