@@ -26,7 +26,7 @@ from sparsesearch.runtime.step_choices import Choosers
 from sparsesearch.step_blocks import StepSelection
 
 _MOST_TABLE_BYTES = 1 << 28
-_PER_ROW = ("sums", "tables", "whole", "open", "first_block", "low", "high", "laws")
+_PER_ROW = ("sums", "tables", "whole", "open", "first_block", "low", "high", "laws", "budgets")
 
 
 class Queries:
@@ -73,6 +73,7 @@ class Reads:
         low: [B, n, blocks, D], smallest value of each channel per block, of the n KV heads whose bounds a rule asks for.
         high: largest, likewise.
         laws: int64 [B], the prompts' lengths.
+        budgets: int32 [B, r], blocks that a token reads under each rule that ranks them by bounds.
         left: what this layer chose for the newest tokens, where later layers reuse it.
         taken: what the layers whose choice this one reuses have left.
     """
@@ -86,6 +87,7 @@ class Reads:
         blocks = -(-max_tokens // layout.block_tokens)
         self.low, self.high = (like.new_zeros(batch, len(queries.choosers.bounded), blocks, head_dim) for _ in range(2))
         self.laws = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.budgets = queries.choosers.budgets(self.laws, layout.block_tokens)
         self.left = self._empty_selection() if queries.choosers.leaves else None
         self.taken: list[StepSelection] = []
 
@@ -110,6 +112,7 @@ class Reads:
         if self.queries.choosers.some:
             device = self.layout.device
             self.laws.copy_(binding.remembered(("laws", laws, device), lambda: torch.tensor(laws, device=device)))
+            self.budgets.copy_(self.queries.choosers.budgets(self.laws, self.layout.block_tokens))
         if not self.queries.has_mixed:
             return
         key = ("tables", heads, laws, tuple(counts), max_tokens, self.layout.device)
@@ -139,7 +142,7 @@ class Reads:
             return out  # a launch here would keep the next product from starting early
         tokens = seen.view(q.shape[0], -1)[:, 0].long()
         if heads.choosers.some:
-            chosen = self._chosen(q, keys, values, tokens - 1, scale, kernel)
+            chosen = self._chosen(q, keys, values, seen, tokens - 1, scale, kernel)
             out = out.index_copy(1, heads.choosers.heads, chosen)
         if heads.has_mixed:
             out = out.index_copy(1, heads.mixed_on_device, self._mixed(q, keys, values, tokens - 1, scale, kernel))
@@ -150,12 +153,20 @@ class Reads:
         return out
 
     def _chosen(
-        self, q: Tensor, keys: Tensor, values: Tensor, position: Int[Tensor, " B"], scale: float, kernel: bool
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        seen: Int[Tensor, " P"],
+        position: Int[Tensor, " B"],
+        scale: float,
+        kernel: bool,
     ) -> Float[Tensor, "B h D"]:
         choosers = self.queries.choosers
         table, lens = choosers.tables(
-            q * scale, keys, self.low, self.high, position, self.laws, self.layout, self.left, self.taken
-        )
+            q * scale, keys, self.low, self.high, position, self.laws, self.layout, self.left, self.taken,
+            self.budgets if kernel else None, seen,
+        )  # fmt: skip
         start = self.layout.start.view(q.shape[0], -1).index_select(1, choosers.kv_heads).flatten()
         own = q.index_select(1, choosers.heads)
         return _read(own, keys, values, start, lens, table, scale, self.layout.block_tokens, kernel)

@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsesearch.block_mask import BlockGrid
+from sparsesearch.block_mask import BlockGrid, blocks_of
 from sparsesearch.estimators import block_bounds
+from sparsesearch.kernels.page_ops import pages_by_bounds
 from sparsesearch.rules.base import Rule
+from sparsesearch.rules.bounds_topk import BoundsTopk
 from sparsesearch.runtime.binding import LayerBinding, kv_partition
 from sparsesearch.runtime.static_regions import Layout
 from sparsesearch.step_blocks import StepBlocks, StepSelection, page_tables, update_bounds
@@ -88,6 +90,21 @@ class Choosers:
             of_heads = placed(members), placed([head for _, head in taken])
             self._each.append(_Chooser(rule, *of_heads, placed(own), placed(places), rows, placed(bounds)))
 
+    @property
+    def by_bounds_alone(self) -> bool:
+        """Whether every head chooses by bounds, for which there are kernels."""
+        return all(isinstance(one.rule, BoundsTopk) for one in self._each)
+
+    def budgets(self, law_tokens: Int[Tensor, " B"], block_tokens: int) -> Int[Tensor, "B r"]:
+        """Blocks per token of each rule that has a budget, at the prompts' lengths."""
+        each = [
+            one.rule.keep.blocks_at(law_tokens, block_tokens).clamp(min=1)
+            for one in self._each
+            if isinstance(one.rule, BoundsTopk)
+        ]
+        empty = law_tokens.new_zeros(len(law_tokens), 0)
+        return torch.stack(each, 1).int() if each else empty.int()
+
     def fill(
         self,
         low: Float[Tensor, "B g N D"],
@@ -117,11 +134,16 @@ class Choosers:
         layout: Layout,
         left: StepSelection | None,
         taken: Sequence[StepSelection],
+        budgets: Int[Tensor, "B r"] | None,
+        seen: Int[Tensor, " P"],
     ) -> tuple[Int[Tensor, "pairs N"], Int[Tensor, " pairs"]]:
         """The blocks that each of `heads` reads for the token at `position`, whose key is there already, and how many keys they hold.
 
-        `q` carries the softmax scale; `left` is for later layers to read, `taken` is what the layers of `source_paths` left.
+        `q` carries the softmax scale; `left` is for later layers to read, `taken` is what the layers of `source_paths` left. With `budgets`,
+        blocks per token of each of `bounds_rules`, kernels choose for those.
         """
+        if budgets is not None and left is None and self.by_bounds_alone:
+            return self._by_kernels(q, keys, low, high, layout, budgets, seen)
         block, batch = layout.block_tokens, q.shape[0]
         rows = _rows(keys, layout)
         num_blocks = -(-rows.shape[2] // block)
@@ -148,6 +170,31 @@ class Choosers:
                 kept = one.rule.step_left(tiles, queries, blocks).flatten(1, 2).index_select(1, one.places)
                 left.tiles.index_copy_(1, one.heads, kept)
         return page_tables(torch.cat(chosen, 1), position, block)
+
+    def _by_kernels(
+        self,
+        q: Float[Tensor, "B H D"],
+        keys: Float[Tensor, "rows D"],
+        low: Float[Tensor, "B g N D"],
+        high: Float[Tensor, "B g N D"],
+        layout: Layout,
+        budgets: Int[Tensor, "B r"],
+        seen: Int[Tensor, " P"],
+    ) -> tuple[Int[Tensor, "pairs N"], Int[Tensor, " pairs"]]:
+        parts: list[tuple[Tensor, Tensor]] = []
+        for index, one in enumerate(self._each):
+            assert isinstance(one.rule, BoundsTopk)
+            sink, block = blocks_of(one.rule.sink, layout.block_tokens), layout.block_tokens
+            where = layout.start, seen, one.kv_heads, one.bounded, one.places, budgets[:, index].contiguous()
+            parts.append(pages_by_bounds(q, keys, low, high, *where, sink, block))
+        if len(parts) == 1:
+            return parts[0]
+        batch = q.shape[0]
+        tables, lens = zip(*parts, strict=True)
+        return (
+            torch.cat([table.unflatten(0, (batch, -1)) for table in tables], 1).flatten(0, 1),
+            torch.cat([own.unflatten(0, (batch, -1)) for own in lens], 1).flatten(),
+        )
 
 
 def _rows(keys: Float[Tensor, "rows D"], layout: Layout) -> Float[Tensor, "B g rows D"]:
