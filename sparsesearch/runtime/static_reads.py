@@ -135,15 +135,16 @@ class Reads:
     ) -> Float[Tensor, "B H D"]:
         """Output for the newest tokens, which are in their places; `v` are their values."""
         heads, lens = self.queries, self.lens
+        if heads.choosers.all:
+            return self._chosen(q, keys, values, seen, scale, kernel)
         if heads.has_mixed or heads.choosers.some:
             lens = (lens.view(-1, heads.num_kv_heads) * heads.alike).flatten()
         out = _read(q, keys, values, self.layout.start, lens, None, scale, 1, kernel)
-        if not (heads.has_mixed or heads.has_means or heads.choosers.some):
-            return out  # a launch here would keep the next product from starting early
-        tokens = seen.view(q.shape[0], -1)[:, 0].long()
         if heads.choosers.some:
-            chosen = self._chosen(q, keys, values, seen, tokens - 1, scale, kernel)
-            out = out.index_copy(1, heads.choosers.heads, chosen)
+            out = out.index_copy(1, heads.choosers.heads, self._chosen(q, keys, values, seen, scale, kernel))
+        if not (heads.has_mixed or heads.has_means):  # a launch here would keep the next product from starting early
+            return out
+        tokens = seen.view(q.shape[0], -1)[:, 0].long()
         if heads.has_mixed:
             out = out.index_copy(1, heads.mixed_on_device, self._mixed(q, keys, values, tokens - 1, scale, kernel))
         if heads.has_means:
@@ -153,22 +154,15 @@ class Reads:
         return out
 
     def _chosen(
-        self,
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        seen: Int[Tensor, " P"],
-        position: Int[Tensor, " B"],
-        scale: float,
-        kernel: bool,
+        self, q: Tensor, keys: Tensor, values: Tensor, seen: Int[Tensor, " P"], scale: float, kernel: bool
     ) -> Float[Tensor, "B h D"]:
         choosers = self.queries.choosers
+        budgets = self.budgets if kernel else None
         table, lens = choosers.tables(
-            q * scale, keys, self.low, self.high, position, self.laws, self.layout, self.left, self.taken,
-            self.budgets if kernel else None, seen,
-        )  # fmt: skip
+            q, keys, self.low, self.high, seen, self.laws, self.layout, scale, self.left, self.taken, budgets
+        )
         start = self.layout.start.view(q.shape[0], -1).index_select(1, choosers.kv_heads).flatten()
-        own = q.index_select(1, choosers.heads)
+        own = q if choosers.all else q.index_select(1, choosers.heads)
         return _read(own, keys, values, start, lens, table, scale, self.layout.block_tokens, kernel)
 
     def next_bounds(self, seen: Int[Tensor, " P"]) -> Int[Tensor, " n"]:

@@ -57,6 +57,8 @@ class Choosers:
         heads: int64 [h], the query heads that choose.
         kv_heads: int64 [h], the KV head of each.
         bounded: int64, KV heads whose bounds are kept.
+        some: whether there are any.
+        all: whether all query heads choose, in their order.
         source_paths: path of the source layer of each reuse, in turn.
         leaves: whether a later layer reuses what is chosen here.
     """
@@ -77,6 +79,7 @@ class Choosers:
         self._whole, self._bounded_rows = whole, placed([whole.index(head) for head in bounded])
         self.heads, self.kv_heads = placed(heads), placed([head // size for head in heads])
         self.bounded, self.size, self.some = placed(bounded), size, bool(heads)
+        self.all = heads == list(range(len(rules)))
         self.leaves = binding.leaves is not None and any(rules[head].decodes for head in binding.leaves.heads)
         self.source_paths: list[str] = []
         self._each = []
@@ -129,22 +132,23 @@ class Choosers:
         keys: Float[Tensor, "rows D"],
         low: Float[Tensor, "B g N D"],
         high: Float[Tensor, "B g N D"],
-        position: Int[Tensor, " B"],
+        seen: Int[Tensor, " P"],
         law_tokens: Int[Tensor, " B"],
         layout: Layout,
+        scale: float,
         left: StepSelection | None,
         taken: Sequence[StepSelection],
         budgets: Int[Tensor, "B r"] | None,
-        seen: Int[Tensor, " P"],
     ) -> tuple[Int[Tensor, "pairs N"], Int[Tensor, " pairs"]]:
-        """The blocks that each of `heads` reads for the token at `position`, whose key is there already, and how many keys they hold.
+        """The blocks that each of `heads` reads for the newest tokens, whose keys are there already, and how many keys they hold.
 
-        `q` carries the softmax scale; `left` is for later layers to read, `taken` is what the layers of `source_paths` left. With `budgets`,
-        blocks per token of each of `bounds_rules`, kernels choose for those.
+        `left` is for later layers to read, `taken` is what the layers of `source_paths` left. With `budgets`, blocks per token of each rule,
+        kernels choose where they can.
         """
         if budgets is not None and left is None and self.by_bounds_alone:
             return self._by_kernels(q, keys, low, high, layout, budgets, seen)
         block, batch = layout.block_tokens, q.shape[0]
+        q, position = q * scale, seen.view(batch, -1)[:, 0].long() - 1
         rows = _rows(keys, layout)
         num_blocks = -(-rows.shape[2] // block)
         if self.bounded.numel():

@@ -192,6 +192,19 @@ def test_kernels_do_the_same(tiny, data, kind):
     close(found, oracle_logits(model, plan, ids, 47, [35, 12, 1, 1, 1]))
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_all_heads_may_choose(tiny, backend):
+    """Then nothing else is read."""
+    model, plan = planned(tiny, SMALL[11], layers=1)
+    label = made(SMALL[11]).label
+    plan = plan.model_copy(update={"assignments": dict.fromkeys(plan.assignments, (label,) * 4)})
+    ids = left_padded([75], 64)[0][0].to(DEVICE)
+    with torch.no_grad(), sparsesearch.apply(model, plan, backend=backend):
+        cache = sparsesearch.sparse_cache(model, max_tokens=75)
+        found = fed(model, [ids[:70], *ids[70:].split(1)], cache)
+    close(found, oracle_logits(model, plan, ids, 70))
+
+
 @each
 def test_a_decoding_step_does_the_same(tiny, data):
     """On a GPU captured and replayed."""
