@@ -101,6 +101,7 @@ def profile(
 ) -> None:
     """Score every candidate rule in every head. Under torchrun, processes share the sequences between them."""
     if pipelines.is_pipeline(model):
+        _in_one_process("diffusers pipelines")
         o.refuse_given(context, "is not for diffusers pipelines", *FOR_TEXT, "learn_masks")
         pipelines.profile(
             model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume,
@@ -122,12 +123,17 @@ def profile(
         emit_json(needs) if json else _show_needs(model, needs)
         return
     if menu.pruning is not None:
+        _in_one_process("spaces that remove")
         prune.profile_cuts(
             model, menu.pruning, out, device=device, dtype=dtype, data=data, length=max(wanted), num_samples=num_samples,
             num_probes=num_probes, learn_masks=learn_masks, resume=resume, seed=seed, json=json,
         )  # fmt: skip
         if len(menu.candidates) == 1:
             return
+    if stream:
+        _in_one_process("--stream")
+    if device_map is not None:
+        _in_one_process("--device-map")
     world = World.joined()
     try:
         found = _profiled(
@@ -151,6 +157,16 @@ def _show_needs(model: str, needs: dict[str, Any]) -> None:
         say(
             f"on this CPU that is {hours:.0f} hours: run it on a GPU (--device cuda), or take shorter --lengths, fewer --num-samples, or a smaller "
             "--space such as duo_attention"
+        )
+
+
+def _in_one_process(what: str) -> None:
+    """Refuse processes that would all do the same."""
+    from sparsesearch.profiling.world import launched
+
+    if launched() > 1:
+        raise typer.BadParameter(
+            f"processes share the sequences of a model that each of them holds, but torchrun started {launched()} for {what}. Start one."
         )
 
 

@@ -17,10 +17,12 @@ from sparsesearch.kernels.schedule import TileSchedule
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.reuse import Reuse
+from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.backends import Kernel
 from sparsesearch.runtime.binding import LayerBinding
 from sparsesearch.runtime.mask_code import Span
 from sparsesearch.runtime.mean_heads import MeanHeads
+from sparsesearch.step_blocks import page_tables
 
 
 def places_of(spans: Sequence[Span], batch_size: int) -> tuple[Place, ...] | None:
@@ -201,11 +203,17 @@ def decode_heads(
 ) -> Float[Tensor, "B H one D"]:
     """Output of one new token per sequence over a cache that holds all keys: only the blocks a head may see are read.
 
-    A mean of values is attention whose scores are all equal, so such heads attend with a zero query. Query heads of a KV head that follow one
+    Rules that decode choose them here, on the device. A mean of values is attention whose scores are all equal, so such heads attend with a zero query. Query heads of a KV head that follow one
     rule share one pass over its keys.
     """
     if not _rows_in_a_line(k) or k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
+    choosing = [head for head, rule in enumerate(rules) if rule.decodes]
+    if choosing:
+        rest = tuple(Zero() if rule.decodes else rule for rule in rules)
+        out = decode_heads(rest, q, k, v, places, scale)
+        chosen = _decode_choosing(rules, choosing, q, k, v, places, scale)
+        return out.index_copy(1, torch.tensor(choosing, device=q.device), chosen[:, :, None])
     size = k.shape[-1]
     reads = _reads(rules, places, k.shape[:2], (k.stride(0) // size, k.stride(1) // size), str(q.device))
     queries = q[:, :, 0]
@@ -222,6 +230,35 @@ def decode_heads(
         page_tokens=places[0].grid.block_tokens if places else 1,
     )
     return out[:, :, None]
+
+
+def _decode_choosing(
+    rules: tuple[Rule, ...],
+    heads: Sequence[int],
+    q: Float[Tensor, "B H one D"],
+    k: Float[Tensor, "B G T D"],
+    v: Float[Tensor, "B G T D"],
+    places: tuple[Place, ...],
+    scale: float,
+) -> Float[Tensor, "B h D"]:
+    """Output of the heads whose rule decodes: each reads the blocks that it chooses, sequence by sequence."""
+    size, group = k.shape[-1], len(rules) // k.shape[1]
+    longest = max(place.grid.num_k_blocks for place in places)
+    table = torch.zeros(len(q), len(heads), longest, dtype=torch.int32, device=q.device)
+    lens = torch.zeros(len(q), len(heads), dtype=torch.int32, device=q.device)
+    start = torch.zeros(len(q), len(heads), dtype=torch.int64)
+    for place in places:
+        grid, row = place.grid, place.batch
+        keys = keys_of(k, place)
+        tiles = torch.cat([rules[head].select(grid, q[row, head] * scale, keys[head // group]) for head in heads])
+        newest = torch.full((1,), grid.kv_len - 1, device=q.device)
+        table[row, :, : grid.num_k_blocks], lens[row] = page_tables(tiles[None], newest, grid.block_tokens)
+        first = [(head // group * k.stride(1) + row * k.stride(0)) // size + place.k_offset for head in heads]
+        start[row] = torch.tensor(first)
+    own = q[:, :, 0].index_select(1, torch.tensor(heads, device=q.device)).contiguous()
+    arguments = _as_rows(k), _as_rows(v), start.flatten().to(q.device), lens.flatten()
+    block = places[0].grid.block_tokens
+    return ragged_decode(own, *arguments, scale=scale, table=table.flatten(0, 1), page_tokens=block)[0]
 
 
 def _rows_in_a_line(x: Float[Tensor, "B G T D"]) -> bool:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -140,7 +141,8 @@ def load_weights(
     place = locate(source)
     _refuse_diffusers(place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options["dtype"] = "float32" if dtype == "auto" and device == "cpu" else dtype
+    on_cpu = device == "cpu" and (device_map is None or not torch.cuda.is_available())
+    options["dtype"] = "float32" if dtype == "auto" and on_cpu else dtype
     if isinstance(place, Path) and place.suffix == ".gguf":
         _require_gguf(place)
         # packed GGUF loading would choose an attention of its own

@@ -23,7 +23,7 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
     Args:
         model: a model that runs a plan.
         ids: the sequence.
-        prompt_tokens: where laws are evaluated and where dynamic rules end.
+        prompt_tokens: where laws are evaluated and where dynamic rules end, except those that decode.
 
     Raises:
         SpecError: no plan is bound to the model.
@@ -46,8 +46,8 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
             if chosen is not None:
                 left[paths.index(binding.path), head] = chosen
             later = binding.kept_by[head]
-            if later != rule:  # of the tokens that are generated; dynamic rules are dense there
-                own, _ = _mask(later, binding, q * scale, k, 1 if later.dynamic else prompt_tokens, None)
+            if later != rule:  # of the tokens that are generated; dynamic rules are dense there unless they decode
+                own, _ = _mask(later, binding, q * scale, k, prompt_tokens, None, only_decodes=True)
                 mask = torch.cat([mask[:prompt_tokens], own[prompt_tokens:]])
             if window is not None:
                 positions = torch.arange(len(k), device=k.device)
@@ -64,7 +64,14 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
 
 
 def _mask(
-    rule: Rule, binding: LayerBinding, q: Tensor, k: Tensor, prompt_tokens: int, left: Tensor | None
+    rule: Rule,
+    binding: LayerBinding,
+    q: Tensor,
+    k: Tensor,
+    prompt_tokens: int,
+    left: Tensor | None,
+    *,
+    only_decodes: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Element mask [S, S] of one head, and what it leaves for later layers; `left` is what its source left."""
     length, device = len(k), k.device
@@ -77,7 +84,7 @@ def _mask(
     if rule.dynamic:
         prompt = BlockGrid(prompt_tokens, prompt_tokens, binding.block_tokens)
         chosen = None
-        if prompt_tokens > 1:  # a single query is decoding, which is dense
+        if prompt_tokens > 1 and not only_decodes:  # a single query is decoding
             own_q, own_k = q[:prompt_tokens], k[:prompt_tokens]
             if isinstance(rule, Reuse):
                 tiles = rule.select(prompt, own_q, own_k, left=left)
@@ -85,5 +92,9 @@ def _mask(
                 tiles = rule.select(prompt, own_q, own_k)
             chosen = rule.left_behind(tiles, prompt, own_q, own_k)
             causal[:prompt_tokens, :prompt_tokens] = expand(tiles.to(device), prompt)
+        first = prompt_tokens if prompt_tokens > 1 else 0
+        for row in range(first, length if rule.decodes else 0):
+            step = BlockGrid(1, row + 1, binding.block_tokens, prompt_tokens)
+            causal[row, : row + 1] = expand(rule.select(step, q[row : row + 1], k[: row + 1]).to(device), step)[0]
         return causal, chosen
     return expand(rule.select(grid).to(device), grid), None

@@ -149,7 +149,7 @@ class StaticPlanLayer(CacheLayerMixin):
             queries: Queries = binding.remembered(
                 ("queries", num_kv_heads, k.device), lambda: Queries(binding.kept_by, num_kv_heads, k.device)
             )
-            self.reads = Reads(queries, layout, size)
+            self.reads = Reads(queries, layout, self.keys, self.max_cache_len)
         self.seen.zero_()
         self.reads.sums.zero_()
         self.layout = self.reads.layout = layout
@@ -216,5 +216,7 @@ class StaticPlanLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and sums held."""
-        return self.keys.nbytes + self.values.nbytes + self.reads.sums.nbytes if self.is_initialized else 0
+        """Bytes of keys, values, sums and bounds held."""
+        if not self.is_initialized:
+            return 0
+        return sum(x.nbytes for x in (self.keys, self.values, self.reads.sums, self.reads.low, self.reads.high))

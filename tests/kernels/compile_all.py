@@ -8,6 +8,7 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 
 from sparsesearch.kernels import (
+    device_deal,
     device_schedule,
     hopper_attention,
     hopper_prefill,
@@ -89,7 +90,7 @@ def decode(page_tokens: int, num_pairs: int) -> CompileReport:
 
 
 def schedule() -> Iterator[tuple[str, CompileReport]]:
-    lists, deal = device_schedule.list_entries, device_schedule.deal_tiles
+    lists, deal = device_schedule.list_entries, device_deal.deal_tiles
     types = (
         dict.fromkeys(lists.arg_names, "*i32")
         | {"bank": "*u8", "chosen": "*u8"}
