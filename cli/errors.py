@@ -1,8 +1,9 @@
 """The only place that turns exceptions into exit codes: 0 ok, 1 failure, 2 usage, 3 infeasible, 4 regression, 5 mismatch, 130 interrupt."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             _require_places(command.__name__, kwargs)
-            command(*args, **kwargs)
+            with _reserved(command.__name__, kwargs):
+                command(*args, **kwargs)
         except KeyboardInterrupt:
             say(
                 f"[red]interrupted[/]: {CONTINUES.get(command.__name__, 'nothing half-made was left; run the command again.')}"
@@ -59,6 +61,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(code) from error
 
     return run
+
+
+def _reserved(command: str, given: dict[str, Any]) -> AbstractContextManager[None]:
+    """Its folder for this run alone: another one that resumes there, too, would take away what this one has written."""
+    from sparsesearch.artifacts import reserved
+
+    alone = os.environ.get("RANK", "0") == "0" and not given.get("dry_run")  # torchrun's processes share a folder
+    return reserved(given["out"]) if command in ("profile", "quickstart") and alone else nullcontext()
 
 
 def _require_places(command: str, given: dict[str, Any]) -> None:

@@ -9,13 +9,14 @@ from . import options as o
 from . import pipelines, prune
 from .errors import guarded
 from .metrics_tables import show_metrics
-from .render import emit_json, lines, progress_bar, table
+from .render import emit_json, lines, progress_bar, say, table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsesearch.check_result import CheckResult, Thresholds
     from sparsesearch.cost import CostModel
+    from sparsesearch.plan import Plan
 
 
 FOR_TEXT = (
@@ -44,9 +45,11 @@ def evaluate(
         list[Path] | None, typer.Argument(help="One or more sparse_plan.json; none: dense alone.", metavar="[PLAN]...")
     ] = None,
     model: o.OptionalModel = None,
-    lengths: o.Lengths = "2048",
+    lengths: Annotated[
+        str | None, typer.Option(help="Lengths to judge; those of the plans by default, 2048 without plans.")
+    ] = None,
     num_sequences: o.HeldOutNeedles = 96,
-    num_needles: o.NumNeedles = 8,
+    num_needles: o.NumNeedles = None,
     data: o.TextData = "text",
     timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.", min=0)] = 5,
     cost_model: Annotated[
@@ -75,7 +78,7 @@ def evaluate(
         _require_pipeline_plans(context, plans)
         pipelines.evaluate(plans or [], run, out, model=model, device=device, dtype=dtype, json=json)
         return
-    from sparsesearch.evaluate import evaluate as run_all
+    from sparsesearch.evaluate.run import evaluate as run_all
     from sparsesearch.evaluate.tasks import lm_eval_tasks
     from sparsesearch.plan import Plan
     from sparsesearch.pruning.apply import PrunedApply
@@ -85,6 +88,7 @@ def evaluate(
     _require_text_plans(context, paths, model, suite, timing_rounds)
     opened = {name: Plan.load(path) for name, path in o.variant_names(paths).items()}
     name = model or next(iter(opened.values())).base_model.name_or_path
+    judged = _lengths(lengths, opened)
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype, with_plan=False)
     applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))
     with progress_bar() as progress:
@@ -93,13 +97,13 @@ def evaluate(
             tokenizer,
             opened,
             apply=applied,
-            lengths=o.parsed_lengths(lengths),
+            lengths=judged,
             num_sequences=num_sequences,
             num_needles=num_needles,
             data=data,
             seed=seed,
             timing_rounds=timing_rounds,
-            cost_model=_priced(cost_model, live) if timing_rounds else None,
+            cost_model=_priced(cost_model, live, opened, min(judged)) if timing_rounds else None,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=generate),
             progress=progress,
             command=o.command_line(),
@@ -142,16 +146,36 @@ def _require_text_plans(
         o.refuse_given(context, "stands beside measured times, and --timing-rounds 0 measures none", "cost_model")
 
 
-def _priced(cost_model: str | None, live: "PreTrainedModel") -> "CostModel | None":
-    """The cost model asked for, or that of the device in the model's data type; None if nobody has measured it."""
+def _lengths(text: str | None, plans: dict[str, "Plan"]) -> list[int]:
+    if text is not None:
+        return o.parsed_lengths(text)
+    return sorted({length for plan in plans.values() for length in plan.lengths_tokens}) or [2048]
+
+
+def _priced(
+    cost_model: str | None, live: "PreTrainedModel", plans: dict[str, "Plan"], length: int
+) -> "CostModel | None":
+    """The cost model asked for, or that of the device in the model's data type; None if nobody has measured it, or not all that the plans need.
+
+    Asked before anything is judged: a judgement of hours must not end at a price that is missing.
+    """
     from sparsesearch.cost import load_cost_model
     from sparsesearch.cost.shipped import shipped_for
+    from sparsesearch.errors import SpecError
+    from sparsesearch.evaluate.predicted import predicted_seconds
 
-    if cost_model is not None:
-        return load_cost_model(cost_model)
-    found = shipped_for(live.device)
+    found = shipped_for(live.device) if cost_model is None else load_cost_model(cost_model)
     measured_bytes = getattr(getattr(found, "table", None), "dtype_bytes", None)
-    return found if measured_bytes == live.dtype.itemsize else None
+    if found is None or (cost_model is None and measured_bytes != live.dtype.itemsize):
+        return None
+    try:
+        predicted_seconds(live, plans, length, found)
+    except SpecError as error:
+        if cost_model is not None:
+            raise
+        say(f"nothing is predicted: {error}")
+        return None
+    return found
 
 
 def check(
@@ -166,7 +190,7 @@ def check(
         str | None, typer.Option(help="Lengths to judge; those of the baseline or plan by default.")
     ] = None,
     num_sequences: o.HeldOutNeedles = 48,
-    num_needles: o.NumNeedles = 8,
+    num_needles: o.NumNeedles = None,
     device: o.Device = "cpu",
     junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.")] = None,
     annotations: Annotated[bool, typer.Option("--annotations", help="Print GitHub workflow annotations.")] = False,
@@ -223,6 +247,10 @@ def _show_check(result: "CheckResult", plan: Path, *, annotations: bool, json: b
         emit_json({"passed": result.passed, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
         return
     table(f"check of {plan}", ["figure", "length", "measured", "bound", "why", "verdict"], rows)
+    if result.needles_say_little and result.metrics.suite is None:
+        say(
+            "dense hardly answers needles here, so they hold the plan to nothing: add tasks that it answers, as in --suite ruler --format chat"
+        )
     if annotations:
         lines(*result.annotations(str(plan)))
 

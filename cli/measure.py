@@ -8,7 +8,7 @@ import typer
 from . import options as o
 from . import pipelines, prune
 from .errors import guarded
-from .render import emit_json, pairs, progress_bar, table
+from .render import emit_json, pairs, progress_bar, say, table
 
 if TYPE_CHECKING:
     from sparsesearch.profiling.record import Profile
@@ -33,6 +33,7 @@ FOR_TEXT = (
 LARGE = "For models larger than a device"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 FOR_PIPELINES = ("run", "sensitivity", "under")
+MOST_HOURS = 12
 NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
 NOT_FOR_REMOVALS_ALONE = ("block_tokens", "text_column", "stream", "device_map")
 
@@ -100,6 +101,7 @@ def profile(
 ) -> None:
     """Score every candidate rule in every head. Under torchrun, processes share the sequences between them."""
     if pipelines.is_pipeline(model):
+        _in_one_process("diffusers pipelines")
         o.refuse_given(context, "is not for diffusers pipelines", *FOR_TEXT, "learn_masks")
         pipelines.profile(
             model, out, run, space=space, sensitivity=sensitivity, under=under, device=device, dtype=dtype, resume=resume,
@@ -114,16 +116,24 @@ def profile(
     menu, wanted = _menu(context, space, block_tokens, stream, device_map), o.parsed_lengths(lengths)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if dry_run:
-        needs = estimate(model, menu, wanted, num_samples=num_samples, num_probes=num_probes, stream=stream, **origin)
-        emit_json(needs) if json else pairs(f"a profile of {model} needs", needs)
+        needs = estimate(
+            model, menu, wanted, num_samples=num_samples, num_probes=num_probes, stream=stream, device=o.device_name(device), dtype=dtype,
+            **origin,
+        )  # fmt: skip
+        emit_json(needs) if json else _show_needs(model, needs)
         return
     if menu.pruning is not None:
+        _in_one_process("spaces that remove")
         prune.profile_cuts(
             model, menu.pruning, out, device=device, dtype=dtype, data=data, length=max(wanted), num_samples=num_samples,
             num_probes=num_probes, learn_masks=learn_masks, resume=resume, seed=seed, json=json,
         )  # fmt: skip
         if len(menu.candidates) == 1:
             return
+    if stream:
+        _in_one_process("--stream")
+    if device_map is not None:
+        _in_one_process("--device-map")
     world = World.joined()
     try:
         found = _profiled(
@@ -137,6 +147,27 @@ def profile(
             emit_json(content) if json else pairs(f"profile in {out}", content)
     finally:
         world.leave()
+
+
+def _show_needs(model: str, needs: dict[str, Any]) -> None:
+    """What a profile takes, and what makes it take less where that is more than half a day."""
+    pairs(f"a profile of {model} needs", needs)
+    hours = needs.get("time_s_on_this_cpu", 0) / 3600
+    if hours > MOST_HOURS:
+        say(
+            f"on this CPU that is {hours:.0f} hours: run it on a GPU (--device cuda), or take shorter --lengths, fewer --num-samples, or a smaller "
+            "--space such as duo_attention"
+        )
+
+
+def _in_one_process(what: str) -> None:
+    """Refuse processes that would all do the same."""
+    from sparsesearch.profiling.world import launched
+
+    if launched() > 1:
+        raise typer.BadParameter(
+            f"processes share the sequences of a model that each of them holds, but torchrun started {launched()} for {what}. Start one."
+        )
 
 
 def _menu(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .render import say
+
 if TYPE_CHECKING:
     from sparsesearch.evaluate import SuiteSpec
     from sparsesearch.plan import Plan
@@ -69,7 +71,12 @@ PlanOut = Annotated[Path, typer.Option("-o", "--out", help="Plan file to write."
 CheckpointOut = Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")]
 OverwritePlan = Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan file.")]
 HeldOutNeedles = Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)]
-NumNeedles = Annotated[int, typer.Option(help="Statements hidden in each needle sequence.", min=1)]
+NumNeedles = Annotated[
+    int | None,
+    typer.Option(
+        help="Statements hidden in each needle sequence; 8, or as many as fit into a short one, by default.", min=1
+    ),
+]
 Suite = Annotated[
     str | None,
     typer.Option(
@@ -148,22 +155,16 @@ def parsed_suite(
 
 
 def profile_for(plan: "Plan", folder: Path) -> "Profile":
-    """The profile in a folder, of the plan's model.
+    """The profile in a folder, in which the plan was searched.
 
     Raises:
         ArtifactError: it is missing or damaged.
-        PlanMismatchError: it is of another model.
+        PlanMismatchError: it is of another model, or the plan was searched in another profile.
     """
-    from sparsesearch.errors import PlanMismatchError
     from sparsesearch.profiling.record import Profile
 
     opened = Profile.load(folder)
-    own, other = plan.base_model, opened.manifest.base_model
-    if own.geometry != other.geometry or {own.weights_sha256, other.weights_sha256} - {None, own.weights_sha256}:
-        raise PlanMismatchError(
-            f"{folder} must be a profile of the plan's model, {own.name_or_path!r}, but is of {other.name_or_path!r}. Give the profile that "
-            "the plan was searched in."
-        )
+    opened.require_source_of(plan)
     return opened
 
 
@@ -206,21 +207,31 @@ def command_line() -> str:
     return shlex.join(["sparsesearch", *sys.argv[1:]])
 
 
+def device_name(text: str) -> str:
+    """A device that there could be; a usage error otherwise."""
+    import torch
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        kind = "none"
+    if kind not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, but got {text!r}.", param_hint="--device")
+    return text
+
+
 def present_device(text: str) -> str:
     """A device of this machine; a usage error when it is no device, a `SpecError` when this machine lacks it."""
     import torch
 
     from sparsesearch.errors import SpecError
 
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, but got {text!r}.", param_hint="--device")
+    device = torch.device(device_name(text))
     found = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= found:
         has = f"{found} of them" if found else f"none (torch {torch.__version__})"
         other = "Pass another" if found else "Run this on one that has, or pass cpu where the command takes it"
         raise SpecError(f"--device {text} must be a GPU that torch can use, but this machine has {has}. {other}.")
+    if device.type == "cpu" and sys.stderr.isatty() and torch.cuda.is_available():
+        say(f"on the CPU; this machine has {torch.cuda.get_device_name()}, which --device cuda takes")
     return text

@@ -9,7 +9,7 @@ from . import options as o
 from .render import emit_json, lines, pairs, progress_bar, table
 
 if TYPE_CHECKING:
-    from sparsesearch.denoising.judge import Judgement
+    from sparsesearch.denoising.judgement import Judgement
     from sparsesearch.plan import Plan
 
 
@@ -28,7 +28,7 @@ def is_profile(folder: Path) -> bool:
 def is_metrics(path: Path) -> bool:
     """Whether METRICS is what `eval` wrote for a pipeline."""
     from sparsesearch.artifacts import read_text
-    from sparsesearch.denoising.judge import FORMAT
+    from sparsesearch.denoising.judgement import FORMAT
 
     return f'"{FORMAT}"' in read_text(path)
 
@@ -264,7 +264,7 @@ def report(plan: Path, metrics: Path, out: Path) -> None:
     """One page with frames, rule maps and every sample's verdict; the first component's plan is drawn."""
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.denoising.frames import load_frames
-    from sparsesearch.denoising.judge import Judgement
+    from sparsesearch.denoising.judgement import Judgement
     from sparsesearch.denoising.pipeline import load_plans
     from sparsesearch.report.video import render_video
 

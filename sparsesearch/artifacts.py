@@ -7,8 +7,9 @@ Keys are sorted and floats are written by `repr`, so the same content is the sam
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any
@@ -83,6 +84,42 @@ def require_writable(path: Path, *, is_file: bool = False) -> None:
         reason = f"{folder} may not be written"
     if reason is not None:
         raise ArtifactError(f"{path} must be writable, but {reason}. Choose another folder with -o.")
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while this one fills it; the system lets go when the process ends, however it ends.
+
+    The lock is the folder's own, so nothing is left behind; where a file system or a platform has no such locks, nobody is kept out.
+
+    Raises:
+        ArtifactError: another run is filling it, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} must be a folder, but is a file. Choose another -o.")
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"{folder} must be filled by one run at a time, but another one is at work there. Wait for it, or choose another -o."
+            ) from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing came to lie
+    finally:
+        os.close(handle)
 
 
 def require_unfinished(out: Path, written: set[str]) -> None:

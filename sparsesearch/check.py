@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsesearch.check_result import CheckResult, CheckRow, Thresholds
-from sparsesearch.errors import SpecError
-from sparsesearch.evaluate import Estimate, Metrics, SuiteSpec, VariantMetrics, evaluate
+from sparsesearch.errors import PlanMismatchError, SpecError
+from sparsesearch.evaluate import Estimate, Metrics, SuiteSpec, VariantMetrics
+from sparsesearch.evaluate.run import evaluate
+from sparsesearch.evaluate.task_metrics import SAYS_LITTLE_BELOW
 from sparsesearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def check(
     chosen = lengths or (baseline.lengths_tokens if baseline is not None else plan.lengths_tokens)
     recorded = None if baseline is None else baseline_variant(baseline, plan)
     if baseline is not None:
+        _require_shared_length(baseline, chosen)
         evaluation["suite"] = _repeated_suite(evaluation.get("suite"), baseline.suite)
     metrics = evaluate(model, tokenizer, {VARIANT: plan}, lengths=chosen, **evaluation)
     return judge(metrics, VARIANT, thresholds or Thresholds(), baseline=baseline, baseline_name=recorded)
@@ -84,6 +87,7 @@ def judge(
 
     Raises:
         SpecError: the baseline shares no length with the metrics, time is bounded but was not measured, or nothing is bounded at all.
+        PlanMismatchError: the baseline was judged on other tokens.
     """
     rows: list[CheckRow] = []
     for length in metrics.lengths_tokens:
@@ -92,16 +96,32 @@ def judge(
         if baseline is not None and baseline_name is not None and length in baseline.results:
             rows += _against_baseline(length, own, baseline.at(length, baseline_name), thresholds.num_errors)
         rows += _tasks(metrics, variant, length, thresholds, baseline, baseline_name)
-    if baseline is not None and not set(baseline.results) & set(metrics.results):
-        raise SpecError(
-            f"the baseline must share a length with this check, but has {list(baseline.lengths_tokens)} and the check "
-            f"{list(metrics.lengths_tokens)}. Give --lengths."
-        )
+    if baseline is not None:
+        _require_shared_length(baseline, metrics.lengths_tokens)
+        _require_same_data(baseline, metrics)
     if not rows:
         raise SpecError(
             "a gate must have a bound, but none was asked for: it would pass anything. Set recovery or max_kl."
         )
     return CheckResult(tuple(rows), metrics)
+
+
+def _require_shared_length(baseline: Metrics, lengths: Sequence[int]) -> None:
+    if not set(baseline.results) & set(lengths):
+        raise SpecError(
+            f"the baseline must share a length with this check, but has {list(baseline.lengths_tokens)} and the check {list(lengths)}. Give "
+            "--lengths."
+        )
+
+
+def _require_same_data(baseline: Metrics, metrics: Metrics) -> None:
+    """Data of one description have one id, unless the tokenizer or the text behind it is another one."""
+    for description, own in metrics.data.items():
+        if baseline.data.get(description, own) != own:
+            raise PlanMismatchError(
+                f"the baseline must be of this check's data, but its {description!r} holds other tokens (it was recorded with {baseline.model!r}; "
+                "the tokenizer, the text or --num-needles differ). Record it again with `sparsesearch eval PLAN -o BASELINE`."
+            )
 
 
 def baseline_variant(baseline: Metrics, plan: Plan) -> str:
@@ -127,9 +147,9 @@ def _against_dense(
     rows = []
     if thresholds.recovery is not None:
         share = thresholds.recovery
-        rows.append(
-            CheckRow("needle accuracy", length, own.needle.mean, share * dense.needle.mean, True, f"{share:g} of dense")
-        )
+        answered = dense.needle.mean
+        reason = f"{share:g} of dense" + (f", whose {answered:.2g} says little" if answered < SAYS_LITTLE_BELOW else "")
+        rows.append(CheckRow("needle accuracy", length, own.needle.mean, share * answered, True, reason))
         bound = dense.heldout_loss.mean / share
         rows.append(CheckRow("held-out loss", length, own.heldout_loss.mean, bound, False, f"dense over {share:g}"))
     if thresholds.max_kl is not None:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsesearch.errors import BudgetInfeasibleError, SpecError, nearest
-from sparsesearch.evaluate import Metrics, evaluate
+from sparsesearch.evaluate import Metrics
+from sparsesearch.evaluate.run import evaluate
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.planning import Question, find_choice, write_plan
 from sparsesearch.profiling.record import Profile

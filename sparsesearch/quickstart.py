@@ -11,7 +11,8 @@ from sparsesearch.artifacts import require_unfinished, write_bytes
 from sparsesearch.block_mask import BlockGrid, density
 from sparsesearch.check import judge
 from sparsesearch.check_result import CheckResult, Thresholds
-from sparsesearch.evaluate import Metrics, evaluate
+from sparsesearch.evaluate import Metrics
+from sparsesearch.evaluate.run import evaluate
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.planning import Question
 from sparsesearch.presets import preset_path

@@ -11,7 +11,8 @@ from sparsesearch.artifacts import require_unfinished, write_bytes
 from sparsesearch.denoising.controls import best_uniform, permuted_plan
 from sparsesearch.denoising.corridor import Accepted, Corridor
 from sparsesearch.denoising.frames import save_frames
-from sparsesearch.denoising.judge import Judgement, judge
+from sparsesearch.denoising.judge import judge
+from sparsesearch.denoising.judgement import Judgement
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.errors import SpecError
 from sparsesearch.plan import Plan

@@ -19,6 +19,7 @@ from sparsesearch.artifacts import (
     read_json,
     read_text,
     require_writable,
+    reserved,
     sha256_file,
     sha256_text,
     write_bytes,
@@ -170,3 +171,22 @@ def test_a_folder_that_may_not_be_written_is_found(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(artifacts.os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     with pytest.raises(ArtifactError, match="may not be written"):
         require_writable(tmp_path / "file.json")
+
+
+def test_a_folder_is_filled_by_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "profile"
+    with reserved(folder):
+        with pytest.raises(ArtifactError, match="one run at a time"), reserved(folder):
+            pass
+        (folder / "state.json").write_text("{}")
+    with reserved(folder):
+        assert [path.name for path in folder.iterdir()] == ["state.json"]
+
+
+def test_a_reserved_folder_in_which_nothing_came_to_lie_is_gone_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), reserved(tmp_path / "profile"):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "profile").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="must be a folder, but is a file"), reserved(tmp_path / "file"):
+        pass

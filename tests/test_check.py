@@ -9,7 +9,7 @@ from embedded_model import embedded, silence, silencing
 
 from sparsesearch.check import _repeated_suite, baseline_variant, check, judge
 from sparsesearch.check_result import CheckResult, Thresholds
-from sparsesearch.errors import RegressionError, SpecError
+from sparsesearch.errors import PlanMismatchError, RegressionError, SpecError
 from sparsesearch.evaluate import Metrics, SuiteSpec
 from sparsesearch.runtime.live import apply
 
@@ -93,6 +93,36 @@ def test_a_baseline_allows_two_standard_errors_of_the_difference(plan: dict[str,
 def test_a_baseline_of_other_lengths_is_refused() -> None:
     with pytest.raises(SpecError, match=r"must share a length.*\[2048\].*\[1024\]"):
         judge(_metrics(), "plan", Thresholds(), baseline=_metrics(length=2048), baseline_name="plan")
+
+
+def test_a_baseline_of_other_lengths_is_refused_before_anything_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsesearch.check.evaluate", lambda *_, **__: pytest.fail("hours of work"))
+    model, tokenizer = embedded()
+    with pytest.raises(SpecError, match=r"must share a length.*\[2048\].*\[512\]"):
+        check(silencing(), model, tokenizer, baseline=_metrics(length=2048), lengths=[512])
+
+
+def test_a_baseline_of_other_tokens_is_refused() -> None:
+    """Another tokenizer makes other data of the same description; another number of sequences is only less certain."""
+    mine, theirs, more = (
+        _metrics().model_copy(update={"data": data})
+        for data in ({"text, 8 x 1024 tokens": "a"}, {"text, 8 x 1024 tokens": "b"}, {"text, 48 x 1024 tokens": "c"})
+    )
+    with pytest.raises(PlanMismatchError, match=r"'text, 8 x 1024 tokens' holds other tokens.*recorded with 'm'"):
+        judge(mine, "plan", Thresholds(), baseline=theirs, baseline_name="plan")
+    for baseline in (mine, more):
+        assert judge(mine, "plan", Thresholds(), baseline=baseline, baseline_name="plan").passed
+
+
+def test_needles_that_dense_hardly_answers_are_said_to_say_little() -> None:
+    metrics = _metrics(needle=0.2)
+    results = {1024: {"dense": _cell(needle=0.2), "plan": _cell(needle=0.2)}}
+    mute = Metrics.model_validate(metrics.model_dump(mode="json") | {"results": results})
+    found = judge(mute, "plan", Thresholds())
+    assert found.passed
+    assert found.needles_say_little
+    assert found.rows[0].reason == "0.98 of dense, whose 0.2 says little"
+    assert not _judged().needles_say_little
 
 
 def test_time_must_be_measured_to_be_bounded() -> None:

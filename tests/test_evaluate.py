@@ -23,10 +23,11 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Sample
 from sparsesearch.cut import Cut, LayerCut
 from sparsesearch.errors import SpecError, UnsupportedModelError
-from sparsesearch.evaluate import DenseReference, Estimate, evaluate
+from sparsesearch.evaluate import Estimate
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
 from sparsesearch.evaluate.head import Head
-from sparsesearch.evaluate.reference import answers_right
+from sparsesearch.evaluate.reference import DenseReference, answers_right
+from sparsesearch.evaluate.run import evaluate
 from sparsesearch.rules.base import LengthLaw
 from sparsesearch.rules.pooled_topk import PooledTopk
 from sparsesearch.rules.sink_window import SinkWindow

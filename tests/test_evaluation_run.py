@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from sparsesearch import calibration
 from sparsesearch.errors import ArtifactError, SpecError
-from sparsesearch.evaluate import Metrics, evaluate, lm_eval_tasks
+from sparsesearch.evaluate import Metrics
+from sparsesearch.evaluate.run import evaluate
+from sparsesearch.evaluate.tasks import lm_eval_tasks
 
 LAST_LAYER = [(7, head) for head in range(8)]
 

@@ -103,19 +103,26 @@ def test_help_answers_in_under_a_second() -> None:
     assert min(seconds) < 1.0
 
 
-def test_commands_that_run_no_model_start_without_transformers(tmp_path: Path) -> None:
+NO_MODEL = {
+    "convert": ["convert", "profiles/needle-7m-plan.json", "-o"],
+    "report": ["report", "profiles/needle-7m-plan.json", "profiles/needle-7m-metrics.json", "--profile", "profiles/needle-7m", "-o"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", NO_MODEL.values(), ids=NO_MODEL)
+def test_commands_that_run_no_model_start_without_transformers(arguments: list[str], tmp_path: Path) -> None:
     """It takes seconds to import; the library registers with it at once, the command line when a model is loaded."""
     (script,) = entry_points(group="console_scripts", name="sparsesearch")
-    plan, out = ROOT / "profiles" / "needle-7m-plan.json", tmp_path / "out.json"
+    out = tmp_path / "out"
     code = f"""
 import os, sys
-sys.argv = ["sparsesearch", "convert", {str(plan)!r}, "-o", {str(out)!r}]
+sys.argv = ["sparsesearch", *{arguments!r}, {str(out)!r}]
 from {script.module} import {script.attr} as main
 try:
     main()
 except SystemExit as exit:
     assert not exit.code
-assert not {{"transformers", "sparsesearch.runtime"}} & set(sys.modules), "the way of search, predict, diff, explain, lint and convert"
+assert not {{"transformers", "sparsesearch.runtime"}} & set(sys.modules), "the way of search, predict, diff, explain and lint, too"
 """
     assert "written" in _python(code).stdout
     assert out.exists()

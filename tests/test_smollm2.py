@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparsesearch import calibration
-from sparsesearch.evaluate import evaluate
+from sparsesearch.evaluate.run import evaluate
 from sparsesearch.measured_front import front_plans
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.runtime.fingerprint import describe

@@ -7,7 +7,8 @@ from embedded_model import embedded, silencing
 from sparsesearch.calibration.tasks import task_samples
 from sparsesearch.check import check
 from sparsesearch.check_result import Thresholds
-from sparsesearch.evaluate import SuiteSpec, evaluate
+from sparsesearch.evaluate import SuiteSpec
+from sparsesearch.evaluate.run import evaluate
 from sparsesearch.evaluate.suite import values_right
 from sparsesearch.evaluate.task_metrics import TaskMetrics, retention
 from sparsesearch.report import render

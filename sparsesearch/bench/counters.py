@@ -17,13 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsesearch.bench.attention import BLOCK_TOKENS, PLANS, PlanName, plan_rules
-from sparsesearch.bench.device_state import clock_and_power
 from sparsesearch.bench.timing import provenance
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import UnsupportedKernelError
@@ -61,8 +61,12 @@ def run(cases: Sequence[tuple[int, int, PlanName]] = CASES, *, command: list[str
     """Counters of our kernel and of dense cuDNN on each case (head_dim, length, plan): bf16, causal, 32 query and 8 KV heads.
 
     Raises:
-        UnsupportedKernelError: there is no `ncu`, or it may not read counters here.
+        UnsupportedKernelError: there is no `ncu`, it may not read counters here, or nvidia-ml-py is missing.
     """
+    if find_spec("pynvml") is None:
+        raise UnsupportedKernelError(
+            "clock and power are read through nvidia-ml-py, which is not installed: pip install 'sparsesearch[counters]'."
+        )
     if shutil.which("ncu") is None:
         raise UnsupportedKernelError("counters need Nsight Compute: put `ncu` of the CUDA toolkit on PATH.")
     with tempfile.TemporaryDirectory() as folder:
@@ -148,9 +152,8 @@ def _loaded(attend: Callable[[], None], *, budget_s: float = 0.7) -> dict[str, f
         for _ in range(20):
             attend()
         calls += 20
-        clock_hz, power_w = clock_and_power()
-        hz.append(clock_hz)
-        watts.append(power_w)
+        hz.append(torch.cuda.clock_rate() * 1e6)
+        watts.append(torch.cuda.power_draw() * 1e-3)
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / calls
     half = len(hz) // 2

@@ -3,6 +3,7 @@
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,45 +23,68 @@ def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool =
         budget_s: device time to spend.
         graph: replay a captured graph; otherwise call `run` anew each time.
     """
-    replay, calls = _captured(run) if graph else _warmed(run)
-    first = event_times(replay, 2)
-    repeats = min(200, max(5, int(budget_s / max(statistics.median(first), 1e-7))))
-    return statistics.median(event_times(replay, repeats)) / calls
+    work = captured(run) if graph else Replay(_warmed(run), 1)
+    first = event_times(work.replay, 2)
+    return statistics.median(event_times(work.replay, _repeats(statistics.median(first), budget_s))) / work.calls
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Work that is launched again and again.
+
+    Attributes:
+        replay: launches it.
+        calls: how many calls one launch holds.
+    """
+
+    replay: Callable[[], object]
+    calls: int
+
+
+def captured(run: Callable[[], object]) -> Replay:
+    """A graph of as many calls as fill a millisecond.
+
+    Args:
+        run: launches the work; must be safe to capture.
+    """
+    _warmed(run)
+    (once,) = event_times(run, 1)
+    if once < GRAPH_S:
+        once = min(once, *event_times(run, 2))
+    calls = min(20, max(1, round(GRAPH_S / max(once, 1e-6))))
+    return Replay(repeated(lambda _: run(), calls), calls)
+
+
+def in_turns_s(*works: Replay, budget_s: float = 0.15) -> tuple[float, ...]:
+    """Median time of one call of each work, while they take turns, so that all meet the same clock.
+
+    A card at its power limit changes its clock by a fifth with what ran before, and with it the quotient of times measured one after the
+    other.
+
+    Args:
+        works: what takes turns.
+        budget_s: device time to spend on all of them; at least 5 turns are taken.
+    """
+    once = sum(event_times(work.replay, 1)[0] for work in works)
+    turns = [[event_times(work.replay, 1)[0] for work in works] for _ in range(_repeats(once, budget_s))]
+    return tuple(statistics.median(own) / work.calls for own, work in zip(zip(*turns, strict=True), works, strict=True))
 
 
 def paired_s(run: Callable[[], object], other: Callable[[], object], *, budget_s: float = 0.15) -> tuple[float, float]:
-    """Median times of two calls that take turns, so that both meet the same clock.
-
-    A card at its power limit changes its clock by a fifth with what ran before, and with it the quotient of times measured one after the
-    other. Both are replayed as graphs, as in `median_s`, at least 5 times each.
-
-    Args:
-        run: launches the first work; must be safe to capture.
-        other: launches the second.
-        budget_s: device time to spend on both.
-    """
-    (replay, calls), (other_replay, other_calls) = _captured(run), _captured(other)
-    both = sum(statistics.median(event_times(one, 2)) for one in (replay, other_replay))
-    turns = [
-        (*event_times(replay, 1), *event_times(other_replay, 1))
-        for _ in range(min(200, max(5, int(budget_s / max(both, 1e-7)))))
-    ]
-    own, others = zip(*turns, strict=True)
-    return statistics.median(own) / calls, statistics.median(others) / other_calls
+    """Times of two calls that take turns; see `in_turns_s`."""
+    own, others = in_turns_s(captured(run), captured(other), budget_s=budget_s)
+    return own, others
 
 
-def _warmed(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
+def _repeats(once_s: float, budget_s: float) -> int:
+    return min(200, max(5, int(budget_s / max(once_s, 1e-7))))
+
+
+def _warmed(run: Callable[[], object]) -> Callable[[], object]:
     for _ in range(2):
         run()
     torch.cuda.synchronize()
-    return run, 1
-
-
-def _captured(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
-    """A graph of as many calls as fill a millisecond, and how many."""
-    _warmed(run)
-    calls = min(20, max(1, round(GRAPH_S / max(min(event_times(run, 3)), 1e-6))))
-    return repeated(lambda _: run(), calls), calls
+    return run
 
 
 def ceilings() -> dict[str, float]:

@@ -3,7 +3,8 @@
     sparsesearch bench video -o out.json
 
 Static rules do not look at the data, so random queries, keys and values give true times; they say nothing about quality. Every time includes
-the copies into and out of token orders. R = t / (density · t_dense): 1 means that a skipped tile costs nothing, a computed one what it costs
+the copies into and out of token orders. A plan, its tiles alone and cuDNN take turns while they are timed, because the card's clock depends on
+what ran before. R = t / (density · t_dense): 1 means that a skipped tile costs nothing, a computed one what it costs
 cuDNN, and orders nothing. `projected_speedup` is 1 / (1 - share + share · t/t_dense), with the share of attention in the published dense
 model: a projection, not a measurement of a pipeline; `published_speedup` is what Sparse-vDiT (arXiv:2506.03065, table 2) measured on its own
 hardware.
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.predicted import shipped_costs
-from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.bench.timing import captured, ceilings, in_turns_s, median_s, provenance
 from sparsesearch.bench.video_predicted import FORMAT, with_predictions
 from sparsesearch.bench.video_shapes import (
     DENSITIES,
@@ -92,29 +93,30 @@ def run(
 
 
 class _Layer:
-    """Tensors of one model's layer, and its dense time."""
+    """Tensors of one model's layer, and its dense attention, captured once."""
 
     def __init__(self, model: VideoModel, backend: Backend, budget_s: float) -> None:
         self.model, self.backend, self.budget_s = model, backend, budget_s
         self.grid, self.scale = grid_of(model.layout), model.head_dim**-0.5
         self.q, self.k, self.v = random_tensors(model.layout, model.num_heads, model.head_dim, "cuda")
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            self.dense_s = median_s(lambda: F.scaled_dot_product_attention(self.q, self.k, self.v), budget_s=budget_s)
+            self.dense = captured(lambda: F.scaled_dot_product_attention(self.q, self.k, self.v))
 
     def measure(self, mix: Mix, target: float) -> dict[str, Any]:
         """Times of one plan: whole, tiles alone, copies alone; and what they mean. A failure is a row that says so."""
         model = self.model
         row: dict[str, Any] = {"model": model.name, "tokens": self.grid.kv_len, "heads": model.num_heads}
-        row |= {"head_dim": model.head_dim, "mix": mix, "dense_s": self.dense_s}
+        row |= {"head_dim": model.head_dim, "mix": mix}
         try:
             rules = mixed_rules(model.layout, model.num_heads, mix, target)
             share = layer_density(model.layout, rules)
-            seconds = median_s(lambda: self._attend(rules), budget_s=self.budget_s)
-            ratio = seconds / self.dense_s
+            seconds, tiles_s, dense_s = self._seconds(rules)
+            ratio = seconds / dense_s
             row |= {
                 "density": share,
+                "dense_s": dense_s,
                 "seconds": seconds,
-                "tiles_s": self._tiles_s(rules),
+                "tiles_s": tiles_s,
                 "copies_s": self._copies_s(rules),
                 "R": ratio / share,
                 "attention_speedup": 1 / ratio,
@@ -127,16 +129,18 @@ class _Layer:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
         return row
 
-    def _attend(self, rules: tuple[Rule, ...]) -> Tensor:
-        return attend(self.q, self.k, self.v, self.grid, rules, scale=self.scale, backend=self.backend)
-
-    def _tiles_s(self, rules: tuple[Rule, ...]) -> float:
-        """All heads in one launch, as if their tokens already stood in order."""
+    def _seconds(self, rules: tuple[Rule, ...]) -> tuple[float, ...]:
+        """The plan; its heads in one launch, as if their tokens already stood in order; and dense."""
         schedule = schedule_for(self.q, self.k, (Span(self.grid),), rules, self.backend)
-        return median_s(
-            lambda: run_schedule(self.q, self.k, self.v, schedule, scale=self.scale, kernel=self.backend),
-            budget_s=self.budget_s,
-        )
+        heads = self.q, self.k, self.v
+
+        def plan() -> Tensor:
+            return attend(*heads, self.grid, rules, scale=self.scale, backend=self.backend)
+
+        def tiles() -> Tensor:
+            return run_schedule(*heads, schedule, scale=self.scale, kernel=self.backend)[0]
+
+        return in_turns_s(captured(plan), captured(tiles), self.dense, budget_s=self.budget_s)
 
     def _copies_s(self, rules: tuple[Rule, ...]) -> float:
         orders: dict[Order, list[int]] = {}

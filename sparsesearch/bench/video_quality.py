@@ -14,7 +14,8 @@ from sparsesearch.bench.video_quality_request import BARS_DB, WITH_RESTS, Qualit
 from sparsesearch.bench.video_quality_rows import OURS, paired_rows, provenance, search_row
 from sparsesearch.denoising.controls import best_uniform, permuted_plan
 from sparsesearch.denoising.corridor import Accepted, Corridor
-from sparsesearch.denoising.judge import Judgement, Variant, judge
+from sparsesearch.denoising.judge import judge
+from sparsesearch.denoising.judgement import Judgement, Variant
 from sparsesearch.denoising.ranges import ends_of, find_ranges, spread_sensitivity
 from sparsesearch.denoising.replay import Replay
 from sparsesearch.denoising.threshold import find_threshold_plan

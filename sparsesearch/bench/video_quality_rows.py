@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sparsesearch.denoising.corridor import Accepted
-from sparsesearch.denoising.judge import Judgement
+from sparsesearch.denoising.judgement import Judgement
 
 OURS = "video_mixture"
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILT_IN",
+    "NUM_NEEDLES",
     "TEMPLATES",
     "Calibration",
     "NeedleTask",
@@ -27,9 +28,12 @@ __all__ = [
     "check_context",
     "load",
     "needle_questions",
+    "needles_that_fit",
 ]
 
-_CALIBRATION_NEEDLES, _CALIBRATION_QUESTIONS = 8, 4
+NUM_NEEDLES = 8
+"""Statements in a needle sequence that is long enough for them."""
+_CALIBRATION_QUESTIONS = 4
 _STREAM_WINDOWS = 64  # read no more of a hub dataset than gives every sequence its own stretch
 
 
@@ -70,7 +74,7 @@ def load(
     source = (spec.removeprefix("needle").removeprefix(":") or "text") if needles else spec
     text = _text(tokenizer, source, split, text_column, num_tokens=length_tokens * max(num_samples, _STREAM_WINDOWS))
     if needles:
-        count = needles_that_fit(tokenizer, length_tokens, _CALIBRATION_NEEDLES)
+        count = needles_that_fit(tokenizer, length_tokens, NUM_NEEDLES)
         styles: tuple[Style, ...] = ("spread", "end")
         menu = [
             NeedleTask(template, style, count, min(count, _CALIBRATION_QUESTIONS))

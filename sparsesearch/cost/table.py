@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.stored import Frozen, StoredModel
-from sparsesearch.errors import SpecError, nearest
+from sparsesearch.errors import SpecError
 
 FORMAT = "sparsesearch.cost_model"
 SCHEMA_VERSION = "1.2"
@@ -143,8 +143,8 @@ class TableCostModel:
         curves = self.table.estimators
         if work.estimator not in curves:
             raise SpecError(
-                f"cost model {self.name} must know what {work.estimator!r} costs. Calibrate again."
-                f"{nearest(work.estimator, curves)}"
+                f"cost model {self.name} must know what {work.estimator!r} costs, but was calibrated without that rule. Run "
+                "`sparsesearch calibrate -o FILE` and give that file."
             )
         calls = self.table.estimator_calls.get(work.estimator, ())
         call_s = _at(calls, work.head_dim, work.kv_len, growth=1.0) if calls else 0.0

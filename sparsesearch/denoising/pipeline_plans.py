@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsesearch.denoising.corridor import Corridor
-from sparsesearch.denoising.judge import Judgement, Variant, static_density
+from sparsesearch.denoising.judge import static_density
+from sparsesearch.denoising.judgement import Judgement, Variant
 from sparsesearch.denoising.pipeline import PipelineIndex, Visits, sample_dense
 from sparsesearch.denoising.planning import find_step_plan
 from sparsesearch.denoising.ranges import find_ranges, range_plan

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import median, quantiles
 from time import monotonic
 
 from sparsesearch.equal_latency.ladders import Ladder
@@ -32,13 +32,30 @@ class Rung:
     share: float
 
 
+@dataclass(frozen=True)
+class Near:
+    """When a measured share counts as the target.
+
+    Attributes:
+        tolerance: relative deviation from the target that is accepted.
+        num_errors: so is one of so many standard errors of the measurement, where the host is too noisy to tell more; 0: never.
+    """
+
+    tolerance: float
+    num_errors: float = 0.0
+
+    def holds(self, share: float, error: float, target: float) -> bool:
+        """Whether the share, of this standard error, is not known to be off."""
+        return abs(share - target) <= max(self.tolerance * target, self.num_errors * error)
+
+
 @dataclass
 class _Climb:
     """One family's way to the target: the nearest plans known on either side of it, and the bound to try next."""
 
     ladder: Ladder
     target: float
-    tolerance: float
+    near: Near
     bound: float
     faster: Rung | None = None
     slower: Rung | None = None
@@ -63,9 +80,9 @@ class _Climb:
         self.exhausted = True
         return None
 
-    def meet(self, rung: Rung) -> None:
-        """Take a measurement: settle, or move the bound."""
-        if abs(rung.share / self.target - 1) <= self.tolerance:
+    def meet(self, rung: Rung, error: float) -> None:
+        """Take a measurement and its standard error: settle, or move the bound."""
+        if self.near.holds(rung.share, error, self.target):
             self.found = rung
         else:
             self._take(rung)
@@ -104,7 +121,7 @@ def climb(
     *,
     favoured: Collection[str] = (),
     start: Mapping[str, float] | None = None,
-    tolerance: float = 0.02,
+    near: Near = Near(0.02),
     most_tries: int = 10,
     deadline: float = math.inf,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -118,14 +135,14 @@ def climb(
         favoured: families that get their next faster plan where none comes within the tolerance; every other one gets its next slower plan,
             so that a comparison can only favour the others.
         start: family -> bound to begin with; the target itself by default.
-        tolerance: relative deviation from the target that is accepted.
+        near: which shares are accepted.
         most_tries: plans measured per family.
         deadline: of `time.monotonic`; past it only families without any measurement get one.
         progress: called with (stage, done, total).
     """
     begin = start or {}
     climbs = {
-        name: _Climb(ladder, target, tolerance, min(1.0, max(begin.get(name, target), ladder.lowest)))
+        name: _Climb(ladder, target, near, min(1.0, max(begin.get(name, target), ladder.lowest)))
         for name, ladder in ladder_of.items()
     }
     for turn in range(most_tries):
@@ -134,13 +151,19 @@ def climb(
         plans = {name: plan for name, plan in proposed.items() if plan is not None}
         if not plans or (turn and monotonic() > deadline):
             break
-        for name, share in shares_of(clock({"dense": None, **plans})).items():
-            climbs[name].meet(Rung(climbs[name].bound, plans[name], share))
+        for name, (share, error) in shares_of(clock({"dense": None, **plans})).items():
+            climbs[name].meet(Rung(climbs[name].bound, plans[name], share), error)
     progress(f"latency {target:g}x", most_tries, most_tries)
     return {name: own.settled(prefer_slower=name not in favoured) for name, own in climbs.items()}
 
 
-def shares_of(times: Times) -> dict[str, float]:
-    """Median time of each plan over dense's."""
-    dense = median(times["dense"])
-    return {name: median(own) / dense for name, own in times.items() if name != "dense"}
+def shares_of(times: Times) -> dict[str, tuple[float, float]]:
+    """Each plan's time over dense's, and the error of that."""
+    return {name: share_of(own, times["dense"]) for name, own in times.items() if name != "dense"}
+
+
+def share_of(own: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
+    """Median over median, and the standard error of the rounds' ratios' median, by their quartiles: a single hiccup of the host moves neither."""
+    ratios = [a / b for a, b in zip(own, dense, strict=True)]
+    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return median(own) / median(dense), 1.2533 * (high - low) / 1.349 / math.sqrt(len(ratios))

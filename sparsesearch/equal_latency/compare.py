@@ -1,9 +1,8 @@
 """Time, adjust, time again, judge: from a profile and a live model to the record of a comparison."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from statistics import median, quantiles
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +11,12 @@ from sparsesearch.calibration import Sample
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
-from sparsesearch.equal_latency.climb import Times
+from sparsesearch.equal_latency.climb import Times, share_of
 from sparsesearch.equal_latency.ladders import SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS, AROUND_ANSWERS, MENUS, Menu, family_ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.equal_latency.replay import Replay
-from sparsesearch.equal_latency.settle import Progress, Search, Setting, Settled
+from sparsesearch.equal_latency.settle import DENSE_RUNS, NUM_ERRORS, Progress, Search, Setting, Settled
 from sparsesearch.equal_latency.standings import Steps
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate
@@ -83,13 +82,15 @@ def compare_at_latency(
     """
     prompts = torch.stack([needles[row % len(needles)].input_ids for row in range(setting.batch)])
     apply = _Kept(apply)
-    workload = Workload(prompts.shape[1], batch=setting.batch)
+    workload, on_gpu = Workload(prompts.shape[1], batch=setting.batch), model.device.type == "cuda"
     search = Search(
         family_ladders(profile, setting.families, workload, cost_model),
         Stopwatch(Head(model), prompts, apply),
         setting,
         Replay(profile, workload, cost_model) if isinstance(cost_model, (LayerCosts, CallCosts)) else None,
         progress,
+        dense_runs=DENSE_RUNS if on_gpu else 1,
+        num_errors=0.0 if on_gpu else NUM_ERRORS,
     )
     if choose_on:
         search.menus.update(menu_ladders(profile, setting.families[0], menus, workload, cost_model))
@@ -186,7 +187,7 @@ def _entries(
     """What is known of every family once it is timed and judged."""
     entries = {}
     for family, rung in settled.rungs.items():
-        share, error = _share(settled.times[family], settled.times["dense"])
+        share, error = share_of(settled.times[family], settled.times["dense"])
         entries[family] = Entry(
             bound=rung.bound,
             share=share,
@@ -216,10 +217,3 @@ def excess(found: Comparison, first: Comparison, num_needles: int) -> dict[str, 
     }
     estimates = {name: Estimate.of(values.tolist()) for name, values in pairs.items()}
     return {name: estimate for name, estimate in estimates.items() if estimate is not None}
-
-
-def _share(own: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
-    """Median over median, and the standard error of the rounds' ratios' median, by their quartiles: a single hiccup of the host moves neither."""
-    ratios = [a / b for a, b in zip(own, dense, strict=True)]
-    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return median(own) / median(dense), 1.2533 * (high - low) / 1.349 / math.sqrt(len(ratios))

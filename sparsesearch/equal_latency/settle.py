@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
-from sparsesearch.equal_latency.climb import Rung, Times, climb, ladder_ends, shares_of
+from sparsesearch.equal_latency.climb import Near, Rung, Times, climb, ladder_ends, shares_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS
 from sparsesearch.equal_latency.replay import Replay
@@ -22,7 +22,9 @@ MOST_CORRECTIONS = 3
 MOST_PROBES = 4
 """Plans of a family that are timed before each final measurement."""
 DENSE_RUNS = 3
-"""Of dense in every round: on an H200 its attention varies by 3 per cent from run to run, a plan's by one."""
+"""Of dense in every round on a GPU: on an H200 its attention varies by 3 per cent from run to run, a plan's by one. On a CPU dense varies less than plans."""
+NUM_ERRORS = 2.0
+"""On a CPU: other processes move its times by more than the tolerance, and looking for a plan nearer than that never ends."""
 MOST_REPLAYS = 6
 """Plans of a family whose schedules are replayed before anything is timed."""
 
@@ -92,6 +94,8 @@ class Search:
         menus: parts of the space of the family on trial, by label; none: it is searched whole.
         reference: judges plans on calibration sequences; None: every family takes what its search finds.
         local: improves them; None: nothing is improved.
+        dense_runs: of dense in every round of measurements.
+        num_errors: standard errors of a measured share within which it counts as the target.
     """
 
     ladder_of: Mapping[str, Ladder]
@@ -102,6 +106,12 @@ class Search:
     menus: dict[str, Ladder] = field(default_factory=dict)
     reference: DenseReference | None = None
     local: Steps | None = None
+    dense_runs: int = 1
+    num_errors: float = 0.0
+
+    @property
+    def _near(self) -> Near:
+        return Near(self.setting.tolerance, self.num_errors)
 
     def settled(self, target: float, start: Mapping[str, float]) -> Settled:
         """Rungs that hold in a measurement of their own, with all families in it; the last correction stands."""
@@ -131,8 +141,8 @@ class Search:
         for _ in range(MOST_CORRECTIONS):
             times = self._rounds(Settled(rungs, {}).plans, setting.final_rounds)
             again = shares_of(times)
-            rungs = {name: replace(rungs[name], share=again[name]) for name in setting.families}
-            moving = {name: own[name] for name in rungs if self._is_off(rungs[name], own[name], target)}
+            rungs = {name: replace(rungs[name], share=again[name][0]) for name in setting.families}
+            moving = {name: own[name] for name in rungs if self._is_off(rungs[name], again[name][1], own[name], target)}
             off_by = max((abs(rungs[name].share / target - 1) for name in moving), default=0.0)
             if off_by < nearest_by:
                 found, nearest_by = replace(found, rungs=rungs, times=times), off_by
@@ -162,7 +172,7 @@ class Search:
             self._clocked,
             favoured=(setting.families[0], ANSWERS, *favoured),
             start={**self._predicted_start(unknown, target), **start},
-            tolerance=setting.tolerance,
+            near=self._near,
             most_tries=MOST_PROBES,
             deadline=deadline,
             progress=self.progress,
@@ -176,7 +186,7 @@ class Search:
         return {name: times[name_of[id(plan)]] for name, plan in plans.items()}
 
     def _rounds(self, plans: Mapping[str, Plan | None], rounds: int) -> Times:
-        return self.stopwatch(plans, rounds=rounds, part=self.setting.part, dense_runs=DENSE_RUNS)
+        return self.stopwatch(plans, rounds=rounds, part=self.setting.part, dense_runs=self.dense_runs)
 
     def _rivals_own(self, own: Mapping[str, Ladder]) -> dict[str, Ladder]:
         """Rivals' spaces as parts of the family on trial, whose space holds them all: it takes their plans where it has none better."""
@@ -254,9 +264,9 @@ class Search:
             moved.plan.assignments != before.plan.assignments or abs(moved.share / target - 1) <= self.setting.tolerance
         )
 
-    def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:
+    def _is_off(self, rung: Rung, error: float, ladder: Ladder, target: float) -> bool:
         """Whether a plan misses the target, and its family may have a nearer one."""
-        return abs(rung.share / target - 1) > self.setting.tolerance and not ladder_ends(ladder, rung, target)
+        return not self._near.holds(rung.share, error, target) and not ladder_ends(ladder, rung, target)
 
     def _predicted_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
         """Bounds whose plans take the target's time as heads are priced, or else by replay: what is measured then is a few per cent off."""
@@ -272,5 +282,5 @@ class Search:
         def clock(plans: Mapping[str, Plan | None]) -> Times:
             return {name: (1.0 if plan is None else replay(plan),) for name, plan in plans.items()}
 
-        found = climb(others, target, clock, tolerance=2 * self.setting.tolerance, most_tries=MOST_REPLAYS)
+        found = climb(others, target, clock, near=Near(2 * self.setting.tolerance), most_tries=MOST_REPLAYS)
         return start | {name: rung.bound for name, rung in found.items()}

@@ -42,7 +42,7 @@ def evaluate(
     lengths: Sequence[int],
     num_sequences: int = 96,
     num_text_sequences: int | None = None,
-    num_needles: int = 8,
+    num_needles: int | None = None,
     depths: Sequence[float] | None = None,
     data: str = "text",
     seed: int = 0,
@@ -66,7 +66,7 @@ def evaluate(
         lengths: tokens per sequence; each is judged by itself.
         num_sequences: needle sequences per length.
         num_text_sequences: plain sequences per length; a sixth of `num_sequences`, at least four, by default.
-        num_needles: statements per needle sequence.
+        num_needles: statements per needle sequence; 8, or as many as take half of a short one, by default.
         depths: where the statement asked about stands, in turn; None draws it uniformly.
         data: where the text comes from: `text`, a file, or a hub dataset; its held-out split is used.
         seed: of everything that is drawn.
@@ -138,7 +138,7 @@ def held_out_parts(
     num_sequences: int,
     *,
     num_text_sequences: int | None = None,
-    num_needles: int = 8,
+    num_needles: int | None = None,
     depths: Sequence[float] | None = None,
     data: str = "text",
     seed: int = 0,
@@ -152,7 +152,10 @@ def held_out_parts(
         seed=seed,
         split="heldout",
     )
-    return [*_needles(tokenizer, length, num_sequences, num_needles, depths, data, seed), text]
+    count = (
+        calibration.needles_that_fit(tokenizer, length, calibration.NUM_NEEDLES) if num_needles is None else num_needles
+    )
+    return [*_needles(tokenizer, length, num_sequences, count, depths, data, seed), text]
 
 
 def _needles(

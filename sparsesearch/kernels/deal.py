@@ -42,21 +42,20 @@ def deal(cost: Ints, section: Ints, workers: int) -> tuple[Ints, Ints, float]:
         level = np.where(section < section.max(), np.round(np.log(cost) / np.log(1.12)).astype(np.int64), cost)
         starts = _runs((section * top + level)[order])
     load = np.zeros(workers)
-    owner, begin = np.empty(len(order), np.int64), np.empty(len(order))
+    owner = np.empty(len(order), np.int64)
     ordered = cost[order] + TILE_OVERHEAD
     for lo, hi in zip(starts, [*starts[1:], len(order)], strict=True):
-        owner[lo:hi], begin[lo:hi] = _deal_equal(load, ordered[lo:hi])
-    by_worker = np.argsort(owner * (float(begin.max()) + 1.0) + begin, kind="stable")
+        owner[lo:hi] = _deal_equal(load, ordered[lo:hi])
     bin_ptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=workers))])
-    return order[by_worker], bin_ptr, float(load.max() / load.mean())
+    return order[_order(owner)], bin_ptr, float(load.max() / load.mean())
 
 
 def _order(keys: Ints) -> Ints:
-    """Stable order of keys >= 0. Sorting keys with their place inside takes half the time of an argsort."""
-    count = len(keys)
-    if int(keys.max()) >= np.iinfo(np.int64).max // count - 1:
-        return np.argsort(keys, kind="stable")
-    return np.sort(keys.astype(np.int64) * count + np.arange(count)) % count
+    """Stable order of keys >= 0: numpy sorts numbers of 16 bits by counting, ten times as fast as wider ones, so digit by digit."""
+    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    for shift in range(16, int(keys.max()).bit_length(), 16):
+        order = order[np.argsort((keys >> shift & 0xFFFF).astype(np.uint16)[order], kind="stable")]
+    return order
 
 
 def _runs(keys: Ints) -> Ints:
@@ -64,15 +63,14 @@ def _runs(keys: Ints) -> Ints:
     return np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
 
 
-def _deal_equal(load: Any, costs: Any) -> tuple[Ints, Any]:
-    """Give near-equal tiles one by one to the least loaded worker; updates `load`, returns owner and start of each in that order."""
+def _deal_equal(load: Any, costs: Any) -> Ints:
+    """Give near-equal tiles one by one to the least loaded worker; updates `load`, returns the owner of each."""
     workers, count = len(load), len(costs)
     if count <= workers:
-        owner = load.argsort(kind="stable")[:count]
+        owner: Ints = load.argsort(kind="stable")[:count]
         if count == 1 or load[owner[-1]] <= load[owner[0]] + costs[-1]:  # nobody gets a second one
-            begin = load[owner]
             load[owner] += costs
-            return owner, begin
+            return owner
     cost = float(costs.mean())
     level = (load.sum() + count * cost) / workers  # nobody starts one later than here, unless it is that busy already
     slots = np.maximum(np.ceil((max(level, float(load.min())) - load) / cost), 0).astype(np.int64) + 1
@@ -80,6 +78,6 @@ def _deal_equal(load: Any, costs: Any) -> tuple[Ints, Any]:
     step = np.arange(len(owner)) - (slots.cumsum() - slots).repeat(slots)
     begin = load[owner] + step * cost
     first = begin.argsort(kind="stable")[:count]
-    owner, begin = owner[first], begin[first]
+    owner = owner[first]
     load += np.bincount(owner, weights=costs, minlength=workers)
-    return owner, begin
+    return owner

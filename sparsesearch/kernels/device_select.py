@@ -54,8 +54,12 @@ class _Job:
 
 
 def acting_rules(rules: Sequence[Rule], grid: BlockGrid) -> tuple[Rule, ...]:
-    """The rules, dense in the place of dynamic ones that choose nothing here: for a single query, and where their laws keep all."""
-    return tuple(Dense() if rule.dynamic and (grid.q_len == 1 or rule.keeps_all(grid)) else rule for rule in rules)
+    """The rules, dense in the place of dynamic ones that choose nothing here: for a single query, unless they decode, and where laws keep all."""
+
+    def chooses(rule: Rule) -> bool:
+        return not rule.keeps_all(grid) and (grid.q_len > 1 or rule.decodes)
+
+    return tuple(Dense() if rule.dynamic and not chooses(rule) else rule for rule in rules)
 
 
 class Selector:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsesearch.errors import SpecError, UnsupportedKernelError, nearest
+from sparsesearch.kernels.per_sequence import run_per_sequence, tiles_of, tiles_per_head
 from sparsesearch.kernels.plain_calls import as_called
 from sparsesearch.kernels.schedule import (
     HeadTiles,
@@ -99,7 +100,9 @@ def prefill(
             schedule = schedule_for(q, k, spans, choice, taken)
             out, lse = run_schedule(q, k, v, schedule, scale=scale, bias=bias, kernel=taken)
         case "torch" | "reference":
-            out, lse = _per_sequence(q, k, v, spans, _tiles_of(choice, spans), scale, taken, need_lse)
+            out, lse = run_per_sequence(
+                q, k, v, spans, tiles_of(choice, spans), scale=scale, oracle=taken == "reference", need_lse=need_lse
+            )
         case _:
             raise AssertionError(taken)
     return Prefill(out, lse, taken)
@@ -193,17 +196,10 @@ def schedule_for(
 
         if any(one.elements is not None for one in choice):
             raise UnsupportedKernelError("tiles with bitmaps must be chosen on the CPU; move `choices` there.")
-        return build_on_device(spans, [_per_head(one) for one in choice], shape=shape, workers=common["workers"])
+        return build_on_device(spans, [tiles_per_head(one) for one in choice], shape=shape, workers=common["workers"])
     if isinstance(choice, list):
         return build_schedule(spans, choice, **common)
     return schedule_of_rules(choice, spans, **common)
-
-
-def _per_head(tiles: HeadTiles) -> Tensor:
-    """[H, M, N]; nothing to gather if every head has its own choice, as dynamic rules give it."""
-    if tiles.of_head == tuple(range(len(tiles.choices))):
-        return tiles.choices
-    return tiles.choices[list(tiles.of_head)]
 
 
 def tile_shape(kernel: Backend, head_dim: int, block_tokens: int) -> TileShape:
@@ -265,55 +261,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], bias: Tensor 
         fits_k = span.k_offset >= 0 and span.k_offset + span.grid.kv_len <= k.shape[2]
         if not fits_q or not fits_k or not 0 <= span.batch < q.shape[0]:
             raise SpecError(f"{span} must lie inside q {tuple(q.shape)} and k {tuple(k.shape)}.")
-
-
-def _tiles_of(choice: "tuple[Rule, ...] | list[HeadTiles]", spans: Sequence[Span]) -> list[HeadTiles]:
-    if isinstance(choice, list):
-        return choice
-    distinct = tuple(dict.fromkeys(choice))
-    of_head = tuple(distinct.index(rule) for rule in choice)
-    return [HeadTiles(torch.stack([rule.select(span.grid) for rule in distinct]), of_head) for span in spans]
-
-
-def _per_sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spans: Sequence[Span],
-    tiles: Sequence[HeadTiles],
-    scale: float,
-    backend: Backend,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Run a backend that takes one unpadded sequence at a time, keys repeated to the query heads."""
-    out = torch.zeros_like(q)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    group = q.shape[1] // k.shape[1]
-    for span, choice in zip(spans, tiles, strict=True):
-        rows = slice(span.q_offset, span.q_offset + span.grid.q_len)
-        keys = slice(span.k_offset, span.k_offset + span.grid.kv_len)
-        one_q, one_k, one_v = q[span.batch, :, rows], k[span.batch, :, keys], v[span.batch, :, keys]
-        one_k, one_v = one_k.repeat_interleave(group, 0), one_v.repeat_interleave(group, 0)
-        mask = _per_head(choice).to(q.device)
-        if backend == "torch":
-            from sparsesearch.kernels.torch_gather import tile_attention_torch, tile_state_torch
-
-            if need_lse:
-                state = tile_state_torch(one_q, one_k, one_v, mask, span.grid, scale=scale)
-                out[span.batch, :, rows], lse[span.batch, :, rows] = state
-            else:
-                out[span.batch, :, rows] = tile_attention_torch(one_q, one_k, one_v, mask, span.grid, scale=scale)
-        else:
-            from sparsesearch.block_mask import expand
-            from sparsesearch.kernels.reference import masked_attention
-
-            allowed = expand(mask, span.grid)
-            if choice.elements is not None:
-                inside = choice.elements.expand(len(choice.choices), span.grid)
-                allowed = allowed & inside[list(choice.of_head)].to(q.device)
-            one_out, one_lse = masked_attention(one_q, one_k, one_v, allowed, scale=scale)
-            out[span.batch, :, rows], lse[span.batch, :, rows] = one_out, one_lse.float()
-    return out, None if backend == "torch" and not need_lse else lse
 
 
 @lru_cache(maxsize=8)

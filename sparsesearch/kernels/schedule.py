@@ -211,9 +211,9 @@ def build_schedule(
     per_pair = np.repeat([num_tiles(span.grid, shape) * group for span in spans], num_kv_heads)
     pair = np.repeat(np.arange(len(per_pair)), per_pair)
     used = records[:, 9] > records[:, 8]
-    covered = int((records[used, 4] - records[used, 3]).sum())
     if not used.all():
         records, pair = records[used], pair[used]
+    covered = int((records[:, 4] - records[:, 3]).sum())
     num_blocks = int((records[:, 9] - records[:, 8]).sum())
     records, pair, merges, num_slots = _cut(records, pair, workers.count, num_blocks)
     section = _sections(

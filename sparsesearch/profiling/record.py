@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsesearch.artifacts import read_json, sha256_file, write_json
-from sparsesearch.errors import ArtifactError, SpecError, first_problem, nearest
-from sparsesearch.plan import AnyRule, BaseModelInfo
+from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError, first_problem, nearest
+from sparsesearch.plan import AnyRule, BaseModelInfo, Plan
 from sparsesearch.rules import Rule
+from sparsesearch.rules.dense import Dense
 from sparsesearch.shapes import Unit
 
 FORMAT = "sparsesearch.profile"
@@ -82,6 +83,43 @@ class Profile:
             if not (folder / name).exists() or sha256_file(folder / name) != digest:
                 raise ArtifactError(f"{folder}/{name} is missing or damaged. Profile again.")
         return cls(folder, manifest)
+
+    def require_source_of(self, plan: Plan) -> None:
+        """That this profile scored what the plan's search saw; a plan that says nothing of a search may be of this model alone.
+
+        Raises:
+            PlanMismatchError: it is of another model, of other calibration data or block size, or never scored a rule of the plan.
+        """
+        own, other = plan.base_model, self.manifest.base_model
+        if own.geometry != other.geometry or {own.weights_sha256, other.weights_sha256} - {None, own.weights_sha256}:
+            raise PlanMismatchError(
+                f"{self.folder} must be a profile of the plan's model, {own.name_or_path!r}, but is of {other.name_or_path!r}. Give the profile "
+                "that the plan was searched in."
+            )
+        differs = self._differs(plan) if "space" in plan.provenance else None
+        if differs is not None:
+            raise PlanMismatchError(
+                f"{self.folder} must be the profile that the plan was searched in (space {plan.provenance['space']!r}), but {differs}. Give that "
+                "profile, or search again in this one."
+            )
+
+    def _differs(self, plan: Plan) -> str | None:
+        """What tells this profile from that of a searched plan."""
+        manifest = self.manifest
+        stated = {
+            "calibration": manifest.calibration,
+            "profile_dtype": manifest.dtype,
+            "block_tokens": manifest.block_tokens,
+        }
+        for name, value in stated.items():
+            wanted = plan.block_tokens if name == "block_tokens" else plan.provenance.get(name, value)
+            if wanted != value:
+                return f"its {name} is {value}, and the plan's {wanted}"
+        calibrated = (rule for modules in manifest.calibrated.values() for rules in modules.values() for rule in rules)
+        scored = {Dense(), *manifest.candidates, *calibrated}
+        used = {rule for _, _, rule in plan.heads() if not rule.reuses}
+        missing = sorted(rule.label for rule in used - scored)
+        return f"its space {manifest.space!r} never scored {missing[0]}" if missing else None
 
     def save_manifest(self) -> None:
         """Write `profile.json`; the last step of profiling."""

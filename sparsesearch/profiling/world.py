@@ -3,12 +3,15 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""A process with one sequence fewer waits for the others as long as one of a large model takes; by default half an hour is the most."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,11 @@ class World:
     @classmethod
     def joined(cls) -> "World":
         """The world that torchrun's environment describes, joined through gloo; a world of one without it."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        if launched() == 1:
             return cls()
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        return cls(torch.distributed.get_rank(), size)
+            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def leave(self) -> None:
         """Part from the others."""
@@ -72,7 +74,16 @@ class World:
             yield tensors
 
 
+def launched() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def own_device(device: str, world: World) -> str:
-    """Which of a host's GPUs a process computes on: its local rank's, where `cuda` leaves it open."""
-    local = os.environ.get("LOCAL_RANK", "0")
-    return f"cuda:{local}" if device == "cuda" and world.size > 1 else device
+    """Which of a host's GPUs a process computes on: its local rank's, where `cuda` leaves it open; from now on the current one."""
+    if device != "cuda" or world.size == 1:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local < torch.cuda.device_count():  # else whoever is told that device says so
+        torch.cuda.set_device(local)
+    return f"cuda:{local}"

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsesearch.denoising.judge import Judgement, difference_image
+from sparsesearch.denoising.judge import difference_image
+from sparsesearch.denoising.judgement import Judgement
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.denoising.menu import static_work
 from sparsesearch.report.head_map import rule_map

@@ -14,7 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid, blocks_of
+from sparsesearch.errors import SpecError
 from sparsesearch.order import IDENTITY, Order
+from sparsesearch.step_blocks import StepBlocks
 
 Rest = Literal["drop", "zero", "mean_value", "pooled", "taylor", "rectified", "cached"]
 
@@ -46,8 +48,12 @@ class LengthLaw(BaseModel):
         """
         seen = ((grid.q_blocks(device) + 1) * grid.block_tokens).clamp(max=grid.kv_len)
         seen = seen if grid.causal else torch.full_like(seen, grid.kv_len)
-        tokens = ((self.a + self.b * seen.double()).clamp(min=0) + 1e-9).floor().long()
-        return ((tokens + grid.block_tokens - 1) // grid.block_tokens).clamp(min=1)
+        return self.blocks_at(seen, grid.block_tokens).clamp(min=1)
+
+    def blocks_at(self, lengths: Int[Tensor, "*any"], block_tokens: int) -> Int[Tensor, "*any"]:
+        """The law in whole blocks, rounded up, at lengths that lie on a device."""
+        tokens = ((self.a + self.b * lengths.double()).clamp(min=0) + 1e-9).floor().long()
+        return (tokens + block_tokens - 1) // block_tokens
 
     def __str__(self) -> str:
         if self.b == 0:
@@ -69,7 +75,8 @@ class Rule(BaseModel):
         kind: equals the file name.
         source: the paper, with arXiv number.
         dynamic: the choice needs this call's queries and keys; such a rule acts in prefill, and decoding is dense unless `decodes`.
-        decodes: a dynamic rule that also chooses for a call of one query.
+        decodes: a dynamic rule that also chooses for a call of one query; it has `step_tiles` too.
+        reads_bounds: whether `step_tiles` asks for the bounds of blocks, which a cache must then keep.
         skips_rows: some query blocks may compute no tile; their output is 0, and the residual stream carries those tokens on.
         rest: what stands for the tiles that are not computed. `drop` renormalises over the chosen ones; `zero` and `mean_value` replace
             the unit's whole output (no tile is computed): by nothing, or by the running mean of the values. The others add a term to the
@@ -85,6 +92,7 @@ class Rule(BaseModel):
     source: ClassVar[str]
     dynamic: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
+    reads_bounds: ClassVar[bool] = False
     skips_rows: ClassVar[bool] = False
     rest: ClassVar[Rest] = "drop"
     reuses: ClassVar[bool] = False
@@ -144,6 +152,24 @@ class Rule(BaseModel):
         A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
         """
+
+    def step_tiles(self, q: Float[Tensor, "B g size D"], blocks: StepBlocks) -> Bool[Tensor, "B g size N"]:
+        """What `select` chooses for one new token per sequence, without asking the host where that token is; the newest block is in.
+
+        Args:
+            q: its queries, `size` per KV head, with the softmax scale.
+            blocks: what there is to choose among.
+
+        Raises:
+            SpecError: the rule does not choose in decoding.
+        """
+        raise SpecError(f"{self.kind_name()} chooses nothing for a decoded token: its heads are dense there.")
+
+    def step_left(
+        self, tiles: Bool[Tensor, "B g size N"], q: Float[Tensor, "B g size D"], blocks: StepBlocks
+    ) -> Bool[Tensor, "B g size N"]:
+        """`left_behind` for one new token per sequence: the same tiles by default."""
+        return tiles
 
     def levels(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None

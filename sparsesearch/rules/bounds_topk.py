@@ -12,6 +12,7 @@ from sparsesearch.errors import SpecError
 from sparsesearch.estimators import block_bounds, block_means
 from sparsesearch.rules.base import Law, LengthLaw, Rule
 from sparsesearch.selection import top_k
+from sparsesearch.step_blocks import StepBlocks
 
 
 class BoundsTopk(Rule):
@@ -28,6 +29,7 @@ class BoundsTopk(Rule):
     source: ClassVar[str] = "Quest, arXiv:2406.10774"
     dynamic: ClassVar[bool] = True
     decodes: ClassVar[bool] = True
+    reads_bounds: ClassVar[bool] = True
     kind: Literal["bounds_topk"] = "bounds_topk"
     keep: Law = Field(description="keys kept per query: a number or {a, b} for a + b·N")
     sink: int = Field(64, ge=0, description="tokens at the start that are always in")
@@ -50,6 +52,14 @@ class BoundsTopk(Rule):
         decoding = grid.q_len == 1
         count = max(1, self.keep.blocks(grid)) if decoding else self.keep.row_blocks(grid, q.device)
         return reachable & (top_k(scores, count) | always)
+
+    def step_tiles(self, q: Float[Tensor, "B g size D"], blocks: StepBlocks) -> Bool[Tensor, "B g size N"]:
+        """Top-k blocks by the bounds that the cache keeps."""
+        there = blocks.there()
+        always = (blocks.index == blocks.newest) | (blocks.index < blocks_of(self.sink, blocks.block_tokens))
+        scores = blocks.upper_bounds(q).masked_fill(always, torch.inf).masked_fill(~there, -torch.inf)
+        count = self.keep.blocks_at(blocks.law_tokens, blocks.block_tokens).clamp(min=1)
+        return there & (top_k(scores, count) | always)
 
     def keeps_all(self, grid: BlockGrid) -> bool:
         """A prompt, unless it is chosen for."""

@@ -33,9 +33,9 @@ class SinkWindow(Rule):
     ) -> Bool[Tensor, "M N"]:
         """Sink blocks and the last W blocks of each row (both sides of the diagonal when the call is not causal)."""
         sink, window = self.blocks(grid)
-        distance = grid.q_blocks() - grid.k_blocks()
-        near = (distance < window) & (distance > -window)
-        return grid.reachable() & (near | (grid.k_blocks() < sink))
+        row, column = grid.q_blocks(), grid.k_blocks()
+        near = (column > row - window) & (column < row + window)
+        return grid.reachable() & (near | (column < sink))
 
     def kept_tokens(self, grid: BlockGrid) -> int:
         """Sink and window, never more than the sequence."""

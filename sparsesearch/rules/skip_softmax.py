@@ -12,6 +12,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
 from sparsesearch.estimators import tile_row_maxima
 from sparsesearch.rules.base import Rule
+from sparsesearch.step_blocks import StepBlocks
 
 
 class SkipSoftmax(Rule):
@@ -49,6 +50,15 @@ class SkipSoftmax(Rule):
             behind = maxima - maxima.cummax(-1).values
             strips.append((behind >= math.log(scale / grid.law_len)).any(-2))
         return reachable & (torch.stack(strips, -2) | grid.diagonal(q.device))
+
+    def step_tiles(self, q: Float[Tensor, "B g size D"], blocks: StepBlocks) -> Bool[Tensor, "B g size N"]:
+        """Blocks whose largest score comes near the largest one so far; every key is read to know them."""
+        there = blocks.there()
+        if self.decode_scale is None:
+            return there.expand(*q.shape[:3], -1)
+        maxima = blocks.maxima(q)
+        near = maxima - maxima.cummax(-1).values >= (self.decode_scale / blocks.law_tokens.double()).log().float()
+        return there & (near | (blocks.index == blocks.newest))
 
     @classmethod
     def examples(cls) -> list[Self]:

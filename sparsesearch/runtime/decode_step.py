@@ -219,6 +219,9 @@ class _Kept:
                 counters += [layer.seen, layer.slots, layer.reads.lens, layer.reads.sums]
                 index = layer.next_rows()
                 self.rows += [(rows, index, rows[index]) for rows in (layer.keys, layer.values)]
+                index = layer.reads.next_bounds(layer.seen)
+                bounds = (x.flatten(0, 2) for x in (layer.reads.low, layer.reads.high))
+                self.rows += [(rows, index, rows[index]) for rows in bounds]
             else:
                 counters.append(layer.cumulative_length)  # what lies behind it is never read
         self.counters = [(tensor, tensor.clone()) for tensor in counters]

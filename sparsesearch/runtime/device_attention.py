@@ -21,6 +21,7 @@ from sparsesearch.runtime.backends import Kernel
 from sparsesearch.runtime.binding import LayerBinding
 from sparsesearch.runtime.mask_code import Span
 from sparsesearch.runtime.mean_heads import MeanHeads
+from sparsesearch.step_blocks import page_tables
 
 
 def places_of(spans: Sequence[Span], batch_size: int) -> tuple[Place, ...] | None:
@@ -133,8 +134,8 @@ class LayerCall:
         return rule.select(grid, left=left)
 
     def _taken(self, number: int, grid: BlockGrid) -> dict[int, Bool[Tensor, "b M N"]]:
-        """What earlier layers left for the heads that reuse; a single query is dense and needs nothing."""
-        readers = [head for head, rule in enumerate(self.rules) if rule.reuses and grid.q_len > 1]
+        """What earlier layers left for the heads that reuse; a single query is mostly dense and needs nothing."""
+        readers = [head for head, rule in enumerate(self.rules) if rule.reuses and (grid.q_len > 1 or rule.decodes)]
         return {head: self.binding.taken(number, grid, (self.heads[head],))[:, 0] for head in readers}
 
     def _leave(
@@ -148,11 +149,12 @@ class LayerCall:
         scale: float,
     ) -> None:
         leaves, group = self.binding.leaves, q.shape[1] // k.shape[1]
-        if leaves is None or grid.q_len == 1:
+        if leaves is None:
             return
         tiles = [one.per_head() for one in chosen]
         for head, rule in enumerate(self.rules):
-            if not rule.dynamic or rule.reuses or self.heads[head] not in leaves.heads:
+            chooses = rule.dynamic and not rule.reuses and (grid.q_len > 1 or rule.decodes)
+            if not chooses or self.heads[head] not in leaves.heads:
                 continue
             left = []
             for own, place in zip(tiles, places, strict=True):
@@ -222,6 +224,68 @@ def decode_heads(
         page_tokens=places[0].grid.block_tokens if places else 1,
     )
     return out[:, :, None]
+
+
+def decode_choosing(
+    binding: LayerBinding,
+    rules: tuple[Rule, ...],
+    layer_heads: Sequence[int] | None,
+    spans: Sequence[Span],
+    q: Float[Tensor, "B H one D"],
+    k: Float[Tensor, "B G T D"],
+    v: Float[Tensor, "B G T D"],
+    scale: float,
+) -> Float[Tensor, "B H one D"]:
+    """Like `decode_heads`, where some rules decode: their heads read the blocks that they choose, sequence by sequence; 0 for the other heads."""
+    if not _rows_in_a_line(k) or k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    heads = [head for head, rule in enumerate(rules) if rule.decodes]
+    size, group, block = k.shape[-1], len(rules) // k.shape[1], binding.block_tokens
+    longest = max(span.grid.num_k_blocks for span in spans)
+    table = torch.zeros(len(q), len(heads), longest, dtype=torch.int32, device=q.device)
+    lens = torch.zeros(len(q), len(heads), dtype=torch.int32, device=q.device)
+    start = torch.zeros(len(q), len(heads), dtype=torch.int64)
+    for number, span in enumerate(spans):
+        grid, rows, first = span.grid, list(span.rows_among(len(q))), slice_start(span.k_slots)
+        for place, head in enumerate(heads):
+            own_q, own_k = q[rows, head] * scale, k[rows, head // group, first : first + grid.kv_len]
+            own = (head if layer_heads is None else layer_heads[head],)
+            tiles = _step_choice(binding, rules[head], number, own, grid, own_q, own_k)
+            newest = torch.full((len(rows),), grid.kv_len - 1, device=q.device)
+            pages, counts = page_tables(tiles, newest, block)
+            table[rows, place, : grid.num_k_blocks], lens[rows, place] = pages, counts
+            for row in rows:
+                start[row, place] = (head // group * k.stride(1) + row * k.stride(0)) // size + first
+    chosen = q[:, :, 0].index_select(1, torch.tensor(heads, device=q.device)).contiguous()
+    where = start.flatten().to(q.device), lens.flatten()
+    out = ragged_decode(
+        chosen, _as_rows(k), _as_rows(v), *where, scale=scale, table=table.flatten(0, 1), page_tokens=block
+    )[0]
+    return torch.zeros_like(q).index_copy(1, torch.tensor(heads, device=q.device), out[:, :, None])
+
+
+def _step_choice(
+    binding: LayerBinding,
+    rule: Rule,
+    sequence: int,
+    head: tuple[int],
+    grid: BlockGrid,
+    q: Float[Tensor, "b one D"],
+    k: Float[Tensor, "b T D"],
+) -> Bool[Tensor, "b one N"]:
+    """What one head chooses for a single token, or takes; left for later layers."""
+    if isinstance(rule, Reuse):
+        return rule.select(grid, left=binding.taken(sequence, grid, head)[:, 0])
+    tiles = rule.select(grid, q, k).expand(len(q), 1, -1)
+    if binding.leaves is not None:
+        binding.leaves.leave(sequence, grid, head, rule.left_behind(tiles, grid, q, k)[:, None])
+    return tiles
+
+
+def slice_start(slots: slice | Tensor) -> int:
+    """First slot of a sequence without gaps."""
+    assert isinstance(slots, slice)
+    return slots.start or 0
 
 
 def _rows_in_a_line(x: Float[Tensor, "B G T D"]) -> bool:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -89,6 +90,8 @@ def load_model(
     """
     is_gguf = Path(source).suffix == ".gguf"
     with parsed_once() if is_gguf else nullcontext():
+        # first: it takes moments to find missing, and the weights may take minutes
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
         model = load_weights(
             source,
             dtype=dtype,
@@ -98,7 +101,7 @@ def load_model(
             revision=revision,
             with_plan=with_plan,
         )
-        return model, load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+        return model, tokenizer
 
 
 def load_tokenizer(
@@ -110,7 +113,16 @@ def load_tokenizer(
     if isinstance(place, Path) and place.suffix == ".gguf":
         options["gguf_file"], place = place.name, place.parent
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, source, place, **options)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a config alone
+        raise _no_tokenizer(source)
     return tokenizer
+
+
+def _no_tokenizer(source: str | Path) -> ArtifactError:
+    return ArtifactError(
+        f"{source}: there must be a tokenizer beside the weights, but there is none that makes tokens of text. Put tokenizer.json and "
+        "tokenizer_config.json of this model into its directory."
+    )
 
 
 def load_weights(
@@ -129,7 +141,8 @@ def load_weights(
     place = locate(source)
     _refuse_diffusers(place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options["dtype"] = "float32" if dtype == "auto" and device == "cpu" else dtype
+    on_cpu = device == "cpu" and (device_map is None or not torch.cuda.is_available())
+    options["dtype"] = "float32" if dtype == "auto" and on_cpu else dtype
     if isinstance(place, Path) and place.suffix == ".gguf":
         _require_gguf(place)
         # packed GGUF loading would choose an attention of its own
@@ -210,6 +223,8 @@ def _load(kind: Any, source: str | Path, place: Path | str, **options: Any) -> A
             raise ArtifactError(
                 f"{source} carries its own code. Read it, then pass --trust-remote-code (trust_remote_code=True)."
             ) from error
+        if "backend tokenizer" in message:
+            raise _no_tokenizer(source) from error
         raise UnsupportedModelError(
             f"{source}: the {what} is of a kind that transformers cannot load here: {message}"
         ) from error

@@ -38,6 +38,7 @@ def take_in_prompt(layer: "StaticPlanLayer", k: Tensor, v: Tensor, spans: Sequen
         )  # fmt: skip
         for row, span in news if layer.reads.queries.has_means else ():
             layer.reads.add_values(row, v[row, :, span.k_slots])
+        layer.reads.bound(layer.keys, tuple(counts.items()))
     layer.reads.tabulate(layer.binding, layer.law_tokens, tuple(counts.values()), layer.max_cache_len)
 
 
@@ -79,6 +80,7 @@ def take_in_rows(layer: "StaticPlanLayer", k: Tensor, v: Tensor, news: Sequence[
     """Keep what later queries can reach of each row's new tokens."""
     for row, span in news:
         _take_in(layer, row, span.grid.q_start, k[row][:, span.q_slots], v[row][:, span.q_slots])
+    layer.reads.bound(layer.keys, [(row, span.grid.kv_len) for row, span in news])
 
 
 def _take_in(

@@ -1,7 +1,8 @@
 """What one new token per sequence reads from a static ragged cache: the arguments of the decoding kernel, kept on the device.
 
 KV heads whose query heads agree are read once for all of them. Where they do not (a plan made per query head), each query head of that KV
-head reads the blocks of its own rule; which ones those are is tabulated for every block that decoding can reach.
+head reads the blocks of its own rule; which ones those are is tabulated for every block that decoding can reach. Query heads whose rule decodes
+choose their blocks at every token.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.runtime.binding import LayerBinding, evicting_rule
 from sparsesearch.runtime.device_attention import visible_blocks
 from sparsesearch.runtime.static_regions import Layout
+from sparsesearch.runtime.step_choices import Choosers
+from sparsesearch.step_blocks import StepSelection
 
 _MOST_TABLE_BYTES = 1 << 28
-_PER_ROW = ("sums", "tables", "whole", "open", "first_block")
+_PER_ROW = ("sums", "tables", "whole", "open", "first_block", "low", "high", "laws", "budgets")
 
 
 class Queries:
@@ -33,24 +36,27 @@ class Queries:
         size: query heads per KV head.
         mean_kv: KV heads that keep nothing but a running sum of their values.
         mean_heads: their query heads.
-        mixed_heads: query heads of the KV heads where not all read the same.
+        choosers: query heads that choose for every token.
+        mixed_heads: the other query heads of the KV heads where not all read the same.
         mixed_on_device: the same.
         alike: int32 [G], 1 for the other KV heads.
         scored: per mixed head, whether scores count.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], num_kv_heads: int, device: torch.device) -> None:
+    def __init__(self, binding: LayerBinding, num_kv_heads: int, device: torch.device) -> None:
+        rules = binding.kept_by
         self.num_kv_heads, self.size = num_kv_heads, len(rules) // num_kv_heads
         groups = [rules[head : head + self.size] for head in range(0, len(rules), self.size)]
         means = [head for head, own in enumerate(groups) if isinstance(evicting_rule(own), MeanValue)]
         mixed = [head for head, own in enumerate(groups) if not evicting_rule(own) and not all(map(_reads_all, own))]
         self.mean_kv, self.mean_heads = (torch.tensor(heads, device=device) for heads in (means, self._heads(means)))
-        self.mixed_heads = self._heads(mixed)
+        self.choosers = Choosers(binding, num_kv_heads, device)
+        self.mixed_heads = [head for head in self._heads(mixed) if not rules[head].decodes]
         self.mixed_on_device = torch.tensor(self.mixed_heads, device=device)
         self.alike = torch.tensor([head not in mixed for head in range(num_kv_heads)], device=device).int()
         # a mean of values is attention whose scores are all equal
-        self.scored = torch.tensor([[rules[head].rest != "mean_value"] for head in self._heads(mixed)], device=device)
-        self.has_means, self.has_mixed, self.num_means = bool(means), bool(mixed), len(means)
+        self.scored = torch.tensor([[rules[head].rest != "mean_value"] for head in self.mixed_heads], device=device)
+        self.has_means, self.has_mixed, self.num_means = bool(means), bool(self.mixed_heads), len(means)
 
     def _heads(self, kv_heads: Sequence[int]) -> list[int]:
         return [head * self.size + member for head in kv_heads for member in range(self.size)]
@@ -64,14 +70,30 @@ class Reads:
         layout: where its rows lie.
         lens: int32 [P], rows the newest token sees.
         sums: fp64 [B, n, D], sum of the values of the n KV heads that follow mean_value.
+        low: [B, n, blocks, D], smallest value of each channel per block, of the n KV heads whose bounds a rule asks for.
+        high: largest, likewise.
+        laws: int64 [B], the prompts' lengths.
+        budgets: int32 [B, r], blocks that a token reads under each rule that ranks them by bounds.
+        left: what this layer chose for the newest tokens, where later layers reuse it.
+        taken: what the layers whose choice this one reuses have left.
     """
 
-    def __init__(self, queries: Queries, layout: Layout, head_dim: int) -> None:
-        self.queries, self.layout = queries, layout
+    def __init__(self, queries: Queries, layout: Layout, like: Float[Tensor, "rows D"], max_tokens: int) -> None:
+        self.queries, self.layout, head_dim = queries, layout, like.shape[1]
         batch, device = layout.batch, layout.device
         self.lens = torch.zeros(batch * layout.num_kv_heads, dtype=torch.int32, device=device)
         self.sums = torch.zeros(batch, queries.num_means, head_dim, dtype=torch.float64, device=device)
         self.tables = self.whole = self.open = self.first_block = torch.zeros(batch, 0, device=device)
+        blocks = -(-max_tokens // layout.block_tokens)
+        self.low, self.high = (like.new_zeros(batch, len(queries.choosers.bounded), blocks, head_dim) for _ in range(2))
+        self.laws = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.budgets = queries.choosers.budgets(self.laws, layout.block_tokens)
+        self.left = self._empty_selection() if queries.choosers.leaves else None
+        self.taken: list[StepSelection] = []
+
+    def _empty_selection(self) -> StepSelection:
+        num_heads = self.queries.num_kv_heads * self.queries.size
+        return StepSelection(self.batch, num_heads, self.low.shape[2], self.layout.device)
 
     @property
     def batch(self) -> int:
@@ -86,9 +108,13 @@ class Reads:
         Raises:
             UnsupportedModelError: the lists would take more memory than they save.
         """
+        laws, heads = tuple(law_tokens.clamp(min=1).tolist()), tuple(self.queries.mixed_heads)
+        if self.queries.choosers.some:
+            device = self.layout.device
+            self.laws.copy_(binding.remembered(("laws", laws, device), lambda: torch.tensor(laws, device=device)))
+            self.budgets.copy_(self.queries.choosers.budgets(self.laws, self.layout.block_tokens))
         if not self.queries.has_mixed:
             return
-        laws, heads = tuple(law_tokens.clamp(min=1).tolist()), tuple(self.queries.mixed_heads)
         key = ("tables", heads, laws, tuple(counts), max_tokens, self.layout.device)
         made: tuple[Tensor, ...] = binding.remembered(
             key, lambda: _tables(binding, heads, laws, counts, max_tokens, self.layout.device)
@@ -109,9 +135,13 @@ class Reads:
     ) -> Float[Tensor, "B H D"]:
         """Output for the newest tokens, which are in their places; `v` are their values."""
         heads, lens = self.queries, self.lens
-        if heads.has_mixed:
+        if heads.choosers.all:
+            return self._chosen(q, keys, values, seen, scale, kernel)
+        if heads.has_mixed or heads.choosers.some:
             lens = (lens.view(-1, heads.num_kv_heads) * heads.alike).flatten()
         out = _read(q, keys, values, self.layout.start, lens, None, scale, 1, kernel)
+        if heads.choosers.some:
+            out = out.index_copy(1, heads.choosers.heads, self._chosen(q, keys, values, seen, scale, kernel))
         if not (heads.has_mixed or heads.has_means):  # a launch here would keep the next product from starting early
             return out
         tokens = seen.view(q.shape[0], -1)[:, 0].long()
@@ -122,6 +152,25 @@ class Reads:
             mean = (self.sums / tokens[:, None, None]).to(out.dtype)
             out = out.index_copy(1, heads.mean_heads, mean.repeat_interleave(heads.size, 1))
         return out
+
+    def _chosen(
+        self, q: Tensor, keys: Tensor, values: Tensor, seen: Int[Tensor, " P"], scale: float, kernel: bool
+    ) -> Float[Tensor, "B h D"]:
+        choosers = self.queries.choosers
+        budgets = self.budgets if kernel else None
+        table, lens = choosers.tables(
+            q, keys, self.low, self.high, seen, self.laws, self.layout, scale, self.left, self.taken, budgets
+        )
+        start = self.layout.start.view(q.shape[0], -1).index_select(1, choosers.kv_heads).flatten()
+        own = q if choosers.all else q.index_select(1, choosers.heads)
+        return _read(own, keys, values, start, lens, table, scale, self.layout.block_tokens, kernel)
+
+    def next_bounds(self, seen: Int[Tensor, " P"]) -> Int[Tensor, " n"]:
+        """Rows of the bounds, all of them in a line, that the next token of each sequence changes."""
+        count, blocks = self.low.shape[1:3]
+        block = seen.view(self.batch, -1)[:, :1].long() // self.layout.block_tokens
+        pairs = torch.arange(self.batch * count, device=self.low.device).view(self.batch, count)
+        return (pairs * blocks + block.clamp(max=blocks - 1)).flatten()
 
     def _mixed(
         self, q: Tensor, keys: Tensor, values: Tensor, position: Int[Tensor, " B"], scale: float, kernel: bool
@@ -139,6 +188,10 @@ class Reads:
         if self.queries.has_means:
             self.sums[row] += v.index_select(0, self.queries.mean_kv).double().sum(1)
 
+    def bound(self, keys: Float[Tensor, "rows D"], counts: Sequence[tuple[int, int]]) -> None:
+        """Work out the bounds of some sequences' blocks anew; `counts` are (sequence, tokens)."""
+        self.queries.choosers.fill(self.low, self.high, keys, self.layout, counts)
+
     def put_means(
         self, output: Float[Tensor, "B H S D"], v: Float[Tensor, "B G S D"], news: Sequence[tuple[int, Any]]
     ) -> None:
@@ -154,7 +207,9 @@ class Reads:
     def addresses(self) -> list[int]:
         """Where the tensors lie."""
         own = [getattr(self, name).data_ptr() for name in ("lens", *_PER_ROW)]
-        return own + [x.data_ptr() for x in (self.layout.start, *self.layout.limits)]
+        selections = [*self.taken, *([self.left] if self.left is not None else [])]
+        others = self.layout.start, *self.layout.limits, *(selection.tiles for selection in selections)
+        return own + [x.data_ptr() for x in others]
 
     def choose_rows(self, index: Int[Tensor, " b"], layout: Layout) -> None:
         """Let row i be what row index[i] was; addresses stay if the batch does."""
@@ -167,6 +222,8 @@ class Reads:
             else:
                 setattr(self, name, new)
         self.layout = layout
+        if self.left is not None and not same:
+            self.left.tiles = self._empty_selection().tiles
 
 
 def _tables(
@@ -201,7 +258,7 @@ def _tables(
 
 
 def _reads_all(rule: Rule) -> bool:
-    return rule.dynamic or isinstance(rule, Dense)
+    return (rule.dynamic and not rule.decodes) or isinstance(rule, Dense)
 
 
 def _read(

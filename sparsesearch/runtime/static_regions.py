@@ -100,12 +100,14 @@ class Layout:
         parts: by rule.
         batch: sequences.
         num_kv_heads: KV heads of the layer.
+        block_tokens: side of a tile.
         device: where the tensors go.
     """
 
     parts: tuple[Part, ...]
     batch: int
     num_kv_heads: int
+    block_tokens: int
     device: torch.device
 
     @classmethod
@@ -125,7 +127,7 @@ class Layout:
                 rings = tuple(Ring.of(rule, block_tokens, law) for law in law_tokens)
                 rows = max(ring.rows(max_tokens) for ring in rings)
                 parts.append(Part(rule, heads, rings, rows, _end(parts)))
-        return cls(tuple(parts), len(law_tokens), num_kv_heads, device)
+        return cls(tuple(parts), len(law_tokens), num_kv_heads, block_tokens, device)
 
     def chosen(self, index: Sequence[int]) -> "Layout":
         """The layout where row i is what row index[i] is here; itself if no row changes its sizes."""
@@ -133,7 +135,7 @@ class Layout:
         for part in self.parts:
             parts.append(replace(part, rings=tuple(part.rings[row] for row in index), first=_end(parts)))
         same = tuple(parts) == self.parts and len(index) == self.batch
-        return self if same else Layout(tuple(parts), len(index), self.num_kv_heads, self.device)
+        return self if same else replace(self, parts=tuple(parts), batch=len(index))
 
     @property
     def num_rows(self) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsesearch.bench import video, video_predicted
+from sparsesearch.bench.timing import Replay
 from sparsesearch.bench.video_shapes import VideoModel, grid_of, mixed_rules
 from sparsesearch.kernels.ordered import attend
 from sparsesearch.layout import video_layout
@@ -15,11 +16,22 @@ TINY = VideoModel("tiny", video_layout(4, 8, 16), 2, 16, 0.7, 0.5, 1.5)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part")
 def test_rows_are_kept_as_they_come_and_predicted_at_the_end(monkeypatch):
-    drawn, outputs = video.random_tensors, []
+    drawn, outputs, turns = video.random_tensors, [], []
+
+    def captured(run):
+        outputs.append(run())
+        return Replay(run, 1)
+
+    def in_turns_s(*works, budget_s):
+        turns.append([work.replay() for work in works])
+        return (1e-3, 0.9e-3, 4e-3)
+
     monkeypatch.setattr(
         video, "random_tensors", lambda layout, heads, size, _: [x.float() for x in drawn(layout, heads, size, "cpu")]
     )
-    monkeypatch.setattr(video, "median_s", lambda run, **_: outputs.append(run()) or 1e-3)
+    monkeypatch.setattr(video, "captured", captured)
+    monkeypatch.setattr(video, "in_turns_s", in_turns_s)
+    monkeypatch.setattr(video, "median_s", lambda run, **_: run() or 1e-4)
     for name, found in (("ceilings", {}), ("provenance", {"device": "CPU"}), ("check_small", {"check": "small"})):
         monkeypatch.setattr(video, name, lambda *_, found=found: found)
     monkeypatch.setattr(video, "sdpa_kernel", lambda *_: nullcontext())
@@ -39,3 +51,9 @@ def test_rows_are_kept_as_they_come_and_predicted_at_the_end(monkeypatch):
     rules = mixed_rules(TINY.layout, TINY.num_heads, "temporal", TINY.density)
     expected = attend(q, k, v, grid_of(TINY.layout), rules, scale=TINY.head_dim**-0.5, backend="torch")
     torch.testing.assert_close(outputs[1], expected, rtol=1e-3, atol=1e-4)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for plan, tiles, cudnn in turns:  # each row's three take turns, dense captured once
+        torch.testing.assert_close(cudnn, dense)
+        assert plan.shape == tiles.shape == cudnn.shape
+    assert len(outputs) == 1 + 2 * len(turns)
+    assert {(row["dense_s"], row["seconds"], row["tiles_s"]) for row in rows} == {(4e-3, 1e-3, 0.9e-3)}

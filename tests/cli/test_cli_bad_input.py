@@ -17,6 +17,7 @@ from sparsesearch import artifacts
 from sparsesearch.artifacts import read_json, write_json
 from sparsesearch.presets import preset_path
 
+PROFILES = Path(__file__).parents[2] / "profiles"
 PLAN = {"format": "sparsesearch.plan", "schema_version": "1.0"}
 
 
@@ -80,11 +81,22 @@ def bad(corridor: Path, run: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "removals" / "pruning.json").write_text("{}")
     scores = folder / "damaged" / "scores-256.safetensors"
     scores.write_bytes(scores.read_bytes()[:-1])
-    _foreign_profile(corridor / "profile", folder / "foreign")
+    _changed_profile(
+        corridor / "profile", folder / "foreign", lambda content: content["base_model"].update(weights_sha256="0" * 64)
+    )
+    _changed_profile(
+        corridor / "profile",
+        folder / "elsewhere",
+        lambda content: content.update(space="tiny", candidates=[{"kind": "dense"}], calibrated={}),
+    )
+    _changed_profile(
+        corridor / "profile", folder / "otherwise", lambda content: content["calibration"].update({"256": "other text"})
+    )
     shutil.copytree(folder / "other", folder / "config")
     (folder / "config" / "config.json").write_text('{"model_type": ')
     shutil.copytree(folder / "other", folder / "unweighted")
     (folder / "unweighted" / "model.safetensors").unlink()
+    shutil.copytree(folder / "other", folder / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     shutil.copytree(folder / "other", folder / "cut")
     weights = folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -99,15 +111,15 @@ def bad(corridor: Path, run: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def _foreign_profile(good: Path, folder: Path) -> None:
-    """The same profile of other weights."""
+def _changed_profile(good: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The same profile, with something else in its `profile.json`."""
     shutil.copytree(good, folder)
     stamp = {
         "format": "sparsesearch.profile",
         "schema_version": json.loads((good / "profile.json").read_text())["schema_version"],
     }
     content = read_json(good / "profile.json", **stamp)
-    content["base_model"]["weights_sha256"] = "0" * 64
+    change(content)
     write_json(folder / "profile.json", content, **stamp)
 
 
@@ -176,6 +188,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "calibration lacks the column": (TRIAL + "--data {bad}/column.jsonl", 1, r"--text-column. Known: body"),
     "unknown calibration": (TRIAL + "--data neddle", 1, r"Did you mean 'needle'"),
     "longer than the context": (TRIAL + "--lengths 20000", 1, r"at most 16384 tokens"),
+    "device of a cost model, dry": (TRIAL + "--device h200 --dry-run", 2, r"--device: must be cpu, cuda or cuda:N, but got 'h200'"),
     "longer than the context, dry": (TRIAL + "--lengths 20000 --dry-run", 1, r"at most 16384 tokens"),
     "longer than the context, eval": ("eval {good}/plan.json --lengths 20000", 1, r"at most 16384 tokens"),
     "too short for the needles": ("eval {good}/plan.json --lengths 64", 1, r"longer sequences or fewer needles"),
@@ -271,6 +284,9 @@ CASES: dict[str, tuple[str, int, str]] = {
     "profile is damaged": ("search {bad}/damaged --budget density=0.5 -o {out}/plan.json", 1, r"scores-256.*Profile again"),
     "profile is a folder of other things": ("search {bad}/other --budget density=0.5 -o {out}/plan.json", 1, r"other must be a profile directory, but has no profile.json"),
     "profile of another model, explain": ("explain {good}/plan.json 3:7 --profile {bad}/foreign", 5, r"foreign must be a profile of the plan's model, 'needle-7m'"),
+    "profile of another space, explain": ("explain {good}/plan.json --profile {bad}/elsewhere", 5, r"elsewhere must be the profile that the plan was searched in \(space 'small'\), but its space 'tiny' never scored"),
+    "profile of another search, report": ("report {shipped}/needle-7m-plan.json {shipped}/needle-7m-metrics.json --profile {good}/profile -o {out}/r.html", 5, r"profile must be the profile that the plan was searched in \(space 'mixture'\), but its calibration is"),
+    "profile of other data, explain": ("explain {good}/plan.json --profile {bad}/otherwise", 5, r"but its calibration is .*other text.*Give that profile, or search again"),
     "cuts of a profile without": ("bench cuts {good}/profile --budget params=0.8x -o {out}/c.json", 1, r"profile must cover removals.*--space pruning"),
     "heals nothing": ("heal {bad}/none --teacher needle-7m -o {out}/h", 1, r"none must be the directory of a pruned checkpoint, but there is none"),
     "metrics are missing": ("report {good}/plan.json {bad}/none.json -o {out}/r.html", 1, r"none.json must exist"),
@@ -280,6 +296,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "model is missing": ("profile ./no/such/model -o {out}/profile", 1, r"no such file or directory"),
     "model is a text file": ("profile {bad}/notes.md -o {out}/profile", 1, r"model directory or a .gguf file"),
     "model folder has no config": ("profile {good} -o {out}/profile", 1, r"has no config.json"),
+    "model has no tokenizer": ("profile {bad}/mute -o {out}/profile", 1, r"mute: there must be a tokenizer beside the weights.*tokenizer_config.json"),
     "model config is damaged": ("profile {bad}/config -o {out}/profile", 1, r"could not be loaded"),
     "model has no weights": ("profile {bad}/unweighted -o {out}/profile", 1, r"could not be loaded: .*model.safetensors"),
     "hub model cannot be reached": ("--offline profile no-one/no-such-model -o {out}/profile", 1, r"no-one/no-such-model.*Check the name"),
@@ -298,8 +315,8 @@ CASES: dict[str, tuple[str, int, str]] = {
     "checkpoint exists": ("apply {good}/plan.json needle-7m -o {good}", 1, r"--overwrite"),
     "quickstart folder is taken": ("quickstart -o {good}", 1, r"must be empty or hold an interrupted quickstart, but holds"),
     "checkpoint on a file": ("apply {good}/plan.json needle-7m -o {good}/space.yaml", 1, r"is a file"),
-    "profile on a file": ("profile needle-7m -o {good}/plan.json --lengths 160", 1, r"plan.json must be usable, but Not a directory"),
-    "quickstart on a file": ("quickstart -o {good}/plan.json", 1, r"plan.json must be usable, but Not a directory"),
+    "profile on a file": ("profile needle-7m -o {good}/plan.json --lengths 160", 1, r"plan.json must be a folder, but is a file"),
+    "quickstart on a file": ("quickstart -o {good}/plan.json", 1, r"must be a folder, but is a file. Choose another -o"),
     "quickstart below a file": ("quickstart -o {good}/plan.json/q", 1, r"plan.json is a file. Choose another folder with -o"),
     "study below a file": ("tune {good}/profile -o {good}/plan.json/study", 1, r"plan.json is a file. Choose another folder with -o"),
     "metrics below a file": ("eval {good}/plan.json -o {good}/plan.json/m.json", 1, r"plan.json is a file. Choose another folder with -o"),
@@ -314,7 +331,7 @@ CASES: dict[str, tuple[str, int, str]] = {
 def test_bad_input(case: str, corridor: Path, bad: Path, run: Any, content: Any, tmp_path: Path) -> None:
     line, code, sentence = CASES[case]
     before = content(corridor)
-    arguments = [part.format(good=corridor, bad=bad, out=tmp_path) for part in line.split()]
+    arguments = [part.format(good=corridor, bad=bad, out=tmp_path, shipped=PROFILES) for part in line.split()]
     result = run(*arguments, code=code)
     assert re.search(sentence, result.stderr, re.DOTALL), result.stderr
     assert "Traceback" not in result.stderr

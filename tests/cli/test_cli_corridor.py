@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,10 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.table import TableCostModel
 from sparsesearch.evaluate import Metrics
-from sparsesearch.plan import Plan
+from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.presets import preset_path
 from sparsesearch.profiling.record import Profile
+from sparsesearch.rules import LengthLaw
+from sparsesearch.rules.pooled_topk import PooledTopk
 
 EVAL = ("--lengths", "256", "--num-sequences", "6", "--num-needles", "4")
 
@@ -156,8 +161,27 @@ def test_eval_measures_dense_and_plan(corridor: Path, metrics: dict[str, Any]) -
 def test_eval_of_several_plans_names_them_by_file(corridor: Path, run: Any, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     run("search", corridor / "profile", "--budget", "density=0.6", "-o", other)
-    shown = run("eval", corridor / "plan.json", other, *EVAL, "--timing-rounds", "0").stdout
+    shown = run("eval", corridor / "plan.json", other, "--num-sequences", "3", "--timing-rounds", "0").stdout
     assert all(name in shown for name in ("dense", "plan", "other"))
+    assert all(f"{length} tokens, 3 sequences" in shown for length in (160, 256)), "the plans' lengths, however short"
+
+
+def test_what_the_devices_own_cost_model_does_not_know_is_said_and_not_predicted(
+    corridor: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule of one's own is judged before anybody has calibrated it; a cost model that was asked for must know it."""
+    known = load_cost_model("cpu")
+    assert isinstance(known, TableCostModel)
+    without = replace(known, table=known.table.model_copy(update={"estimators": {}}))
+    monkeypatch.setattr("sparsesearch.cost.shipped.shipped_for", lambda _: without)
+    monkeypatch.setattr("sparsesearch.cost.load_cost_model", lambda _: without)
+    chooses, info = PooledTopk(keep=LengthLaw(b=0.4)), Plan.load(corridor / "plan.json").base_model
+    uniform_plan(info, chooses, block_tokens=32, lengths_tokens=(160,)).save(tmp_path / "own.json")
+    arguments = ("eval", tmp_path / "own.json", "--num-sequences", "1", "--timing-rounds", "1")
+    shown = run(*arguments)
+    assert "plan" in shown.stdout
+    assert "nothing is predicted: cost model cpu must know what 'pooled_topk' costs" in shown.stderr
+    assert "sparsesearch calibrate" in run(*arguments, "--cost-model", "cpu", code=1).stderr
 
 
 @pytest.mark.usefixtures("metrics")

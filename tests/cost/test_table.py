@@ -71,7 +71,7 @@ def test_what_was_not_measured_is_refused() -> None:
     model = TableCostModel(table())
     with pytest.raises(SpecError, match="4 bytes per element"):
         model.unit_latency_s(replace(DENSE, dtype_bytes=2))
-    with pytest.raises(SpecError, match=r"what 'pooled_topp' costs.*Did you mean 'pooled_topk'"):
+    with pytest.raises(SpecError, match=r"what 'pooled_topp' costs.*sparsesearch calibrate -o FILE"):
         model.unit_latency_s(replace(TILES, estimator="pooled_topp"))
 
 

@@ -9,7 +9,8 @@ from tiny_run import STEPS, Run, make_run, profile, request_of
 
 from sparsesearch.denoising.controls import permuted_plan
 from sparsesearch.denoising.corridor import Corridor
-from sparsesearch.denoising.judge import Judgement, Variant, judge, static_density
+from sparsesearch.denoising.judge import judge, static_density
+from sparsesearch.denoising.judgement import Judgement, Variant
 from sparsesearch.denoising.planning import find_step_plan, plan_density, step_table, write_step_plan
 from sparsesearch.denoising.replay import Replay, measure_sensitivity
 from sparsesearch.denoising.weighting import STARTS, Weighting, descend

@@ -2,14 +2,13 @@
 
 import json
 import shutil
+from itertools import count, cycle
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from sparsesearch.bench import device_state
+from sparsesearch.bench import counters
 from sparsesearch.bench.counters import CASES, COUNTERS, parse, run
 from sparsesearch.errors import UnsupportedKernelError
 
@@ -36,46 +35,28 @@ def test_shares_are_fractions_and_times_are_seconds() -> None:
 
 
 def test_without_ncu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "find_spec", lambda _: object())
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UnsupportedKernelError, match="Nsight Compute"):
         run()
 
 
-class Driver:
-    """Answers as NVIDIA's library does: status 0, values through pointers."""
-
-    nvmlInit_v2 = staticmethod(lambda: 0)
-    refused = 0
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:
-        assert uuid == b"GPU-12-34"
-        handle._obj.value = 7
-        return self.refused
-
-    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, mhz: Any) -> int:
-        assert (handle.value, kind) == (7, 1)
-        mhz._obj.value = 1755
-        return 0
-
-    def nvmlDeviceGetPowerUsage(self, handle: Any, milliwatts: Any) -> int:
-        assert handle.value == 7
-        milliwatts._obj.value = 684_000
-        return 0
+def test_without_nvidia_ml_py_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "find_spec", lambda _: None)
+    with pytest.raises(UnsupportedKernelError, match=r"sparsesearch\[counters\]"):
+        run()
 
 
 def test_clock_and_power_are_in_our_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver()
-    monkeypatch.setattr(device_state, "_library", lambda _: driver)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
-    assert device_state.clock_and_power() == (1755e6, 684.0)
-    driver.refused = 4
-    with pytest.raises(UnsupportedKernelError, match="returned 4"):
-        device_state.clock_and_power()
-
-
-def test_a_missing_driver_is_named() -> None:
-    with pytest.raises(UnsupportedKernelError, match="no-such-library"):
-        device_state._library("no-such-library")
+    """MHz and mW, as torch gives them, of the second half of the calls."""
+    clocks, powers = cycle([1, 1755]), cycle([1, 684_000])
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: next(clocks))
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda: next(powers))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = count()
+    monkeypatch.setattr(counters.time, "perf_counter", lambda: float(next(times)))
+    found = counters._loaded(lambda: None, budget_s=2.5)
+    assert (found["loaded_hz"], found["loaded_w"]) == (1755e6, 684.0)
 
 
 def test_the_record_covers_the_cases() -> None:

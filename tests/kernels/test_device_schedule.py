@@ -10,7 +10,8 @@ from test_schedule import element_masks
 from sparsesearch.block_mask import expand
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.deal import TILE_OVERHEAD
-from sparsesearch.kernels.device_schedule import build_on_device, deal_on_device
+from sparsesearch.kernels.device_deal import deal_on_device
+from sparsesearch.kernels.device_schedule import build_on_device
 from sparsesearch.kernels.dispatch import run_schedule
 from sparsesearch.kernels.schedule import TileShape, Workers
 

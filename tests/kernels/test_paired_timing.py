@@ -11,8 +11,8 @@ from sparsesearch.bench import timing
 def test_two_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def captured(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
-        return run, 4 if run is short else 1
+    def captured(run: Callable[[], object]) -> timing.Replay:
+        return timing.Replay(run, 4 if run is short else 1)
 
     def event_times(replay: Callable[[], object], repeats: int) -> list[float]:
         for _ in range(repeats):
@@ -27,10 +27,10 @@ def test_two_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         ran.append("long")
 
     turn = count()
-    monkeypatch.setattr(timing, "_captured", captured)
+    monkeypatch.setattr(timing, "captured", captured)
     monkeypatch.setattr(timing, "event_times", event_times)
     own, other = timing.paired_s(short, long, budget_s=0.07)
     assert own / other == pytest.approx(1 / 3, rel=2e-3)
     assert own == pytest.approx(1e-3, rel=0.05)
     assert ran[-6:] == ["short", "long"] * 3
-    assert ran[4:].count("short") == 9  # as many turns as fit: 70 ms at 7 ms a pair, slowed
+    assert ran[2:].count("short") == 9  # as many turns as fit: 70 ms at 7 ms a pair, slowed

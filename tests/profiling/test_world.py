@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from sparsesearch_cli.main import app
 from typer.testing import CliRunner
+
+from sparsesearch.profiling.world import World, own_device
 
 SPACE = """
 name: test
@@ -42,3 +45,38 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert one.stdout == two.stdout, "only the first process reports"
     for file in ("scores-192.safetensors", "scores-256.safetensors", "profile.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("needle-7m", ["--stream"]),
+        ("needle-7m", ["--device-map", "auto"]),
+        ("needle-7m", ["--space", "pruning"]),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(
+    model: str, options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["profile", model, *options, "-o", str(tmp_path / "profile")])
+    assert result.exit_code == 2
+    assert "torchrun started 2" in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "profile").exists()
+
+
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device("cuda", World(1, 2)) == "cuda:1"
+    assert current == [1]
+    assert [own_device("cuda", World()), own_device("cpu", World(1, 2)), own_device("cuda:0", World(1, 2))] == [
+        "cuda",
+        "cpu",
+        "cuda:0",
+    ]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cuda", World(3, 4)) == "cuda:3"  # which is refused where it is looked for
+    assert current == [1]

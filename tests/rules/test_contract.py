@@ -8,6 +8,7 @@ from sparsesearch.errors import SpecError
 from sparsesearch.kernels.reference import tile_attention
 from sparsesearch.rules import Rule, parse_rule, rule_kinds
 from sparsesearch.rules.reuse import Reuse
+from sparsesearch.step_blocks import StepBlocks, page_tables, update_bounds
 
 EXAMPLES = [rule for kind in rule_kinds().values() if not kind.needs_layout for rule in kind.examples()]
 STATIC = [rule for rule in EXAMPLES if not rule.dynamic]
@@ -64,6 +65,47 @@ def test_batched_heads_choose_as_each_would_alone(rule: Rule, q_len: int, kv_len
     for row in range(2):
         for head in range(3):
             assert torch.equal(rule.select(grid, q[row, head], k[row, head]), together[row, head])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in DYNAMIC if rule.decodes], ids=lambda rule: rule.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_chooses_as_a_call_of_one_query(rule: Rule, dtype: torch.dtype) -> None:
+    """Two caches with room for 300 tokens of which 257 and 64 are there, bounds kept token by token; two query heads per KV head."""
+    block, room, lengths, laws = 64, 300, (257, 64), (200, 50)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 2, 16, generator=generator).to(dtype)
+    keys = torch.randn(2, 3, room, 16, generator=generator).to(dtype)
+    low, high = torch.zeros(2, 2, 3, 5, 16, dtype=dtype).unbind(0)
+    for token in range(max(lengths)):
+        position = torch.tensor([min(token, length - 1) for length in lengths])
+        update_bounds(low, high, keys[torch.arange(2), :, position], position, block)
+    position = torch.tensor(lengths)[:, None, None, None] - 1
+    blocks = StepBlocks(position, torch.tensor(laws)[:, None, None, None], block, 5, keys, low, high)
+    tiles = rule.step_tiles(q, blocks)
+    left = rule.step_left(tiles, q, blocks)
+    table, lens = page_tables(tiles.flatten(1, 2), position.flatten(), block)
+    for row, (length, law) in enumerate(zip(lengths, laws, strict=True)):
+        grid = BlockGrid(1, length, block, law)
+        known = keys[row, :, None, :length].expand(-1, 2, -1, -1)
+        expected = rule.select(grid, q[row][:, :, None], known)[..., 0, :].expand(3, 2, -1)
+        assert torch.equal(tiles[row, ..., : grid.num_k_blocks], expected)
+        assert not tiles[row, ..., grid.num_k_blocks :].any()
+        kept = rule.left_behind(expected[..., None, :], grid, q[row][:, :, None], known)[..., 0, :]
+        assert torch.equal(left[row, ..., : grid.num_k_blocks], kept)
+        for pair, chosen in enumerate(expected.flatten(0, 1), 6 * row):
+            pages = chosen.nonzero()[:, 0]
+            assert torch.equal(table[pair, : len(pages)].long(), pages)
+            assert int(lens[pair]) == int(expand(chosen[None], grid).sum())
+
+
+OTHERS = [rule for rule in DYNAMIC if type(rule).step_tiles is Rule.step_tiles]
+
+
+@pytest.mark.parametrize("rule", OTHERS, ids=lambda rule: rule.label)
+def test_other_rules_choose_nothing_in_a_step(rule: Rule) -> None:
+    assert not rule.decodes
+    with pytest.raises(SpecError, match="chooses nothing for a decoded token"):
+        rule.step_tiles(torch.zeros(1, 1, 1, 4), StepBlocks(*torch.zeros(2, 1, 1, 1, 1, dtype=torch.int64), 64, 1))
 
 
 @pytest.mark.parametrize("rule", DYNAMIC, ids=lambda rule: rule.label)

@@ -1,5 +1,6 @@
 """Plans and the independent reference that the runtime tests share."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -7,10 +8,11 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from sparsesearch.block_mask import BlockGrid, expand
-from sparsesearch.kernels.reference import masked_attention, tile_attention
+from sparsesearch.kernels.reference import masked_attention
 from sparsesearch.plan import Plan, uniform_plan
 from sparsesearch.rules import Rule, parse_rule
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.dense_source import DenseSource
 from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.fingerprint import describe
 
@@ -24,8 +26,8 @@ RULES = {
     "mean": {"kind": "mean_value"},
     "slash": {"kind": "vertical_slash", "vertical": 32, "slash": 32, "probe": 16},
     "pooled": {"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16},
-    "bounds": {"kind": "bounds_topk", "keep": 32, "sink": 16},
-    "bounds everywhere": {"kind": "bounds_topk", "keep": 32, "sink": 16, "prefill": True},
+    "bounds": {"kind": "bounds_topk", "keep": 48, "sink": 16},
+    "bounds everywhere": {"kind": "bounds_topk", "keep": 48, "sink": 16, "prefill": True},
     "asks": {"kind": "tri_shape", "sink": 16, "window": 16, "last": 20},
     "rows": {"kind": "token_rows", "tail": 0.4, "min_tokens": 16, "window": 16, "probe": 16},
 }
@@ -40,7 +42,7 @@ def rule(name: str) -> Rule:
 
 
 def cycled_plan(model: PreTrainedModel, names: Sequence[str]) -> Plan:
-    """The named rules, dealt to the query heads in turn, every layer beginning one further."""
+    """The named rules, dealt to the query heads of all layers in turn."""
     info = describe(model, "tests")
     rules = [rule(name) for name in names]
     return Plan(
@@ -50,7 +52,7 @@ def cycled_plan(model: PreTrainedModel, names: Sequence[str]) -> Plan:
         lengths_tokens=(256,),
         rules={one.label: one for one in rules},
         assignments={
-            path: tuple(rules[(layer + head) % len(rules)].label for head in range(count))
+            path: tuple(rules[(layer * count + head) % len(rules)].label for head in range(count))
             for layer, (path, count) in enumerate(zip(info.modules, info.num_heads, strict=True))
         },
     )
@@ -71,30 +73,45 @@ def dense_plan(model: PreTrainedModel) -> Plan:
     return uniform_plan(describe(model, "tests"), Dense(), block_tokens=BLOCK_TOKENS, lengths_tokens=(256,))
 
 
-def oracle_logits(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt_tokens: int | None = None) -> Tensor:
+def oracle_logits(
+    model: PreTrainedModel,
+    plan: Plan,
+    ids: Tensor,
+    prompt_tokens: int | None = None,
+    calls: Sequence[int] | None = None,
+) -> Tensor:
     """Logits of one unpadded row, recomputed from scratch: per head, the oracle under the expanded mask. Shares nothing with the runtime.
 
-    Queries of the prompt attend as its prefill did, later ones as decoding does: dynamic rules are dense there unless they decode, laws stay at
-    the prompt's length.
+    `calls` are the tokens of each call, by default the prompt at once and then one by one. Laws stay at the prompt's length; a dynamic rule chooses
+    for every call of several tokens, and for single ones only if it decodes.
     """
     prompt = prompt_tokens or len(ids)
+    sizes = calls or [prompt] + [1] * (len(ids) - prompt)
+    ends = list(itertools.accumulate(sizes))
+    assert ends[-1] == len(ids)
     paths = {id(module): path for path, module in model.named_modules()}
-    left: dict[tuple[int, int], Tensor] = {}  # (layer, head) -> tiles that a dynamic rule left
+    left: dict[
+        tuple[int, int], list[Tensor]
+    ] = {}  # (layer, head) -> tiles that a dynamic rule left, per call of several tokens
 
     def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
         scale = scaling or query.shape[-1] ** -0.5
         heads = []
         path = paths[id(module)]
         layer = plan.base_model.modules.index(path)
+        grids = [BlockGrid(size, end, plan.block_tokens, prompt) for size, end in zip(sizes, ends, strict=True)]
         for head, one in enumerate(plan.module_rules(path)):
             kv_head = head * key.shape[1] // query.shape[1]
             q, k, v = query[0, head], key[0, kv_head], value[0, kv_head]
-            source = left[one.source_head(head)] if one.reuses else None
-            heads.append(_oracle_head(one, q, k, v, scale, prompt, sliding_window, plan.block_tokens, source))
-            if one.dynamic and prompt > 1:
-                first = BlockGrid(prompt, prompt, plan.block_tokens)
-                tiles = _chosen(one, q[:prompt] * scale, k[:prompt], first, source)
-                left[layer, head] = one.left_behind(tiles, first, q[:prompt] * scale, k[:prompt])
+            sources = left[one.source_head(head)] if one.reuses else None
+            tiles = _choices(one, q * scale, k, grids, sources) if one.dynamic else []
+            mask = _visible(one, k, grids, tiles, sliding_window)
+            scored = q * (one.rest != "mean_value")  # a mean is attention whose scores are all equal
+            heads.append(masked_attention(scored, k, v, mask, scale=scale)[0])
+            left[layer, head] = [
+                one.left_behind(own, grid, *_part(q * scale, k, grid))
+                for own, grid in zip(tiles, grids, strict=one.dynamic)
+            ]
         return torch.stack(heads, 1)[None], None
 
     AttentionInterface.register("test_oracle", attention)
@@ -107,44 +124,42 @@ def oracle_logits(model: PreTrainedModel, plan: Plan, ids: Tensor, prompt_tokens
         model.set_attn_implementation(before)
 
 
-def _chosen(one: Rule, q: Tensor, k: Tensor, grid: BlockGrid, source: Tensor | None) -> Tensor:
-    if isinstance(one, Reuse):
-        diagonal = torch.eye(grid.num_k_blocks, dtype=torch.bool, device=source.device)
-        return source | diagonal
-    return one.select(grid, q, k)
+def _part(q: Tensor, k: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one call."""
+    return q[grid.q_start : grid.kv_len], k[: grid.kv_len]
 
 
-def _oracle_head(
-    one: Rule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    prompt: int,
-    sliding_window: int | None,
-    block: int,
-    source: Tensor | None = None,
-):
-    length = len(k)
-    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-    near = (distance < sliding_window) if sliding_window else torch.ones_like(distance, dtype=torch.bool)
-    full = BlockGrid(length, length, block, prompt)
-    if one.rest == "zero":
-        return tile_attention(q, k, v, one.select(full).to(q.device), full, scale=scale, rest="zero")
+def _choices(
+    one: Rule, q: Tensor, k: Tensor, grids: Sequence[BlockGrid], sources: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """A dynamic rule's tiles in each call."""
+    tiles = []
+    for call, grid in enumerate(grids):
+        if grid.q_len == 1 and not one.decodes:
+            tiles.append(grid.reachable(q.device))
+        elif isinstance(one, Reuse):
+            tiles.append(sources[call] | grid.diagonal(q.device))
+        else:
+            tiles.append(one.select(grid, *_part(q, k, grid)))
+    return tiles
+
+
+def _visible(
+    one: Rule, k: Tensor, grids: Sequence[BlockGrid], tiles: Sequence[Tensor], sliding_window: int | None
+) -> Tensor:
+    """Element mask [T, T] of one head."""
+    distance = torch.arange(len(k), device=k.device)[:, None] - torch.arange(len(k), device=k.device)
+    mask = (distance >= 0) & (distance < sliding_window if sliding_window else True)
     if one.rest == "mean_value":
-        return masked_attention(q * 0, k, v, near & (distance >= 0), scale=scale)[0]
-    if one.dynamic:
-        first = BlockGrid(prompt, prompt, block)
-        mask = distance >= 0
-        if prompt > 1:
-            mask[:prompt, :prompt] = expand(_chosen(one, q[:prompt] * scale, k[:prompt], first, source), first)
-        for row in range(prompt if prompt > 1 else 0, length if one.decodes else 0):
-            step = BlockGrid(1, row + 1, block, prompt)
-            choice = one.select(step, q[row : row + 1] * scale, k[: row + 1])
-            mask[row, : row + 1] = expand(choice, step)[0]
-    else:
-        mask = expand(one.select(full), full).to(q.device)
-    return masked_attention(q, k, v, mask & near, scale=scale)[0]
+        return mask
+    if not one.dynamic:
+        full = BlockGrid(len(k), len(k), grids[0].block_tokens, grids[0].law_len)
+        return mask & expand(one.select(full), full).to(k.device)
+    if isinstance(one, DenseSource):
+        return mask
+    for grid, own in zip(grids, tiles, strict=True):
+        mask[grid.q_start : grid.kv_len, : grid.kv_len] &= expand(own, grid)
+    return mask
 
 
 def left_padded(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor]:

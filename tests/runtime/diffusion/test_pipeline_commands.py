@@ -11,7 +11,7 @@ from test_directories import load, make_pipeline
 from typer.testing import CliRunner
 
 import sparsesearch
-from sparsesearch.denoising.judge import Judgement
+from sparsesearch.denoising.judgement import Judgement
 from sparsesearch.denoising.pipeline import PipelineIndex, load_plans
 from sparsesearch.denoising.sampling_run import SamplingRun
 from sparsesearch.errors import PlanMismatchError, SpecError
