@@ -87,7 +87,7 @@ class Judge:
 
     Attributes:
         reference: dense on those sequences.
-        tried: family -> plan's label -> mean loss.
+        tried: family -> plan's label -> mean of the loss that the family is judged by.
     """
 
     reference: DenseReference
