@@ -48,6 +48,13 @@ def search_reuse(
     max_refreshes: Annotated[int, typer.Option(help="rals: refreshing layers after the first.", min=0)] = 2,
     passes: Annotated[int, typer.Option(help="Most rounds of profiling; the later ones under the plan.", min=1)] = 3,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences per length.", min=1)] = 6,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode",
+            help="Decoded tokens reuse too, where the source can choose for them (dense_source, bounds_topk); their loss is not measured.",
+        ),
+    ] = False,
     cost_model: Annotated[
         str | None, typer.Option(help="Prices latency budgets: cpu, h200, roofline:b200 or a file.")
     ] = None,
@@ -62,6 +69,7 @@ def search_reuse(
 
     from sparsesearch import calibration
     from sparsesearch.errors import ArtifactError
+    from sparsesearch.index_reuse import reused_in_decoding
     from sparsesearch.index_reuse import search_reuse as run
     from sparsesearch.profiling.record import Profile
     from sparsesearch.runtime.loading import load_model
@@ -84,6 +92,7 @@ def search_reuse(
     }
     with progress_bar() as progress:
         plan, rounds = run(live, question, samples, passes=passes, seed=seed, progress=progress)
+    plan = reused_in_decoding(plan) if decode else plan
     plan.save(out)
     _show(plan, [asdict(one) for one in rounds], out, json)
 

@@ -24,6 +24,7 @@ from sparsesearch.profiling.reuse_menu import ReuseMenu
 from sparsesearch.profiling.run import silent
 from sparsesearch.reuse_lanes import Resource, ReuseQuestion, lanes_of, resources
 from sparsesearch.rules import Rule
+from sparsesearch.rules.dense_source import DenseSource
 from sparsesearch.rules.reuse import Reuse
 from sparsesearch.search.layer_budget import LaneSolution, solve_lanes
 from sparsesearch.search.layer_dp import NONE, Lane, LanePath
@@ -101,6 +102,40 @@ def search_reuse(
     provenance = {"passes": [asdict(one) for one in rounds], "pass_kept": best + 1}
     plan = plans[best]
     return plan.model_copy(update={"provenance": {**plan.provenance, **provenance}}), rounds
+
+
+def reused_in_decoding(plan: Plan) -> Plan:
+    """The plan whose decoded tokens reuse too, wherever the source leaves, or can leave, a selection for them.
+
+    What was profiled and replayed are prompts: the losses say nothing of it.
+
+    Raises:
+        SpecError: no source can.
+    """
+    modules, rules, changed = plan.base_model.modules, dict(plan.rules), 0
+    sources = {source for _, head, rule in plan.heads() if (source := rule.source_head(head)) is not None}
+
+    def leaves(layer: int, head: int) -> bool:
+        rule = plan.rule(modules[layer], head)
+        return rule.decodes or isinstance(rule, DenseSource)
+
+    assignments = {}
+    for layer, module in enumerate(modules):
+        own = list(plan.module_rules(module))
+        for head, rule in enumerate(own):
+            source = rule.source_head(head)
+            if (isinstance(rule, DenseSource) and (layer, head) in sources) or (source and leaves(*source)):
+                own[head] = rule.model_copy(update={"decode": True})
+                changed += source is not None
+        rules |= {rule.label: rule for rule in own}
+        assignments[module] = tuple(rule.label for rule in own)
+    if not changed:
+        raise SpecError(
+            "some head must reuse from a dense_source or bounds_topk head for decoded tokens to reuse too, but none does. Search with --objective "
+            "hylra, or without --decode."
+        )
+    used = {name for names in assignments.values() for name in names}
+    return plan.model_copy(update={"assignments": assignments, "rules": {name: rules[name] for name in sorted(used)}})
 
 
 def _mean(sofar: ReuseScores, fresh: ReuseScores, count: int) -> ReuseScores:

@@ -189,6 +189,11 @@ class Plan(_Frozen):
             raise ValueError(
                 f"{module}:{head} reuses {path}:{source_head}, which leaves no selection: its rule is {left.label}"
             )
+        if self.rule(module, head).decodes and (not left.decodes or {module, path} & set(self.decode)):
+            raise ValueError(
+                f"{module}:{head} reuses {path}:{source_head} for decoded tokens too, for which its rule, {left.label}, must choose, and "
+                "neither layer may have other rules in `decode`"
+            )
 
     def rule(self, module: str, head: int) -> Rule:
         """The rule of one query head; dense where the plan says nothing."""

@@ -56,13 +56,33 @@ class StepBlocks:
 
     def maxima(self, q: Float[Tensor, "B g size D"]) -> Float[Tensor, "B g size N"]:
         """Largest q·k in each block, -inf where there is none; reads every key."""
+        return self._blocked(self._scores(q), -torch.inf).amax(-1)
+
+    def mass(self, q: Float[Tensor, "B g size D"]) -> Float[Tensor, "B g size N"]:
+        """Attention to each block; reads every key."""
+        return self._blocked(self._scores(q).softmax(-1), 0.0).sum(-1)
+
+    def _scores(self, q: Float[Tensor, "B g size D"]) -> Float[Tensor, "B g size T"]:
         assert self.keys is not None
         scores = (q @ self.keys.transpose(-1, -2)).float()
         place = torch.arange(scores.shape[-1], device=scores.device)
-        scores = scores.masked_fill(place > self.position, -torch.inf)
-        blocks = F.pad(scores, (0, self.num_blocks * self.block_tokens - scores.shape[-1]), value=-torch.inf)
-        largest: Tensor = blocks.unflatten(-1, (-1, self.block_tokens)).amax(-1)
-        return largest
+        return scores.masked_fill(place > self.position, -torch.inf)
+
+    def _blocked(self, x: Float[Tensor, "B g size T"], fill: float) -> Float[Tensor, "B g size N block"]:
+        padded = F.pad(x, (0, self.num_blocks * self.block_tokens - x.shape[-1]), value=fill)
+        blocks: Tensor = padded.unflatten(-1, (-1, self.block_tokens))
+        return blocks
+
+
+class StepSelection:
+    """What the query heads of one layer chose for the newest tokens of a cache, for later layers to reuse.
+
+    Attributes:
+        tiles: [B, H, N]; rows of heads that leave nothing mean nothing.
+    """
+
+    def __init__(self, batch: int, num_heads: int, num_blocks: int, device: torch.device) -> None:
+        self.tiles = torch.zeros(batch, num_heads, num_blocks, dtype=torch.bool, device=device)
 
 
 def update_bounds(

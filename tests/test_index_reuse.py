@@ -13,12 +13,14 @@ from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import UnitWork
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
 from sparsesearch.evaluate.density import TileCount, achieved_density, counting
-from sparsesearch.index_reuse import overlap_path, search_reuse
+from sparsesearch.index_reuse import overlap_path, reused_in_decoding, search_reuse
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.reuse import ReuseScores, map_heads, score_reuse
 from sparsesearch.profiling.reuse_menu import reuse_menu
 from sparsesearch.profiling.run import Request, profile_model
 from sparsesearch.reuse_lanes import ReuseQuestion, lanes_of, resources
+from sparsesearch.rules.dense import Dense
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.search.budget import Budget
 from sparsesearch.search_space import SearchSpace
@@ -175,3 +177,29 @@ def test_seconds_of_choosing_are_saved_by_reuse_alone(asked: tuple[Any, Any]) ->
     assert all(value <= record.bound * (1 + 1e-9) for record in plan.budgets for value in record.predicted.values())
     with pytest.raises(SpecError, match="--cost-model"):
         ReuseQuestion(menu, budgets=(Budget("latency", 0.5),))
+
+
+def test_decoded_tokens_reuse_where_the_source_can_choose_for_them(asked: tuple[Any, Any]) -> None:
+    """HyLRA's dense layers leave a selection for every token; generated tokens then attend to that only."""
+    model, profile = asked
+    menu = reuse_menu(profile, [0.2], span=3, unit="layer")
+    plan, _ = search_reuse(model, ReuseQuestion(menu, "hylra", threshold=0.0), {LENGTH: samples()}, passes=1)
+    both = reused_in_decoding(plan)
+    kinds = [{(rule.kind, rule.decodes) for rule in both.module_rules(module)} for module in both.base_model.modules]
+    assert ("dense_source", True) in kinds[0]  # those of its heads that somebody reuses
+    assert kinds[1:] == [{("reuse", True)}] * 3
+    assert Plan.from_dict(both.to_dict(), source="tests").assignments == both.assignments
+    ids = samples()[0].input_ids[None]
+    outputs = {}
+    for name, one in (("prompt", plan), ("both", both)):
+        with torch.no_grad(), sparsesearch.apply(model, one):
+            first = model(ids)
+            cache = {CACHE_KEYWORD: first[CACHE_KEYWORD]}
+            outputs[name] = first.logits, model(ids[:, :1], **cache).logits
+    assert torch.equal(outputs["prompt"][0], outputs["both"][0])
+    assert not torch.allclose(outputs["prompt"][1], outputs["both"][1], atol=1e-3)
+    windows = plan.model_copy(
+        update={"assignments": dict.fromkeys(plan.assignments, ("dense",) * 4), "rules": {"dense": Dense()}}
+    )
+    with pytest.raises(SpecError, match="none does"):
+        reused_in_decoding(windows)

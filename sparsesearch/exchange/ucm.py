@@ -2,11 +2,12 @@
 
 A layer is dense (rollback) if `vllm_hash_attention_rollback_layers` names it, or its `top_k_ratio_per_layer` is 1. Others keep
 `vllm_hash_attention_topk` tokens of every decoded step, or that ratio of the prompt; a layer marked in `vllm_hash_attention_skip_layers`
-takes the choice of the layer before it. UCM ranks blocks by Hamming distance of hashed keys and decides once per layer; this plan ranks them
-by min-max bounds (Quest) and decides per query head. Prefill is dense in both.
+takes the choice of the last layer that made one (or of the layer that `top_k_index_reuse` names). UCM ranks blocks by Hamming distance of hashed
+keys and decides once per layer; this plan ranks them by min-max bounds (Quest) and decides per query head. Prefill is dense in both.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparsesearch.plan import Plan
 from sparsesearch.rules import LengthLaw, Rule
 from sparsesearch.rules.bounds_topk import BoundsTopk
 from sparsesearch.rules.dense import Dense
+from sparsesearch.rules.reuse import Reuse
 
 _FORMAT = "ucm"
 _CHUNK = 128
@@ -27,7 +29,7 @@ def read(path: Path, target: Target) -> Plan:
     """One rule per layer.
 
     Raises:
-        SpecError: a layer reuses another one's choice in decoding, which no rule expresses.
+        SpecError: a layer reuses a choice that no earlier layer makes.
     """
     content = read_json(path, format=_FORMAT)
     if not isinstance(content, dict) or not isinstance(content.get("top_k_ratio_per_layer"), list):
@@ -35,8 +37,10 @@ def read(path: Path, target: Target) -> Plan:
     heads = target.base_model.num_heads
     layers = len(content["top_k_ratio_per_layer"])
     target.check([*heads[:layers], *[0] * (layers - len(heads))], source=path)
-    _refuse_reuse(content, path)
-    rules = [[rule] * count for rule, count in zip(_rules(content), heads, strict=True)]
+    try:
+        rules = [[rule] * count for rule, count in zip(_rules(content), heads, strict=True)]
+    except ValueError as error:
+        raise SpecError(f"{path}: {error}. Clear its mark in skip_layers or top_k_index_reuse.") from error
     return target.plan(rules, "kv_group", format=_FORMAT, source=path, note=differences(__doc__), content=content)
 
 
@@ -48,12 +52,19 @@ def write(plan: Plan, path: Path, length_tokens: int | None) -> None:
             raise SpecError(
                 f"{module}: {_FORMAT} decides per layer, but the heads of this one follow {len(rules)} rules."
             )
-        for rule in rules:
-            if not isinstance(rule, Dense) and not (isinstance(rule, BoundsTopk) and not rule.prefill):
-                inexpressible(
-                    module, rule, _FORMAT, "dense layers and decode-time top-k (bounds_topk with a dense prompt)"
-                )
     chosen = [rule for rules in layers for rule in rules]
+    last: int | None = None
+    for layer, (module, rule) in enumerate(zip(plan.base_model.modules, chosen, strict=True)):
+        match rule:
+            case Dense():
+                pass
+            case BoundsTopk(prefill=False):
+                last = layer
+            case Reuse(heads=None, decode=True) if rule.layer == last:
+                pass
+            case _:
+                can = "dense layers, decode-time top-k (bounds_topk with a dense prompt), and reuse of the last such layer by decoded tokens"
+                inexpressible(module, rule, _FORMAT, can)
     known = plan.provenance.get("content") if plan.provenance.get("converted_from") == _FORMAT else None
     content = known if known is not None and _rules(known) == chosen else _content(plan, chosen, length_tokens)
     write_bytes(path, (json.dumps(content, indent=4) + "\n").encode())
@@ -67,13 +78,31 @@ def _dense_layers(content: dict[str, Any]) -> set[int]:
 
 
 def _rules(content: dict[str, Any]) -> list[Rule]:
-    """The rule of each layer."""
+    """The rule of each layer; ValueError where one reuses what nobody chose."""
     dense, tokens = _dense_layers(content), content.get(f"{_LIST}topk")
     sink = content.get("chunk_size", _CHUNK) * sum(block >= 0 for block in content.get("must_select_blocks") or [])
-    return [
-        Dense() if layer in dense else BoundsTopk(keep=LengthLaw(a=tokens or 0, b=0 if tokens else ratio), sink=sink)
-        for layer, ratio in enumerate(content["top_k_ratio_per_layer"])
-    ]
+    rules: list[Rule] = []
+    for layer, (ratio, skips, named) in enumerate(_entries(content)):
+        choosing = [number for number, rule in enumerate(rules) if isinstance(rule, BoundsTopk)]
+        if layer in dense:
+            rules.append(Dense())
+        elif named != -1 or skips:
+            source = named if named != -1 else choosing[-1] if choosing else None
+            if source not in choosing:
+                raise ValueError(
+                    f"layer {layer} reuses the choice of {'no layer' if source is None else f'layer {source}'}, which makes none"
+                )
+            rules.append(Reuse(layer=source, decode=True))
+        else:
+            rules.append(BoundsTopk(keep=LengthLaw(a=tokens or 0, b=0 if tokens else ratio), sink=sink))
+    return rules
+
+
+def _entries(content: dict[str, Any]) -> Iterator[tuple[float, bool, int]]:
+    """Per layer its ratio, whether it is marked to skip, and whose choice it names."""
+    ratios = content["top_k_ratio_per_layer"]
+    lists = ((content.get(f"{_LIST}skip_layers"), False), (content.get("top_k_index_reuse"), -1))
+    return zip(ratios, *(given or [default] * len(ratios) for given, default in lists), strict=True)
 
 
 def _content(plan: Plan, rules: list[Rule], length_tokens: int | None) -> dict[str, Any]:
@@ -95,23 +124,15 @@ def _content(plan: Plan, rules: list[Rule], length_tokens: int | None) -> dict[s
         "chunk_repre_method": "max",
         "head_dim": model.head_dim[0],
         "hash_bits": model.head_dim[0],
-        "top_k_ratio_per_layer": [rule.keep.b or 0.5 if isinstance(rule, BoundsTopk) else 1 for rule in rules],
+        "top_k_ratio_per_layer": [
+            1 if isinstance(rule, Dense) else getattr(rule, "keep", LengthLaw()).b or 0.5 for rule in rules
+        ],
         "top_k_index_reuse": [-1] * len(rules),
         "must_select_blocks": [*range(-(-max(sinks, default=_CHUNK) // _CHUNK)), -2, -1],
     }
+    if any(isinstance(rule, Reuse) for rule in rules) or tokens:
+        content[f"{_LIST}skip_layers"] = [isinstance(rule, Reuse) for rule in rules]
     if tokens:
         content[f"{_LIST}topk"] = max(tokens)
         content[f"{_LIST}rollback_layers"] = [layer for layer, rule in enumerate(rules) if isinstance(rule, Dense)]
-        content[f"{_LIST}skip_layers"] = [False] * len(rules)
     return content
-
-
-def _refuse_reuse(content: dict[str, Any], path: Path) -> None:
-    dense, skips = _dense_layers(content), content.get(f"{_LIST}skip_layers") or []
-    reusing = [layer for layer, skip in enumerate(skips) if skip and layer not in dense]
-    reusing += [layer for layer, source in enumerate(content.get("top_k_index_reuse") or []) if source != -1]
-    if reusing:
-        raise SpecError(
-            f"{path}: layers {', '.join(map(str, sorted(set(reusing))))} reuse another layer's choice in every decoded step. A plan's `reuse` "
-            "rules act in prefill; decode-time reuse cannot be expressed. Clear skip_layers and top_k_index_reuse to convert the rest."
-        )

@@ -165,6 +165,12 @@ class Rule(BaseModel):
         """
         raise SpecError(f"{self.kind_name()} chooses nothing for a decoded token: its heads are dense there.")
 
+    def step_left(
+        self, tiles: Bool[Tensor, "B g size N"], q: Float[Tensor, "B g size D"], blocks: StepBlocks
+    ) -> Bool[Tensor, "B g size N"]:
+        """`left_behind` for one new token per sequence: the same tiles by default."""
+        return tiles
+
     def levels(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
     ) -> Int16[Tensor, "*#unit M N"]:

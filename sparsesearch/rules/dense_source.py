@@ -10,6 +10,8 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid, blocks_of
 from sparsesearch.errors import SpecError
 from sparsesearch.rules.base import Law, LengthLaw, Rule
+from sparsesearch.selection import top_k
+from sparsesearch.step_blocks import StepBlocks
 
 
 class DenseSource(Rule):
@@ -26,6 +28,12 @@ class DenseSource(Rule):
     kind: Literal["dense_source"] = "dense_source"
     keep: Law = Field(description="keys left per query: a number, or {a, b} for a + b·(keys the row can see)")
     sink: int = Field(64, ge=0, description="tokens at the start that are always left")
+    decode: bool = Field(False, description="whether a selection is left for every decoded token too")
+
+    @property
+    def decodes(self) -> bool:  # type: ignore[override]
+        """Whether decoded tokens leave a selection."""
+        return self.decode
 
     def select(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"] | None = None, k: Float[Tensor, "*unit T D"] | None = None
@@ -52,10 +60,28 @@ class DenseSource(Rule):
         budget = [max(1, blocks_of(self.keep.tokens(count), grid.block_tokens)) for count in seen]
         return tiles & ((rank < torch.tensor(budget, device=q.device)[:, None]) | always)
 
+    def step_tiles(self, q: Float[Tensor, "B g size D"], blocks: StepBlocks) -> Bool[Tensor, "B g size N"]:
+        """All that are there."""
+        return blocks.there().expand(*q.shape[:3], -1)
+
+    def step_left(
+        self, tiles: Bool[Tensor, "B g size N"], q: Float[Tensor, "B g size D"], blocks: StepBlocks
+    ) -> Bool[Tensor, "B g size N"]:
+        """The heaviest blocks, as many as the newest token's row of keys allows; every key is read to know them."""
+        always = (blocks.index == blocks.newest) | (blocks.index < blocks_of(self.sink, blocks.block_tokens))
+        mass = blocks.mass(q).masked_fill(always, torch.inf).masked_fill(~tiles, -torch.inf)
+        count = self.keep.blocks_at(blocks.position + 1, blocks.block_tokens).clamp(min=1)
+        return tiles & (top_k(mass, count) | always)
+
+    @property
+    def label(self) -> str:
+        """Without `decode` where it is off."""
+        return super().label.replace(",decode=False", "")
+
     @classmethod
     def examples(cls) -> list[Self]:
         """One block, HyLRA's 2,048 tokens, a share of the row without a sink."""
-        return [cls(keep=LengthLaw(a=1)), cls(keep=LengthLaw(a=2048)), cls(keep=LengthLaw(b=0.2), sink=0)]
+        return [cls(keep=LengthLaw(a=1)), cls(keep=LengthLaw(a=2048)), cls(keep=LengthLaw(b=0.2), sink=0, decode=True)]
 
 
 def block_mass(

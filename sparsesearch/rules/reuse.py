@@ -15,10 +15,11 @@ class Reuse(Rule):
     """Query head h computes the tiles that head `heads[h]` of attention module `layer` left behind, and its own diagonal.
 
     Nothing is estimated, so nothing is paid for choosing. `layer` counts the plan's modules and must lie before the layer that reuses; the
-    source must be a rule that chooses by itself (dynamic, and no reuse). Like every dynamic rule it acts in prefill: decoding is dense.
+    source must be a rule that chooses by itself (dynamic, and no reuse). In decoding it is dense, or with `decode`, where the source chooses
+    for every token, computes what that left for the token.
 
-    Sources: HyLRA, arXiv:2602.00777, algorithm 2 (REUSE layers); Yang et al. 2024, TidalDecode, arXiv:2410.05076, section 3. Differs: block
-    tiles in prefill instead of tokens in decoding, and each head may name its own source head (HyLRA: one index set for all heads).
+    Sources: HyLRA, arXiv:2602.00777, algorithm 2 (REUSE layers); Yang et al. 2024, TidalDecode, arXiv:2410.05076, section 3. Differs: blocks
+    instead of tokens, in prefill too, and each head may name its own source head (HyLRA: one index set for all heads).
     """
 
     source: ClassVar[str] = "HyLRA, arXiv:2602.00777; TidalDecode, arXiv:2410.05076"
@@ -29,6 +30,12 @@ class Reuse(Rule):
     heads: tuple[int, ...] | None = Field(
         None, description="source head of each query head of this layer; None: the head of the same index"
     )
+    decode: bool = Field(False, description="whether decoded tokens reuse too; the source must choose for them")
+
+    @property
+    def decodes(self) -> bool:  # type: ignore[override]
+        """Whether decoded tokens reuse."""
+        return self.decode
 
     def source_head(self, head: int) -> tuple[int, int]:
         """Layer and head whose selection query head `head` runs."""
@@ -61,10 +68,11 @@ class Reuse(Rule):
 
     @property
     def label(self) -> str:
-        """`reuse(layer=3)`, or with the source heads."""
-        return f"reuse(layer={self.layer})" if self.heads is None else super().label
+        """`reuse(layer=3)`, and what differs from the plain form."""
+        more = [] if self.heads is None else [f"heads={self.heads}"]
+        return f"reuse({','.join([f'layer={self.layer}', *more, *(['decode=True'] if self.decode else [])])})"
 
     @classmethod
     def examples(cls) -> list[Self]:
-        """The same heads, and a mapping."""
-        return [cls(layer=0), cls(layer=2, heads=(1, 0, 1))]
+        """The same heads, a mapping, decoded tokens too."""
+        return [cls(layer=0), cls(layer=2, heads=(1, 0, 1)), cls(layer=0, decode=True)]

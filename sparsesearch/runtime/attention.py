@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.rules.base import Rule
+from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.backends import masks_pay, serving_kernel
 from sparsesearch.runtime.binding import LayerBinding, binding_of
 from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans_of
@@ -203,7 +204,7 @@ def _attend_on_device(
     kernel = serving_kernel(binding.backend, query, key, value, binding.block_tokens)
     if kernel is None:
         return None
-    from sparsesearch.runtime.device_attention import decode_heads, layer_call, places_of
+    from sparsesearch.runtime.device_attention import decode_choosing, decode_heads, layer_call, places_of
 
     places = places_of(found, query.shape[0])
     if places is None:
@@ -213,7 +214,11 @@ def _attend_on_device(
     of_head = {head: rule for rule, members in groups for head in members}
     rules = tuple(of_head[head] for head in range(query.shape[1]))
     if query.shape[2] == 1:
-        return decode_heads(rules, query, key, value, places, scale)
+        if not any(rule.decodes for rule in rules):
+            return decode_heads(rules, query, key, value, places, scale)
+        chosen = decode_choosing(binding, rules, layer_heads, found, query, key, value, scale)
+        rest = tuple(Zero() if rule.decodes else rule for rule in rules)
+        return chosen + decode_heads(rest, query, key, value, places, scale)
     return layer_call(binding, rules, layer_heads, found, places, query, key, kernel)(query, key, value, scale)
 
 

@@ -195,6 +195,7 @@ def install_layers(decoder: nn.Module, cache: DynamicCache | StaticCache) -> Non
         UnsupportedModelError: two attention modules share one layer index, so nobody can tell whose cache is whose.
     """
     taken: set[int] = set()
+    mates: dict[str, StaticPlanLayer] = {}
     if cache.layer_class_to_replicate is not None:
         cache.layers[:] = DynamicCache(config=decoder.config).layers  # type: ignore[arg-type]
         cache.layer_class_to_replicate = None
@@ -212,7 +213,7 @@ def install_layers(decoder: nn.Module, cache: DynamicCache | StaticCache) -> Non
             )
         taken.add(index)
         if isinstance(layer, StaticLayer):
-            cache.layers[index] = StaticPlanLayer(binding, layer.max_cache_len)
+            cache.layers[index] = StaticPlanLayer(binding, layer.max_cache_len, mates)
         elif isinstance(layer, StaticPlanLayer):
             layer.rebind(binding)
         elif any(isinstance(rule, SinkWindow | Zero | MeanValue) for rule in binding.kept_by):

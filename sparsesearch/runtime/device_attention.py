@@ -17,7 +17,6 @@ from sparsesearch.kernels.schedule import TileSchedule
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.reuse import Reuse
-from sparsesearch.rules.zero import Zero
 from sparsesearch.runtime.backends import Kernel
 from sparsesearch.runtime.binding import LayerBinding
 from sparsesearch.runtime.mask_code import Span
@@ -135,8 +134,8 @@ class LayerCall:
         return rule.select(grid, left=left)
 
     def _taken(self, number: int, grid: BlockGrid) -> dict[int, Bool[Tensor, "b M N"]]:
-        """What earlier layers left for the heads that reuse; a single query is dense and needs nothing."""
-        readers = [head for head, rule in enumerate(self.rules) if rule.reuses and grid.q_len > 1]
+        """What earlier layers left for the heads that reuse; a single query is mostly dense and needs nothing."""
+        readers = [head for head, rule in enumerate(self.rules) if rule.reuses and (grid.q_len > 1 or rule.decodes)]
         return {head: self.binding.taken(number, grid, (self.heads[head],))[:, 0] for head in readers}
 
     def _leave(
@@ -150,11 +149,12 @@ class LayerCall:
         scale: float,
     ) -> None:
         leaves, group = self.binding.leaves, q.shape[1] // k.shape[1]
-        if leaves is None or grid.q_len == 1:
+        if leaves is None:
             return
         tiles = [one.per_head() for one in chosen]
         for head, rule in enumerate(self.rules):
-            if not rule.dynamic or rule.reuses or self.heads[head] not in leaves.heads:
+            chooses = rule.dynamic and not rule.reuses and (grid.q_len > 1 or rule.decodes)
+            if not chooses or self.heads[head] not in leaves.heads:
                 continue
             left = []
             for own, place in zip(tiles, places, strict=True):
@@ -203,17 +203,11 @@ def decode_heads(
 ) -> Float[Tensor, "B H one D"]:
     """Output of one new token per sequence over a cache that holds all keys: only the blocks a head may see are read.
 
-    Rules that decode choose them here, on the device. A mean of values is attention whose scores are all equal, so such heads attend with a zero query. Query heads of a KV head that follow one
+    A mean of values is attention whose scores are all equal, so such heads attend with a zero query. Query heads of a KV head that follow one
     rule share one pass over its keys.
     """
     if not _rows_in_a_line(k) or k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
-    choosing = [head for head, rule in enumerate(rules) if rule.decodes]
-    if choosing:
-        rest = tuple(Zero() if rule.decodes else rule for rule in rules)
-        out = decode_heads(rest, q, k, v, places, scale)
-        chosen = _decode_choosing(rules, choosing, q, k, v, places, scale)
-        return out.index_copy(1, torch.tensor(choosing, device=q.device), chosen[:, :, None])
     size = k.shape[-1]
     reads = _reads(rules, places, k.shape[:2], (k.stride(0) // size, k.stride(1) // size), str(q.device))
     queries = q[:, :, 0]
@@ -232,33 +226,66 @@ def decode_heads(
     return out[:, :, None]
 
 
-def _decode_choosing(
+def decode_choosing(
+    binding: LayerBinding,
     rules: tuple[Rule, ...],
-    heads: Sequence[int],
+    layer_heads: Sequence[int] | None,
+    spans: Sequence[Span],
     q: Float[Tensor, "B H one D"],
     k: Float[Tensor, "B G T D"],
     v: Float[Tensor, "B G T D"],
-    places: tuple[Place, ...],
     scale: float,
-) -> Float[Tensor, "B h D"]:
-    """Output of the heads whose rule decodes: each reads the blocks that it chooses, sequence by sequence."""
-    size, group = k.shape[-1], len(rules) // k.shape[1]
-    longest = max(place.grid.num_k_blocks for place in places)
+) -> Float[Tensor, "B H one D"]:
+    """Like `decode_heads`, where some rules decode: their heads read the blocks that they choose, sequence by sequence; 0 for the other heads."""
+    if not _rows_in_a_line(k) or k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    heads = [head for head, rule in enumerate(rules) if rule.decodes]
+    size, group, block = k.shape[-1], len(rules) // k.shape[1], binding.block_tokens
+    longest = max(span.grid.num_k_blocks for span in spans)
     table = torch.zeros(len(q), len(heads), longest, dtype=torch.int32, device=q.device)
     lens = torch.zeros(len(q), len(heads), dtype=torch.int32, device=q.device)
     start = torch.zeros(len(q), len(heads), dtype=torch.int64)
-    for place in places:
-        grid, row = place.grid, place.batch
-        keys = keys_of(k, place)
-        tiles = torch.cat([rules[head].select(grid, q[row, head] * scale, keys[head // group]) for head in heads])
-        newest = torch.full((1,), grid.kv_len - 1, device=q.device)
-        table[row, :, : grid.num_k_blocks], lens[row] = page_tables(tiles[None], newest, grid.block_tokens)
-        first = [(head // group * k.stride(1) + row * k.stride(0)) // size + place.k_offset for head in heads]
-        start[row] = torch.tensor(first)
-    own = q[:, :, 0].index_select(1, torch.tensor(heads, device=q.device)).contiguous()
-    arguments = _as_rows(k), _as_rows(v), start.flatten().to(q.device), lens.flatten()
-    block = places[0].grid.block_tokens
-    return ragged_decode(own, *arguments, scale=scale, table=table.flatten(0, 1), page_tokens=block)[0]
+    for number, span in enumerate(spans):
+        grid, rows, first = span.grid, list(span.rows_among(len(q))), slice_start(span.k_slots)
+        for place, head in enumerate(heads):
+            own_q, own_k = q[rows, head] * scale, k[rows, head // group, first : first + grid.kv_len]
+            own = (head if layer_heads is None else layer_heads[head],)
+            tiles = _step_choice(binding, rules[head], number, own, grid, own_q, own_k)
+            newest = torch.full((len(rows),), grid.kv_len - 1, device=q.device)
+            pages, counts = page_tables(tiles, newest, block)
+            table[rows, place, : grid.num_k_blocks], lens[rows, place] = pages, counts
+            for row in rows:
+                start[row, place] = (head // group * k.stride(1) + row * k.stride(0)) // size + first
+    chosen = q[:, :, 0].index_select(1, torch.tensor(heads, device=q.device)).contiguous()
+    where = start.flatten().to(q.device), lens.flatten()
+    out = ragged_decode(
+        chosen, _as_rows(k), _as_rows(v), *where, scale=scale, table=table.flatten(0, 1), page_tokens=block
+    )[0]
+    return torch.zeros_like(q).index_copy(1, torch.tensor(heads, device=q.device), out[:, :, None])
+
+
+def _step_choice(
+    binding: LayerBinding,
+    rule: Rule,
+    sequence: int,
+    head: tuple[int],
+    grid: BlockGrid,
+    q: Float[Tensor, "b one D"],
+    k: Float[Tensor, "b T D"],
+) -> Bool[Tensor, "b one N"]:
+    """What one head chooses for a single token, or takes; left for later layers."""
+    if isinstance(rule, Reuse):
+        return rule.select(grid, left=binding.taken(sequence, grid, head)[:, 0])
+    tiles = rule.select(grid, q, k).expand(len(q), 1, -1)
+    if binding.leaves is not None:
+        binding.leaves.leave(sequence, grid, head, rule.left_behind(tiles, grid, q, k)[:, None])
+    return tiles
+
+
+def slice_start(slots: slice | Tensor) -> int:
+    """First slot of a sequence without gaps."""
+    assert isinstance(slots, slice)
+    return slots.start or 0
 
 
 def _rows_in_a_line(x: Float[Tensor, "B G T D"]) -> bool:

@@ -16,6 +16,9 @@ from sparsesearch.rules.reuse import Reuse
 from sparsesearch.runtime.attention import PROBE_KEYWORD, AttentionCall
 from sparsesearch.runtime.binding import LayerBinding, binding_of
 
+_Left = dict[BlockGrid, Tensor]
+"""What a head chose in each call, for heads that reuse it."""
+
 
 def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens: int) -> Float[Tensor, "S V"]:
     """Logits of one unpadded sequence whose first `prompt_tokens` were prefilled and whose others were decoded one by one.
@@ -29,7 +32,7 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
         SpecError: no plan is bound to the model.
     """
     paths = [binding.path for module in model.modules() if (binding := binding_of(module)) is not None]
-    left: dict[tuple[int, int], Tensor] = {}
+    left: dict[tuple[int, int], _Left] = {}
 
     def answer(call: AttentionCall) -> Tensor:
         binding = binding_of(call.module)
@@ -43,8 +46,7 @@ def oracle_logits(model: PreTrainedModel, ids: Int[Tensor, " S"], prompt_tokens:
             q, k, v = call.query[0, head], call.key[0, head // size], call.value[0, head // size]
             source = rule.source_head(head)
             mask, chosen = _mask(rule, binding, q * scale, k, prompt_tokens, None if source is None else left[source])
-            if chosen is not None:
-                left[paths.index(binding.path), head] = chosen
+            left[paths.index(binding.path), head] = chosen
             later = binding.kept_by[head]
             if later != rule:  # of the tokens that are generated; dynamic rules are dense there unless they decode
                 own, _ = _mask(later, binding, q * scale, k, prompt_tokens, None, only_decodes=True)
@@ -69,32 +71,31 @@ def _mask(
     q: Tensor,
     k: Tensor,
     prompt_tokens: int,
-    left: Tensor | None,
+    left: _Left | None,
     *,
     only_decodes: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, _Left]:
     """Element mask [S, S] of one head, and what it leaves for later layers; `left` is what its source left."""
     length, device = len(k), k.device
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     grid = BlockGrid(length, length, binding.block_tokens, prompt_tokens)
     if rule.rest == "zero":
-        return torch.zeros_like(causal), None
+        return torch.zeros_like(causal), {}
     if rule.rest == "mean_value":
-        return causal, None
-    if rule.dynamic:
-        prompt = BlockGrid(prompt_tokens, prompt_tokens, binding.block_tokens)
-        chosen = None
-        if prompt_tokens > 1 and not only_decodes:  # a single query is decoding
-            own_q, own_k = q[:prompt_tokens], k[:prompt_tokens]
-            if isinstance(rule, Reuse):
-                tiles = rule.select(prompt, own_q, own_k, left=left)
-            else:
-                tiles = rule.select(prompt, own_q, own_k)
-            chosen = rule.left_behind(tiles, prompt, own_q, own_k)
-            causal[:prompt_tokens, :prompt_tokens] = expand(tiles.to(device), prompt)
-        first = prompt_tokens if prompt_tokens > 1 else 0
-        for row in range(first, length if rule.decodes else 0):
-            step = BlockGrid(1, row + 1, binding.block_tokens, prompt_tokens)
-            causal[row, : row + 1] = expand(rule.select(step, q[row : row + 1], k[: row + 1]).to(device), step)[0]
-        return causal, chosen
-    return expand(rule.select(grid).to(device), grid), None
+        return causal, {}
+    if not rule.dynamic:
+        return expand(rule.select(grid).to(device), grid), {}
+    first = prompt_tokens if prompt_tokens > 1 else 0  # a single query is decoding
+    calls = [BlockGrid(first, first, binding.block_tokens)] if first and not only_decodes else []
+    for row in range(first, length if rule.decodes else 0):
+        calls.append(BlockGrid(1, row + 1, binding.block_tokens, prompt_tokens))
+    leaves: _Left = {}
+    for call in calls:
+        own_q, own_k = q[call.q_start : call.kv_len], k[: call.kv_len]
+        if isinstance(rule, Reuse):
+            tiles = rule.select(call, own_q, own_k, left=(left or {})[call])
+        else:
+            tiles = rule.select(call, own_q, own_k)
+        leaves[call] = rule.left_behind(tiles, call, own_q, own_k)
+        causal[call.q_start : call.kv_len, : call.kv_len] = expand(tiles.to(device), call)
+    return causal, leaves

@@ -66,8 +66,8 @@ def attend_rule(
         return _attend_dense(q, k, v, span, scale, cut)
     if rule.dynamic and span.k_start > 0:
         raise UnsupportedModelError(
-            f"{binding.path}: {rule.kind} must see all keys of the prompt to choose, but the model's sliding-window cache has dropped "
-            "some. Prefill in one call, or choose static rules for this layer."
+            f"{binding.path}: {rule.kind} must see all keys to choose, but the model's sliding-window cache has dropped some. Prefill in "
+            "one call, and give this layer static rules, or rules that leave decoding dense."
         )
     tiles = _dynamic_tiles(rule, q * scale, k, grid, binding, *place) if rule.dynamic else _static_tiles(rule, grid)
     if isinstance(rule, DenseSource):
@@ -105,7 +105,8 @@ def _dynamic_tiles(
         return rule.select(grid, q, k, left=binding.taken(sequence, grid, heads))
     tiles = rule.select(grid, q, k)
     if binding.leaves is not None:
-        binding.leaves.leave(sequence, grid, heads, rule.left_behind(tiles, grid, q, k))
+        whole = tiles.expand(*q.shape[:2], *tiles.shape[-2:])  # one for all heads where everything is chosen
+        binding.leaves.leave(sequence, grid, heads, rule.left_behind(whole, grid, q, k))
     return tiles
 
 

@@ -21,6 +21,7 @@ from sparsesearch.runtime.mask_code import MaskCode, spans_of
 from sparsesearch.runtime.static_prompts import attend_chunk, rows_of, take_in_prompt, take_in_rows
 from sparsesearch.runtime.static_reads import Queries, Reads
 from sparsesearch.runtime.static_regions import Layout
+from sparsesearch.step_blocks import StepSelection
 
 
 class StaticKeyValues(KeyValues):
@@ -43,6 +44,7 @@ class StaticPlanLayer(CacheLayerMixin):
         layout: where each KV head's rows lie, once there was a prompt.
         max_cache_len: slots of the longest sequence.
         is_prefilled: whether a prompt is there.
+        mates: the layers of the same cache by their modules' paths, for those that reuse.
         keys: rows of all regions, [rows, D].
         values: likewise.
         seen: int32 [B·G], real tokens so far.
@@ -59,8 +61,10 @@ class StaticPlanLayer(CacheLayerMixin):
     reads: Reads
     layout: Layout
 
-    def __init__(self, binding: LayerBinding, max_tokens: int) -> None:
+    def __init__(self, binding: LayerBinding, max_tokens: int, mates: "dict[str, StaticPlanLayer]") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.mates = mates
+        mates[binding.path] = self
         self.binding, self.max_cache_len = binding, max_tokens
         self.slots = torch.zeros((), dtype=torch.int64)
         self.is_prefilled = False
@@ -147,14 +151,30 @@ class StaticPlanLayer(CacheLayerMixin):
             self.keys, self.values = (k.new_empty(layout.num_rows, size) for _ in range(2))
             self.seen = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=k.device)
             queries: Queries = binding.remembered(
-                ("queries", num_kv_heads, k.device), lambda: Queries(binding.kept_by, num_kv_heads, k.device)
+                ("queries", num_kv_heads, k.device), lambda: Queries(binding, num_kv_heads, k.device)
             )
             self.reads = Reads(queries, layout, self.keys, self.max_cache_len)
+        self.reads.taken = [self.selection_of(path) for path in self.reads.queries.choosers.source_paths]
         self.seen.zero_()
         self.reads.sums.zero_()
         self.layout = self.reads.layout = layout
         self.kernel = serving_kernel(binding.backend, q, k, v, binding.block_tokens) is not None
         self.is_initialized = True
+
+    def selection_of(self, path: str) -> StepSelection:
+        """What another layer of this cache leaves in each step.
+
+        Raises:
+            SparseSearchError: it holds no prompt, or leaves nothing.
+        """
+        source = self.mates.get(path)
+        left = source.reads.left if source is not None and source.is_initialized else None
+        if left is None:
+            raise SparseSearchError(
+                f"{self.binding.path} reuses what {path} chooses for every token, which must run before it on the same cache, but left nothing. "
+                "Run the whole model."
+            )
+        return left
 
     def get_seq_length(self) -> Any:
         """Slots seen, padding included; a tensor once there is a prompt, as in transformers' static layers."""

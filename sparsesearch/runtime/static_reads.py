@@ -23,9 +23,10 @@ from sparsesearch.runtime.binding import LayerBinding, evicting_rule
 from sparsesearch.runtime.device_attention import visible_blocks
 from sparsesearch.runtime.static_regions import Layout
 from sparsesearch.runtime.step_choices import Choosers
+from sparsesearch.step_blocks import StepSelection
 
 _MOST_TABLE_BYTES = 1 << 28
-_PER_ROW = ("sums", "tables", "whole", "open", "first_block", "low", "high", "laws")
+_PER_ROW = ("sums", "tables", "whole", "open", "first_block", "low", "high", "laws", "budgets")
 
 
 class Queries:
@@ -42,13 +43,14 @@ class Queries:
         scored: per mixed head, whether scores count.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], num_kv_heads: int, device: torch.device) -> None:
+    def __init__(self, binding: LayerBinding, num_kv_heads: int, device: torch.device) -> None:
+        rules = binding.kept_by
         self.num_kv_heads, self.size = num_kv_heads, len(rules) // num_kv_heads
         groups = [rules[head : head + self.size] for head in range(0, len(rules), self.size)]
         means = [head for head, own in enumerate(groups) if isinstance(evicting_rule(own), MeanValue)]
         mixed = [head for head, own in enumerate(groups) if not evicting_rule(own) and not all(map(_reads_all, own))]
         self.mean_kv, self.mean_heads = (torch.tensor(heads, device=device) for heads in (means, self._heads(means)))
-        self.choosers = Choosers(rules, num_kv_heads, device)
+        self.choosers = Choosers(binding, num_kv_heads, device)
         self.mixed_heads = [head for head in self._heads(mixed) if not rules[head].decodes]
         self.mixed_on_device = torch.tensor(self.mixed_heads, device=device)
         self.alike = torch.tensor([head not in mixed for head in range(num_kv_heads)], device=device).int()
@@ -71,6 +73,9 @@ class Reads:
         low: [B, n, blocks, D], smallest value of each channel per block, of the n KV heads whose bounds a rule asks for.
         high: largest, likewise.
         laws: int64 [B], the prompts' lengths.
+        budgets: int32 [B, r], blocks that a token reads under each rule that ranks them by bounds.
+        left: what this layer chose for the newest tokens, where later layers reuse it.
+        taken: what the layers whose choice this one reuses have left.
     """
 
     def __init__(self, queries: Queries, layout: Layout, like: Float[Tensor, "rows D"], max_tokens: int) -> None:
@@ -82,6 +87,13 @@ class Reads:
         blocks = -(-max_tokens // layout.block_tokens)
         self.low, self.high = (like.new_zeros(batch, len(queries.choosers.bounded), blocks, head_dim) for _ in range(2))
         self.laws = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.budgets = queries.choosers.budgets(self.laws, layout.block_tokens)
+        self.left = self._empty_selection() if queries.choosers.leaves else None
+        self.taken: list[StepSelection] = []
+
+    def _empty_selection(self) -> StepSelection:
+        num_heads = self.queries.num_kv_heads * self.queries.size
+        return StepSelection(self.batch, num_heads, self.low.shape[2], self.layout.device)
 
     @property
     def batch(self) -> int:
@@ -100,6 +112,7 @@ class Reads:
         if self.queries.choosers.some:
             device = self.layout.device
             self.laws.copy_(binding.remembered(("laws", laws, device), lambda: torch.tensor(laws, device=device)))
+            self.budgets.copy_(self.queries.choosers.budgets(self.laws, self.layout.block_tokens))
         if not self.queries.has_mixed:
             return
         key = ("tables", heads, laws, tuple(counts), max_tokens, self.layout.device)
@@ -122,15 +135,16 @@ class Reads:
     ) -> Float[Tensor, "B H D"]:
         """Output for the newest tokens, which are in their places; `v` are their values."""
         heads, lens = self.queries, self.lens
+        if heads.choosers.all:
+            return self._chosen(q, keys, values, seen, scale, kernel)
         if heads.has_mixed or heads.choosers.some:
             lens = (lens.view(-1, heads.num_kv_heads) * heads.alike).flatten()
         out = _read(q, keys, values, self.layout.start, lens, None, scale, 1, kernel)
-        if not (heads.has_mixed or heads.has_means or heads.choosers.some):
-            return out  # a launch here would keep the next product from starting early
-        tokens = seen.view(q.shape[0], -1)[:, 0].long()
         if heads.choosers.some:
-            chosen = self._chosen(q, keys, values, tokens - 1, scale, kernel)
-            out = out.index_copy(1, heads.choosers.heads, chosen)
+            out = out.index_copy(1, heads.choosers.heads, self._chosen(q, keys, values, seen, scale, kernel))
+        if not (heads.has_mixed or heads.has_means):  # a launch here would keep the next product from starting early
+            return out
+        tokens = seen.view(q.shape[0], -1)[:, 0].long()
         if heads.has_mixed:
             out = out.index_copy(1, heads.mixed_on_device, self._mixed(q, keys, values, tokens - 1, scale, kernel))
         if heads.has_means:
@@ -140,12 +154,15 @@ class Reads:
         return out
 
     def _chosen(
-        self, q: Tensor, keys: Tensor, values: Tensor, position: Int[Tensor, " B"], scale: float, kernel: bool
+        self, q: Tensor, keys: Tensor, values: Tensor, seen: Int[Tensor, " P"], scale: float, kernel: bool
     ) -> Float[Tensor, "B h D"]:
         choosers = self.queries.choosers
-        table, lens = choosers.tables(q * scale, keys, self.low, self.high, position, self.laws, self.layout)
+        budgets = self.budgets if kernel else None
+        table, lens = choosers.tables(
+            q, keys, self.low, self.high, seen, self.laws, self.layout, scale, self.left, self.taken, budgets
+        )
         start = self.layout.start.view(q.shape[0], -1).index_select(1, choosers.kv_heads).flatten()
-        own = q.index_select(1, choosers.heads)
+        own = q if choosers.all else q.index_select(1, choosers.heads)
         return _read(own, keys, values, start, lens, table, scale, self.layout.block_tokens, kernel)
 
     def next_bounds(self, seen: Int[Tensor, " P"]) -> Int[Tensor, " n"]:
@@ -190,7 +207,9 @@ class Reads:
     def addresses(self) -> list[int]:
         """Where the tensors lie."""
         own = [getattr(self, name).data_ptr() for name in ("lens", *_PER_ROW)]
-        return own + [x.data_ptr() for x in (self.layout.start, *self.layout.limits)]
+        selections = [*self.taken, *([self.left] if self.left is not None else [])]
+        others = self.layout.start, *self.layout.limits, *(selection.tiles for selection in selections)
+        return own + [x.data_ptr() for x in others]
 
     def choose_rows(self, index: Int[Tensor, " b"], layout: Layout) -> None:
         """Let row i be what row index[i] was; addresses stay if the batch does."""
@@ -203,6 +222,8 @@ class Reads:
             else:
                 setattr(self, name, new)
         self.layout = layout
+        if self.left is not None and not same:
+            self.left.tiles = self._empty_selection().tiles
 
 
 def _tables(

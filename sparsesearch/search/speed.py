@@ -1,13 +1,24 @@
-"""How fast and how tight the search is, on a synthetic table: `python -m sparsesearch.search.speed`."""
+"""How fast and how tight the search is, on a synthetic table: `python -m sparsesearch.search.speed [--json out.json]`.
+
+`cpu_s` is the processor time of the process, all threads together, which other jobs on the machine do not lengthen as they do `time_s`.
+"""
 
 import argparse
 import json
+import os
+import platform
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter
+from functools import partial
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import TypeVar
 
 import numpy as np
+import scipy
 
+from sparsesearch.artifacts import write_bytes
 from sparsesearch.errors import BudgetInfeasibleError
 from sparsesearch.scores import WHOLE, LayerMenus, ScoreTable
 from sparsesearch.search.budget import Budget
@@ -16,6 +27,7 @@ from sparsesearch.search.solve import solve
 from sparsesearch.shapes import Decoding, Unit
 
 BLOCK_TOKENS = 64
+Result = TypeVar("Result")
 
 
 def synthetic_table(
@@ -90,12 +102,23 @@ def layered(table: ScoreTable, max_groups: int, num_heads: int = 32) -> ScoreTab
 
 def infeasible_s(table: ScoreTable, budgets: list[Budget]) -> dict[str, float | str]:
     """How long it takes to find that there is no plan, and to name the smallest values."""
-    start = perf_counter()
-    try:
-        solve(table, budgets)
-    except BudgetInfeasibleError as error:
-        return {"time_s": perf_counter() - start, "answer": str(error)}
-    raise AssertionError("a search that must fail has found a plan")
+
+    def answer() -> str:
+        try:
+            solve(table, budgets)
+        except BudgetInfeasibleError as error:
+            return str(error)
+        raise AssertionError("a search that must fail has found a plan")
+
+    times, text = timed(answer)
+    return {**times, "answer": text}
+
+
+def timed(work: Callable[[], Result]) -> tuple[dict[str, float], Result]:
+    """Seconds of the clock and of the processor, and what `work` returned."""
+    start, cpu = perf_counter(), process_time()
+    result = work()
+    return {"time_s": perf_counter() - start, "cpu_s": process_time() - cpu}, result
 
 
 def video_table(
@@ -151,17 +174,16 @@ def measure() -> dict[str, dict[str, float | str]]:
         ("72000x8 video, one budget", video, one),
         ("72000x8 video, two budgets", video, [*one, Budget("latency", 0.27)]),
     ):
-        start = perf_counter()
-        solution = solve(table, budgets)
-        figures[name] = {"time_s": perf_counter() - start, "gap": solution.gap, "loss": solution.loss}
+        times, solution = timed(partial(solve, table, budgets))
+        figures[name] = {**times, "gap": solution.gap, "loss": solution.loss}
     without_zero = replace(large, valid=large.valid & (np.arange(50) >= 10) & (np.arange(50) != 48))
     figures["1024x50x4, infeasible"] = infeasible_s(without_zero, [Budget("density", 0.001)])
     conflict = [Budget("density", 0.03), Budget("kv_fraction", 0.02), Budget("latency", 0.03)]
     figures["1024x50x4, infeasible, three budgets"] = infeasible_s(without_zero, conflict)
-    start = perf_counter()
-    front = pareto(large, "density", [float(bound) for bound in np.linspace(0.02, 1, 100)])
+    bounds = [float(bound) for bound in np.linspace(0.02, 1, 100)]
+    times, front = timed(partial(pareto, large, "density", bounds))
     figures["1024x50x4, front of 100"] = {
-        "time_s": perf_counter() - start,
+        **times,
         "gap_median": float(np.median([point.gap for point in front])),
         "gap_max": max(point.gap for point in front if point.loss > 0),
     }
@@ -169,9 +191,28 @@ def measure() -> dict[str, dict[str, float | str]]:
 
 
 def main() -> None:
-    """Print the figures as one JSON object."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    sys.stdout.write(json.dumps(measure(), indent=1) + "\n")
+    """Print the figures as one JSON object, and write them if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write them here, with the machine's name and versions")
+    options = parser.parse_args()
+    record = {"format": "sparsesearch.search.speed", "provenance": _provenance(), "cases": measure()}
+    text = json.dumps(record, indent=1) + "\n"
+    if options.json:
+        write_bytes(options.json, text.encode())
+    sys.stdout.write(text)
+
+
+def _provenance() -> dict[str, str | int | None]:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "command": "python -m sparsesearch.search.speed --json tests/golden/search_speed.json",
+    }
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sparsesearch.rules.bounds_topk import BoundsTopk
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.flex_prefill import FlexPrefill
 from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.reuse import Reuse
 from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.rules.skip_softmax import SkipSoftmax
 from sparsesearch.rules.vertical_slash import VerticalSlash
@@ -220,6 +221,48 @@ def test_ucm_layers(tmp_path: Path) -> None:
     assert rules(plan) == [[BoundsTopk(keep=LengthLaw(a=2048), sink=128)] * 4, [Dense()] * 4]
 
 
+def test_ucm_layers_that_skip_reuse_the_last_choice(tmp_path: Path) -> None:
+    """As RALS writes them: dense layers at the ends and in between, runs of layers without a choice of their own."""
+    model = replace_layers(MODEL, 7)
+    content = UCM | {
+        "num_hidden_layers": 7,
+        "top_k_ratio_per_layer": [0.3] * 7,
+        "top_k_index_reuse": [-1] * 7,
+        "vllm_hash_attention_topk": 2048,
+        "vllm_hash_attention_rollback_layers": [0, 3, 6],
+        "vllm_hash_attention_skip_layers": [False, False, True, True, True, False, False],
+    }
+    target = replace(TARGET, base_model=model)
+    plan = read_plan(write_json(tmp_path / "rals.json", content), "ucm", target)
+    chosen, reused = BoundsTopk(keep=LengthLaw(a=2048), sink=128), Reuse(layer=1, decode=True)
+    expected = [Dense(), chosen, reused, Dense(), reused, chosen, Dense()]
+    assert [set(plan.module_rules(module)) for module in model.modules] == [{rule} for rule in expected]
+    assert plan.save(tmp_path / "plan.json") is None
+    fresh = Plan.load(tmp_path / "plan.json").model_copy(update={"provenance": {}})
+    write_plan(fresh, "ucm", tmp_path / "again.json")
+    again = read_plan(tmp_path / "again.json", "ucm", target)
+    assert again.assignments == plan.assignments
+    named = content | {"top_k_index_reuse": [-1, -1, -1, -1, 1, -1, -1]}
+    assert read_plan(write_json(tmp_path / "named.json", named), "ucm", target).assignments == plan.assignments
+    early = content | {"vllm_hash_attention_skip_layers": [False, True, True, True, True, False, False]}
+    with pytest.raises(SpecError, match="layer 1 reuses the choice of no layer, which makes none"):
+        read_plan(write_json(tmp_path / "early.json", early), "ucm", target)
+    other = fresh.model_copy(
+        update={
+            "rules": plan.rules | {"other": Reuse(layer=1)},
+            "assignments": plan.assignments | {model.modules[4]: ("other",) * 4},
+        }
+    )
+    with pytest.raises(SpecError, match="reuse of the last such layer by decoded tokens"):
+        write_plan(other, "ucm", tmp_path / "other.json")
+
+
+def replace_layers(model: BaseModelInfo, count: int) -> BaseModelInfo:
+    sizes = {name: (getattr(model, name)[0],) * count for name in ("num_heads", "num_kv_heads", "head_dim")}
+    modules = tuple(f"model.layers.{layer}.self_attn" for layer in range(count))
+    return model.model_copy(update={"modules": modules, **sizes})
+
+
 def test_modelopt_evaluates_its_law_per_phase(tmp_path: Path) -> None:
     plan = read_plan(source("modelopt", tmp_path), "modelopt", TARGET)
     assert rules(plan)[0] == [Dense()] * 4, "ignored"
@@ -326,7 +369,12 @@ def test_an_edited_plan_is_written_as_it_is_now(tmp_path: Path) -> None:
             r"betas must lie in \[0, 1\], but one is 2",
         ),
         ("ucm", {"num_hidden_layers": 2}, ArtifactError, "`top_k_ratio_per_layer`"),
-        ("ucm", UCM | {"top_k_index_reuse": [-1, 0]}, SpecError, "layers 1 reuse another layer's choice"),
+        (
+            "ucm",
+            UCM | {"top_k_index_reuse": [-1, 0]},
+            SpecError,
+            "layer 1 reuses the choice of layer 0, which makes none",
+        ),
         ("ucm", UCM | {"top_k_ratio_per_layer": [1]}, PlanMismatchError, "has 1 layers"),
         ("modelopt", {"sparse_attention_config": {}}, ArtifactError, "`config_groups`"),
         (

@@ -12,6 +12,7 @@ from sparsesearch.kernels import (
     device_schedule,
     hopper_attention,
     hopper_prefill,
+    triton_bounds,
     triton_cache,
     triton_decode,
     triton_index,
@@ -116,6 +117,21 @@ def select() -> CompileReport:
     return compile_report(kernel, types, {"CAUSAL": True, "N": 1024}, options={"num_warps": 4})
 
 
+def pages(head_dim: int) -> Iterator[tuple[str, CompileReport]]:
+    """What chooses pages by bounds; rows of 64k tokens."""
+    kernel = triton_bounds.bound_scores
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(kernel.arg_names[:4], "*bf16")
+    types |= {"start": "*i64", "seen": "*i32", "kv_heads": "*i64", "bounded": "*i64", "scores": "*fp32"}
+    sizes = {"BLOCK": 64, "SIZE": 4, "N": triton_bounds.BLOCKS, "D": head_dim, "DV": head_dim}
+    yield f"page bounds {head_dim}", compile_report(kernel, types, sizes, options={"num_warps": 4})
+    if head_dim == 128:
+        kernel = triton_bounds.choose_pages
+        types = dict.fromkeys(kernel.arg_names, "i32") | {"scores": "*fp32", "kv_heads": "*i64", "places": "*i64"}
+        types |= dict.fromkeys(("seen", "budget", "table", "lens"), "*i32")
+        sizes = {"BLOCK": 64, "SIZE": 4, "N": 1024}
+        yield "page choice", compile_report(kernel, types, sizes, options={"num_warps": 4})
+
+
 def append() -> CompileReport:
     kernel = triton_cache.append
     types = dict.fromkeys(kernel.arg_names, "*i32") | dict.fromkeys(("k", "v", "keys", "values"), "*bf16")
@@ -208,6 +224,8 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     yield from schedule()
     yield "index mass", index()
     yield "select best", select()
+    for head_dim in (64, 128):
+        yield from pages(head_dim)
     yield "cache append", append()
     for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
         yield f"means {head_dim} {block}", means(head_dim, block)

@@ -9,7 +9,7 @@ from prefill_cases import CASES, make_call
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.kernels import cache_ops, ops, row_copies, step_ops
+from sparsesearch.kernels import cache_ops, ops, page_ops, row_copies, step_ops
 from sparsesearch.kernels.device_schedule import build_on_device
 from sparsesearch.kernels.dispatch import run_schedule
 from sparsesearch.kernels.schedule import TileShape, Workers, build_schedule
@@ -92,6 +92,14 @@ def _turn() -> tuple[Any, ...]:
     )
 
 
+def _pages() -> tuple[Any, ...]:
+    """Two sequences of 47 and 33 tokens in blocks of 16, room for 50; both KV heads choose, the second's heads first, one of them not."""
+    low, high = _normal(2, 2, 4, 16, seed=1), _normal(2, 2, 4, 16, seed=1) + 1
+    start, seen = _ints(0, 50, 100, 150, dtype=torch.int64), _ints(47, 47, 33, 33)
+    both, places = _ints(0, 1, dtype=torch.int64), _ints(2, 3, 0, dtype=torch.int64)
+    return _normal(2, 4, 16), _normal(200, 16, seed=2), low, high, start, seen, both, both, places, _ints(2, 1), 1, 16
+
+
 _HEADS, _ORDER = (3, 0), (4, 2, 0, 1, 3, 6, 5)
 OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "tile_prefill": (ops.tile_prefill, lambda: _prefill("triton")),
@@ -101,6 +109,7 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "fill_prompt": (cache_ops.fill_prompt, lambda: _fill(True)),
     "fill_prompt on a CPU": (cache_ops.fill_prompt, lambda: _fill(False)),
     "gathered_decode": (cache_ops.gathered_decode, _decode),
+    "pages_by_bounds": (page_ops.pages_by_bounds, _pages),
     "skinny_linear": (step_ops.skinny_linear, _linear),
     "scale_rows": (step_ops.scale_rows, lambda: (_normal(3, 40), _normal(40, seed=1))),
     "rotate": (step_ops.rotate, _turn),

@@ -82,6 +82,7 @@ def test_a_step_chooses_as_a_call_of_one_query(rule: Rule, dtype: torch.dtype) -
     position = torch.tensor(lengths)[:, None, None, None] - 1
     blocks = StepBlocks(position, torch.tensor(laws)[:, None, None, None], block, 5, keys, low, high)
     tiles = rule.step_tiles(q, blocks)
+    left = rule.step_left(tiles, q, blocks)
     table, lens = page_tables(tiles.flatten(1, 2), position.flatten(), block)
     for row, (length, law) in enumerate(zip(lengths, laws, strict=True)):
         grid = BlockGrid(1, length, block, law)
@@ -89,14 +90,20 @@ def test_a_step_chooses_as_a_call_of_one_query(rule: Rule, dtype: torch.dtype) -
         expected = rule.select(grid, q[row][:, :, None], known)[..., 0, :].expand(3, 2, -1)
         assert torch.equal(tiles[row, ..., : grid.num_k_blocks], expected)
         assert not tiles[row, ..., grid.num_k_blocks :].any()
+        kept = rule.left_behind(expected[..., None, :], grid, q[row][:, :, None], known)[..., 0, :]
+        assert torch.equal(left[row, ..., : grid.num_k_blocks], kept)
         for pair, chosen in enumerate(expected.flatten(0, 1), 6 * row):
             pages = chosen.nonzero()[:, 0]
             assert torch.equal(table[pair, : len(pages)].long(), pages)
             assert int(lens[pair]) == int(expand(chosen[None], grid).sum())
 
 
-@pytest.mark.parametrize("rule", [rule for rule in DYNAMIC if not rule.decodes], ids=lambda rule: rule.label)
+OTHERS = [rule for rule in DYNAMIC if type(rule).step_tiles is Rule.step_tiles]
+
+
+@pytest.mark.parametrize("rule", OTHERS, ids=lambda rule: rule.label)
 def test_other_rules_choose_nothing_in_a_step(rule: Rule) -> None:
+    assert not rule.decodes
     with pytest.raises(SpecError, match="chooses nothing for a decoded token"):
         rule.step_tiles(torch.zeros(1, 1, 1, 4), StepBlocks(*torch.zeros(2, 1, 1, 1, 1, dtype=torch.int64), 64, 1))
 

@@ -42,7 +42,7 @@ def rule(name: str) -> Rule:
 
 
 def cycled_plan(model: PreTrainedModel, names: Sequence[str]) -> Plan:
-    """The named rules, dealt to the query heads in turn, every layer beginning one further."""
+    """The named rules, dealt to the query heads of all layers in turn."""
     info = describe(model, "tests")
     rules = [rule(name) for name in names]
     return Plan(
@@ -52,7 +52,7 @@ def cycled_plan(model: PreTrainedModel, names: Sequence[str]) -> Plan:
         lengths_tokens=(256,),
         rules={one.label: one for one in rules},
         assignments={
-            path: tuple(rules[(layer + head) % len(rules)].label for head in range(count))
+            path: tuple(rules[(layer * count + head) % len(rules)].label for head in range(count))
             for layer, (path, count) in enumerate(zip(info.modules, info.num_heads, strict=True))
         },
     )
@@ -110,8 +110,7 @@ def oracle_logits(
             heads.append(masked_attention(scored, k, v, mask, scale=scale)[0])
             left[layer, head] = [
                 one.left_behind(own, grid, *_part(q * scale, k, grid))
-                for own, grid in zip(tiles, grids, strict=False)
-                if grid.q_len > 1
+                for own, grid in zip(tiles, grids, strict=one.dynamic)
             ]
         return torch.stack(heads, 1)[None], None
 
@@ -134,12 +133,12 @@ def _choices(
     one: Rule, q: Tensor, k: Tensor, grids: Sequence[BlockGrid], sources: Sequence[Tensor] | None
 ) -> list[Tensor]:
     """A dynamic rule's tiles in each call."""
-    tiles, given = [], iter(sources or ())
-    for grid in grids:
+    tiles = []
+    for call, grid in enumerate(grids):
         if grid.q_len == 1 and not one.decodes:
             tiles.append(grid.reachable(q.device))
         elif isinstance(one, Reuse):
-            tiles.append(next(given) | grid.diagonal(q.device))
+            tiles.append(sources[call] | grid.diagonal(q.device))
         else:
             tiles.append(one.select(grid, *_part(q, k, grid)))
     return tiles

@@ -40,30 +40,48 @@ SMALL = [
     {"kind": "skip_softmax", "prefill_scale": 100, "decode_scale": 60},
     {"kind": "token_rows", "tail": 0.4, "min_tokens": 16, "window": 16, "probe": 16},
     {"kind": "dense_source", "keep": {"b": 0.3}, "sink": 16},
+    {"kind": "dense_source", "keep": {"b": 0.3}, "sink": 0, "decode": True},
     {"kind": "reuse", "layer": 0},
+    {"kind": "reuse", "layer": 0, "heads": (3, 0, 1, 2), "decode": True},
 ]
+SOURCES = {  # of all heads of the first layer, where the rule reuses
+    False: [{"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16}],
+    True: [
+        {"kind": "bounds_topk", "keep": 48, "sink": 0},
+        {"kind": "dense_source", "keep": {"b": 0.3}, "sink": 0, "decode": True},
+        {"kind": "skip_softmax", "decode_scale": 60},
+    ],
+}
 each = pytest.mark.parametrize("data", SMALL, ids=lambda data: ",".join(str(x) for x in data.values()))
 ROWS, NEW_TOKENS = (83, 40, 3), 20
+
+
+def made(data: dict) -> Rule:
+    one = parse_rule(data, where="tests")
+    return one if one.ready else one.calibrated(torch.rand(7, 7, generator=torch.Generator().manual_seed(3)))
 
 
 def kernel_cases() -> Iterator[Any]:
     """All on a GPU; interpreted, what is slow says little: static rules differ in their tiles only, and few go another way in a dynamic cache."""
     for kind in ("packed", "static", "dynamic"):
         for data in SMALL:
-            rule = rule_kinds()[data["kind"]]
+            rule = made(data)
             if DEVICE == "cuda" or (rule.dynamic and kind != "dynamic") or rule.decodes or rule.reuses:
                 yield pytest.param(data, kind, id=f"{kind}-{','.join(str(x) for x in data.values())}")
 
 
 def planned(tiny, data: dict, layers: int = 2) -> tuple[PreTrainedModel, Plan]:
-    """Both heads of the first KV head follow the rule, one of the second, beside a window; a reuse has a layer of sources before it."""
+    """Both heads of the first KV head follow the rule, one of the second, beside a window; a reuse has a layer of sources before it.
+
+    A reuse by decoded tokens has sources of every kind.
+    """
     model = tiny("llama", num_hidden_layers=layers + (data["kind"] == "reuse")).to(DEVICE)
     one, other = made(data), made(SMALL[3])
-    source = made({"kind": "pooled_topk", "keep": {"b": 0.3}, "sink": 16})
     info = describe(model, "tests")
     own = [(one, one, one, other)] * len(info.modules)
     if one.reuses:
-        own[0] = (source,) * 4
+        sources = [made(data) for data in SOURCES[one.decodes]]
+        own[0] = tuple(sources[head % len(sources)] for head in range(4))
     rules = {rule.label: rule for layer in own for rule in layer}
     assignments = {path: tuple(rule.label for rule in layer) for path, layer in zip(info.modules, own, strict=True)}
     return model, Plan(
@@ -74,11 +92,6 @@ def planned(tiny, data: dict, layers: int = 2) -> tuple[PreTrainedModel, Plan]:
         rules=rules,
         assignments=assignments,
     )
-
-
-def made(data: dict) -> Rule:
-    one = parse_rule(data, where="tests")
-    return one if one.ready else one.calibrated(torch.rand(7, 7, generator=torch.Generator().manual_seed(3)))
 
 
 def close(ours: Tensor, exact: Tensor) -> None:
@@ -177,6 +190,19 @@ def test_kernels_do_the_same(tiny, data, kind):
         cache = sparsesearch.sparse_cache(model, prompt_tokens=47, max_tokens=50 if kind == "static" else None)
         found = fed(model, [ids[:35], ids[35:47], *ids[47:].split(1)], cache)
     close(found, oracle_logits(model, plan, ids, 47, [35, 12, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_all_heads_may_choose(tiny, backend):
+    """Then nothing else is read."""
+    model, plan = planned(tiny, SMALL[11], layers=1)
+    label = made(SMALL[11]).label
+    plan = plan.model_copy(update={"assignments": dict.fromkeys(plan.assignments, (label,) * 4)})
+    ids = left_padded([75], 64)[0][0].to(DEVICE)
+    with torch.no_grad(), sparsesearch.apply(model, plan, backend=backend):
+        cache = sparsesearch.sparse_cache(model, max_tokens=75)
+        found = fed(model, [ids[:70], *ids[70:].split(1)], cache)
+    close(found, oracle_logits(model, plan, ids, 70))
 
 
 @each
