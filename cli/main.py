@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from . import (
     tune,
 )
 from .command import Command
+from .errors import interrupt_again
 
 app = typer.Typer(
     name="sparsesearch",
@@ -127,6 +129,7 @@ def _refusal(option: str, message: str, name: str = "", known: Any = ()) -> type
 def main() -> None:
     """The entry point; commands that run no model start without transformers."""
     os.environ.setdefault("SPARSESEARCH_REGISTER", "later")
+    sys.unraisablehook = interrupt_again
     app()
 
 
