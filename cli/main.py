@@ -10,6 +10,7 @@ import typer
 
 from . import (
     bench,
+    calibrate,
     deploy,
     exchange,
     front,
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 110},
 )
 ROOMS = (
-    *(quickstart, measure, search, plan, reuse, heal, tune, lint, predict),
+    *(quickstart, measure, calibrate, search, plan, reuse, heal, tune, lint, predict),
     *(deploy, exchange, judge, front, bench, listing),
 )
 for room in ROOMS:
