@@ -58,12 +58,16 @@ def explain(
     if json:
         emit_json(asdict(found))
     elif isinstance(found, PlanExplanation):
-        table(f"{found.num_heads} query heads", ["rule", "heads"], found.kinds)
+        each = ", once in each range of steps" if found.steps else ""
+        table(f"{found.num_heads} query heads{each}", ["rule", "heads"], found.kinds)
         table(
             "layers",
             ["module", "density", "rules"],
             [[m, d, ", ".join(f"{k} {n}" for k, n in kinds)] for m, d, kinds in found.layers],
         )
+        if found.steps:
+            shown = [[label, share, ", ".join(f"{k} {n}" for k, n in kinds)] for label, share, kinds in found.steps]
+            table("denoising steps", ["steps", "density", "rules"], shown)
         for name, summary in found.parts:
             lines(f"{name}: {summary}")
     else:
@@ -74,6 +78,8 @@ def explain(
             lines(f"while decoding: {found.decode_rule}")
         table("parameters", ["name", "value", "meaning"], found.parameters)
         table("density", ["length", "share of dense"], list(found.densities.items()))
+        if found.steps:
+            table("denoising steps; the above is of the first", ["steps", "rule", "share of dense"], found.steps)
         if found.alternatives:
             table(
                 "alternatives",

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsesearch.block_mask import BlockGrid, density
+from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import PlanMismatchError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
@@ -85,7 +85,10 @@ class TileShares:
     """Share of dense's tiles of each rule at one length, computed once per rule; None where the data decide."""
 
     def __init__(self, plan: Plan, length_tokens: int) -> None:
-        self._grid = BlockGrid(length_tokens, length_tokens, plan.block_tokens)
+        layout = plan.layout
+        self._grid = BlockGrid(
+            length_tokens, length_tokens, plan.block_tokens, causal=layout is None or layout.causal, layout=layout
+        )
         self._known: dict[Rule, float | None] = {}
 
     def of(self, rule: Rule) -> float | None:
@@ -94,7 +97,8 @@ class TileShares:
             if rule.dynamic:
                 self._known[rule] = 1.0 if rule.keeps_all(self._grid) else None
             else:
-                self._known[rule] = density(rule.select(self._grid), self._grid)
+                work = float(rule.work(rule.levels(self._grid), self._grid))
+                self._known[rule] = work / float(self._grid.reachable().sum())
         return self._known[rule]
 
     def mean(self, rules: Sequence[Rule]) -> float | None:

@@ -297,6 +297,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "model is missing": ("profile ./no/such/model -o {out}/profile", 1, r"no such file or directory"),
     "model is a text file": ("profile {bad}/notes.md -o {out}/profile", 1, r"model directory or a .gguf file"),
     "model folder has no config": ("profile {good} -o {out}/profile", 1, r"has no config.json"),
+    "model of a video": ("profile wan-tiny-11m -o {out}/profile", 5, r"must be a causal language model here, but is a diffusers model"),
     "model has no tokenizer": ("profile {bad}/mute -o {out}/profile", 1, r"mute: there must be a tokenizer beside the weights.*tokenizer_config.json"),
     "model config is damaged": ("profile {bad}/config -o {out}/profile", 1, r"could not be loaded"),
     "model has no weights": ("profile {bad}/unweighted -o {out}/profile", 1, r"could not be loaded: .*model.safetensors"),
