@@ -30,7 +30,14 @@ def diff(
         lines(f"the plans run the same: all {found.num_heads} heads follow equal rules")
     else:
         layers = {module: index for index, module in enumerate(first.base_model.modules)}
-        rows = [[f"{layers[change.module]}:{change.head}", change.before, change.after] for change in found.changes]
+        rows = [
+            [
+                f"{layers[change.module]}:{change.head}{change.steps and f', steps {change.steps}'}",
+                change.before,
+                change.after,
+            ]
+            for change in found.changes
+        ]
         table(f"{len(rows)} of {found.num_heads} heads differ", ["layer:head", str(plan_a), str(plan_b)], rows)
     for name, before, after in found.other_fields:
         lines(f"{name}: {before} -> {after}")

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsesearch.comparison import PARTS, TileShares
+from sparsesearch.comparison import PARTS, TileShares, spans_of
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
@@ -77,15 +77,6 @@ class PlanExplanation:
     steps: tuple[tuple[str, float | None, tuple[tuple[str, int], ...]], ...] = ()
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Denoising steps over which one table of assignments holds; without a schedule, everything."""
-
-    label: str
-    num_steps: int
-    plan: Plan
-
-
 def explain(
     plan: Plan, where: str | None = None, *, scores: ScoreTable | None = None
 ) -> PlanExplanation | HeadExplanation:
@@ -103,7 +94,7 @@ def explain(
 
 
 def _explain_plan(plan: Plan) -> PlanExplanation:
-    spans = _spans(plan)
+    spans = spans_of(plan)
     shares = {length: TileShares(plan, length) for length in plan.lengths_tokens}
     longest = shares[max(plan.lengths_tokens)]
     rules = {span.label: [rule for _, _, rule in span.plan.heads()] for span in spans}
@@ -133,25 +124,8 @@ def _explain_plan(plan: Plan) -> PlanExplanation:
     )
 
 
-def _spans(plan: Plan) -> list[_Span]:
-    """The ranges of a plan's schedule, and the steps outside them, as plans without one."""
-    schedule = plan.schedule
-    if schedule is None:
-        return [_Span("", 1, plan)]
-    found, outside = [], schedule.num_steps
-    for place, item in enumerate(schedule.ranges):
-        first, last = item.first, item.end - 1
-        chunks = "" if item.chunks is None else f", chunks from {item.chunks[0]}"
-        table = plan.model_copy(update={"assignments": schedule.assignments(place), "schedule": None})
-        found.append(_Span(f"{first}-{last}{chunks}", item.end - item.first, table))
-        outside -= 0 if item.chunks is not None else item.end - item.first
-    if outside and not schedule.by_chunk:
-        found.append(_Span("others", outside, plan.model_copy(update={"schedule": None})))
-    return found
-
-
 def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None) -> HeadExplanation:
-    spans, share = _spans(plan), TileShares(plan, max(plan.lengths_tokens))
+    spans, share = spans_of(plan), TileShares(plan, max(plan.lengths_tokens))
     rules = spans[0].plan.module_rules(module)
     rule = rules[head]
     index = plan.base_model.modules.index(module)

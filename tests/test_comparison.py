@@ -99,6 +99,23 @@ def test_explain_a_plan() -> None:
     assert f"{INFO.modules[0]}:0" not in found.dense_heads
 
 
+def test_diff_of_schedules_is_by_range() -> None:
+    def scheduled(rule: str) -> Plan:
+        ranges = [
+            (0, 1, {INFO.modules[0]: (WINDOW.label,) * 8}),
+            (1, 4, {INFO.modules[0]: ("dense", rule, *["dense"] * 6)}),
+        ]
+        return plan_of({(3, 3): WINDOW, (4, 4): Zero()}, schedule=StepSchedule.of(4, ranges))
+
+    found = diff(scheduled(WINDOW.label), scheduled("zero"))
+    (change,) = found.changes
+    assert (change.module, change.head, change.steps) == (INFO.modules[0], 1, "1-3")
+    assert (change.before, change.after) == (WINDOW.label, "zero")
+    assert found.num_heads == 2 * 64
+    assert not found.identical
+    assert diff(scheduled("zero"), scheduled("zero")).identical
+
+
 def test_steps_of_a_schedule_are_explained_range_by_range() -> None:
     first, second = INFO.modules[0], INFO.modules[1]
     ranges = [(0, 1, {first: (WINDOW.label,) * 8}), (1, 3, {first: ("dense",) * 8, second: ("zero",) * 8})]
