@@ -247,6 +247,10 @@ def _show_check(result: "CheckResult", plan: Path, *, annotations: bool, json: b
         emit_json({"passed": result.passed, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
         return
     table(f"check of {plan}", ["figure", "length", "measured", "bound", "why", "verdict"], rows)
+    if result.needles_say_little and result.metrics.suite is None:
+        say(
+            "dense hardly answers needles here, so they hold the plan to nothing: add tasks that it answers, as in --suite ruler --format chat"
+        )
     if annotations:
         lines(*result.annotations(str(plan)))
 

@@ -8,7 +8,7 @@ import typer
 from . import options as o
 from . import pipelines, prune
 from .errors import guarded
-from .render import emit_json, pairs, progress_bar, table
+from .render import emit_json, pairs, progress_bar, say, table
 
 if TYPE_CHECKING:
     from sparsesearch.profiling.record import Profile
@@ -33,6 +33,7 @@ FOR_TEXT = (
 LARGE = "For models larger than a device"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 FOR_PIPELINES = ("run", "sensitivity", "under")
+MOST_HOURS = 12
 NOT_FOR_REMOVALS = ("revision", "trust_remote_code")
 NOT_FOR_REMOVALS_ALONE = ("block_tokens", "text_column", "stream", "device_map")
 
@@ -115,8 +116,11 @@ def profile(
     menu, wanted = _menu(context, space, block_tokens, stream, device_map), o.parsed_lengths(lengths)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if dry_run:
-        needs = estimate(model, menu, wanted, num_samples=num_samples, num_probes=num_probes, stream=stream, **origin)
-        emit_json(needs) if json else pairs(f"a profile of {model} needs", needs)
+        needs = estimate(
+            model, menu, wanted, num_samples=num_samples, num_probes=num_probes, stream=stream, device=o.device_name(device), dtype=dtype,
+            **origin,
+        )  # fmt: skip
+        emit_json(needs) if json else _show_needs(model, needs)
         return
     if menu.pruning is not None:
         _in_one_process("spaces that remove")
@@ -143,6 +147,17 @@ def profile(
             emit_json(content) if json else pairs(f"profile in {out}", content)
     finally:
         world.leave()
+
+
+def _show_needs(model: str, needs: dict[str, Any]) -> None:
+    """What a profile takes, and what makes it take less where that is more than half a day."""
+    pairs(f"a profile of {model} needs", needs)
+    hours = needs.get("time_s_on_this_cpu", 0) / 3600
+    if hours > MOST_HOURS:
+        say(
+            f"on this CPU that is {hours:.0f} hours: run it on a GPU (--device cuda), or take shorter --lengths, fewer --num-samples, or a smaller "
+            "--space such as duo_attention"
+        )
 
 
 def _in_one_process(what: str) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .render import say
+
 if TYPE_CHECKING:
     from sparsesearch.evaluate import SuiteSpec
     from sparsesearch.plan import Plan
@@ -205,21 +207,31 @@ def command_line() -> str:
     return shlex.join(["sparsesearch", *sys.argv[1:]])
 
 
+def device_name(text: str) -> str:
+    """A device that there could be; a usage error otherwise."""
+    import torch
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        kind = "none"
+    if kind not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, but got {text!r}.", param_hint="--device")
+    return text
+
+
 def present_device(text: str) -> str:
     """A device of this machine; a usage error when it is no device, a `SpecError` when this machine lacks it."""
     import torch
 
     from sparsesearch.errors import SpecError
 
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, but got {text!r}.", param_hint="--device")
+    device = torch.device(device_name(text))
     found = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= found:
         has = f"{found} of them" if found else f"none (torch {torch.__version__})"
         other = "Pass another" if found else "Run this on one that has, or pass cpu where the command takes it"
         raise SpecError(f"--device {text} must be a GPU that torch can use, but this machine has {has}. {other}.")
+    if device.type == "cpu" and sys.stderr.isatty() and torch.cuda.is_available():
+        say(f"on the CPU; this machine has {torch.cuda.get_device_name()}, which --device cuda takes")
     return text

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 PIPE_COLUMNS = 120
+LOG_EVERY_S = 30.0
 
 
 def say(text: str) -> None:
@@ -74,7 +76,7 @@ def lines(*texts: str) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A progress callback drawn on stderr with the time left; silent when stderr is no terminal."""
+    """A progress callback drawn on stderr with the time left; where stderr is no terminal, such as in a log, a line every half minute."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -88,6 +90,9 @@ def progress_bar() -> Iterator[Progress]:
     )
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _LoggedProgress()
+        return
     bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,7 +101,6 @@ def progress_bar() -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
         transient=True,
     )
     tasks: dict[str, Any] = {}
@@ -108,6 +112,24 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield update
+
+
+class _LoggedProgress:
+    """Lines for a log: none from a command that is done within half a minute."""
+
+    def __init__(self) -> None:
+        self._said_s = monotonic()
+        self._began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Say how far the stage is, unless a line was written lately."""
+        now_s = monotonic()
+        began_s, first = self._began.setdefault(stage, (now_s, done))
+        if now_s - self._said_s < LOG_EVERY_S:
+            return
+        self._said_s, spent_s = now_s, now_s - began_s
+        left = f", about {spent_s / (done - first) * (total - done):.0f} s left" if first < done < total else ""
+        say(f"{_text(stage)}: {done} of {total} after {spent_s:.0f} s{left}")
 
 
 def _show(title: str, grid: Any) -> None:

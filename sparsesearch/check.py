@@ -7,6 +7,7 @@ from sparsesearch.check_result import CheckResult, CheckRow, Thresholds
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.evaluate import Estimate, Metrics, SuiteSpec, VariantMetrics
 from sparsesearch.evaluate.run import evaluate
+from sparsesearch.evaluate.task_metrics import SAYS_LITTLE_BELOW
 from sparsesearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -146,9 +147,9 @@ def _against_dense(
     rows = []
     if thresholds.recovery is not None:
         share = thresholds.recovery
-        rows.append(
-            CheckRow("needle accuracy", length, own.needle.mean, share * dense.needle.mean, True, f"{share:g} of dense")
-        )
+        answered = dense.needle.mean
+        reason = f"{share:g} of dense" + (f", whose {answered:.2g} says little" if answered < SAYS_LITTLE_BELOW else "")
+        rows.append(CheckRow("needle accuracy", length, own.needle.mean, share * answered, True, reason))
         bound = dense.heldout_loss.mean / share
         rows.append(CheckRow("held-out loss", length, own.heldout_loss.mean, bound, False, f"dense over {share:g}"))
     if thresholds.max_kl is not None:

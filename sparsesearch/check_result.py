@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsesearch.errors import RegressionError
 from sparsesearch.evaluate import Metrics
+from sparsesearch.evaluate.task_metrics import SAYS_LITTLE_BELOW
 
 
 class Thresholds(BaseModel):
@@ -74,6 +75,12 @@ class CheckResult:
     def passed(self) -> bool:
         """Whether every bound holds."""
         return not self.failed
+
+    @property
+    def needles_say_little(self) -> bool:
+        """Whether dense itself answers the needles so seldom, at every length, that a plan's share of that means nothing."""
+        cells = [self.metrics.at(length, "dense") for length in self.metrics.lengths_tokens]
+        return all(cell.needle.mean < SAYS_LITTLE_BELOW for cell in cells)
 
     def raise_if_failed(self) -> None:
         """Turn a regression into an error (exit code 4).

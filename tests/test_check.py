@@ -114,6 +114,17 @@ def test_a_baseline_of_other_tokens_is_refused() -> None:
         assert judge(mine, "plan", Thresholds(), baseline=baseline, baseline_name="plan").passed
 
 
+def test_needles_that_dense_hardly_answers_are_said_to_say_little() -> None:
+    metrics = _metrics(needle=0.2)
+    results = {1024: {"dense": _cell(needle=0.2), "plan": _cell(needle=0.2)}}
+    mute = Metrics.model_validate(metrics.model_dump(mode="json") | {"results": results})
+    found = judge(mute, "plan", Thresholds())
+    assert found.passed
+    assert found.needles_say_little
+    assert found.rows[0].reason == "0.98 of dense, whose 0.2 says little"
+    assert not _judged().needles_say_little
+
+
 def test_time_must_be_measured_to_be_bounded() -> None:
     with pytest.raises(SpecError, match="timing_rounds >= 1"):
         _judged(Thresholds(max_slowdown=1.0), prefill_s=None)

@@ -81,6 +81,25 @@ def test_head_gives_the_models_own_logits(kind: str) -> None:
         assert torch.equal(model(input_ids=ids).logits, expected), "no hook may stay behind"
 
 
+def test_logits_of_stored_rows_do_not_run_the_body_again() -> None:
+    """Nor does a body that has a forward of its own, as accelerate gives it, lose that."""
+    model, ids = _tiny("llama"), torch.arange(63).view(1, 63) % 97
+    original = model.model.forward
+    model.model.forward = lambda *args, **options: original(*args, **options)
+    own, runs = model.model.forward, []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    head = Head(model)
+    hidden = head.hidden(ids)[0]
+    found = [head.logits(rows) for rows in hidden.split(21)]
+    assert len(runs) == 2, "the body itself, and one token for the first logits"
+    assert model.model.forward is own
+    handle.remove()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0]
+    torch.testing.assert_close(torch.cat(found), expected)
+    assert len(runs) == 2
+
+
 def test_a_model_without_output_embeddings_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="must have output embeddings"):
         Head(_tiny("llama").model)

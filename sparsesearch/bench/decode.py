@@ -3,14 +3,19 @@
 The copy bandwidth is that of 4 GB, where starting and ending do not count. They do count for the tens of microseconds that a small cache
 takes, so each size has two more rows: a copy of as many bytes (half read, half written), and a kernel that only reads them.
 
+Every kernel is timed in CUDA graphs of as many calls as a decode step of a model has layers, one after the other and each on another cache:
+a graph takes some microseconds to begin and to end, which a step pays once and not once per layer.
+
     python -m sparsesearch.bench.decode --json out.json
 """
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +25,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.predicted import shipped_costs
-from sparsesearch.bench.timing import ceilings, median_s, provenance
+from sparsesearch.bench.timing import ceilings, provenance
 from sparsesearch.bench.triton_read import read_both
 from sparsesearch.cost.base import DecodeWork
+from sparsesearch.cost.device.timing import event_times, repeated
 from sparsesearch.kernels.decode import ragged_decode
 
-CACHE_COPIES = 3
-"""Replays rotate among so many caches, so that none is read from L2."""
+LAYERS = 32
+"""Calls of a graph."""
+L2_SIZES = 8
+"""Calls take turns over caches that hold at least so many times what L2 does, so that next to nothing is read from L2."""
 
 
 def run(
     *,
-    shapes: Sequence[tuple[int, int]] = ((1, 32768), (1, 131072), (8, 16384), (8, 32768), (16, 16384)),
+    shapes: Sequence[tuple[int, int]] = ((1, 32768), (1, 131072), (8, 16384), (8, 32768), (16, 8192), (16, 16384)),
     kept: Sequence[float] = (1.0, 0.5, 0.25),
     num_heads: int = 32,
     num_kv_heads: int = 8,
@@ -80,17 +88,19 @@ def _one_shape(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
-    caches = [[normal(batch, num_kv_heads, length, head_dim) for _ in "kv"] for _ in range(CACHE_COPIES)]
+    fewest_bytes = min(kept) * batch * num_kv_heads * length * head_dim * 4
+    copies = max(3, ceil(L2_SIZES * torch.cuda.get_device_properties(0).L2_cache_size / fewest_bytes))
+    caches = [[normal(batch, num_kv_heads, length, head_dim) for _ in "kv"] for _ in range(copies)]
     q = normal(batch, num_heads, head_dim)
     starts = torch.arange(batch * num_kv_heads, device="cuda") * length
 
-    def ragged(lens: Tensor) -> None:
-        for k, v in caches:
-            ragged_decode(q, k.view(-1, head_dim), v.view(-1, head_dim), starts, lens, scale=head_dim**-0.5)
+    def ragged(lens: Tensor, copy: int) -> None:
+        k, v = (cache.view(-1, head_dim) for cache in caches[copy])
+        ragged_decode(q, k, v, starts, lens, scale=head_dim**-0.5)
 
-    def dense() -> None:
-        for k, v in caches:
-            F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+    def dense(copy: int) -> None:
+        k, v = caches[copy]
+        F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
 
     case = {"batch": batch, "length": length}
     costs = shipped_costs()
@@ -103,7 +113,7 @@ def _one_shape(
     for share in kept:
         for kind in ("uniform", "ragged"):
             lens = _lengths(kind, share, batch, num_kv_heads, length)
-            seconds = median_s(partial(ragged, lens), budget_s=budget_s) / CACHE_COPIES
+            seconds = _step_s(partial(ragged, lens), copies, budget_s)
             row = {"kernel": "ragged_decode", "lengths": kind, "kept": share, "bytes": int(lens.sum()) * head_dim * 4}
             if costs is not None:
                 heads = [
@@ -112,26 +122,34 @@ def _one_shape(
                 row["predicted_s"] = costs.decode_attention_s(heads)
             record(case | row | {"seconds": seconds})
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        seconds = median_s(dense, budget_s=budget_s) / CACHE_COPIES
+        seconds = _step_s(dense, copies, budget_s)
     row = {"kernel": "cudnn", "lengths": "uniform", "kept": 1.0, "bytes": batch * num_kv_heads * length * head_dim * 4}
     record(case | row | {"seconds": seconds})
 
 
+def _step_s(call: Callable[[int], object], copies: int, budget_s: float) -> float:
+    """Median time of one of the calls that a replay holds; `call` works on the cache of the given number."""
+    for copy in range(copies):
+        call(copy)
+    replay = repeated(call, LAYERS, copies=copies)
+    first = statistics.median(event_times(replay, 2))
+    return statistics.median(event_times(replay, max(5, round(budget_s / first)))) / LAYERS
+
+
 def _ceilings_of(caches: list[list[Tensor]], num_bytes: int, budget_s: float) -> Iterator[tuple[str, float]]:
     """Time to copy as many bytes (read and written) as the keys and values have, and time to read them only."""
-    flat = [k.view(-1).view(torch.int32) for k, _ in caches], [v.view(-1).view(torch.int32) for _, v in caches]
+    flat = [[tensor.view(-1).view(torch.int32) for tensor in cache] for cache in caches]
     half = num_bytes // 8  # numbers of four bytes, in the keys and in the values each
 
-    def copy() -> None:
-        for source, target in zip(flat[0], flat[1][1:] + flat[1][:1], strict=True):
-            torch.add(source[:half], 0, out=target[:half])
+    def copy(number: int) -> None:
+        torch.add(flat[number][0][:half], 0, out=flat[(number + 1) % len(flat)][1][:half])
 
-    def read() -> None:
-        for keys, values in zip(*flat, strict=True):
-            read_both(keys[:half], values[:half])
+    def read(number: int) -> None:
+        keys, values = flat[number]
+        read_both(keys[:half], values[:half])
 
     for kernel, work in (("copy", copy), ("read", read)):
-        yield kernel, median_s(work, budget_s=budget_s) / CACHE_COPIES
+        yield kernel, _step_s(work, len(flat), budget_s)
 
 
 def _lengths(kind: str, share: float, batch: int, num_kv_heads: int, length: int) -> Tensor:

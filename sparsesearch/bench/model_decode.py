@@ -15,6 +15,7 @@ from transformers import StaticCache
 from sparsesearch.bench.dense_baseline import dense, repeated
 from sparsesearch.bench.meter import Stamps, elapsed_s, emptied, free_bytes, peak_bytes, synchronize, timed
 from sparsesearch.bench.model_session import Session, cache_bytes
+from sparsesearch.kernels.decode import MOST_PAIRS
 from sparsesearch.kernels.step_ops import MOST_ROWS
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.live import apply
@@ -33,6 +34,8 @@ def measure_decode(session: Session) -> None:
             emptied(session.device)
             variant.one = variant.filled()
             fits[name] = 1 + max(0, int((free_bytes(session.device) - _MARGIN_BYTES) // cache_bytes(variant.one)))
+            if name == PLAN:
+                fits[name] = min(fits[name], MOST_PAIRS // max(session.plan.base_model.num_kv_heads))
             sizes = dict.fromkeys(batch or fits[name] for batch in session.request.batches)
             for size in (size for size in sizes if size <= fits[name]):
                 variant.fitting(size, fused=name == PLAN)

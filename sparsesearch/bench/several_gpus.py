@@ -46,7 +46,7 @@ def commands(options: Sequence[str], processes: int) -> dict[str, list[str]]:
         ONE: alone,
         AGAIN: alone,
         SHARED: [*launcher, *PROGRAM, *options],
-        SPREAD: [*alone, "--device-map", "balanced"],
+        SPREAD: [*alone, "--device-map", "auto"],
     }
 
 

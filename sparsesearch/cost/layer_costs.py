@@ -18,8 +18,8 @@ class FusedCosts(Protocol):
     def product_s(self, rows: int, lines: int, inner: int) -> float:
         """A product with `lines` x `inner` weights, and the norm, gate or residual that it computes besides."""
 
-    def layer_s(self, rows: int) -> float:
-        """What a layer takes beyond its products and its attention: rotation, the cache's new row, gaps."""
+    def layer_s(self, rows: int, weight_bytes: float) -> float:
+        """What a layer takes beyond its products and its attention: rotation, the cache's new row, gaps; less where products are long."""
 
     def start_s(self, rows: int) -> float:
         """What a step takes beyond its layers and the output layer."""

@@ -47,7 +47,8 @@ def _fused_rest_s(shape: ModelShape, costs: LayerCosts, batch: int) -> float:
     products_s = sum(fused.product_s(batch, lines, inner) for lines, inner in fused_widths(shape))
     head_s = fused.product_s(batch, shape.vocab_size, shape.hidden_size)
     step_s = fused.start_s(batch) + costs.decode_step_s(batch)
-    return shape.num_layers * (products_s + fused.layer_s(batch)) + head_s + step_s
+    weight_bytes = float(WEIGHT_BYTES * sum(lines * inner for lines, inner in fused_widths(shape)))
+    return shape.num_layers * (products_s + fused.layer_s(batch, weight_bytes)) + head_s + step_s
 
 
 def linear_widths(shape: ModelShape) -> tuple[tuple[int, int], ...]:

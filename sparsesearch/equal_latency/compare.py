@@ -34,7 +34,7 @@ from sparsesearch.workload import Workload
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXPANDED = 6
+EXPANDED = 8
 """Calibration sequences around whose loss plans are expanded; plans are judged on all of them."""
 
 
@@ -83,6 +83,7 @@ def compare_at_latency(
         SpecError: a family is unknown, or its candidates were not profiled; steps without `choose_on`.
     """
     prompts = torch.stack([needles[row % len(needles)].input_ids for row in range(setting.batch)])
+    apply = _Kept(apply)
     workload, on_gpu = Workload(prompts.shape[1], batch=setting.batch), model.device.type == "cuda"
     search = Search(
         family_ladders(profile, setting.families, workload, cost_model),
@@ -119,8 +120,7 @@ def compare_at_latency(
         settled = search.settled(target, begun.bounds(target) if begun is not None else {})
         plans = settled.plans
         walls = settled.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)
-        kept = _Kept(apply)
-        found, density = compare_all(model, plans, [*needles, *text], kept, progress, f"judge {target:g}x")
+        found, density = compare_all(model, plans, [*needles, *text], apply, progress, f"judge {target:g}x")
         record = record or EqualLatency(
             dense_s=median(settled.times["dense"]),
             dense_prefill_s=median(walls["dense"]),
@@ -130,7 +130,7 @@ def compare_at_latency(
         )
         record = record.with_target(target, _entries(settled, walls, found, density, needles, setting, target))
         saved(record)
-        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, kept, progress):
+        for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, apply, progress):
             record = record.with_task(target, task, cells)
             saved(record)
     assert record is not None, "a setting has targets"

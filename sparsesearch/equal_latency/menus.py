@@ -52,8 +52,14 @@ MENUS = (
     *(replace(STATIC, answer_weight=weight) for weight in (0.1, 0.3, 1.0, 3.0)),
 )
 ANSWERS = "mixture, answers"
-"""The mixture for those whose tasks are judged by their answers: `FOR_ANSWERS` of its space, not chosen among others."""
+"""The mixture for those whose tasks are judged by their answers, which weigh as in `FOR_ANSWERS` wherever its plans are found, chosen or improved;
+static rules only, as silent heads are flattered by local models too."""
 FOR_ANSWERS = replace(STATIC, answer_weight=20.0)
+
+
+def answer_weight_of(family: str) -> float:
+    """How much answers count in the loss by which a family's plans are chosen and improved."""
+    return FOR_ANSWERS.answer_weight if family == ANSWERS else 1.0
 
 
 def family_ladders(
@@ -69,12 +75,12 @@ def family_ladders(
 
 def menu_ladders(
     profile: Profile, family: str, menus: Sequence[Menu], workload: Workload, cost_model: CostModel
-) -> dict[str, Ladder]:
+) -> dict[str, SearchedLadder]:
     """A ladder for every part of a family's space, by label; parts that leave out nothing that was profiled are not repeated."""
     name, _, granularity = FAMILIES[family]
     manifest = profile.manifest
     whole = manifest.candidates if name is None else SearchSpace.load(name).candidates
-    found: dict[str, Ladder] = {}
+    found: dict[str, SearchedLadder] = {}
     seen = set()
     for menu in menus:
         rules = tuple(rule for rule in whole if menu.allows(rule))

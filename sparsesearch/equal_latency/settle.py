@@ -172,7 +172,10 @@ class Search:
             if not moving or monotonic() > deadline:
                 break
             begin = {name: rungs[name].bound * target / rungs[name].share for name in moving}
-            rungs = rungs | self._climb(moving, target, begin, deadline)
+            moved = self._climb(moving, target, begin, deadline)
+            if not any(self._is_nearer(moved[name], rungs[name], target) for name in moving):
+                break
+            rungs = rungs | moved
         return found
 
     def _climb(
@@ -238,6 +241,13 @@ class Search:
             self.progress(f"choose {target:g}x, {part}", number, len(fast))
             candidates.append(judge.standing(first, part, parts[part], rungs[part]))
         found[first] = chosen(candidates, self._rivals(found))
+        if ANSWERS in found:
+            space = self.ladder_of[ANSWERS]
+            assert isinstance(space, SearchedLadder), "the mixture for answers is searched"
+            # parts are replayed already: only the weight of their answers is another
+            own_too = [part for part in fast if space.choice_of(rungs[part].plan) is not None]
+            others = [judge.standing(ANSWERS, part, parts[part], rungs[part]) for part in own_too]
+            found[ANSWERS] = min((found[ANSWERS], *others), key=lambda standing: standing.mean)
         return found
 
     def _rivals(self, standings: Mapping[str, Standing]) -> list[Standing]:
@@ -247,11 +257,8 @@ class Search:
     def _improved(
         self, standings: dict[str, Standing], judge: Judge, target: float, deadline: float
     ) -> dict[str, Standing]:
-        """Steps for every family until none helps it; the first family goes on from a rival's plan where that is better.
-
-        The mixture for answers stays as it is: steps follow a loss that weighs answers less.
-        """
-        first, open_families = self.setting.families[0], set(standings) - {ANSWERS}
+        """Steps for every family until none helps it; the first family goes on from a rival's plan where that is better."""
+        first, open_families = self.setting.families[0], set(standings)
         for number in range(1, self.setting.steps + 1 if self.local is not None else 1):
             if monotonic() > deadline or not open_families:
                 break
@@ -264,15 +271,22 @@ class Search:
                 judge,
                 lambda ladder_of, start, favoured: self._climb(ladder_of, target, start, deadline, favoured),
                 target * (1 + self.setting.tolerance),
-                first,
+                (first, ANSWERS),
             )
             before = standings[first]
             standings |= better
-            best = chosen([before, *standings.values()], self._rivals(standings))
+            rivals = self._rivals(standings)
+            best = chosen([before, standings[first], *rivals], rivals)
             open_families = set(better) | ({first} if best is not before else set())
             standings[first] = best
             judge.tried[first][best.label] = best.mean
         return standings
+
+    def _is_nearer(self, moved: Rung, before: Rung, target: float) -> bool:
+        """Whether a climb found another plan, or the same one on the target after all."""
+        return (
+            moved.plan.assignments != before.plan.assignments or abs(moved.share / target - 1) <= self.setting.tolerance
+        )
 
     def _is_off(self, rung: Rung, error: float, ladder: Ladder, target: float) -> bool:
         """Whether a plan misses the target, and its family may have a nearer one."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsesearch.calibration import Sample
 from sparsesearch.equal_latency.climb import Rung
 from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder
+from sparsesearch.equal_latency.menus import answer_weight_of
 from sparsesearch.evaluate.reference import Comparison, DenseReference
 from sparsesearch.profiling.local_model import loss_around
 from sparsesearch.profiling.record import Profile
@@ -43,7 +44,7 @@ class Standing:
         label: where it came from.
         ladder: what moves its budget.
         rung: the plan and its measured time.
-        loss: `refinement.true_loss` of the n calibration sequences.
+        loss: `refinement.true_loss` of the n calibration sequences, answers weighing as they do for the family.
         kl_text: the part of its mean that is over all positions.
     """
 
@@ -90,12 +91,13 @@ class Judge:
     _seen: dict[str, Comparison] = field(default_factory=dict)
 
     def standing(self, family: str, label: str, ladder: Ladder, rung: Rung) -> Standing:
-        """Replay a plan on behalf of a family."""
+        """Replay a plan on behalf of a family, whose loss it is judged by."""
         digest = rung.plan.sha256
         if digest not in self._seen:  # parts may find the same plan
             self._seen[digest] = self.reference.compare(rung.plan)
         seen = self._seen[digest]
-        found = Standing(label, ladder, rung, true_loss(seen), float(seen.kl_text.mean()))
+        loss = true_loss(seen, answer_weight_of(family))
+        found = Standing(label, ladder, rung, loss, float(seen.kl_text.mean()))
         self.tried.setdefault(family, {})[label] = found.mean
         return found
 
@@ -133,6 +135,7 @@ class Steps:
             self.samples,
             space.question.granularity,
             columns=space.columns,
+            answer_weight=answer_weight_of(family),
         ).change
         bound = space.bound_of(now)
 
@@ -172,7 +175,7 @@ def step(
     judge: Judge,
     climb: Climb,
     most_share: float,
-    first: str,
+    favoured: Sequence[str],
 ) -> dict[str, Standing]:
     """The families that some proposal clearly improved, each with its best one.
 
@@ -183,7 +186,7 @@ def step(
         judge: replays the proposals.
         climb: brings proposals to the target.
         most_share: of dense's time; slower proposals are not considered.
-        first: the family on trial, which gives way where no plan meets the target.
+        favoured: families that give way where no plan meets the target; the first of them is the one on trial.
     """
     ladder_of: dict[str, Ladder] = {}
     start: dict[str, float] = {}
@@ -193,9 +196,9 @@ def step(
         if made is None:
             continue
         for share, ladder in made[0].items():
-            label = f"step {number}, {share:.0%} of units" + ("" if family == first else f", {family}")
+            label = f"step {number}, {share:.0%} of units" + ("" if family == favoured[0] else f", {family}")
             ladder_of[label], start[label], owner[label] = ladder, made[1], family
-    rungs = climb(ladder_of, start, [label for label, family in owner.items() if family == first])
+    rungs = climb(ladder_of, start, [label for label, family in owner.items() if family in favoured])
     better: dict[str, Standing] = {}
     for label, rung in rungs.items():
         family = owner[label]

@@ -19,7 +19,8 @@ class Head:
 
     Logits of S positions and V words take S·V numbers, often more than the model itself. A hook on the output embedding keeps what goes in
     (S·D) and lets the last position through; a second forward of one token with the hook feeding stored rows in turns them into logits.
-    The model's own code runs in both, so every causal LM with an output embedding module works unchanged and exactly.
+    The model's own code runs in both, so every causal LM with an output embedding module works unchanged and exactly. What the body makes of
+    that one token is never looked at, so it is made once: launching thirty layers takes a GPU's host longer than the vocabulary takes the GPU.
 
     Attributes:
         model: in evaluation mode; the caller's, not changed.
@@ -35,6 +36,7 @@ class Head:
         self.model = model
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self._embedding = embedding
+        self._of_one_token: Any = None
 
     @torch.no_grad()
     def hidden(self, input_ids: Int64[Tensor, "B S"], *, use_cache: bool = False) -> Float[Tensor, "B S D"]:
@@ -57,10 +59,33 @@ class Head:
     @torch.no_grad()
     def logits(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
         """Logits of stored hidden states, in fp32."""
-        with self._before_embedding(lambda _, args: (rows[None], *args[1:])):
+        with self._before_embedding(lambda _, args: (rows[None], *args[1:])), self._body_run_once():
             one_token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
             logits: Tensor = self.model(input_ids=one_token, use_cache=False).logits
         return logits[0].float()
+
+    @contextmanager
+    def _body_run_once(self) -> Iterator[None]:
+        """The first time the body's result is kept, afterwards it is handed out in the body's place; a model that is its own body runs whole."""
+        body = self.model.base_model
+        if body is self.model:
+            yield
+            return
+        if self._of_one_token is None:
+            handle = body.register_forward_hook(lambda _, args, output: setattr(self, "_of_one_token", output))
+            try:
+                yield
+            finally:
+                handle.remove()
+            return
+        own = body.__dict__.get("forward")  # accelerate puts one there
+        body.forward = lambda *args, **options: self._of_one_token
+        try:
+            yield
+        finally:
+            del body.forward
+            if own is not None:
+                body.forward = own
 
     @contextmanager
     def _before_embedding(self, hook: Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]) -> Iterator[None]:

@@ -57,7 +57,7 @@ def evaluate(
     """Judge plans beside dense on held-out sequences, in one job.
 
     Needle sequences (three wordings in equal parts, one question at the end) give KL, agreement and accuracy; plain text gives the held-out
-    loss. One sequence goes through the model at a time; the vocabulary is worked through in chunks.
+    loss. The vocabulary is worked through in chunks of positions.
 
     Args:
         model: a live causal LM in evaluation mode; unchanged afterwards.
@@ -204,7 +204,8 @@ def compare_all(
     size = max(1, _GROUP_TOKENS // len(samples[0].input_ids))
     for first in range(0, len(samples), size):
         group = samples[first : first + size]
-        reference = DenseReference(model, group, batch_tokens=1, apply=apply)
+        alone = model.device.type == "cpu"  # a CPU gains nothing from more than one at a time
+        reference = DenseReference(model, group, batch_tokens=1 if alone else _GROUP_TOKENS, apply=apply)
         for number, (name, plan) in enumerate(variants.items(), start=1):
             with counting(plan, tiles[name]):
                 parts[name].append(reference.compare(plan))

@@ -103,11 +103,12 @@ def _score(
     right, log_p = [], []
     for batch in _batches(samples, _BATCH_TOKENS.get(head.model.device.type, _BATCH_TOKENS_ELSEWHERE)):
         hidden = head.hidden(torch.stack([one.sample.input_ids for one in batch]))
-        for one, states in zip(batch, hidden, strict=True):
-            places = one.sample.answer_mask.nonzero()[:, 0]
-            logits = head.logits(states[places.to(states.device) - 1])
-            right.append(values_right(one, logits.argmax(-1).cpu()))
-            log_p.append(logits.log_softmax(-1))
+        before = torch.stack([one.sample.answer_mask for one in batch])[:, 1:].to(hidden.device)
+        logits = head.logits(hidden[:, :-1][before])
+        counts = [int(one.sample.answer_mask.sum()) for one in batch]
+        predicted = logits.argmax(-1).cpu().split(counts)
+        right += [values_right(one, own) for one, own in zip(batch, predicted, strict=True)]
+        log_p.append(logits.log_softmax(-1))
     generated = [_generated(head.model, tokenizer, one) for one in samples] if generate else None
     return TaskScores(
         torch.tensor(right, dtype=torch.float64),

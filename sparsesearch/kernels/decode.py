@@ -7,6 +7,9 @@ from torch import Tensor
 from sparsesearch.errors import SpecError, UnsupportedKernelError
 from sparsesearch.kernels.ops import ragged_decode as _op
 
+MOST_PAIRS = 4096
+"""Pairs of sequence and KV head in one call."""
+
 
 def ragged_decode(
     q: Float[Tensor, "B H D"],
@@ -57,9 +60,9 @@ def ragged_decode(
         raise SpecError("kv_lens and table must be int32 and kv_start int64.")
     if not q.is_contiguous() or k.stride(1) != 1 or v.stride(1) != 1:
         raise UnsupportedKernelError("decoding needs contiguous q and rows of k and v; call .contiguous().")
-    if num_pairs > 4096:
+    if num_pairs > MOST_PAIRS:
         raise UnsupportedKernelError(
-            f"decoding serves at most 4096 (sequence, KV head) pairs per call, not {num_pairs}; cut the batch."
+            f"decoding serves at most {MOST_PAIRS} (sequence, KV head) pairs per call, not {num_pairs}; cut the batch."
         )
     out: tuple[Tensor, Tensor] = _op(q, k, v, kv_start, kv_lens, table, scale, page_tokens)
     return out

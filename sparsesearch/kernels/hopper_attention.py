@@ -29,99 +29,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsesearch.kernels.hopper_producer import ENTRY_SHIFT, FIELDS, produce
-from sparsesearch.kernels.hopper_softmax import LOG2E, MASKED, keep_first, late_softmax, no_keys, rescale, softmax
+from sparsesearch.kernels.hopper_edges import adjust, read_tile, write_rows
+from sparsesearch.kernels.hopper_producer import FIELDS, produce
+from sparsesearch.kernels.hopper_softmax import LOG2E, late_softmax, no_keys, rescale, softmax
 from sparsesearch.kernels.hopper_turns import give_turn, take_turn
 
-# Triton 3.9 renamed it; 3.6 has only the old name.
-tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-LN2 = gl.constexpr(0.6931471805599453)
-
 
 @gluon.jit
-def _adjust(
-    s, entry, at, q_pos, kv_len, bias, scale, masks, words, word_stride, G: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr,
-    CAUSAL: gl.constexpr, BIAS: gl.constexpr, MASKS: gl.constexpr, LAYOUT: gl.constexpr,
+def _multiply(
+    q, weights, acc, zero, k_smem, v_smem, k_full, v_full, kc, more, G: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Add the per-key bias; cut a partial block by the sequence's end, causality, the half tile that does not attend to it, its bitmap."""
-    if BIAS:  # the running maximum is of s · scale, so the bias is brought to s's unit
-        offs = (entry >> ENTRY_SHIFT) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-        s = s + (gl.load(bias + offs) * (LOG2E / scale))[None, :]
-    if (entry & 1) != 0:
-        limit = gl.where(((entry >> (1 + G)) & 1) != 0, 0, kv_len)
-        if CAUSAL:
-            limit = gl.minimum(q_pos + 1, limit)
-        s = keep_first(s, limit - (entry >> ENTRY_SHIFT) * BN, ROWS, BN, CAUSAL)
-        if MASKS:
-            # one word of every row at a time: a [ROWS, BN] gather would hold 64 addresses per thread
-            start = gl.load(masks + 2 * at + G)
-            row = words + gl.maximum(start, 0) + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) * word_stride
-            bit = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-            for w in gl.static_range(BN // 32):
-                word = gl.where(start >= 0, gl.load(row + w), -1)[:, None]
-                s = gl.where((bit // 32 == w)[None, :] & (((word >> (bit % 32)[None, :]) & 1) == 0), MASKED, s)
-    return s
-
-
-@gluon.jit
-def _write(
-    acc, m, total, o_desc, o_smem, o_ptr, lse_ptr, parts, lse_parts, record, strides,
-    HEADS: gl.constexpr, G: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, DTYPE: gl.constexpr,
-    ROW_S: gl.constexpr, ROW_O: gl.constexpr,
-):  # fmt: skip
-    """Normalise and store one consumer's rows: by the copy engine if all are real; row by row if not, or if this is a piece of a tile."""
-    batch = gl.load(record)
-    head = gl.load(record + 1)
-    q_row = gl.load(record + 2)
-    row_lo = gl.load(record + 3)
-    row_hi = gl.load(record + 4)
-    slot = gl.load(record + 10)
-    whole = slot < 0
-    total = gl.convert_layout(gl.sum(total, 1), ROW_S)
-    m = gl.convert_layout(gl.max(m, 1), ROW_S)
-    seen = total > 0
-    lse = gl.where(seen, m * LN2 + gl.log(total), -float("inf"))
-    inverse = gl.where(seen, 1.0 / total, 0.0)
-    acc = acc * gl.convert_layout(inverse, ROW_O)[:, None]
-    rows_s = G * ROWS + gl.arange(0, ROWS, ROW_S)
-    lse_base = gl.where(whole, lse_ptr + (batch * HEADS + head) * strides[3] + q_row, lse_parts + slot * (2 * ROWS))
-    gl.store(lse_base + rows_s, lse, mask=(rows_s >= row_lo) & (rows_s < row_hi))
-    tma.store_wait(0)
-    staged = o_smem.reshape((ROWS, D))
-    staged.store(acc.to(DTYPE))
-    if whole & (row_lo <= G * ROWS) & (row_hi >= (G + 1) * ROWS):
-        fence_async_shared()
-        tma_store(o_desc, [batch, head, q_row + G * ROWS, 0], o_smem)
-    else:
-        THREADS: gl.constexpr = D // 8
-        FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
-        rows = G * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, FLAT))
-        cols = gl.arange(0, D, gl.SliceLayout(0, FLAT))
-        stride = gl.where(whole, strides[2], D).to(gl.int64)
-        home = o_ptr + batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1] + q_row * stride
-        base = gl.where(whole, home, parts + slot.to(gl.int64) * (2 * ROWS * D))
-        real = (rows >= row_lo) & (rows < row_hi)
-        gl.store(
-            base + (rows * stride)[:, None] + cols[None, :],
-            staged.load(FLAT),
-            mask=real[:, None] & (cols < DV)[None, :],
-        )
-
-
-@gluon.jit
-def _read(tiles, bias, t, bias_stride_b, bias_stride_g, GROUP: gl.constexpr, BIAS: gl.constexpr):
-    """What scores of a tile need: length, first position, list, bias."""
-    record = tiles + t * FIELDS
-    tile_bias = bias
-    if BIAS:
-        tile_bias = (
-            bias
-            + gl.load(record) * bias_stride_b
-            + (gl.load(record + 1) // GROUP) * bias_stride_g
-            + gl.load(record + 5)
-        )
-    return gl.load(record + 6), gl.load(record + 7), gl.load(record + 8), gl.load(record + 9), tile_bias
+    """Issue the scores of key block kc (of whatever is there, if no block comes) and the product of the weights before with their values."""
+    vc = kc - 1
+    mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
+    k = k_smem.index(kc % STAGES).reshape((BN, D))
+    if TURNS:  # nobody waits for copies while it has the turn
+        mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
+        take_turn(G)
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if not TURNS:
+        mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
+    v = v_smem.index(vc % STAGES).reshape((BN, D))
+    acc = warpgroup_mma(weights, v, acc, is_async=True)
+    if TURNS:
+        give_turn(G)
+    return s, acc
 
 
 @gluon.jit
@@ -150,7 +83,9 @@ def _consumer(
     first = gl.load(bin_ptr + gl.program_id(0))
     end = gl.load(bin_ptr + gl.program_id(0) + 1)
     last = gl.load(bin_ptr + gl.num_programs(0)) - 1
-    kv_len, q_pos0, lo, hi, tile_bias = _read(tiles, bias, gl.minimum(first, last), strides[4], strides[5], GROUP, BIAS)
+    kv_len, q_pos0, lo, hi, tile_bias = read_tile(
+        tiles, bias, gl.minimum(first, last), strides[4], strides[5], GROUP, BIAS
+    )
     m = no_max
     total = no_sum
     weights = gl.convert_layout(zero.to(DTYPE), P_LAYOUT)
@@ -174,13 +109,13 @@ def _consumer(
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(0), count=1, pred=first < end)
         kc += 1
-        s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+        s = adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
                     G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
         p, _, m, total = softmax(s, no_max, no_sum, scale2, ROWS, BN)
         weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     for t in range(first, end):
         # read again (it is in L1), not carried over: Triton 3.6's loop-aware CSE replaces a carried loop bound by its first value
-        kv_len, q_pos0, lo, hi, tile_bias = _read(tiles, bias, t, strides[4], strides[5], GROUP, BIAS)
+        kv_len, q_pos0, lo, hi, tile_bias = read_tile(tiles, bias, t, strides[4], strides[5], GROUP, BIAS)
         done = t - first
         half = (done % Q_BUFFERS) * 2 + G
         q = q_smem.index(half).reshape((ROWS, D))
@@ -195,7 +130,7 @@ def _consumer(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
             kc += 1
-            s = _adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
+            s = adjust(s, entry, lo, q_pos0 + rows, kv_len, tile_bias, scale2, masks, words, strides[6],
                     G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             p, _, m, total = softmax(s, no_max, no_sum, scale2, ROWS, BN)
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
@@ -203,65 +138,53 @@ def _consumer(
         q_pos = q_pos0 + rows
         for i in range(lo + 1, hi):
             entry = gl.load(entries + i)
-            mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1)
-            k = k_smem.index(kc % STAGES).reshape((BN, D))
-            if TURNS:
-                take_turn(G)
-            s_next = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            vc = kc - 1
-            mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
-            v = v_smem.index(vc % STAGES).reshape((BN, D))
-            acc_next = warpgroup_mma(weights, v, acc, is_async=True)
-            if TURNS:
-                give_turn(G)
+            s_next, acc_next = _multiply(q, weights, acc, zero, k_smem, v_smem, k_full, v_full, kc, True, G, BN, D, STAGES, TURNS)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
-            s = _adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
+            if not TURNS:
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
+            s = adjust(s, entry, i, q_pos, kv_len, tile_bias, scale2, masks, words, strides[6],
                         G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             if LATE:
                 w, rise, m, total = late_softmax(s, m, total, scale2, W_TYPE, ROWS, BN)
             else:
                 w, rise, m, total = softmax(s, m, total, scale2, ROWS, BN)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
-            mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
+            if TURNS:  # keys, and the values before them
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1)
+            else:
+                mbarrier.arrive(v_empty.index((kc - 1) % STAGES), count=1)
             kc += 1
             acc = rescale(acc, rise, ROWS, D, LATE)
             weights = gl.convert_layout(w.to(DTYPE), P_LAYOUT)
         if OVERLAP:
             more = t + 1 < end
             # asked for here, not before the loop over keys: values that live through it cost up to a tenth (measured, H200)
-            len_next, pos_next, lo_next, _, bias_next = _read(
+            len_next, pos_next, lo_next, _, bias_next = read_tile(
                 tiles, bias, gl.minimum(t + 1, end - 1), strides[4], strides[5], GROUP, BIAS
             )
             mbarrier.arrive(q_empty.index(half), count=1)
             entry = gl.load(entries + lo_next)
             half_next = ((done + 1) % Q_BUFFERS) * 2 + G
             mbarrier.wait(q_full.index(half_next), ((done + 1) // Q_BUFFERS) & 1, pred=more)
-            mbarrier.wait(k_full.index(kc % STAGES), (kc // STAGES) & 1, pred=more)
-            k = k_smem.index(kc % STAGES).reshape((BN, D))
             q_next = q_smem.index(half_next).reshape((ROWS, D))
             if HELD:
                 q_held = q_next.load(Q_LAYOUT)
                 q_next = q_held
-            if TURNS:
-                take_turn(G)
-            s_next = warpgroup_mma(q_next, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            vc = kc - 1
-            mbarrier.wait(v_full.index(vc % STAGES), (vc // STAGES) & 1)
-            v = v_smem.index(vc % STAGES).reshape((BN, D))
-            acc_next = warpgroup_mma(weights, v, acc, is_async=True)
-            if TURNS:
-                give_turn(G)
+            s_next, acc_next = _multiply(q_next, weights, acc, zero, k_smem, v_smem, k_full, v_full, kc, more, G, BN, D, STAGES, TURNS)  # fmt: skip
             s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
-            s = _adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
+            if not TURNS:
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
+            s = adjust(s, entry, lo_next, pos_next + rows, len_next, bias_next, scale2, masks, words, strides[6],
                         G, BN, ROWS, CAUSAL, BIAS, MASKS, S_LAYOUT)  # fmt: skip
             p, _, m_next, total_next = softmax(s, no_max, no_sum, scale2, ROWS, BN)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
-            mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
+            if TURNS:
+                mbarrier.arrive(k_empty.index(kc % STAGES), count=1, pred=more)
+            else:
+                mbarrier.arrive(v_empty.index((kc - 1) % STAGES), count=1)
             kc += 1
             weights = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-            _write(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
+            write_rows(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
                    HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O)  # fmt: skip
             m = m_next
             total = total_next
@@ -272,7 +195,7 @@ def _consumer(
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(vc % STAGES), count=1)
-            _write(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
+            write_rows(acc, m, total, o_desc, o_smem.index(G), o_ptr, lse_ptr, parts, lse_parts, tiles + t * FIELDS, strides,
                    HEADS, G, ROWS, D, DV, DTYPE, ROW_S, ROW_O)  # fmt: skip
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(half), count=1)

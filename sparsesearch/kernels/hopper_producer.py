@@ -1,6 +1,7 @@
 """The warp of the Hopper prefill kernel that copies: queries of a tile, then its keys and values through rings of shared memory.
 
-Each place has two barriers: `full`, which the copy engine completes, and `empty`, on which both consumers arrive.
+Each place has two barriers: `full`, which the copy engine completes, and `empty`, on which both consumers arrive. Consumers that take turns
+arrive once for two: `k_empty` of a block says that its keys and the values of the block before have been read.
 """
 
 from triton.experimental import gluon
@@ -15,10 +16,15 @@ ENTRY_SHIFT = gl.constexpr(3)  # tile_lists.ENTRY_SHIFT: partial flag and two bi
 
 
 @gluon.jit
-def _fetch(desc, batch, head, row, smem, full, empty, count, STAGES: gl.constexpr):
-    """Copy block `count` of keys or values to its place in the ring, once consumers have left it."""
+def _left(empty, count, STAGES: gl.constexpr):
+    """Wait until consumers have left the place of block `count`."""
+    mbarrier.wait(empty.index(count % STAGES), ((count // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def _fetch(desc, batch, head, row, smem, full, count, STAGES: gl.constexpr):
+    """Copy block `count` of keys or values to its place in the ring."""
     stage = count % STAGES
-    mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(stage), desc.block_type.nbytes)
     tma_load(desc, [batch, head, row, 0], full.index(stage), smem.index(stage))
 
@@ -51,11 +57,15 @@ def produce(
         kv_head = head // GROUP
         for i in range(lo, hi):
             row = k_row + (gl.load(entries + i) >> ENTRY_SHIFT) * BN
-            _fetch(k_desc, batch, kv_head, row, k_smem, k_full, k_empty, count, STAGES)
+            _left(k_empty, count, STAGES)
+            _fetch(k_desc, batch, kv_head, row, k_smem, k_full, count, STAGES)
             if not TURNS:
-                _fetch(v_desc, batch, kv_head, row, v_smem, v_full, v_empty, count, STAGES)
-            elif count > 0:  # in the order of the turns: values of a block after the keys of the next
-                _fetch(v_desc, v_batch, v_head, v_row, v_smem, v_full, v_empty, count - 1, STAGES)
+                _left(v_empty, count, STAGES)
+                _fetch(v_desc, batch, kv_head, row, v_smem, v_full, count, STAGES)
+            elif (
+                count > 0
+            ):  # in the order of the turns: values of a block after the keys of the next, into a place that is left with theirs
+                _fetch(v_desc, v_batch, v_head, v_row, v_smem, v_full, count - 1, STAGES)
             v_batch = batch
             v_head = kv_head
             v_row = row
@@ -63,4 +73,5 @@ def produce(
         done += 1
     if TURNS:  # noqa: SIM102 (one is known when this is compiled, the other is not)
         if count > 0:
-            _fetch(v_desc, v_batch, v_head, v_row, v_smem, v_full, v_empty, count - 1, STAGES)
+            _left(k_empty, count, STAGES)
+            _fetch(v_desc, v_batch, v_head, v_row, v_smem, v_full, count - 1, STAGES)

@@ -55,8 +55,9 @@ def _late_softmax(num: int, rounded: str) -> tuple[str, str]:
     sums = num // 2 if rounded else num
     rises, scores, references, before = sums + num, sums + 2 * num, sums + 3 * num, sums + 4 * num
     body = [f".reg .f32 p<{num}>; .reg .f32 a<2>; .reg .f32 f<2>; .reg .f32 g<2>; .reg .f32 x; .reg .pred q;"]
-    body += [*_weigh(num, scores, 0, rounded, False), "max.f32 x, a0, a1;", f"setp.gt.f32 q, x, {_LIMIT};"]
-    body += [f"setp.lt.or.f32 q, ${references + 2 * row}, {_FRESH}, q;" for row in (0, 1)]
+    body += [f"setp.lt.f32 q, ${references}, {_FRESH};", f"setp.lt.or.f32 q, ${references + 2}, {_FRESH}, q;"]
+    body += _weigh(num, scores, 0, rounded, False)
+    body += [f"setp.gt.or.f32 q, a{row}, {_LIMIT}, q;" for row in (0, 1)]
     body += [f"mov.f32 g{row}, {_ZERO}; mov.f32 f{row}, {_ONE};" for row in (0, 1)]
     body += [f"vote.sync.any.pred q, q, {_ALL};", "@!q bra.uni DONE;"]
     for row in (0, 1):

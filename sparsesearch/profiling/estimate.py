@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sparsesearch.calibration import check_context
@@ -20,6 +21,10 @@ _MIB = 1 << 20
 # Tensors of [S, hidden] that autograd keeps of one layer of a decoder (norms, projections, gated MLP at 2.75 x hidden three times), counted on
 # Llama: 6 of the attention's size and 3 of the MLP's.
 _ACTIVATIONS_PER_LAYER = 6 + 3 * 2.75
+_OF_PRODUCTS_CPU, _OF_PRODUCTS_GPU = 0.4, 0.2
+"""What a whole profile reached of large matrix products' rate: on two CPU cores, and an 8B model on an H200."""
+_LAUNCHES_S = 0.1
+"""Of a layer and sequence on a GPU, however small the model: SmolLM2-135M on an H200."""
 
 
 def estimate(
@@ -30,12 +35,26 @@ def estimate(
     num_samples: int,
     num_probes: int,
     stream: bool = False,
+    device: str = "cpu",
+    dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Parameters, peak memory, disk and time of a profile; time by a short matrix product on this machine's CPU.
+    """Parameters, peak memory, disk and time of a profile; time by a short matrix product on this machine, none for a GPU that is not here.
 
-    For a decoder whose layers are a plain chain, in fp32: one layer's graph at a time, its inputs in memory, or on disk if `stream`.
+    For a decoder whose layers are a plain chain, its graph in fp32: one layer's at a time, its inputs in memory, or on disk if `stream`.
+
+    Args:
+        source: a model with a config.json.
+        space: the candidates.
+        lengths: in tokens.
+        num_samples: sequences per length.
+        num_probes: probes per sequence.
+        stream: layers are read one after the other.
+        device: where the model is to run.
+        dtype: of its weights; `auto` is float32 on a CPU, else the checkpoint's own.
+        revision: of a hub model.
+        trust_remote_code: run code that a hub repository ships.
 
     Raises:
         SpecError: the source has no configuration to read (a GGUF file, or no model at all), or a length exceeds its context.
@@ -70,7 +89,8 @@ def estimate(
         * (2 * parameters * passes + layers * hidden * length * (2 * passes + 4 + 2 * candidates / space.block_tokens))
         for length in lengths
     )
-    return {
+    weight_bytes = _weight_bytes(config, device, dtype)
+    found = {
         "model": source,
         "parameters": parameters,
         "layers": layers,
@@ -78,10 +98,23 @@ def estimate(
         "candidates": candidates,
         "lengths_tokens": list(lengths),
         "samples_per_length": num_samples,
-        "peak_memory_mib": round((4 * weights + (0 if stream else inputs) + graph + max(strip, logits)) / _MIB),
+        "peak_memory_mib": round(
+            (weight_bytes * weights + (0 if stream else inputs) + graph + max(strip, logits)) / _MIB
+        ),
         "disk_mib": round((per_sample * num_samples * len(lengths) + waiting) / _MIB, 1),
-        "time_s_on_this_cpu": round(flops / _cpu_flops_per_s()),
     }
+    if torch.device(device).type == "cpu":
+        found["time_s_on_this_cpu"] = round(flops / _cpu_flops_per_s())
+    elif torch.cuda.is_available():
+        launches_s = _LAUNCHES_S * layers * num_samples * len(lengths)
+        found["time_s_on_this_gpu"] = round(flops / _gpu_flops_per_s(device) + launches_s)
+    return found
+
+
+def _weight_bytes(config: PreTrainedConfig, device: str, dtype: str) -> int:
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    chosen = own if torch.device(device).type != "cpu" else torch.float32
+    return (chosen if dtype == "auto" else getattr(torch, dtype)).itemsize
 
 
 def _config(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
@@ -100,11 +133,18 @@ def _config(source: str, revision: str | None, trust_remote_code: bool) -> PreTr
 
 
 def _cpu_flops_per_s() -> float:
-    """A tenth of a second of fp32 matrix products, derated to what whole models reach."""
-    a = torch.randn(512, 512)
-    (a @ a).sum()
+    return _OF_PRODUCTS_CPU * _products_flops_per_s(torch.randn(512, 512))
+
+
+def _gpu_flops_per_s(device: str) -> float:
+    return _OF_PRODUCTS_GPU * _products_flops_per_s(torch.randn(8192, 8192, device=device, dtype=torch.bfloat16))
+
+
+def _products_flops_per_s(a: Tensor) -> float:
+    """A tenth of a second of matrix products."""
+    float((a @ a)[0, 0])
     count, start = 0, perf_counter()
     while perf_counter() - start < 0.1:
-        a @ a  # timed, its value unused
+        float((a @ a)[0, 0])  # waits for the device
         count += 1
-    return 0.4 * count * 2 * 512**3 / (perf_counter() - start)
+    return count * 2 * len(a) ** 3 / (perf_counter() - start)

@@ -12,7 +12,7 @@ from sparsesearch.calibration import Sample
 from sparsesearch.profiling.capture import AttentionCall, logits_and_calls
 from sparsesearch.profiling.losses import SampleGradients, sample_gradients
 from sparsesearch.profiling.projection import projection_gram
-from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles
+from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, static_tiles
 from sparsesearch.rules import Rule
 
 Calibrated = dict[str, dict[str, tuple[Rule, ...]]]
@@ -84,12 +84,12 @@ def head_tiles(
     candidates: Sequence[Rule], calibrated: Calibrated, module: str, layer: LayerInput, grid: BlockGrid
 ) -> Tensor:
     """Each candidate's tiles in each head [H C N N], templates replaced by the head's own rule."""
-    heads = layer.q.shape[0]
+    heads, device = layer.q.shape[0], layer.q.device
     per_head = {label: rules[module] for label, rules in calibrated.items()}
     plain = [rule for rule in candidates if not rule.needs_calibration]
     chosen = iter(choose_tiles(plain, layer, grid).unbind(1))
     columns = [
-        torch.stack([per_head[rule.label][head].select(grid) for head in range(heads)]).to(layer.q.device)
+        torch.stack([static_tiles(per_head[rule.label][head], grid, device) for head in range(heads)])
         if rule.needs_calibration
         else next(chosen)
         for rule in candidates

@@ -5,7 +5,8 @@ loss is expanded there to second order. For unit u with rule c instead of its pr
 
     J(c) - J(now)  ≈  Σ_n g_n·Δ_n  +  ½ E_probes[(Σ_n p_n·Δ_n)²],
 
-g the gradient of J under the plan, p Fisher probes weighted like J. Around dense g vanishes and this is the text proxy again.
+g the gradient of J under the plan, p Fisher probes weighted like J. Around dense g vanishes and this is the text proxy again; its second term is
+as noisy as that proxy, and is steadied in the same way (`moderation`).
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,12 @@ from sparsesearch.calibration import Sample
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.capture import logits_and_calls
 from sparsesearch.profiling.layer_inputs import head_tiles, layer_input
+from sparsesearch.profiling.moderation import moderated
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import frozen
 from sparsesearch.profiling.tile_scores import score_layer
 from sparsesearch.rules import Rule
-from sparsesearch.runtime.live import apply
+from sparsesearch.runtime.live import AppliedPlan, apply
 from sparsesearch.shapes import Granularity
 
 # J: mean KL to dense over all positions plus 0.1 x mean KL over answer positions, nats. Why 0.1: on needle-7m a plan that loses its answers has
@@ -72,25 +74,42 @@ def loss_around(
     rules = profile.manifest.candidates
     scored = rules if columns is None else tuple(rules[column] for column in columns)
     per_head = _per_head(profile, choice, granularity)
-    per_layer: list[list[Float[Tensor, "R H C"]]] = [[] for _ in profile.manifest.base_model.modules]
+    per_layer: list[list[_Products]] = [[] for _ in profile.manifest.base_model.modules]
+    applied = apply(model, plan, allow_other_weights=True)  # once for all sequences, which share its schedules
+    applied.remove()
     for index, sample in enumerate(samples):
         weight = _weight(sample, answer_weight)
-        found = _products(model, plan, per_head, profile, scored, sample, weight, num_probes, seed + index)
+        found = _products(applied, per_head, profile, scored, sample, weight, num_probes, seed + index)
         for layer, products in enumerate(found):
             per_layer[layer].append(products)
     rows = []
     for layer, of_samples in enumerate(per_layer):
-        stacked = torch.stack(of_samples)
-        heads = stacked.shape[2]
+        heads = of_samples[0].error.shape[0]
         groups = heads if granularity == "query_head" else profile.manifest.base_model.num_kv_heads[layer]
-        unit = stacked.unflatten(2, (groups, heads // groups)).sum(3)
-        rows.append((unit[:, 0] + unit[:, 1:].square().mean(1) / 2).mean(0))
-    return LossAround(torch.cat(rows).double().numpy())
+
+        def per_unit(x: Float[Tensor, "... H C"], split: tuple[int, int] = (groups, heads // groups)) -> Tensor:
+            summed: Tensor = x.unflatten(-2, split).sum(-2)
+            return summed
+
+        slope = per_unit(torch.stack([found.of_gradient for found in of_samples])).mean(0)
+        squares = per_unit(torch.stack([found.of_probes for found in of_samples])).square().mean((0, 1))
+        error = per_unit(torch.stack([found.error for found in of_samples])).mean(0)
+        curvature = moderated(squares.double().numpy(), error.double().numpy(), len(of_samples) * num_probes)
+        rows.append(slope.double().numpy() + curvature / 2)
+    return LossAround(np.concatenate(rows))
+
+
+@dataclass(frozen=True)
+class _Products:
+    """One layer of one sequence: every candidate's change times the gradient of J and times the probes, and its energy behind the projection."""
+
+    of_gradient: Float[Tensor, "H C"]
+    of_probes: Float[Tensor, "R H C"]
+    error: Float[Tensor, "H C"]
 
 
 def _products(
-    model: PreTrainedModel,
-    plan: Plan,
+    applied: AppliedPlan,
     per_head: list[list[int]],
     profile: Profile,
     scored: Sequence[Rule],
@@ -98,14 +117,14 @@ def _products(
     weight: Float[Tensor, " S"],
     num_probes: int,
     seed: int,
-) -> list[Float[Tensor, "R H C"]]:
-    """One sequence: per layer, the products of every candidate's change with the gradient of J (first) and with the probes."""
-    length = len(sample.input_ids)
+) -> list[_Products]:
+    """One sequence, layer by layer."""
+    length, model = len(sample.input_ids), applied.model
     grid = BlockGrid(length, length, profile.manifest.block_tokens)
     with frozen(model):
         with torch.no_grad():
             dense = model(input_ids=sample.input_ids[None].to(model.device), use_cache=False).logits[0].float()
-        with apply(model, plan, allow_other_weights=True):
+        with applied:
             logits, calls = logits_and_calls(model, sample.input_ids)
             scalars = _scalars(dense.log_softmax(-1), logits.float().log_softmax(-1), weight, num_probes, seed)
             outputs = [call.out for call in calls]
@@ -119,7 +138,9 @@ def _products(
         inputs = layer_input(call, own, own[0], own[0])
         tiles = head_tiles(scored, profile.manifest.calibrated, module, inputs, grid)
         now = torch.tensor(per_head[layer], device=tiles.device)
-        found.append(score_layer(scored, tiles, inputs, grid, now).fisher.cpu())
+        scores = score_layer(scored, tiles, inputs, grid, now)
+        of_gradient, *of_probes = scores.fisher.cpu()
+        found.append(_Products(of_gradient, torch.stack(of_probes), scores.output_error.cpu()))
     return found
 
 

@@ -101,8 +101,22 @@ class _Strips:
         """Attention of C choices of tiles, and the denominators they keep."""
         kept = weight @ self.denominator
         output = (weight @ self.numerator.flatten(3)).unflatten(3, self.numerator.shape[3:])
-        output = output / kept.clamp(min=1e-30)[..., None]
+        output /= kept.clamp(min=1e-30)[..., None]
         return output.transpose(1, 2).flatten(2, 3), kept.transpose(1, 2)
+
+    def along(
+        self,
+        gradients: Float[Tensor, "K H T D"],
+        weight: Float[Tensor, "H R C n"],
+        kept: Float[Tensor, "H C R S"],
+    ) -> Float[Tensor, "H C K T"]:
+        """Σ_d g·O of what `under` gives, from one number per tile and query: D times less to move than the outputs."""
+        rows = gradients.unflatten(2, kept.shape[2:])
+        of_tiles = torch.einsum("hrnsd,khrsd->hrnks", self.numerator, rows)
+        products = (weight @ of_tiles.flatten(3)).unflatten(3, of_tiles.shape[3:])
+        products /= kept.transpose(1, 2).clamp(min=1e-30)[:, :, :, None]
+        by_head: Tensor = products.permute(0, 2, 3, 1, 4).flatten(3, 4)
+        return by_head
 
 
 def late_from(length: int) -> int:
@@ -110,9 +124,9 @@ def late_from(length: int) -> int:
     return length - max(1, round(LATE_SHARE * length))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 14)
 def static_tiles(rule: Rule, grid: BlockGrid, device: torch.device) -> Bool[Tensor, "N N"]:
-    """A static rule's tiles on a device; the same for every layer and sequence."""
+    """A static rule's tiles on a device; the same for every layer and sequence. Every head has bitmaps of its own."""
     return rule.select(grid).to(device)
 
 
@@ -169,12 +183,22 @@ def score_layer(
         strips = _strips(layer, grid, rows)
         weight = tiles[:, :, rows, : rows.stop].float().transpose(1, 2)
         output, kept = strips.under(weight)
-        output = output[:, :, :inside]
-        output[:, replaced["zero"]] = 0.0
-        output[:, replaced["mean_value"]] = mean_value[:, None, span]
-        dense = strips.dense[:, :inside]
-        origin = dense if current is None else output[torch.arange(heads, device=output.device), current]
-        _accumulate(scores, output - origin[:, None], dense, layer, span)
+        gradients = torch.cat([layer.probes, layer.answer[None]])[:, :, span].float()
+        padded = torch.nn.functional.pad(gradients, (0, 0, 0, strips.denominator.shape[1] * grid.block_tokens - inside))
+        products = strips.along(padded, weight, kept)[..., :inside]
+        output, dense = output[:, :, :inside], strips.dense[:, :inside]
+        for rest, stand_in in (("zero", torch.zeros_like(dense)), ("mean_value", mean_value[:, span])):
+            output[:, replaced[rest]] = stand_in[:, None]
+            products[:, replaced[rest]] = _along(gradients, stand_in)[:, None]
+        if current is None:
+            products -= _along(gradients, dense)[:, None]
+            output -= dense[:, None]
+        else:
+            own = torch.arange(heads, device=output.device), current
+            products -= products[own][:, None]
+            output -= output[own][:, None]
+        _accumulate_products(scores, products, layer, span)
+        _accumulate_errors(scores, output, dense, layer)
         total = strips.denominator.sum(2, keepdim=True).clamp(min=1e-30)
         scores.kept_mass += (kept / total.transpose(1, 2)).sum((-1, -2)) / grid.q_len
         scores.mass[:, rows, : rows.stop] = (strips.denominator / total).sum(-1)
@@ -209,28 +233,37 @@ def _tiled(x: Float[Tensor, "H T K"], num_k_blocks: int, block: int) -> Float[Te
     return tiled
 
 
-def _accumulate(
-    scores: LayerScores,
-    delta: Float[Tensor, "H C S D"],
-    dense: Float[Tensor, "H S D"],
-    layer: LayerInput,
-    span: slice,
+def _along(gradients: Float[Tensor, "K H T D"], output: Float[Tensor, "H T D"]) -> Float[Tensor, "H K T"]:
+    """Σ_d g·O of one output."""
+    return torch.einsum("khtd,htd->hkt", gradients, output)
+
+
+def _accumulate_products(
+    scores: LayerScores, products: Float[Tensor, "H C K T"], layer: LayerInput, span: slice
 ) -> None:
-    """Add one strip's errors to the sums."""
-    probes = layer.probes[:, :, span]
-    scores.fisher += torch.einsum("hcsd,rhsd->rhc", delta, probes)
-    answer = torch.einsum("hcsd,hsd->hcs", delta, layer.answer[:, span])
-    grouped = answer.unflatten(0, (layer.num_kv_heads, -1)).sum(1)
-    scores.answer += answer.square().sum(-1)
-    scores.answer_group += grouped.square().sum(-1)
-    late = torch.arange(span.start, span.stop, device=delta.device) >= late_from(layer.v.shape[1])
-    if late.any():
-        scores.late_fisher += torch.einsum("hcsd,rhsd->rhc", delta[:, :, late], probes[:, :, late])
-    generated = late if layer.generated is None else layer.generated[span]
-    scores.decode_answer += answer[..., generated].square().sum(-1)
-    scores.decode_answer_group += grouped[..., generated].square().sum(-1)
-    behind = delta.flatten(1, 2) @ layer.projection_gram
-    scores.output_error += (behind * delta.flatten(1, 2)).sum(-1).unflatten(1, delta.shape[1:3]).sum(-1)
+    """Add the products of one strip's errors with the probes and, last, with the answer's gradient."""
+    late = max(0, late_from(layer.v.shape[1]) - span.start)
+    probes, answer = products[:, :, :-1], products[:, :, -1]
+    scores.fisher += probes.sum(-1).permute(2, 0, 1)
+    scores.late_fisher += probes[..., late:].sum(-1).permute(2, 0, 1)
+    squares = answer.square(), answer.unflatten(0, (layer.num_kv_heads, -1)).sum(1).square()
+    scores.answer += squares[0].sum(-1)
+    scores.answer_group += squares[1].sum(-1)
+    if layer.generated is None:
+        generated = [square[..., late:].sum(-1) for square in squares]
+    else:
+        generated = [square @ layer.generated[span].float() for square in squares]
+    scores.decode_answer += generated[0]
+    scores.decode_answer_group += generated[1]
+
+
+def _accumulate_errors(
+    scores: LayerScores, delta: Float[Tensor, "H C T D"], dense: Float[Tensor, "H T D"], layer: LayerInput
+) -> None:
+    """Add the energies of one strip's errors and outputs behind the projection."""
+    flat = delta.flatten(1, 2)
+    behind = flat @ layer.projection_gram
+    scores.output_error += behind.mul_(flat).sum(-1).unflatten(1, delta.shape[1:3]).sum(-1)
     scores.output_norm += ((dense @ layer.projection_gram) * dense).sum((-1, -2))
 
 

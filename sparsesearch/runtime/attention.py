@@ -20,14 +20,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.zero import Zero
-from sparsesearch.runtime.backends import serving_kernel
+from sparsesearch.runtime.backends import masks_pay, serving_kernel
 from sparsesearch.runtime.binding import LayerBinding, binding_of
 from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans_of
-from sparsesearch.runtime.rule_attention import attend_rule, pick_heads, take
+from sparsesearch.runtime.rule_attention import attend_rule, attend_static, pick_heads, take
 
 NAME = "sparsesearch"
 LAW_KEYWORD = "sparsesearch_law_tokens"
 PROBE_KEYWORD = "sparsesearch_probe"
+_MOST_MASK_ELEMENTS = (
+    1 << 30
+)  # of a layer whose heads share one call: 1 GiB, and twice that as the bias that SDPA makes of it
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,21 @@ def attend_heads(
         answer = _attend_on_device(groups, binding, query, key, value, found, scale, layer_heads)
         if answer is not None:
             return answer
-    heads = [head for _, members in groups for head in members]
-    order = sorted(range(len(heads)), key=heads.__getitem__)
     per_kv_head = query.shape[1] // key.shape[1]
     output: Tensor | None = None
     for sequence, span in enumerate(found):
         q = take(query, span.rows, span.q_slots)
         k, v = (take(x, span.rows, span.k_slots) for x in (key, value))
         parts = []
-        for rule, members in groups:
+        together = _under_one_mask(groups, query, span, sliding_window)
+        apart = [group for group in groups if group not in together]
+        heads = [head for _, members in (*together, *apart) for head in members]
+        order = sorted(range(len(heads)), key=heads.__getitem__)
+        if together:
+            rules, masked = zip(*((rule, head) for rule, members in together for head in members), strict=True)
+            kv_heads = [head // per_kv_head for head in masked]
+            parts.append(attend_static(rules, pick_heads(q, masked), k, v, kv_heads, span.grid, scale))
+        for rule, members in apart:
             kv_heads = [head // per_kv_head for head in members]
             own = pick_heads(q, members)
             place = sequence, members if layer_heads is None else tuple(layer_heads[head] for head in members)
@@ -168,6 +177,17 @@ def attend_heads(
             output = query.new_zeros(batch_size, len(heads), q_len, value.shape[-1])
         _put(output, span, joined)
     return query.new_zeros(batch_size, len(heads), q_len, value.shape[-1]) if output is None else output
+
+
+def _under_one_mask(
+    groups: Sequence[tuple[Rule, tuple[int, ...]]], query: Tensor, span: Span, sliding_window: int | None
+) -> list[tuple[Rule, tuple[int, ...]]]:
+    """Groups that go through one masked call: where gradients flow on a GPU, to which a few heads at a time are too little work."""
+    whole = span.grid.q_len == span.grid.kv_len and (sliding_window is None or span.grid.kv_len <= sliding_window)
+    elements = query.shape[1] * span.grid.q_len * span.grid.kv_len
+    if not masks_pay(query) or not whole or elements > _MOST_MASK_ELEMENTS:
+        return []
+    return [(rule, members) for rule, members in groups if rule.rest == "drop" and not rule.dynamic]
 
 
 def _attend_on_device(

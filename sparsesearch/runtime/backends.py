@@ -88,8 +88,13 @@ def attend_tiles(
     """Attention of one sequence over the chosen tiles, by `reference` or else `torch`."""
     if backend == "reference":
         return reference.tile_attention(q, k, v, tiles, grid, scale=scale)
-    attend = tile_attention_masked if q.is_cuda and _needs_gradients(q, k, v) else tile_attention_torch
+    attend = tile_attention_masked if masks_pay(q, k, v) else tile_attention_torch
     return attend(q, k, v, tiles, grid, scale=scale)
+
+
+def masks_pay(*tensors: Tensor) -> bool:
+    """Whether SDPA under element masks is faster than gathering: where gradients flow on a GPU."""
+    return tensors[0].is_cuda and _needs_gradients(*tensors)
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsesearch.block_mask import BlockGrid, expand
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.kernels.reference import running_mean
+from sparsesearch.kernels.torch_gather import tile_attention_masked
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.dense_source import DenseSource
@@ -74,6 +75,20 @@ def attend_rule(
     if cut is not None:
         return _attend_strips(q, k, v, tiles, span, scale, cut)
     return attend_tiles(q, k, v, tiles, grid, scale=scale, backend=binding.backend)
+
+
+def attend_static(
+    rules: Sequence[Rule],
+    q: Float[Tensor, "b h s D"],
+    all_k: Float[Tensor, "b G s D"],
+    all_v: Float[Tensor, "b G s D"],
+    kv_heads: list[int],
+    grid: BlockGrid,
+    scale: float,
+) -> Float[Tensor, "b h s D"]:
+    """Heads of static rules that only drop tiles, on whole sequences, in one masked call; `rules` and `kv_heads` are those of q's heads."""
+    tiles = torch.stack([_static_tiles(rule, grid) for rule in rules])
+    return tile_attention_masked(q, pick_heads(all_k, kv_heads), pick_heads(all_v, kv_heads), tiles, grid, scale=scale)
 
 
 def _dynamic_tiles(

@@ -129,7 +129,10 @@ def _plans(directory: Path, intended: Plan | None) -> tuple[Plan, list[str]]:
         )
     copy = directory / PLAN_FILE
     if not copy.is_file():
-        problems.append(f"{PLAN_FILE} is missing")
+        problems.append(
+            f"{PLAN_FILE} is missing, so that an edited config.json would go unseen: save_pretrained leaves it out, copy the one that "
+            "`sparsesearch apply` wrote"
+        )
     elif (other := (intended or Plan.load(copy)).sha256) != plan.sha256:
         problems.append(f"{PLAN_FILE} ({other[:12]}) is not the plan in config.json ({plan.sha256[:12]})")
     return plan, problems

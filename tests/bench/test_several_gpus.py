@@ -25,7 +25,7 @@ def test_every_way_is_the_product_s_command() -> None:
     assert all("sparsesearch_cli.main profile MODEL --device cuda" in " ".join(way) for way in ways.values())
     assert ways[several_gpus.ONE] == ways[several_gpus.AGAIN]
     assert "--nproc-per-node 2" in " ".join(ways[several_gpus.SHARED])
-    assert ways[several_gpus.SPREAD][-2:] == ["--device-map", "balanced"]
+    assert ways[several_gpus.SPREAD][-2:] == ["--device-map", "auto"]
 
 
 def profile_by(seconds: float, code: int) -> list[str]:

@@ -188,6 +188,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "calibration lacks the column": (TRIAL + "--data {bad}/column.jsonl", 1, r"--text-column. Known: body"),
     "unknown calibration": (TRIAL + "--data neddle", 1, r"Did you mean 'needle'"),
     "longer than the context": (TRIAL + "--lengths 20000", 1, r"at most 16384 tokens"),
+    "device of a cost model, dry": (TRIAL + "--device h200 --dry-run", 2, r"--device: must be cpu, cuda or cuda:N, but got 'h200'"),
     "longer than the context, dry": (TRIAL + "--lengths 20000 --dry-run", 1, r"at most 16384 tokens"),
     "longer than the context, eval": ("eval {good}/plan.json --lengths 20000", 1, r"at most 16384 tokens"),
     "too short for the needles": ("eval {good}/plan.json --lengths 64", 1, r"longer sequences or fewer needles"),

@@ -1,8 +1,10 @@
 """What the commands print: pure JSON on request, tables that fit the terminal, listings, options from a file."""
 
+import importlib
 import json
 import re
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,10 @@ def test_dry_run_says_what_it_takes_and_writes_nothing(run: Any, run_json: Any, 
     assert small["lengths_tokens"] == [256, 1024]
     assert large["disk_mib"] == pytest.approx(4 * small["disk_mib"], rel=0.1)
     assert large["time_s_on_this_cpu"] > small["time_s_on_this_cpu"] > 0
-    assert "peak memory mib" in run(*command).stdout
+    shown = run(*command)
+    assert "peak memory mib" in shown.stdout
+    assert not shown.stderr, "seconds of work need no advice"
+    assert "hours: run it on a GPU" in run(*command, "--num-samples", "100000").stderr
     assert not (tmp_path / "profile").exists()
 
 
@@ -138,3 +143,20 @@ def test_a_missing_extra_is_named(run: Any, monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.delitem(sys.modules, name)
     result = run("quickstart", "--video", "-o", str(tmp_path / "out"), code=1)
     assert "pip install 'sparsesearch[diffusers]'" in result.stderr
+
+
+def test_a_log_gets_a_line_of_progress_every_half_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal hours of work are not silent, and seconds of work are."""
+    (script,) = entry_points(group="console_scripts", name="sparsesearch")
+    render = importlib.import_module(script.module.replace(".main", ".render"))
+    clock = iter([0.0, 0.0, 20.0, 32.0, 40.0, 70.0])
+    monkeypatch.setattr(render, "monotonic", lambda: next(clock))
+    with render.progress_bar() as progress:
+        for done in (0, 1, 2, 3):
+            progress("score", done, 10)
+        progress("merge [2]", 5, 5)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == ["score: 2 of 10 after 32 s, about 128 s left", "merge [2]: 5 of 5 after 0 s"]

@@ -98,9 +98,11 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run_plan, "FULL", tiny)
     evicting = replace(shape, name="evicting", num_layers=3)
+    short = replace(shape, name="short", hidden_size=32, intermediate_size=48)
     for module in (run_plan, layer_probes, corrections):
         monkeypatch.setattr(module, "PROBE", shape)
         monkeypatch.setattr(module, "EVICTING", evicting)
+        monkeypatch.setattr(module, "SHORT", short)
         monkeypatch.setattr(module, "PROBE_KV_TOKENS", 64)
     monkeypatch.setattr(micro_bench, "Bench", partial(on_cpu, micro_bench.Bench))
     monkeypatch.setattr(compile_ahead, "compile_ahead", lambda bench, plan: compiled.append(plan))
@@ -135,9 +137,16 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
         assert parts + probe.num_layers * model.decode_glue_s(2, large) == pytest.approx(row["seconds"])
     fused = model.fused
     assert fused is not None
-    for layers in (1, 3):
-        row = next(r for r in again if r["group"] == "layer_fused" and (r["layers"], r["batch"]) == (layers, 2))
-        layer_s = sum(fused.product_s(2, *width) for width in fused_widths(shape)) + fused.layer_s(2)
+    for probe in (replace(evicting, num_layers=1), evicting, short):
+        layers = probe.num_layers
+        row = next(
+            r
+            for r in again
+            if r["group"] == "layer_fused" and (r["probe"], r["layers"], r["batch"]) == (probe.name, layers, 2)
+        )
+        widths = fused_widths(probe)
+        layer_s = sum(fused.product_s(2, *width) for width in widths)
+        layer_s += fused.layer_s(2, model.table.dtype_bytes * sum(n * k for n, k in widths))
         attention_s = model.decode_attention_s([DecodeWork(64, 16, 2, 2, 4)] * 2)
         assert layers * (layer_s + attention_s) + fused.start_s(2) == pytest.approx(row["seconds"])
     assert len(again) == model.table.provenance["micro_runs"] == len(seen) - 1

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.device.fused import fit_skinny, skinny_seconds
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.device.table import Correction, SkinnyCost
+from sparsesearch.cost.device.table import Correction, ShortLayers, SkinnyCost
 from sparsesearch.cost.layer_parts import FUSED_MODEL_TYPES, decode_rest_s, fused_widths, is_fused, linear_widths
 from sparsesearch.cost.predict import predict
 from sparsesearch.cost.roofline import roofline
@@ -75,6 +75,18 @@ def test_a_fused_step_is_its_products_and_what_they_leave_out() -> None:
     assert decode_rest_s(SHAPE, COSTS, batch=1, fused=True) == decode_rest_s(SHAPE, COSTS, batch=1)
     assert decode_rest_s(SHAPE, COSTS, batch=1, fused=False) > decode_rest_s(SHAPE, COSTS, batch=1)
     assert sum(n * k for n, k in fused_widths(SHAPE)) == sum(n * k for n, k in linear_widths(SHAPE))
+
+
+def test_short_layers_show_the_launches_that_long_ones_hide() -> None:
+    assert COSTS.fused is not None
+    short = ShortLayers(
+        weight_bytes=1e6, long_weight_bytes=1e8, seconds=Correction(amounts=(1, 16), values=(4e-6, 9e-6))
+    )
+    fused = replace(COSTS.fused, short=short)
+    assert [short.share(size) for size in (1.0, 1e6, 1e7, 1e8, 1e9)] == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.0])
+    assert fused.layer_s(1, 1e5) == pytest.approx(4e-6)
+    assert fused.layer_s(16, 1e7) == pytest.approx(7e-6)
+    assert fused.layer_s(1, 1e9) == COSTS.fused.layer_s(1, 1e5) == pytest.approx(1e-6)
 
 
 def test_who_is_priced_by_it() -> None:

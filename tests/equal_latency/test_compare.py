@@ -58,7 +58,8 @@ def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
     assert grown[-1] == found
     again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=found)
     assert clocks[1].calls < clocks[0].calls, "budgets start where they ended"
-    assert again.bounds(0.5) == found.bounds(0.5)
+    ends = [[entry.plan_sha256 for entry in one.targets["0.5"].values()] for one in (found, again)]
+    assert ends[0] == ends[1]
     assert found.bounds(0.3) == {}
 
 
@@ -103,8 +104,9 @@ def test_steps_improve_every_family_within_its_own_space(
     stepped = {family: [name for name in row[family].tried if name.startswith("step 1, ")] for family in row}
     assert len(stepped["mixture"]) >= 2
     assert len(stepped["MoA"]) >= 2
-    assert not set(stepped["mixture"]) & set(stepped["MoA"])
-    assert stepped["uniform window"] == stepped[ANSWERS] == []
+    assert len(stepped[ANSWERS]) >= 2
+    assert not set(stepped["mixture"]) & (set(stepped["MoA"]) | set(stepped[ANSWERS]))
+    assert stepped["uniform window"] == []
     assert ours.menu in ours.tried
     assert set(theirs.rules) <= {"dense", "sink_window"}
     assert theirs.tried[theirs.menu or ""] <= theirs.tried["MoA"]

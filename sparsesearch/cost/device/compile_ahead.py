@@ -18,8 +18,9 @@ import torch
 from sparsesearch.cost.device import runs
 from sparsesearch.cost.device.fused_chain import FusedChain
 from sparsesearch.cost.device.micro_bench import Bench, CompilingBench
-from sparsesearch.cost.device.run_plan import EVICTING, HAVE_KERNELS, MANY_HEADS, RunPlan, estimators
+from sparsesearch.cost.device.run_plan import EVICTING, HAVE_KERNELS, MANY_HEADS, SHORT, RunPlan, estimators
 from sparsesearch.cost.device.tile_cases import tile_cases
+from sparsesearch.model_shapes import ModelShape
 
 Job = Callable[[], object]
 FEW_TOKENS = 256
@@ -106,8 +107,9 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
     for product in plan.skinny:
         for rows in plan.skinny_rows:
             yield partial(list, runs.skinny_runs(bench, (rows,), (product,)))
-    for batch in plan.fused_batches:
-        yield partial(_one_layer, bench, batch)
+    for shape in (EVICTING, SHORT):
+        for batch in plan.fused_batches:
+            yield partial(_two_layers, bench, shape, batch)
     yield partial(list, runs.permutation_runs(bench, (FEW_TOKENS,)))
 
 
@@ -121,5 +123,6 @@ def choices(bench: CompilingBench, tokens: Sequence[int], kinds: Sequence[str]) 
             yield partial(list, runs.estimator_runs(bench, (length,), (kind,), heads=MANY_HEADS))
 
 
-def _one_layer(bench: Bench, batch: int) -> None:
-    FusedChain(replace(EVICTING, num_layers=1), bench).step(batch, FEW_TOKENS)
+def _two_layers(bench: Bench, shape: ModelShape, batch: int) -> None:
+    """The second one's first product adds up squares of another product's parts."""
+    FusedChain(replace(shape, num_layers=2), bench).step(batch, FEW_TOKENS)

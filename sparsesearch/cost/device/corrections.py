@@ -8,16 +8,16 @@ from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.fused import MeasuredFused
 from sparsesearch.cost.device.micro_bench import Row
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.device.run_plan import EVICTING, PROBE, PROBE_KV_TOKENS
-from sparsesearch.cost.device.table import Correction
+from sparsesearch.cost.device.run_plan import EVICTING, PROBE, PROBE_KV_TOKENS, SHORT
+from sparsesearch.cost.device.table import Correction, ShortLayers
 from sparsesearch.cost.device.tile_cases import TileCase
 from sparsesearch.cost.layer_parts import fused_widths, parts_s
 from sparsesearch.model_shapes import ModelShape
 
 
-def corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction]:
+def corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction | ShortLayers]:
     """What the probe's whole layers took, beside the sum of their parts."""
-    found: dict[str, Correction] = {}
+    found: dict[str, Correction | ShortLayers] = {}
     prefills = sorted((row["tokens"], row["seconds"]) for row in group_of(rows, "layer_prefill"))
     if prefills:
         relief = []
@@ -76,21 +76,35 @@ def _decode_corrections(costs: _ProbeCosts, rows: Sequence[Row]) -> dict[str, Co
     }
 
 
-def _fused_corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction]:
-    """Likewise of the fused layers."""
+def _fused_corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correction | ShortLayers]:
+    """Likewise of the fused layers, long ones and short ones."""
     if not rows:
         return {}
     table = model.table
     none = Correction(amounts=(1.0,), values=(0.0,))
     products = MeasuredFused(table.skinny, table.dtype_bytes, layer=none, start=none)
-    beyond: dict[int, dict[int, float]] = {}
+    beyond: dict[tuple[str, int], dict[int, float]] = {}
     for row in rows:
-        shape, batch = replace(EVICTING, num_layers=row["layers"]), row["batch"]
+        probe = SHORT if row.get("probe") == SHORT.name else EVICTING
+        shape, batch = replace(probe, num_layers=row["layers"]), row["batch"]
         layer_s = sum(products.product_s(batch, lines, inner) for lines, inner in fused_widths(shape))
         parts = shape.num_layers * layer_s + _attention_s(shape, model, batch)
-        beyond.setdefault(shape.num_layers, {})[batch] = row["seconds"] - parts
-    layer, start = _per_layer(beyond)
-    return {"fused_layer_s": _correction(layer), "fused_start_s": _correction(start)}
+        beyond.setdefault((probe.name, shape.num_layers), {})[batch] = row["seconds"] - parts
+    layer, start = _per_layer({layers: own for (name, layers), own in beyond.items() if name == EVICTING.name})
+    found: dict[str, Correction | ShortLayers] = {
+        "fused_layer_s": _correction(layer),
+        "fused_start_s": _correction(start),
+    }
+    for (name, layers), own in beyond.items():
+        if name == SHORT.name:
+            seconds = {batch: (own[batch] - start[batch]) / layers for batch in sorted(own)}
+            sizes = [
+                float(table.dtype_bytes * sum(n * k for n, k in fused_widths(probe))) for probe in (SHORT, EVICTING)
+            ]
+            found["fused_short"] = ShortLayers(
+                weight_bytes=sizes[0], long_weight_bytes=sizes[1], seconds=_correction(seconds)
+            )
+    return found
 
 
 def _attention_s(shape: ModelShape, model: DeviceCostModel, batch: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from sparsesearch.cost.device.table import Correction, SkinnyCost
+from sparsesearch.cost.device.table import Correction, ShortLayers, SkinnyCost
 from sparsesearch.kernels.skinny_tiling import tiling_for
 
 SHARPNESS = 8.0
@@ -27,6 +27,7 @@ class MeasuredFused:
         skinny: of the products.
         dtype_bytes: bytes per weight.
         layer: rows -> seconds per layer.
+        short: the same of small layers; None if an older calibration left them out.
         start: rows -> seconds per step.
     """
 
@@ -34,6 +35,7 @@ class MeasuredFused:
     dtype_bytes: int
     layer: Correction
     start: Correction
+    short: ShortLayers | None = None
 
     @property
     def most_rows(self) -> int:
@@ -51,9 +53,12 @@ class MeasuredFused:
         cost = min((cost for cost in self.skinny if cost.rows == served), key=unlike)
         return skinny_seconds(cost, lines, inner, self.dtype_bytes)
 
-    def layer_s(self, rows: int) -> float:
+    def layer_s(self, rows: int, weight_bytes: float) -> float:
         """Beyond products and attention."""
-        return self.layer.at(rows)
+        long_s = self.layer.at(rows)
+        if self.short is None:
+            return long_s
+        return long_s + self.short.share(weight_bytes) * (self.short.seconds.at(rows) - long_s)
 
     def start_s(self, rows: int) -> float:
         """Beyond the layers."""

@@ -8,7 +8,7 @@ import torch
 from sparsesearch.cost.device.fused_chain import FusedChain
 from sparsesearch.cost.device.llama import RandomLlama
 from sparsesearch.cost.device.micro_bench import Bench, Row
-from sparsesearch.cost.device.run_plan import EVICTING, PROBE, PROBE_KV_TOKENS
+from sparsesearch.cost.device.run_plan import EVICTING, PROBE, PROBE_KV_TOKENS, SHORT
 from sparsesearch.cost.device.tile_cases import TileCase
 from sparsesearch.model_shapes import ModelShape
 
@@ -24,6 +24,7 @@ def layer_runs(bench: Bench, batches: Sequence[int], fused: Sequence[int], token
     for probe in (fitting(EVICTING, bench.memory_bytes, max(batches, default=1)), replace(EVICTING, num_layers=1)):
         yield from _decode_steps(bench, RandomLlama(probe, bench), batches)
         yield from _fused_steps(bench, FusedChain(probe, bench), fused)
+    yield from _fused_steps(bench, FusedChain(SHORT, bench), fused)
     model = RandomLlama(PROBE, bench)
     yield from _decode_steps(bench, model, batches)
     for length in tokens:
@@ -49,4 +50,4 @@ def _fused_steps(bench: Bench, chain: FusedChain, batches: Sequence[int]) -> Ite
     for batch in batches:
         with torch.inference_mode():
             timed = chain.step(batch, PROBE_KV_TOKENS)
-        yield bench.row("layer_fused", timed, batch=batch, layers=chain.shape.num_layers)
+        yield bench.row("layer_fused", timed, batch=batch, probe=chain.shape.name, layers=chain.shape.num_layers)

@@ -33,8 +33,8 @@ class Bench:
         """Random data: zeros draw less power and run faster."""
         return torch.randn(shape, device=self.device, generator=self.generator, dtype=self.dtype)
 
-    def copies(self, nbytes: float, most: int = 8) -> int:
-        """How many inputs of this size take turns, so that the cache holds none of them."""
+    def copies(self, nbytes: float, most: int = 128) -> int:
+        """How many inputs of this size take turns, so that the cache holds none of them: a model's layers do not find theirs there either."""
         return max(1, min(most, int(2.5 * self.workers.l2_bytes // max(nbytes, 1.0)) + 1))
 
     def time(self, run: Callable[[int], object], *, copies: int = 1, warm_s: float = 0.12, graph: bool = True) -> Timed:
@@ -69,7 +69,7 @@ class CompilingBench(Bench):
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench.device, bench.kernel, bench.dtype)
 
-    def copies(self, nbytes: float, most: int = 8) -> int:
+    def copies(self, nbytes: float, most: int = 128) -> int:
         """One."""
         return 1
 

@@ -148,7 +148,8 @@ class DeviceCostModel:
     def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
         """A linear layer of `rows` inputs.
 
-        Between measured sizes the share of the roofline is interpolated, by inverse square distance in the logarithms of both widths.
+        Between measured sizes the share of the roofline is interpolated, by inverse square distance in the logarithms of both widths. The
+        roofline has a floor: the fastest product measured, since a smaller one takes as long to launch and to drain.
         """
         total = weights = 0.0
         for cost in self.table.linear:
@@ -189,7 +190,9 @@ class DeviceCostModel:
         table = self.table
         if not table.skinny or table.fused_layer_s is None or table.fused_start_s is None:
             return None
-        return MeasuredFused(table.skinny, table.dtype_bytes, table.fused_layer_s, table.fused_start_s)
+        return MeasuredFused(
+            table.skinny, table.dtype_bytes, table.fused_layer_s, table.fused_start_s, table.fused_short
+        )
 
     def permutation_s(self, nbytes: float) -> float:
         """Gathering the tokens of a tensor of so many bytes in another order."""
@@ -233,10 +236,9 @@ class DeviceCostModel:
 
     def _linear_roof_s(self, rows: int, outputs: int, inputs: int) -> float:
         moved = (rows * inputs + outputs * inputs + rows * outputs) * self.table.dtype_bytes
-        return (
-            2.0 * rows * outputs * inputs / self.table.peaks.matmul_flop_per_s
-            + moved / self.table.peaks.read_bytes_per_s
-        )
+        compute_s = 2.0 * rows * outputs * inputs / self.table.peaks.matmul_flop_per_s
+        floor_s = min(cost.points.seconds[0] for cost in self.table.linear)
+        return max(compute_s + moved / self.table.peaks.read_bytes_per_s, floor_s)
 
     def _tiles_s(self, work: UnitWork) -> float:
         side = 128 if work.kind == "dense" else work.block_tokens

@@ -15,13 +15,17 @@ EVICTING = ModelShape("evicting", "llama", 36, 4096, 13312, 32, 8, 128, 1024, Fa
 """The same with weights that each exceed a GPU's cache and together are 15.6 GB: on an H200 a layer of an 8B model takes a tenth longer than
 one of the same size among five. Also with a single layer, which shows what a step takes besides its layers."""
 
+SHORT = ModelShape("short", "llama", 24, 512, 1536, 8, 4, 64, 1024, False, 5e5, 1 << 18)
+"""Fused layers of a small model: their products are too short to hide the launches between them, which those of `EVICTING` do. All weights
+together are 2.5 times an H200's cache."""
+
 PROBE_KV_TOKENS = 4096
 HAVE_KERNELS = ("vertical_slash", "pooled_topk")
 """Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
 
 MANY_HEADS = 64
 LAYER_WIDTHS: tuple[tuple[int, int], ...] = (
-    (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192),
+    (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192), (512, 512),
 )  # fmt: skip
 
 SkinnyUse = Literal["normed", "gated", "added"]
@@ -30,7 +34,7 @@ SkinnyUse = Literal["normed", "gated", "added"]
 SKINNY: tuple[tuple[int, int, SkinnyUse], ...] = (
     (6144, 4096, "normed"), (4096, 4096, "added"), (26624, 4096, "gated"), (4096, 13312, "added"), (128256, 4096, "normed"),
     (16384, 3072, "gated"), (3072, 8192, "added"), (6144, 2560, "normed"), (49152, 1024, "normed"), (1024, 576, "normed"),
-    (3072, 576, "gated"), (576, 1536, "added"),
+    (3072, 576, "gated"), (576, 1536, "added"), (2048, 6144, "added"),
 )  # fmt: skip
 """Lines of weights, inner columns and use: every tiling of `kernels.skinny_tiling`, short and long."""
 
@@ -103,7 +107,7 @@ class RunPlan:
         gemm = len(self.gemm_tokens) * len(self.gemm_widths)
         skinny = len(self.skinny_rows) * len(self.skinny)
         layers = (3 + len(self.probe_widths)) * len(self.layer_batches) + len(self.layer_tokens)
-        fused = 2 * len(self.fused_batches)
+        fused = 3 * len(self.fused_batches)
         return (
             4
             + tiles

@@ -146,6 +146,23 @@ class SkinnyCost(Frozen):
     byte_s: float = Field(gt=0)
 
 
+class ShortLayers(Frozen):
+    """Fused layers of a small model beside those of a large one; between the two, straight in the logarithm of a layer's weights.
+
+    Attributes:
+        seconds: rows -> seconds that a small one takes beyond its products and its attention.
+    """
+
+    weight_bytes: float = Field(gt=0, description="of a small layer's products")
+    long_weight_bytes: float = Field(gt=0, description="of a large layer's, from which on products hide the launches")
+    seconds: Correction
+
+    def share(self, weight_bytes: float) -> float:
+        """How much a layer is like the small one: 1 up to its size, 0 from the large one's on."""
+        ends = math.log(self.weight_bytes), math.log(self.long_weight_bytes)
+        return float(np.interp(math.log(max(weight_bytes, 1.0)), ends, (1.0, 0.0)))
+
+
 class EstimatorCost(Frozen):
     """Choosing the tiles of one dynamic rule and building their schedule: tokens -> seconds of a call of `heads` query heads.
 
@@ -209,6 +226,9 @@ class DeviceTable(StoredModel):
     skinny: tuple[SkinnyCost, ...] = Field((), description="products of the fused decoding step")
     fused_layer_s: Correction | None = Field(
         None, description="rows -> seconds that a fused layer takes beyond its products and its attention"
+    )
+    fused_short: ShortLayers | None = Field(
+        None, description="the same where products are too short to hide the launches between them"
     )
     fused_start_s: Correction | None = Field(
         None, description="rows -> seconds that fused layers take to start, once per step"
