@@ -22,7 +22,7 @@ from sparsesearch.search_space import SearchSpace
 
 LENGTH = 600
 FOR_LONG = {
-    "flex_prefill": None,
+    "flex_prefill": 0.97,
     "minference_released": None,
     "token_sparse": 0.9,
     "power_attention": 0.9,
