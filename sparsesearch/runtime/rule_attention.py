@@ -103,7 +103,9 @@ def _dynamic_tiles(
 ) -> Bool[Tensor, "b h M N"]:
     """The rule's own choice, left behind for whoever reuses it; or what an earlier layer left."""
     if isinstance(rule, Reuse):
-        return rule.select(grid, q, k, left=binding.taken(sequence, grid, heads))
+        return rule.select(
+            grid, q, k, left=binding.taken(sequence, grid, heads).to(q.device)
+        )  # layers may lie on several devices
     tiles = rule.select(grid, q, k)
     if binding.leaves is not None:
         whole = tiles.expand(*q.shape[:2], *tiles.shape[-2:])  # one for all heads where everything is chosen
