@@ -53,7 +53,10 @@ def attend_rule(
     if rule.rest == "zero":
         return torch.zeros_like(q)
     dense = isinstance(rule, Dense) or (rule.dynamic and not rule.decodes and grid.q_len == 1)
-    dense = dense or (binding.leaves is None and _keeps_all(rule, grid))
+    if (
+        binding.leaves is None and not torch.compiler.is_compiling()
+    ):  # a traced call cannot ask a cached law; it chooses all
+        dense = dense or _keeps_all(rule, grid)
     by_position = grid.q_len == 1 and not rule.dynamic and not dense
     if by_position and rule.rest == "drop" and cut is None and binding.backend != "reference":
         keys = _decoding_keys(rule, grid).to(q.device)  # only these are read
