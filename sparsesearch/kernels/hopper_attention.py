@@ -14,8 +14,8 @@ What limits it (H200, tests/golden/attention_h200.json; counters by `sparsesearc
 time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (470-540, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (57 % each)
 nor issue slots (39 %) were full with two arrivals a step, the kernel that was counted. Of its step of 1,810 cycles (instructions sampled, sparse) exponentials took
 890-1,130, where 560 would do alone: the other warpgroup's products read and write their sums through the same registers, and its exponentials
-overlap. 130 were waits of a warpgroup for its own threads before it arrives at a barrier, 70 two tests whether a copy has come, and 80
-four jumps over code that seldom runs (each warpgroup has its own copy). One arrival a step, all waits before the turn and the test for fresh rows
+overlap. 90-130 were waits at barriers (its turn, its scores, its own threads before each arrival), 70 two tests whether a copy has come, 80 four
+jumps over code that seldom runs (each warpgroup has its own copy). One arrival a step, all waits before the turn and the test for fresh rows
 before the exponentials then made it 1-5 % faster. Tried and not faster: values released with the next keys; keys and the values before them under
 one full barrier; weights rounded under the scores' product; scores first, and the product with values between exponentials; named barriers for
 arrivals; a sixteenth or more of the exponentials as polynomials (5-8 % slower); three consumers of 64 rows spill.
