@@ -109,6 +109,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone; arguments and errors as of `load_model`."""
     place = locate(source)
+    _refuse_diffusers(place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(place, Path) and place.suffix == ".gguf":
         options["gguf_file"], place = place.name, place.parent
@@ -140,7 +141,8 @@ def load_weights(
         raise SpecError(f"unknown dtype {dtype!r}.{nearest(dtype, DTYPES)}")
     place = locate(source)
     _refuse_diffusers(place)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = dict(origin)
     on_cpu = device == "cpu" and (device_map is None or not torch.cuda.is_available())
     options["dtype"] = "float32" if dtype == "auto" and on_cpu else dtype
     if isinstance(place, Path) and place.suffix == ".gguf":
@@ -149,7 +151,8 @@ def load_weights(
         options |= {"gguf_file": place.name, "attn_implementation": "sdpa"}
         place = place.parent
     elif not with_plan:
-        options["config"] = _without_plan(_load(AutoConfig, source, place, **options))
+        # a config that is told the type "auto" keeps that word for its type
+        options["config"] = _without_plan(_load(AutoConfig, source, place, **origin))
     if device_map is not None:
         _require_accelerate(device_map)
         options["device_map"] = device_map

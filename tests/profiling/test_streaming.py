@@ -127,3 +127,13 @@ def test_device_maps_by_name(tiny: object, tmp_path: Path) -> None:
     mapped = load_weights(tmp_path / "model", device_map="auto")
     truth = profile_model(model, request_for(describe(model, "tiny")), tmp_path / "whole")
     same_scores(profile_model(mapped, request_for(describe(mapped, "tiny")), tmp_path / "mapped"), truth)
+
+
+def test_off_the_cpu_a_model_keeps_its_own_type(tiny: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    model: PreTrainedModel = tiny("llama")  # type: ignore[operator]
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert load_weights(tmp_path / "model", device_map="cpu", with_plan=False).dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for with_plan in (True, False):
+        assert load_weights(tmp_path / "model", device_map="cpu", with_plan=with_plan).dtype == torch.bfloat16
