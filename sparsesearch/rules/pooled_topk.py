@@ -58,9 +58,8 @@ class PooledTopk(Rule):
         return grid.reachable(scores.device) & (best | always)
 
     def keeps_all(self, grid: BlockGrid) -> bool:
-        """Where every row's budget is all that it can reach."""
-        reach = grid.q_blocks() + 1 if grid.causal else grid.num_k_blocks
-        return bool((self.keep.row_blocks(grid) >= reach).all())
+        """Where every row's budget is all that it can reach: a budget grows no faster than the keys, so the last row decides."""
+        return max(1, blocks_of(self.keep.tokens(grid.kv_len), grid.block_tokens)) >= grid.num_k_blocks
 
     @classmethod
     def examples(cls) -> list[Self]:
