@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -40,7 +40,9 @@ KERNELS = "hopper_attention|cudnn"
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 STALLS = ("barrier", "dispatch_stall", "gmma", "long_scoreboard", "math_pipe_throttle", "mio_throttle", "no_instruction", "not_selected",
           "short_scoreboard", "wait")  # fmt: skip
-COUNTERS = {
+Counters: TypeAlias = dict[str, tuple[str, float]]
+"""Name of ours: name in `ncu`, and its unit in ours; names that begin with `stalls.` are put together."""
+COUNTERS: Counters = {
     "seconds": ("gpu__time_duration.sum", 1e-9),
     "hz": ("gpc__cycles_elapsed.avg.per_second", 1.0),
     "elapsed_cycles": ("gpc__cycles_elapsed.max", 1.0),
@@ -67,35 +69,52 @@ def run(cases: Sequence[tuple[int, int, PlanName]] = CASES, *, command: list[str
         raise UnsupportedKernelError(
             "clock and power are read through nvidia-ml-py, which is not installed: pip install 'sparsesearch[counters]'."
         )
+    launched, counted = profile("sparsesearch.bench.counters", json.dumps(cases), KERNELS, COUNTERS)
+    return {
+        "format": "sparsesearch.bench.counters",
+        "provenance": provenance(command),
+        "rows": [row | counters for row, counters in zip(launched, counted, strict=True)],
+    }
+
+
+def profile(
+    module: str, cases: str, kernels: str, counters: Counters
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run `python -m module --child cases` under `ncu`: what it prints in its last line, and the counters of every launch it profiles.
+
+    Args:
+        module: turns the profiler on (`cudaProfilerStart`) around what is to be counted.
+        cases: passed to it.
+        kernels: regular expression of the kernels' names.
+        counters: what to count, and under which names.
+
+    Raises:
+        UnsupportedKernelError: there is no `ncu`, or it may not read counters here.
+    """
     if shutil.which("ncu") is None:
         raise UnsupportedKernelError("counters need Nsight Compute: put `ncu` of the CUDA toolkit on PATH.")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log.csv")
-        metrics = ",".join(metric for metric, _ in COUNTERS.values())
+        metrics = ",".join(metric for metric, _ in counters.values())
         done = subprocess.run(
             ["ncu", "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off", "--page", "raw", "--csv",
-             "--print-units", "base", "-k", f"regex:{KERNELS}", "--metrics", metrics, "--log-file", str(log),
-             sys.executable, "-m", "sparsesearch.bench.counters", "--child", json.dumps(cases)],
+             "--print-units", "base", "-k", f"regex:{kernels}", "--metrics", metrics, "--log-file", str(log),
+             sys.executable, "-m", module, "--child", cases],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         text = log.read_text() if log.exists() else ""
     if done.returncode or '"ID"' not in text:
         raise UnsupportedKernelError(f"ncu read no counters: {(done.stderr + text)[-400:]}")
-    launched = json.loads(done.stdout.splitlines()[-1])
-    return {
-        "format": "sparsesearch.bench.counters",
-        "provenance": provenance(command),
-        "rows": [row | counted for row, counted in zip(launched, parse(text), strict=True)],
-    }
+    return json.loads(done.stdout.splitlines()[-1]), parse(text, counters)
 
 
-def parse(text: str) -> list[dict[str, Any]]:
+def parse(text: str, counters: Counters) -> list[dict[str, Any]]:
     """Rows of `ncu --page raw --csv --print-units base`, one per launch, in units of our names."""
     table = list(csv.DictReader(io.StringIO(text[text.index('"ID"') :])))
     rows: list[dict[str, Any]] = []
     for launch in table[1:]:  # the first holds units
         row: dict[str, Any] = {"stalls": {}}
-        for name, (metric, unit) in COUNTERS.items():
+        for name, (metric, unit) in counters.items():
             value = float(launch[metric].replace(",", "")) * unit
             if name.startswith("stalls."):
                 row["stalls"][name.removeprefix("stalls.")] = value

@@ -112,7 +112,7 @@ def _one_shape(
             )
     for share in kept:
         for kind in ("uniform", "ragged"):
-            lens = _lengths(kind, share, batch, num_kv_heads, length)
+            lens = lengths_of(kind, share, batch, num_kv_heads, length)
             seconds = _step_s(partial(ragged, lens), copies, budget_s)
             row = {"kernel": "ragged_decode", "lengths": kind, "kept": share, "bytes": int(lens.sum()) * head_dim * 4}
             if costs is not None:
@@ -152,7 +152,7 @@ def _ceilings_of(caches: list[list[Tensor]], num_bytes: int, budget_s: float) ->
         yield kernel, _step_s(work, len(flat), budget_s)
 
 
-def _lengths(kind: str, share: float, batch: int, num_kv_heads: int, length: int) -> Tensor:
+def lengths_of(kind: str, share: float, batch: int, num_kv_heads: int, length: int) -> Tensor:
     """Keys per pair; ragged ones have the same sum as uniform ones."""
     uniform = torch.full((batch, num_kv_heads), share * length)
     if kind == "ragged":

@@ -95,6 +95,7 @@ def ragged_decode(
 ) -> tuple[Tensor, Tensor]:
     """One query per head over ragged keys; `decode.ragged_decode` is its caller and describes the arguments."""
     from sparsesearch.kernels import triton_decode
+    from sparsesearch.kernels.triton_skinny import starts_early
 
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -104,7 +105,8 @@ def ragged_decode(
     workers = sms * triton_decode.WORKERS_PER_SM
     with torch.cuda.device(q.get_device()):
         triton_decode.launch(
-            q, k, v, kv_start, kv_lens, table, out, lse, scale=scale, page_tokens=page_tokens, workers=workers
+            q, k, v, kv_start, kv_lens, table, out, lse,
+            scale=scale, page_tokens=page_tokens, workers=workers, early=starts_early(q),
         )  # fmt: skip
     return out, lse
 

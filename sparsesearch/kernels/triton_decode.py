@@ -8,12 +8,14 @@ part of pair p in slot w + p, which is unique because a step to the next part mo
 merges them by their log-sum-exp.
 
 On Hopper both kernels are launched while the one before still runs (programmatic dependent launch) and wait for its results on the device.
-With few heads the merge is launched at once and waits beside the workers, and a worker's first block is brought into L2 before the wait (at
-134 MB 3 % faster, H200). With many, programs of the merge that wait would keep a third worker off every multiprocessor, so it is launched
-when the workers have read their shares (8 sequences: 3 workers 18 % slower with an early merge, 6 % faster with a late one, than 2 workers).
+The merge waits beside the workers, and a worker's first block is brought into L2 before the wait (at 134 MB 3 % faster, H200). Programs of the
+merge must leave room for three workers on every multiprocessor: each quarter of one has 16,384 registers, of which the workers' warps take
+14,592, so it has room for a warp of up to 56 registers per thread (8 and 16 sequences of 134 MB: 3 and 5 % faster than a merge that is
+launched when the workers have read their shares, which is faster than one that takes a third worker's room). With more pairs than a warp can
+add up in so few registers the merge is launched late.
 
 Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
-blocks in turns.
+blocks in turns, more than one block brought into L2 before or after the wait (1-4 %), shares in units of 16 keys (2-3 %).
 
 Tried on an H200 and withdrawn: workers that stream their share through a ring in shared memory, filled by the tensor copy engine across the borders
 of pairs, their first blocks read while the merge before runs. In a trial of up to 64 pairs it took 3 to 5 % less time at 134 MB and 4 % at 268 MB;
@@ -29,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparsesearch.kernels.triton_skinny import LINE_BYTES, ask_for, starts_early
+from sparsesearch.kernels.triton_skinny import LINE_BYTES, ask_for
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -42,6 +44,7 @@ IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about a
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
 WORKERS_PER_SM = 3  # most loads in flight
 MANY_HEADS = 256
+THIN_PAIRS = 256  # pairs that a warp of the merge adds up in 56 registers per thread
 
 
 @triton.jit
@@ -210,23 +213,26 @@ def merge_decode_parts(
     tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
 
 
-def is_late(num_heads: int) -> bool:
+def is_late(num_pairs: int) -> bool:
     """Whether the merge is launched only when the workers have read their shares."""
-    return num_heads >= MANY_HEADS
+    return num_pairs > THIN_PAIRS
 
 
-def blocks_ahead(num_heads: int) -> int:
-    """Blocks of each worker that are brought into L2 while the kernel before still runs."""
-    return 0 if is_late(num_heads) else 1
+def merge_shape(num_heads: int, num_pairs: int, workers: int, padded: int) -> tuple[int, int, int]:
+    """Warps of one program of the merge, columns it merges, and parts it reads at once."""
+    if num_heads >= MANY_HEADS and not is_late(num_pairs):
+        return 1, padded, 4
+    # few heads: their columns are shared out too; as many parts at once as a pair longer than the others may have
+    parts = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
+    return 4, padded if num_heads >= MANY_HEADS else min(padded, 32), parts
 
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, kv_lens: Tensor, table: Tensor | None, out: Tensor, lse: Tensor,
-    *, scale: float, page_tokens: int, workers: int,
+    *, scale: float, page_tokens: int, workers: int, early: bool,
 ) -> None:  # fmt: skip
-    """Run both kernels. Shapes as in `decode.ragged_decode`."""
+    """Run both kernels. Shapes as in `decode.ragged_decode`; `early` that they may start before the kernel in front of them is over."""
     num_pairs = kv_lens.numel()
-    early = starts_early(q)
     num_heads = q.shape[0] * q.shape[1]
     group = num_heads // num_pairs
     fixed = constants(
@@ -242,15 +248,11 @@ def launch(
         q, k, v, kv_start, kv_lens, pages, parts, lse_parts, num_pairs, k.shape[0], k.stride(0), v.stride(0), pages.stride(0), scale,
         **fixed, **options,
     )  # fmt: skip
-    shared = {
-        name: value for name, value in fixed.items() if name not in ("ROWS", "PAGE", "PRECISION", "AHEAD", "LATE")
-    }
-    # few heads: their columns are shared out too; parts are read in as many rows at once as a pair longer than the others may have
-    cols = padded if num_heads >= MANY_HEADS else min(padded, 32)
-    chunk = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
+    shared = {name: fixed[name] for name in MERGE_CONSTANTS}
+    warps, cols, chunk = merge_shape(num_heads, num_pairs, workers, padded)
     merge_decode_parts[(num_heads, padded // cols)](
         out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=chunk, COLS=cols,
-        **(options | {"num_stages": 1}),
+        **(options | {"num_warps": warps, "num_stages": 1}),
     )  # fmt: skip
 
 
@@ -270,9 +272,10 @@ def constants(
         "PAGE": page_tokens,
         "PRECISION": "ieee" if fp32 else "tf32",
         "EARLY": early,
-        "AHEAD": blocks_ahead(group * num_pairs),
-        "LATE": is_late(group * num_pairs),
+        "AHEAD": 0 if is_late(num_pairs) else 1,  # blocks brought into L2 before the wait
+        "LATE": is_late(num_pairs),
     }
 
 
+MERGE_CONSTANTS = ("GROUP", "BN", "D", "DV", "PAIRS", "UNIT", "IDLE", "EARLY")
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}

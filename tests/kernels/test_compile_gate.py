@@ -43,7 +43,9 @@ def check(rows: list[dict[str, Any]]) -> None:
         kind = row["name"].split()[0]
         if kind == "decode":  # three blocks must fit a multiprocessor, or too few loads are in flight
             assert 3 * row["shared_bytes"] <= 232_448, row
-            assert 3 * 128 * row["registers"] <= 65_536, row
+            assert 3 * row["registers"] * 32 + 56 * 32 <= 65_536 / 4, row  # and a warp of the merge beside them
+        elif kind == "merge":
+            assert row["registers"] <= 56, row
         elif (
             kind == "skinny"
         ):  # two programs must fit a multiprocessor: the next product's first one beside this one's last

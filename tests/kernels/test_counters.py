@@ -27,7 +27,7 @@ def test_shares_are_fractions_and_times_are_seconds() -> None:
             ",".join(f'"{value}"' for value in ("0", "hopper_attention", *values)),
         ]
     )
-    (row,) = parse(text)
+    (row,) = parse(text, COUNTERS)
     assert row["seconds"] == pytest.approx(145.984e-6)
     names = list(COUNTERS)
     assert row["tensor"] == pytest.approx(10.0 * (names.index("tensor") + 1))

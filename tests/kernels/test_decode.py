@@ -7,6 +7,7 @@ from torch import Tensor
 from sparsesearch.errors import SpecError, UnsupportedKernelError
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.reference import masked_attention
+from sparsesearch.kernels.triton_skinny import starts_early
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -82,9 +83,36 @@ def test_shares_of_any_number_of_workers(workers: int) -> None:
     lens = [1, 0, 33, 16, 0, 129, 15, 300]
     q, k, v, starts, kv_lens = _case(lens, batch=2, heads=12, head_dim=16, seed=workers)
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan, device=DEVICE)
-    triton_decode.launch(q, k, v, starts, kv_lens, None, out, lse, scale=0.3, page_tokens=64, workers=workers)
+    triton_decode.launch(
+        q, k, v, starts, kv_lens, None, out, lse, scale=0.3, page_tokens=64, workers=workers, early=starts_early(q)
+    )
     keys = [torch.arange(int(a), int(a) + n) for a, n in zip(starts, lens, strict=True)]
     _assert_close((out, lse), _expected(q, k, v, keys, 0.3))
+
+
+@pytest.mark.parametrize("thin", [64, 4], ids=["thin merge", "late merge"])
+def test_merges_of_many_heads(thin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsesearch.kernels import triton_decode
+
+    monkeypatch.setattr(triton_decode, "MANY_HEADS", 8)
+    monkeypatch.setattr(triton_decode, "THIN_PAIRS", thin)
+    lens = [33, 0, 200, 7, 1, 64, 130, 15]
+    q, k, v, starts, kv_lens = _case(lens, batch=2, heads=16, head_dim=16)
+    got = ragged_decode(q, k, v, starts, kv_lens, scale=0.3)
+    keys = [torch.arange(int(a), int(a) + n) for a, n in zip(starts, lens, strict=True)]
+    _assert_close(got, _expected(q, k, v, keys, 0.3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "num_kv_heads", "group"), [(8, 8, 4), (150, 2, 1), (260, 2, 1)])
+def test_many_pairs(batch: int, num_kv_heads: int, group: int) -> None:
+    """Merges of one warp, merges launched late, and more pairs than a worker holds the first rows of."""
+    generator = torch.Generator().manual_seed(batch)
+    lens = torch.randint(0, 300, (batch * num_kv_heads,), generator=generator).tolist()
+    q, k, v, starts, kv_lens = _case(lens, batch=batch, heads=num_kv_heads * group, head_dim=64)
+    got = ragged_decode(q, k, v, starts, kv_lens, scale=0.3)
+    keys = [torch.arange(int(a), int(a) + n) for a, n in zip(starts, lens, strict=True)]
+    _assert_close(got, _expected(q, k, v, keys, 0.3))
 
 
 def test_no_key_gives_zero() -> None:
