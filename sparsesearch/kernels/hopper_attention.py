@@ -11,10 +11,14 @@ beyond the tensor read zeros. Rows of V that a list reaches must be finite: a ma
 
 What limits it (H200, tests/golden/attention_h200.json; counters by `sparsesearch.bench.counters`, tests/golden/counters_h200.json). head_dim 128 at
 32k: power. It computes 620-720 TFLOP/s on its blocks, cuBLAS 686 in a product of 8192 cubed on the same card; the matrix units are busy 88 % of the
-time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (450-530, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (57 % each)
-nor issue slots (39 %) are full. A warpgroup's own chain of scores, exponentials, rounding and barriers is longer than what the other fills, and
-consumers wait 4 % of the time for instructions, of which each has its own copy (9 % where TURNS was tried on sparse tiles at 8k). Tried and 5-10 %
-slower: values released with the next keys; keys and the values before them under one barrier; three consumers of 64 rows spill.
+time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (480-530, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (57 % each)
+nor issue slots (39 %) are full. Of a warpgroup's step of 1,810 cycles (instructions sampled, sparse, with two arrivals a step) exponentials take
+890-1,130, where 560 would do alone: the other warpgroup's products read and write their sums through the same registers, and its exponentials
+overlap. 130 are waits of a warpgroup for its own threads before it arrives at a barrier, 70 are two tests whether a copy has come, and 80 are
+four jumps over code that seldom runs (each warpgroup has its own copy). One arrival a step, all waits before the turn and the test for fresh rows
+before the exponentials then made it 1-5 % faster. Tried and not faster: values released with the next keys; keys and the values before them under
+one full barrier; weights rounded under the scores' product; scores first, and the product with values between exponentials; named barriers for
+arrivals; a sixteenth or more of the exponentials as polynomials (5-8 % slower); three consumers of 64 rows spill.
 At 8k a sparse tile has five blocks: its output, the first block's exponentials (ptxas puts them after the last product, see `hopper_softmax`) and the
 masks of its last block cost about one more, and launch, drain and workers that finish early 6 % of the time at head_dim 128 and 11 % at 64.
 """

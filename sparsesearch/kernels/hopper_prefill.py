@@ -25,11 +25,10 @@ class HopperConfig:
     overlap_tiles: bool = True
 
 
-LONG_KEYS = 32768
+LONG_KEYS = 8192
 """From here on, in causal attention up to head_dim 64, registers hold a tile's queries (HELD), which spares a fifth of what the products read from
-shared memory, and the consumers issue in turn (TURNS, `hopper_turns`): up to 5 % faster at 32k, measured. At 8k both together gained nothing when
-interleaved, and lost up to 5 % from one run to the next, as without a causal mask at 32k. At head_dim 128, queries would spill 150 bytes a thread,
-and turns gained nothing."""
+shared memory, and the consumers issue in turn (TURNS, `hopper_turns`): 2-4 % faster at 8k and more at 32k, measured interleaved on an H200. Without a
+causal mask it gained nothing. At head_dim 128, queries would spill 150 bytes a thread, and turns gained nothing."""
 TILE_ROWS = 128
 """Three consumers of 64 rows would have 160 registers each: ptxas spills 1.2 KB of the late softmax at head_dim 64, 256 bytes of the exact one."""
 CONFIGS: dict[tuple[int, int], HopperConfig] = {

@@ -1,8 +1,8 @@
 """Two warpgroups that issue matrix instructions in turn, so that one takes exponentials while the other multiplies.
 
 Left alone, both issue at once, get their scores late together, and then share the exponentials while the matrix units wait. A warpgroup asks
-for its turn before the products of a step and gives it away once they are issued (Shah et al. 2024, FlashAttention-3, arXiv:2407.08608,
-section 3.1). Gluon has no named barriers, so they are in PTX. Each warpgroup takes and gives as many turns as the other: once a key block.
+for its turn before the products of a step, once what they read is there, and gives it away once they are issued (Shah et al. 2024,
+FlashAttention-3, arXiv:2407.08608, section 3.1). Gluon has no named barriers, so they are in PTX. Each warpgroup takes and gives as many turns as the other: once a key block.
 """
 
 import triton

@@ -55,7 +55,7 @@ def hopper(
         "scale": "fp32",
     }
     constants = hopper_prefill.constants(
-        config, num_heads=32, group=4, head_dim=head_dim, num_keys=hopper_prefill.LONG_KEYS if long else 8192, causal=causal, bias=bias, masks=masks
+        config, num_heads=32, group=4, head_dim=head_dim, num_keys=hopper_prefill.LONG_KEYS - (not long), causal=causal, bias=bias, masks=masks
     )  # fmt: skip
     return compile_report(kernel, types, constants, options=hopper_prefill.OPTIONS)
 
