@@ -2,9 +2,12 @@
 
 import functools
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import typer
@@ -33,6 +36,14 @@ KEPT = (*PLACES, "measured")
 """Parameters that may name the place of a result: results themselves, and a record that is written anew."""
 WRITE_FOLDERS = ("apply", "convert", "heal", "profile", "quickstart", "search", "tune")
 """Commands whose `out` may be a folder; that of the others is a file."""
+
+
+def interrupt_again(ignored: Any) -> None:
+    """For `sys.unraisablehook`: Ctrl-C that falls into a destructor is raised there, and Python drops it. Give it to the main thread once more."""
+    if ignored.exc_type is not None and issubclass(ignored.exc_type, KeyboardInterrupt):
+        Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # not from here, which is inside the destructor
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

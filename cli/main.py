@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from . import (
     bench,
+    calibrate,
     deploy,
     exchange,
     front,
@@ -25,6 +27,7 @@ from . import (
     tune,
 )
 from .command import Command
+from .errors import interrupt_again
 
 app = typer.Typer(
     name="sparsesearch",
@@ -36,7 +39,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 110},
 )
 ROOMS = (
-    *(quickstart, measure, search, plan, reuse, heal, tune, lint, predict),
+    *(quickstart, measure, calibrate, search, plan, reuse, heal, tune, lint, predict),
     *(deploy, exchange, judge, front, bench, listing),
 )
 for room in ROOMS:
@@ -127,6 +130,7 @@ def _refusal(option: str, message: str, name: str = "", known: Any = ()) -> type
 def main() -> None:
     """The entry point; commands that run no model start without transformers."""
     os.environ.setdefault("SPARSESEARCH_REGISTER", "later")
+    sys.unraisablehook = interrupt_again
     app()
 
 

@@ -30,7 +30,14 @@ def diff(
         lines(f"the plans run the same: all {found.num_heads} heads follow equal rules")
     else:
         layers = {module: index for index, module in enumerate(first.base_model.modules)}
-        rows = [[f"{layers[change.module]}:{change.head}", change.before, change.after] for change in found.changes]
+        rows = [
+            [
+                f"{layers[change.module]}:{change.head}{change.steps and f', steps {change.steps}'}",
+                change.before,
+                change.after,
+            ]
+            for change in found.changes
+        ]
         table(f"{len(rows)} of {found.num_heads} heads differ", ["layer:head", str(plan_a), str(plan_b)], rows)
     for name, before, after in found.other_fields:
         lines(f"{name}: {before} -> {after}")
@@ -58,12 +65,16 @@ def explain(
     if json:
         emit_json(asdict(found))
     elif isinstance(found, PlanExplanation):
-        table(f"{found.num_heads} query heads", ["rule", "heads"], found.kinds)
+        each = ", once in each range of steps" if found.steps else ""
+        table(f"{found.num_heads} query heads{each}", ["rule", "heads"], found.kinds)
         table(
             "layers",
             ["module", "density", "rules"],
             [[m, d, ", ".join(f"{k} {n}" for k, n in kinds)] for m, d, kinds in found.layers],
         )
+        if found.steps:
+            shown = [[label, share, ", ".join(f"{k} {n}" for k, n in kinds)] for label, share, kinds in found.steps]
+            table("denoising steps", ["steps", "density", "rules"], shown)
         for name, summary in found.parts:
             lines(f"{name}: {summary}")
     else:
@@ -74,6 +85,8 @@ def explain(
             lines(f"while decoding: {found.decode_rule}")
         table("parameters", ["name", "value", "meaning"], found.parameters)
         table("density", ["length", "share of dense"], list(found.densities.items()))
+        if found.steps:
+            table("denoising steps; the above is of the first", ["steps", "rule", "share of dense"], found.steps)
         if found.alternatives:
             table(
                 "alternatives",

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsesearch.block_mask import BlockGrid, density
+from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import PlanMismatchError
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
@@ -12,7 +12,7 @@ from sparsesearch.rules.base import Rule
 
 @dataclass(frozen=True)
 class HeadChange:
-    """One query head whose rule differs."""
+    """One query head whose rule differs; `steps` is the range of denoising steps, empty without a schedule."""
 
     module: str
     head: int
@@ -20,6 +20,16 @@ class HeadChange:
     after: str
     density_before: float | None
     density_after: float | None
+    steps: str = ""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Denoising steps over which one table of assignments holds; without a schedule, everything."""
+
+    label: str
+    num_steps: int
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -28,10 +38,10 @@ class PlanDiff:
 
     Attributes:
         length_tokens: the length at which densities are stated.
-        num_heads: query heads of the model.
+        num_heads: query heads of the model, once in each range of denoising steps that both plans have.
         changes: heads whose rule differs, in model order.
         moves: (kind before, kind after) -> heads, most frequent first.
-        density: static tiles of a and of b over those of dense; None where a dynamic rule decides at run time.
+        density: static tiles of a and of b over those of dense, ranges of steps counting alike; None where a dynamic rule decides at run time.
         other_fields: plan fields besides rules and assignments that differ, as (name, a, b); what is long is summed up.
     """
 
@@ -61,31 +71,43 @@ def diff(plan_a: Plan, plan_b: Plan) -> PlanDiff:
         )
     length = max([*plan_a.lengths_tokens, *plan_b.lengths_tokens])
     cost_a, cost_b = TileShares(plan_a, length), TileShares(plan_b, length)
-    pairs = list(zip(plan_a.heads(), plan_b.heads(), strict=True))
+    tables = _tables(plan_a, plan_b)
+    pairs = [(steps, *heads) for steps, a, b in tables for heads in zip(a.heads(), b.heads(), strict=True)]
     changes = tuple(
-        HeadChange(module, head, before.label, after.label, cost_a.of(before), cost_b.of(after))
-        for (module, head, before), (_, _, after) in pairs
+        HeadChange(module, head, before.label, after.label, cost_a.of(before), cost_b.of(after), steps)
+        for steps, (module, head, before), (_, _, after) in pairs
         if before != after
     )
-    moves = Counter((before.kind, after.kind) for (_, _, before), (_, _, after) in pairs if before != after)
+    moves = Counter((before.kind, after.kind) for _, (_, _, before), (_, _, after) in pairs if before != after)
     return PlanDiff(
         length,
         len(pairs),
         changes,
         tuple((before, after, count) for (before, after), count in sorted(moves.items(), key=lambda m: (-m[1], m[0]))),
         (
-            cost_a.mean([before for (_, _, before), _ in pairs]),
-            cost_b.mean([after for _, (_, _, after) in pairs]),
+            cost_a.mean([before for _, (_, _, before), _ in pairs]),
+            cost_b.mean([after for _, _, (_, _, after) in pairs]),
         ),
         _other_fields(plan_a, plan_b),
     )
+
+
+def _tables(plan_a: Plan, plan_b: Plan) -> list[tuple[str, Plan, Plan]]:
+    """Ranges of steps that both plans have, with what holds there; else the plans' own tables, of the steps outside all ranges."""
+    a, b = spans_of(plan_a), spans_of(plan_b)
+    if [span.label for span in a] != [span.label for span in b]:
+        return [("", plan_a, plan_b)]
+    return [(one.label, one.plan, other.plan) for one, other in zip(a, b, strict=True)]
 
 
 class TileShares:
     """Share of dense's tiles of each rule at one length, computed once per rule; None where the data decide."""
 
     def __init__(self, plan: Plan, length_tokens: int) -> None:
-        self._grid = BlockGrid(length_tokens, length_tokens, plan.block_tokens)
+        layout = plan.layout
+        self._grid = BlockGrid(
+            length_tokens, length_tokens, plan.block_tokens, causal=layout is None or layout.causal, layout=layout
+        )
         self._known: dict[Rule, float | None] = {}
 
     def of(self, rule: Rule) -> float | None:
@@ -94,7 +116,8 @@ class TileShares:
             if rule.dynamic:
                 self._known[rule] = 1.0 if rule.keeps_all(self._grid) else None
             else:
-                self._known[rule] = density(rule.select(self._grid), self._grid)
+                work = float(rule.work(rule.levels(self._grid), self._grid))
+                self._known[rule] = work / float(self._grid.reachable().sum())
         return self._known[rule]
 
     def mean(self, rules: Sequence[Rule]) -> float | None:
@@ -102,6 +125,23 @@ class TileShares:
         shares = [self.of(rule) for rule in rules]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if len(known) == len(shares) else None
+
+
+def spans_of(plan: Plan) -> list[Span]:
+    """The ranges of a plan's schedule, and the steps outside them, as plans without one."""
+    schedule = plan.schedule
+    if schedule is None:
+        return [Span("", 1, plan)]
+    found, outside = [], schedule.num_steps
+    for place, item in enumerate(schedule.ranges):
+        first, last = item.first, item.end - 1
+        chunks = "" if item.chunks is None else f", chunks from {item.chunks[0]}"
+        table = plan.model_copy(update={"assignments": schedule.assignments(place), "schedule": None})
+        found.append(Span(f"{first}-{last}{chunks}", item.end - item.first, table))
+        outside -= 0 if item.chunks is not None else item.end - item.first
+    if outside and not schedule.by_chunk:
+        found.append(Span("others", outside, plan.model_copy(update={"schedule": None})))
+    return found
 
 
 def _other_fields(plan_a: Plan, plan_b: Plan) -> tuple[tuple[str, str, str], ...]:

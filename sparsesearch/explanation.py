@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsesearch.comparison import PARTS, TileShares
+from sparsesearch.comparison import PARTS, TileShares, spans_of
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
@@ -26,6 +26,7 @@ class HeadExplanation:
         shares_kv_with: (head, rule) of the other query heads that read the same KV head.
         decode_rule: label of the rule for generated tokens.
         removed: whether the plan takes the head out of the model, so that no rule applies.
+        steps: (range of denoising steps, rule, share of dense's tiles or None), of plans with a schedule; the rest speaks of the first range.
         alternatives: the profile's candidates for this head, least loss first; empty without scores.
     """
 
@@ -39,6 +40,7 @@ class HeadExplanation:
     shares_kv_with: tuple[tuple[int, str], ...]
     decode_rule: str
     removed: bool
+    steps: tuple[tuple[str, str, float | None], ...] = ()
     alternatives: tuple["Alternative", ...] = ()
 
 
@@ -58,11 +60,12 @@ class PlanExplanation:
 
     Attributes:
         num_heads: query heads.
-        kinds: (kind, heads), most frequent first.
+        kinds: (kind, heads), most frequent first; with a schedule, heads count once in each range of steps, here and in `layers`.
         densities: length in tokens -> share of dense's tiles over all heads; None where the data decide.
         layers: (module, share of dense's tiles at the longest length or None, kinds of its heads).
         dense_heads: addresses `module:head` of the heads left dense: those that the search found it could not cut.
         parts: what the plan holds besides `kinds`, as (field, summary): rules of decoding, steps, removals.
+        steps: (range of denoising steps, share of dense's tiles or None, kinds of its heads); empty without a schedule.
     """
 
     num_heads: int
@@ -71,6 +74,7 @@ class PlanExplanation:
     layers: tuple[tuple[str, float | None, tuple[tuple[str, int], ...]], ...]
     dense_heads: tuple[str, ...]
     parts: tuple[tuple[str, str], ...]
+    steps: tuple[tuple[str, float | None, tuple[tuple[str, int], ...]], ...] = ()
 
 
 def explain(
@@ -90,28 +94,44 @@ def explain(
 
 
 def _explain_plan(plan: Plan) -> PlanExplanation:
-    rules = [rule for _, _, rule in plan.heads()]
+    spans = spans_of(plan)
     shares = {length: TileShares(plan, length) for length in plan.lengths_tokens}
-    longest = TileShares(plan, max(plan.lengths_tokens))
+    longest = shares[max(plan.lengths_tokens)]
+    rules = {span.label: [rule for _, _, rule in span.plan.heads()] for span in spans}
+
+    def density(share: TileShares, module: str | None = None) -> float | None:
+        """Over all steps, of a layer or of all."""
+        parts = [share.mean(rules[s.label] if module is None else s.plan.module_rules(module)) for s in spans]
+        known = [part * span.num_steps for part, span in zip(parts, spans, strict=True) if part is not None]
+        return sum(known) / sum(span.num_steps for span in spans) if len(known) == len(parts) else None
+
+    def counted(module: str) -> tuple[tuple[str, int], ...]:
+        return _counted([rule for span in spans for rule in span.plan.module_rules(module)])
+
+    always_dense = set.intersection(
+        *({(module, head) for module, head, rule in span.plan.heads() if rule.kind == "dense"} for span in spans)
+    )
     return PlanExplanation(
-        len(rules),
-        _counted(rules),
-        {length: share.mean(rules) for length, share in shares.items()},
-        tuple(
-            (module, longest.mean(plan.module_rules(module)), _counted(plan.module_rules(module)))
-            for module in plan.base_model.modules
-        ),
-        tuple(f"{module}:{head}" for module, head, rule in plan.heads() if rule.kind == "dense"),
+        plan.base_model.geometry.total_heads,
+        _counted([rule for own in rules.values() for rule in own]),
+        {length: density(share) for length, share in shares.items()},
+        tuple((module, density(longest, module), counted(module)) for module in plan.base_model.modules),
+        tuple(f"{module}:{head}" for module, head, _ in plan.heads() if (module, head) in always_dense),
         tuple((name, summary(plan)) for name, summary in PARTS.items() if getattr(plan, name)),
+        ()
+        if plan.schedule is None
+        else tuple((span.label, longest.mean(rules[span.label]), _counted(rules[span.label])) for span in spans),
     )
 
 
 def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None) -> HeadExplanation:
-    rules = plan.module_rules(module)
+    spans, share = spans_of(plan), TileShares(plan, max(plan.lengths_tokens))
+    rules = spans[0].plan.module_rules(module)
     rule = rules[head]
     index = plan.base_model.modules.index(module)
     group = plan.base_model.num_heads[index] // plan.base_model.num_kv_heads[index]
     mates = [other for other in range(head // group * group, (head // group + 1) * group) if other != head]
+    by_step = [(span.label, span.plan.module_rules(module)[head]) for span in spans]
     return HeadExplanation(
         module,
         head,
@@ -125,8 +145,9 @@ def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None)
         ),
         {length: TileShares(plan, length).of(rule) for length in plan.lengths_tokens},
         tuple((other, rules[other].label) for other in mates),
-        plan.decode_rule(module, head).label,
+        spans[0].plan.decode_rule(module, head).label,
         head in plan.removed_heads(module),
+        () if plan.schedule is None else tuple((label, own.label, share.of(own)) for label, own in by_step),
         () if scores is None else _alternatives(scores, module, head, rule),
     )
 

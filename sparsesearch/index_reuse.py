@@ -113,7 +113,7 @@ def reused_in_decoding(plan: Plan) -> Plan:
         SpecError: no source can.
     """
     modules, rules, changed = plan.base_model.modules, dict(plan.rules), 0
-    sources = {source for _, head, rule in plan.heads() if (source := rule.source_head(head)) is not None}
+    sources = {source[0] for _, head, rule in plan.heads() if (source := rule.source_head(head)) is not None}
 
     def leaves(layer: int, head: int) -> bool:
         rule = plan.rule(modules[layer], head)
@@ -124,7 +124,7 @@ def reused_in_decoding(plan: Plan) -> Plan:
         own = list(plan.module_rules(module))
         for head, rule in enumerate(own):
             source = rule.source_head(head)
-            if (isinstance(rule, DenseSource) and (layer, head) in sources) or (source and leaves(*source)):
+            if (isinstance(rule, DenseSource) and layer in sources) or (source and leaves(*source)):
                 own[head] = rule.model_copy(update={"decode": True})
                 changed += source is not None
         rules |= {rule.label: rule for rule in own}

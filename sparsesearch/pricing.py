@@ -17,6 +17,7 @@ from numpy import ndarray
 
 from sparsesearch.artifacts import read_text
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.cost import NAME_ONE
 from sparsesearch.cost.base import CostModel, DecodeWork
 from sparsesearch.cost.layer_calls import unit_work
 from sparsesearch.errors import PlanMismatchError, SpecError
@@ -134,7 +135,7 @@ class Pricer:
 
     def _model(self) -> CostModel:
         if self.cost_model is None:
-            raise SpecError("a budget in time must have a cost model. Pass --device cpu or --device roofline:h100.")
+            raise SpecError(f"a budget in time must have a cost model. {NAME_ONE}")
         return self.cost_model
 
 

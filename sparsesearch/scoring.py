@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from sparsesearch.cost import NAME_ONE
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
@@ -238,9 +239,7 @@ def _metrics(question: Question) -> set[str]:
     metrics = {"density", *(budget.metric for budget in question.constraints)}
     generates = any(workload.generate_tokens for workload in question.workloads)
     if metrics & set(PRICED_BY_DEVICE) and question.cost_model is None:
-        raise SpecError(
-            f"a {min(metrics & set(PRICED_BY_DEVICE))} budget must have a cost model. Pass --device cpu or --device roofline:h100."
-        )
+        raise SpecError(f"a {min(metrics & set(PRICED_BY_DEVICE))} budget must have a cost model. {NAME_ONE}")
     if "tpot" in metrics and not generates:
         raise SpecError("a tpot budget must have a workload that generates. Pass --workload prompt=4096,generate=256.")
     grouped = question.granularity == "kv_group" or question.decode == "separate"

@@ -99,6 +99,49 @@ def test_explain_a_plan() -> None:
     assert f"{INFO.modules[0]}:0" not in found.dense_heads
 
 
+def test_diff_of_schedules_is_by_range() -> None:
+    def scheduled(rule: str) -> Plan:
+        ranges = [
+            (0, 1, {INFO.modules[0]: (WINDOW.label,) * 8}),
+            (1, 4, {INFO.modules[0]: ("dense", rule, *["dense"] * 6)}),
+        ]
+        return plan_of({(3, 3): WINDOW, (4, 4): Zero()}, schedule=StepSchedule.of(4, ranges))
+
+    found = diff(scheduled(WINDOW.label), scheduled("zero"))
+    (change,) = found.changes
+    assert (change.module, change.head, change.steps) == (INFO.modules[0], 1, "1-3")
+    assert (change.before, change.after) == (WINDOW.label, "zero")
+    assert found.num_heads == 2 * 64
+    assert not found.identical
+    assert diff(scheduled("zero"), scheduled("zero")).identical
+
+
+def test_steps_of_a_schedule_are_explained_range_by_range() -> None:
+    first, second = INFO.modules[0], INFO.modules[1]
+    ranges = [(0, 1, {first: (WINDOW.label,) * 8}), (1, 3, {first: ("dense",) * 8, second: ("zero",) * 8})]
+    plan = plan_of(
+        {(0, 0): WINDOW, (1, 0): Zero()}, schedule=StepSchedule.of(4, ranges)
+    )  # the last step: the plan's own table
+    whole = explain(plan)
+    assert isinstance(whole, PlanExplanation)
+    windows, silent, own = (56 + 8 * 8 / 36) / 64, 56 / 64, (62 + 8 / 36) / 64
+    assert [label for label, _, _ in whole.steps] == ["0-0", "1-2", "others"]
+    assert [share for _, share, _ in whole.steps] == [pytest.approx(share) for share in (windows, silent, own)]
+    assert whole.steps[1][2] == (("dense", 56), ("zero", 8))
+    assert whole.densities[512] == pytest.approx((windows + 2 * silent + own) / 4)
+    assert dict(whole.kinds) == {"dense": 56 + 56 + 62, "sink_window": 9, "zero": 9}
+    assert len(whole.dense_heads) == 6 * 8, "the heads that no range makes sparse"
+    head = explain(plan, "0:3")
+    assert isinstance(head, HeadExplanation)
+    assert head.rule == WINDOW.label
+    assert [(label, rule) for label, rule, _ in head.steps] == [
+        ("0-0", WINDOW.label),
+        ("1-2", "dense"),
+        ("others", "dense"),
+    ]
+    assert head.steps[0][2] == pytest.approx(8 / 36)
+
+
 @pytest.mark.parametrize("where", ["model.layers.3.self_attn:2", "3:2", "layers.3.self_attn:2"])
 def test_a_head_is_found_by_path_end_of_path_or_number(where: str) -> None:
     found = explain(plan_of({(3, 2): WIDER, (3, 3): Zero()}), where)

@@ -25,7 +25,7 @@ from sparsesearch.kernels.dispatch import Backend
 def measured(bench: Bench, tokens: list[int], kinds: list[str]) -> Iterator[Row]:
     """The rows of `choosing_runs`, as a calibration measures them."""
     if torch.device(bench.device).type == "cuda":
-        run_all(bench, choices(CompilingBench(bench), tokens, kinds))
+        run_all(bench.device, choices(CompilingBench(bench), tokens, kinds))
     yield from choosing_runs(bench, tokens, kinds)
 
 

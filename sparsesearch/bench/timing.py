@@ -47,7 +47,8 @@ def captured(run: Callable[[], object]) -> Replay:
     Args:
         run: launches the work; must be safe to capture.
     """
-    _warmed(run)
+    run()  # compiles, perhaps
+    torch.cuda.synchronize()
     (once,) = event_times(run, 1)
     if once < GRAPH_S:
         once = min(once, *event_times(run, 2))
@@ -55,7 +56,7 @@ def captured(run: Callable[[], object]) -> Replay:
     return Replay(repeated(lambda _: run(), calls), calls)
 
 
-def in_turns_s(*works: Replay, budget_s: float = 0.15) -> tuple[float, ...]:
+def in_turns_s(*works: Replay, budget_s: float = 0.15, least: int = 5) -> tuple[float, ...]:
     """Median time of one call of each work, while they take turns, so that all meet the same clock.
 
     A card at its power limit changes its clock by a fifth with what ran before, and with it the quotient of times measured one after the
@@ -63,10 +64,11 @@ def in_turns_s(*works: Replay, budget_s: float = 0.15) -> tuple[float, ...]:
 
     Args:
         works: what takes turns.
-        budget_s: device time to spend on all of them; at least 5 turns are taken.
+        budget_s: device time to spend on all of them.
+        least: turns that are taken at least.
     """
     once = sum(event_times(work.replay, 1)[0] for work in works)
-    turns = [[event_times(work.replay, 1)[0] for work in works] for _ in range(_repeats(once, budget_s))]
+    turns = [[event_times(work.replay, 1)[0] for work in works] for _ in range(_repeats(once, budget_s, least))]
     return tuple(statistics.median(own) / work.calls for own, work in zip(zip(*turns, strict=True), works, strict=True))
 
 
@@ -76,8 +78,8 @@ def paired_s(run: Callable[[], object], other: Callable[[], object], *, budget_s
     return own, others
 
 
-def _repeats(once_s: float, budget_s: float) -> int:
-    return min(200, max(5, int(budget_s / max(once_s, 1e-7))))
+def _repeats(once_s: float, budget_s: float, least: int = 5) -> int:
+    return min(200, max(least, int(budget_s / max(once_s, 1e-7))))
 
 
 def _warmed(run: Callable[[], object]) -> Callable[[], object]:

@@ -11,6 +11,8 @@ hardware.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from sparsesearch.bench.video_shapes import (
 )
 from sparsesearch.block_mask import expand
 from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.device.compile_ahead import run_all
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.errors import SparseSearchError
 from sparsesearch.kernels.dispatch import Backend, run_schedule, schedule_for
@@ -43,6 +46,11 @@ from sparsesearch.kernels.schedule import Span
 from sparsesearch.layout import Layout, video_layout
 from sparsesearch.order import Order
 from sparsesearch.rules.base import Rule
+
+SMALL = (video_layout(5, 9, 22, text_first=37), video_layout(6, 10, 23, text_last=41), video_layout(4, 8, 16))
+"""Layouts that the kernels are checked on: text at either end, and none."""
+LEAST_TURNS = 3
+"""Of a plan and cuDNN, which takes 0.3 s on the longest sequence."""
 
 
 def run(
@@ -78,17 +86,20 @@ def run(
         "rows": rows,
         "predicted_by": None,
     }
-    for head_dim in (64, 128):
+    head_dims = sorted({model.head_dim for model in models})
+    compile_ahead(backend, head_dims)
+    for head_dim in head_dims:
         rows.append(check_small(backend, head_dim))
         progress(record)
-    for model in models:
-        layer = _Layer(model, backend, budget_s)
-        cases = [(mix, model.density) for mix in mixes] + [(mixes[0], target) for target in densities]
-        for mix, target in cases:
+    layers = [_Layer(model, backend, budget_s) for model in models]
+    for case in range(
+        len(mixes) + len(densities)
+    ):  # the published density of every model first: a run may be cut short
+        for layer in layers:
+            mixed = case < len(mixes)
+            mix, target = (mixes[case], layer.model.density) if mixed else (mixes[0], densities[case - len(mixes)])
             rows.append(layer.measure(mix, target))
             progress(record)
-        del layer
-        torch.cuda.empty_cache()
     return record if known is None else with_predictions(record, known)
 
 
@@ -140,7 +151,7 @@ class _Layer:
         def tiles() -> Tensor:
             return run_schedule(*heads, schedule, scale=self.scale, kernel=self.backend)[0]
 
-        return in_turns_s(captured(plan), captured(tiles), self.dense, budget_s=self.budget_s)
+        return in_turns_s(captured(plan), captured(tiles), self.dense, budget_s=self.budget_s, least=LEAST_TURNS)
 
     def _copies_s(self, rules: tuple[Rule, ...]) -> float:
         orders: dict[Order, list[int]] = {}
@@ -163,6 +174,17 @@ class _Layer:
         return median_s(copies, budget_s=self.budget_s / 4)
 
 
+def compile_ahead(backend: Backend, head_dims: Sequence[int], device: str = "cuda") -> None:
+    """Run the small layouts of every head width at once: compiling the kernels one after the other takes longer than all measurements."""
+
+    def attend_small(head_dim: int, layout: Layout) -> None:
+        rules = rules_of(24, "modes", 0.15)
+        q, k, v = random_tensors(layout, len(rules), head_dim, device)
+        attend(q, k, v, grid_of(layout), rules, scale=head_dim**-0.5, backend=backend)
+
+    run_all(device, [partial(attend_small, *case) for case in product(head_dims, SMALL)])
+
+
 def random_tensors(layout: Layout, num_heads: int, head_dim: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Seeded normal bf16 queries, keys and values of one sequence."""
     generator = torch.Generator(device).manual_seed(layout.num_tokens + head_dim)
@@ -178,11 +200,7 @@ def check_small(backend: Backend, head_dim: int, device: str = "cuda") -> dict[s
         AssertionError: an error exceeds what bf16 outputs and probabilities explain: 2^-7 of the largest output.
     """
     worst = 0.0
-    for layout in (
-        video_layout(5, 9, 22, text_first=37),
-        video_layout(6, 10, 23, text_last=41),
-        video_layout(4, 8, 16),
-    ):
+    for layout in SMALL:
         rules, grid = rules_of(24, "modes", 0.15), grid_of(layout)
         q, k, v = random_tensors(layout, len(rules), head_dim, device)
         scale = head_dim**-0.5

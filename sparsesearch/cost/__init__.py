@@ -12,7 +12,10 @@ from sparsesearch.cost.table import CostTable, TableCostModel
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.presets import preset_names, preset_path
 
-__all__ = ["CostModel", "DecodeWork", "UnitWork", "cost_model_names", "load_cost_model"]
+__all__ = ["NAME_ONE", "CostModel", "DecodeWork", "UnitWork", "cost_model_names", "load_cost_model"]
+
+NAME_ONE = "Pass --device with cpu, h200, roofline:h100 or the like, or a file that `sparsesearch calibrate` wrote."
+"""What to do where seconds are asked for and no cost model was named."""
 
 
 def cost_model_names() -> list[str]:
@@ -33,6 +36,11 @@ def load_cost_model(name_or_path: str | Path) -> CostModel:
     if isinstance(name_or_path, Path) or name.endswith(".json"):
         return _opened(Path(name_or_path))
     if name not in preset_names("cost_models"):
+        if name.partition(":")[0] == "cuda":
+            raise SpecError(
+                f"a cost model must be called by what was measured, such as h200, and not by where torch runs ({name}). Known: "
+                f"{', '.join(cost_model_names())}; or a file that `sparsesearch calibrate --device cuda` wrote."
+            )
         if name.lower() in DATASHEETS:
             raise SpecError(
                 f"a cost model must have been measured to be called {name!r}, but nobody has measured that GPU. Pass roofline:{name.lower()} "

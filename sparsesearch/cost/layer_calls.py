@@ -34,9 +34,14 @@ def unit_work(rule: Rule, tiles: float, grid: BlockGrid, head_dim: int, query_he
         tiles=tiles,
         query_blocks=grid.num_q_blocks,
         block_tokens=grid.block_tokens,
-        estimator=rule.kind if rule.dynamic and not rule.reuses else None,
+        estimator=rule.kind if chooses(rule, grid) else None,
         batch=batch,
     )
+
+
+def chooses(rule: Rule, grid: BlockGrid) -> bool:
+    """Whether a head works out its tiles in this call: not where it reuses another's, and not where its law keeps all."""
+    return rule.dynamic and not rule.reuses and not rule.keeps_all(grid)
 
 
 def calls_of(rules: Sequence[Rule], tile_rules: Sequence[Rule], grid: BlockGrid, head_dim: int) -> list[UnitWork]:

@@ -75,4 +75,7 @@ def choice_of(rule: Rule, grid: BlockGrid) -> Bool[Tensor, "M N"]:
         return rule.select(grid)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, tokens, PROBE_HEAD_DIM, generator=generator) for tokens in (grid.q_len, grid.kv_len))
-    return rule.select(grid, q * PROBE_HEAD_DIM**-0.5, k)[0]
+    tiles = rule.select(grid, q * PROBE_HEAD_DIM**-0.5, k)
+    return tiles.expand(1, grid.num_q_blocks, grid.num_k_blocks)[
+        0
+    ]  # a rule that keeps all may say so once for all heads

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import DecodeWork
-from sparsesearch.cost.layer_calls import CallCosts, calls_of
+from sparsesearch.cost.layer_calls import CallCosts, calls_of, chooses
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import activation_bytes, decode_rest_s, is_fused, prefill_rest_s
 from sparsesearch.cost.layer_schedule import layer_schedule
@@ -190,9 +190,11 @@ def _scheduled(
     if mean_heads:
         elements = 2 * workload.batch * workload.prompt_tokens * mean_heads * shape.head_dim
         attention_s += costs.pointwise_s("transpose", elements)
+    grid = BlockGrid(workload.prompt_tokens, workload.prompt_tokens, block_tokens)
+    choosing = [rule.kind for rule in rules if chooses(rule, grid)]
     index_s = sum(
-        costs.estimator_s(kind, workload.prompt_tokens, workload.batch * sum(rule.kind == kind for rule in rules))
-        for kind in sorted({rule.kind for rule in rules if rule.dynamic and not rule.reuses})
+        costs.estimator_s(kind, workload.prompt_tokens, workload.batch * choosing.count(kind))
+        for kind in sorted(set(choosing))
     )
     return LayerPrediction(schedule.density, attention_s, index_s)
 

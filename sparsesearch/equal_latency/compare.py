@@ -13,9 +13,10 @@ from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times, share_of
 from sparsesearch.equal_latency.ladders import SearchedLadder
-from sparsesearch.equal_latency.menus import MENUS, Menu, family_ladders, menu_ladders
+from sparsesearch.equal_latency.menus import ANSWERS, AROUND_ANSWERS, MENUS, Menu, family_ladders, menu_ladders
 from sparsesearch.equal_latency.record import Entry, EqualLatency
-from sparsesearch.equal_latency.settle import DENSE_RUNS, NUM_ERRORS, Progress, Replay, Search, Setting, Settled
+from sparsesearch.equal_latency.replay import Replay
+from sparsesearch.equal_latency.settle import DENSE_RUNS, NUM_ERRORS, Progress, Search, Setting, Settled
 from sparsesearch.equal_latency.standings import Steps
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate
@@ -33,9 +34,6 @@ from sparsesearch.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-EXPANDED = 8
-"""Calibration sequences around whose loss plans are expanded; plans are judged on all of them."""
 
 
 def compare_at_latency(
@@ -97,8 +95,13 @@ def compare_at_latency(
     if choose_on:
         search.menus.update(menu_ladders(profile, setting.families[0], menus, workload, cost_model))
         search.reference = DenseReference(model, choose_on, apply=apply)
-        spaces = {name: ladder for name, ladder in search.ladder_of.items() if isinstance(ladder, SearchedLadder)}
-        search.local = Steps(model, profile, spaces, choose_on[:EXPANDED])
+        spaces: dict[str, tuple[SearchedLadder, ...]] = {
+            name: (ladder,) for name, ladder in search.ladder_of.items() if isinstance(ladder, SearchedLadder)
+        }
+        if ANSWERS in spaces:
+            around = menu_ladders(profile, setting.families[0], (AROUND_ANSWERS,), workload, cost_model)
+            spaces[ANSWERS] += tuple(around.values())
+        search.local = Steps(model, profile, spaces, choose_on)
     elif setting.steps:
         raise SpecError("steps must have calibration sequences to be judged on. Give choose_on some.")
     stated: dict[str, Any] = {

@@ -41,7 +41,8 @@ class Entry(_Frozen):
     )
     tried: dict[str, float] = Field(
         default={},
-        description="where plans came from -> their KL + 0.1 x answer KL on calibration sequences that were neither profiled nor judged",
+        description="where plans came from -> their KL + 0.1 x answer KL on calibration sequences that were neither profiled nor judged; "
+        "KL + 2 x answer KL for `mixture, answers`",
     )
     tasks: dict[str, TaskMetrics] = Field(default={}, description="long-context task -> what was found")
 

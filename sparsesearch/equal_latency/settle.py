@@ -5,26 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
-from sparsesearch.cost.layer_calls import CallCosts
-from sparsesearch.cost.layer_costs import LayerCosts
-from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.climb import Near, Rung, Times, climb, ladder_ends, shares_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS
+from sparsesearch.equal_latency.replay import Replay
 from sparsesearch.equal_latency.standings import Judge, Standing, Steps, chosen, step
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.evaluate.timing import Part, Stopwatch
 from sparsesearch.measured_front import UNIFORM
-from sparsesearch.model_shapes import heads_alone
 from sparsesearch.plan import Plan
-from sparsesearch.profiling.record import Profile
-from sparsesearch.workload import Workload
 
 Progress = Callable[[str, int, int], None]
 MOST_CORRECTIONS = 3
 """How often families that the final rounds put outside the tolerance are moved again."""
-MOST_PROBES = 3
+MOST_PROBES = 4
 """Plans of a family that are timed before each final measurement."""
 DENSE_RUNS = 3
 """Of dense in every round on a GPU: on an H200 its attention varies by 3 per cent from run to run, a plan's by one. On a CPU dense varies less than plans."""
@@ -69,24 +64,6 @@ class Setting:
             raise SpecError(f"at least two families must be compared, but got {list(self.families)}.")
         if min(self.batch, self.rounds, self.final_rounds) < 1 or self.steps < 0 or not 0 < self.tolerance < 1:
             raise SpecError(f"batch, rounds >= 1, steps >= 0 and a tolerance in (0, 1) must hold, but got {self}.")
-
-
-class Replay:
-    """Attention time of a plan over dense's, by replay of its schedules or calls: the sums that a search works with are off by several per cent."""
-
-    def __init__(self, profile: Profile, workload: Workload, costs: LayerCosts | CallCosts) -> None:
-        info = profile.manifest.base_model
-        self._shape = heads_alone(info.name_or_path, info.geometry)
-        self._workload, self._costs = workload, costs
-        self._dense_s = self._seconds(None)
-
-    def __call__(self, plan: Plan) -> float:
-        """The share."""
-        return self._seconds(plan) / self._dense_s
-
-    def _seconds(self, plan: Plan | None) -> float:
-        layers = predict_layers(plan, self._shape, self._workload, self._costs)
-        return sum(layer.attention_s + layer.index_s for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -242,10 +219,9 @@ class Search:
             candidates.append(judge.standing(first, part, parts[part], rungs[part]))
         found[first] = chosen(candidates, self._rivals(found))
         if ANSWERS in found:
-            space = self.ladder_of[ANSWERS]
-            assert isinstance(space, SearchedLadder), "the mixture for answers is searched"
+            assert self.local is not None, "where plans are judged they can be improved"
             # parts are replayed already: only the weight of their answers is another
-            own_too = [part for part in fast if space.choice_of(rungs[part].plan) is not None]
+            own_too = [part for part in fast if self.local.holding(ANSWERS, rungs[part].plan) is not None]
             others = [judge.standing(ANSWERS, part, parts[part], rungs[part]) for part in own_too]
             found[ANSWERS] = min((found[ANSWERS], *others), key=lambda standing: standing.mean)
         return found

@@ -7,6 +7,7 @@ which budget the new plan takes the target's time. So every plan that is compare
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
@@ -16,8 +17,9 @@ from torch import Tensor
 from sparsesearch.calibration import Sample
 from sparsesearch.equal_latency.climb import Rung
 from sparsesearch.equal_latency.ladders import Ladder, SearchedLadder
-from sparsesearch.equal_latency.menus import answer_weight_of
+from sparsesearch.equal_latency.menus import ANSWERS, answer_weight_of
 from sparsesearch.evaluate.reference import Comparison, DenseReference
+from sparsesearch.plan import Plan
 from sparsesearch.profiling.local_model import loss_around
 from sparsesearch.profiling.record import Profile
 from sparsesearch.refinement import clearly_less, priced, true_loss
@@ -25,12 +27,14 @@ from sparsesearch.refinement import clearly_less, priced, true_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHARES = (0.03, 0.1, 0.3)
+SHARES = (0.01, 0.03, 0.1)
 """Units that a step may change at most; the plans of all of them are timed together and judged. A price on every change keeps to it.
 
 One price for all models does not do: between 0.1 and 2 mean absolute changes SmolLM2 (270 heads, 0.4 of dense's time) changed so much that its
-loss doubled, and from 2 on needle-7m changed nothing. With shares, two steps took needle-7m at density 0.25 (1024 tokens) from 0.073 to 0.059 on 12
-calibration sequences, and its answers' KL on held-out ones from 0.14 to 0.03."""
+loss doubled, and from 2 on needle-7m changed nothing. With shares up to 0.3, two steps took needle-7m at density 0.25 (1024 tokens) from 0.073 to 0.059 on 12
+calibration sequences, and its answers' KL on held-out ones from 0.14 to 0.03. A third of the units at once made SmolLM2 worse than a tenth did."""
+EXPANDED, EXPANDED_AT_ANSWERS = 8, 24
+"""Calibration sequences around whose loss plans are expanded, and for the family whose answers weigh most, which are few tokens of each."""
 BISECTIONS = 8
 LARGEST_PRICE = 1e3
 """In mean absolute changes of the loss; the smallest is its inverse."""
@@ -83,7 +87,7 @@ class Judge:
 
     Attributes:
         reference: dense on those sequences.
-        tried: family -> plan's label -> mean loss.
+        tried: family -> plan's label -> mean of the loss that the family is judged by.
     """
 
     reference: DenseReference
@@ -109,36 +113,45 @@ class Steps:
     Attributes:
         model: dense, in evaluation mode.
         profile: candidates and calibrated rules.
-        spaces: family -> the ladder of its whole space.
-        samples: calibration sequences.
+        spaces: family -> ladders of the spaces that its plans are improved in, the smallest first.
+        samples: calibration sequences; the first of them are expanded around.
     """
 
     model: "PreTrainedModel"
     profile: Profile
-    spaces: Mapping[str, SearchedLadder]
+    spaces: Mapping[str, tuple[SearchedLadder, ...]]
     samples: Sequence[Sample]
+
+    def holding(self, family: str, plan: Plan) -> tuple[SearchedLadder, Int[ndarray, " U"]] | None:
+        """The smallest of a family's spaces that holds a plan, and the plan as a choice in it."""
+        for space in self.spaces[family]:
+            choice = space.choice_of(plan)
+            if choice is not None:
+                return space, choice
+        return None
 
     def ladders(self, family: str, standing: Standing) -> tuple[dict[float, SearchedLadder], float] | None:
         """Share of units -> the space searched for the loss around a standing, and the bound at which that plan itself is allowed.
 
-        None where the family's space does not hold the plan.
+        None where no space of the family holds the plan.
         """
-        space = self.spaces[family]
-        now = space.choice_of(standing.rung.plan)
-        if now is None:
+        found = self.holding(family, standing.rung.plan)
+        if found is None:
             return None
+        space, now = found
         change = loss_around(
             self.model,
             standing.rung.plan,
             now.tolist(),
             self.profile,
-            self.samples,
+            self.samples[: EXPANDED_AT_ANSWERS if family == ANSWERS else EXPANDED],
             space.question.granularity,
             columns=space.columns,
             answer_weight=answer_weight_of(family),
         ).change
         bound = space.bound_of(now)
 
+        @cache  # the shares' bisections begin with the same prices
         def priced_at(price: float) -> SearchedLadder:
             loss = priced(change, now, price, frozen=now < 0)
             return space.around(loss, f"loss expanded around a replayed plan, price {price:.3g} per change")

@@ -62,17 +62,10 @@ def estimate(
     """
     config = _config(source, revision, trust_remote_code)
     check_context(config, lengths)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
-    if len(space.candidates) > 1:
-        with suppress(
-            RuntimeError
-        ):  # layers that need values, which meta tensors lack, are judged when the model is loaded
-            attention_sites(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = _parameters(config, space, trust_remote_code)
     text = config.get_text_config()
     layers, heads, hidden = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
-    longest, candidates, passes = max(lengths), len(space.candidates), 3 + 2 * (num_probes + 2)
+    longest, candidates = max(lengths), len(space.candidates)
     state = 4 * longest * hidden  # [S, hidden]
     losses = num_probes + 2
     graph = state * (_ACTIVATIONS_PER_LAYER + 4 + 3 * losses)  # q, k, v, o; gradients before, after and at attention
@@ -83,12 +76,6 @@ def estimate(
     weights = outside + (parameters - outside) // layers if stream else parameters
     waiting = inputs * num_samples * len(lengths) if stream else 0
     per_sample = 4 * layers * heads * (candidates * (num_probes + 5) + 2 * (longest // space.block_tokens) ** 2)
-    flops = sum(
-        num_samples
-        * length
-        * (2 * parameters * passes + layers * hidden * length * (2 * passes + 4 + 2 * candidates / space.block_tokens))
-        for length in lengths
-    )
     weight_bytes = _weight_bytes(config, device, dtype)
     found = {
         "model": source,
@@ -103,12 +90,43 @@ def estimate(
         ),
         "disk_mib": round((per_sample * num_samples * len(lengths) + waiting) / _MIB, 1),
     }
+    return found | _seconds(parameters, text, space, lengths, num_samples, num_probes, device)
+
+
+def _parameters(config: PreTrainedConfig, space: SearchSpace, trust_remote_code: bool) -> int:
+    """How many there are, of a model whose attention a rule can express if the space has any."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    if len(space.candidates) > 1:
+        with suppress(
+            RuntimeError
+        ):  # layers that need values, which meta tensors lack, are judged when the model is loaded
+            attention_sites(model)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _seconds(
+    parameters: int,
+    text: PreTrainedConfig,
+    space: SearchSpace,
+    lengths: Sequence[int],
+    num_samples: int,
+    num_probes: int,
+    device: str,
+) -> dict[str, int]:
+    """By its floating-point operations and this machine's rate; nothing of a GPU that is not here."""
+    layers, passes = text.num_hidden_layers, 3 + 2 * (num_probes + 2)
+    tiles = 2 * passes + 4 + 2 * len(space.candidates) / space.block_tokens
+    flops = sum(
+        num_samples * length * (2 * parameters * passes + layers * text.hidden_size * length * tiles)
+        for length in lengths
+    )
     if torch.device(device).type == "cpu":
-        found["time_s_on_this_cpu"] = round(flops / _cpu_flops_per_s())
-    elif torch.cuda.is_available():
-        launches_s = _LAUNCHES_S * layers * num_samples * len(lengths)
-        found["time_s_on_this_gpu"] = round(flops / _gpu_flops_per_s(device) + launches_s)
-    return found
+        return {"time_s_on_this_cpu": round(flops / _cpu_flops_per_s())}
+    if not torch.cuda.is_available():
+        return {}
+    launches_s = _LAUNCHES_S * layers * num_samples * len(lengths)
+    return {"time_s_on_this_gpu": round(flops / _gpu_flops_per_s(device) + launches_s)}
 
 
 def _weight_bytes(config: PreTrainedConfig, device: str, dtype: str) -> int:

@@ -5,8 +5,8 @@ loss is expanded there to second order. For unit u with rule c instead of its pr
 
     J(c) - J(now)  ≈  Σ_n g_n·Δ_n  +  ½ E_probes[(Σ_n p_n·Δ_n)²],
 
-g the gradient of J under the plan, p Fisher probes weighted like J. Around dense g vanishes and this is the text proxy again; its second term is
-as noisy as that proxy, and is steadied in the same way (`moderation`).
+g the gradient of J under the plan, p Fisher probes weighted like J. Around dense g vanishes and this is the text proxy again. A few sequences
+estimate both terms, and a search over many candidates finds the lucky ones: both are steadied (`moderation`).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from sparsesearch.calibration import Sample
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.capture import logits_and_calls
 from sparsesearch.profiling.layer_inputs import head_tiles, layer_input
-from sparsesearch.profiling.moderation import moderated
+from sparsesearch.profiling.moderation import moderated, shrunk
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import frozen
 from sparsesearch.profiling.tile_scores import score_layer
@@ -91,11 +91,12 @@ def loss_around(
             summed: Tensor = x.unflatten(-2, split).sum(-2)
             return summed
 
-        slope = per_unit(torch.stack([found.of_gradient for found in of_samples])).mean(0)
+        slopes = per_unit(torch.stack([found.of_gradient for found in of_samples]))
         squares = per_unit(torch.stack([found.of_probes for found in of_samples])).square().mean((0, 1))
         error = per_unit(torch.stack([found.error for found in of_samples])).mean(0)
-        curvature = moderated(squares.double().numpy(), error.double().numpy(), len(of_samples) * num_probes)
-        rows.append(slope.double().numpy() + curvature / 2)
+        errors = error.double().numpy()
+        curvature = moderated(squares.double().numpy(), errors, len(of_samples) * num_probes)
+        rows.append(shrunk(slopes.double().numpy(), errors) + curvature / 2)
     return LossAround(np.concatenate(rows))
 
 

@@ -176,7 +176,12 @@ def _left(menu: ReuseMenu, layer: int, call: AttentionCall, grid: BlockGrid) -> 
     """What every emitter would leave in a layer."""
     q, k = repeated(call)
     rules = [menu.rules[place] for place in menu.emitters]
-    return torch.stack([rule.left_behind(rule.select(grid, q, k), grid, q, k) for rule in rules], 1)
+    shape = (
+        *q.shape[:-2],
+        grid.num_q_blocks,
+        grid.num_k_blocks,
+    )  # a rule that leaves prompts dense chooses once for all heads
+    return torch.stack([rule.left_behind(rule.select(grid, q, k).expand(shape), grid, q, k) for rule in rules], 1)
 
 
 def _carried(

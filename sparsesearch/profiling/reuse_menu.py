@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import LengthLaw, Rule
@@ -111,7 +112,9 @@ def reuse_menu(
         wanted = [rule for rule in known if isinstance(rule, DenseSource)] or wanted
     sources = tuple(rule for rule in wanted if rule not in known)
     rules = (*known, *sources)
-    dynamic = [place for place, rule in enumerate(known) if rule.dynamic and not rule.reuses and rule not in wanted]
+    longest = BlockGrid(max(profile.manifest.lengths), max(profile.manifest.lengths), profile.manifest.block_tokens)
+    choosing = [rule.dynamic and not rule.reuses and not rule.keeps_all(longest) for rule in known]
+    dynamic = [place for place, rule in enumerate(known) if choosing[place] and rule not in wanted]
     if len(dynamic) > max_emitters:
         dynamic = [dynamic[round(step)] for step in np.linspace(0, len(dynamic) - 1, max_emitters)]
     return ReuseMenu(profile, sources, tuple([rules.index(rule) for rule in wanted] + dynamic), span, unit)

@@ -13,8 +13,8 @@ from sparsesearch.pruning.live import narrowed
 from sparsesearch.pruning.quality import Batch
 from sparsesearch.rules import Rule
 from sparsesearch.rules.dense import Dense
-from sparsesearch.runtime.fingerprint import attention_sites, describe
-from sparsesearch.runtime.live import apply, check_geometry, check_weights
+from sparsesearch.runtime.fingerprint import attention_sites, describe, require_weights, weights_sha256
+from sparsesearch.runtime.live import apply, check_geometry
 from sparsesearch.runtime.shrink import Fitted
 
 
@@ -45,7 +45,7 @@ class PrunedApply:
         if not _all_dense(plan):  # what a cut needs is checked where it is made, for encoders too
             check_geometry(plan.base_model, attention_sites(model))
         if not self._allow:
-            check_weights(plan.base_model, model)
+            require_weights(plan.base_model, weights_sha256(model))
         fitted = self._refit(model, plan.sha256, plan.pruning)
         with ExitStack() as stack:
             stack.enter_context(narrowed(model, plan.pruning, fitted))

@@ -32,8 +32,7 @@ from sparsesearch.pruning.models import load_prunable
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.configuration import json_implementation, sparse_implementation
 from sparsesearch.runtime.export import COMPANIONS, PLAN_FILE, check_target, complete_or_nothing
-from sparsesearch.runtime.fingerprint import attention_sites, describe
-from sparsesearch.runtime.live import check_weights
+from sparsesearch.runtime.fingerprint import attention_sites, describe, require_weights, weights_sha256
 from sparsesearch.runtime.loading import locate
 from sparsesearch.runtime.model_card import model_card
 from sparsesearch.runtime.pruned_models import FAMILIES, PREFIX, model_class, pruned_config
@@ -103,7 +102,7 @@ def export_pruned(
     check_target(out, place, overwrite)
     base, tokenizer = load_prunable(model, device=device, dtype="float32")
     if not allow_other_weights:
-        check_weights(plan.base_model, base)
+        require_weights(plan.base_model, weights_sha256(base))
     fitted = _fitted(base, tokenizer, plan.pruning, mode, progress)
     stack: nn.Module = base
     stack.to("cpu")

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from sparsesearch.cost import NAME_ONE
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cut import Compensation, Cut, LayerCut
 from sparsesearch.errors import BudgetInfeasibleError, SpecError
@@ -112,7 +113,7 @@ def _pricers(
         if budget.absolute:
             raise SpecError(f"a budget over removals must be a share of dense such as params=0.8x, but got {budget}.")
         if budget.metric == "latency" and cost_model is None:
-            raise SpecError("a latency budget must have a cost model. Pass --device cpu or --device roofline:h100.")
+            raise SpecError(f"a latency budget must have a cost model. {NAME_ONE}")
         if budget.metric not in known:
             raise SpecError(
                 f"a budget over removals must limit params, flops, memory or latency, but got {budget}. Search a joint profile for it."

@@ -29,7 +29,7 @@ from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.runtime.pruned_models import ATTRIBUTE, PREFIX
 from sparsesearch.runtime.shrink import Constant
 from sparsesearch.runtime.sublayers import Layer, layers_of
-from sparsesearch.runtime.verify import verify
+from sparsesearch.runtime.verify import relative_error, verify
 
 _TOKENS, _ITEMS, _DECODED_TOKENS = 37, 2, 4
 
@@ -187,12 +187,8 @@ def _errors(model: PreTrainedModel, cut: Cut, layout: str) -> tuple[float, float
         prompt, *rest = inputs["input_ids"].split([_TOKENS - _DECODED_TOKENS, *[1] * _DECODED_TOKENS], 1)
         model(prompt, **cache)
         decoded = torch.cat([model(token, **cache).logits for token in rest], 1)
-        decode = _relative(decoded, exact[:, -_DECODED_TOKENS:])
-    return _relative(ours, exact), decode
-
-
-def _relative(ours: Tensor, exact: Tensor) -> float:
-    return float((ours - exact).abs().max() / exact.abs().max())
+        decode = relative_error(decoded, exact[:, -_DECODED_TOKENS:])
+    return relative_error(ours, exact), decode
 
 
 def _output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -51,6 +51,10 @@ class SkipSoftmax(Rule):
             strips.append((behind >= math.log(scale / grid.law_len)).any(-2))
         return reachable & (torch.stack(strips, -2) | grid.diagonal(q.device))
 
+    def keeps_all(self, grid: BlockGrid) -> bool:
+        """A phase without a threshold."""
+        return (self.decode_scale if grid.q_len == 1 else self.prefill_scale) is None
+
     def step_tiles(self, q: Float[Tensor, "B g size D"], blocks: StepBlocks) -> Bool[Tensor, "B g size N"]:
         """Blocks whose largest score comes near the largest one so far; every key is read to know them."""
         there = blocks.there()

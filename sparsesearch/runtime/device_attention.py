@@ -275,7 +275,7 @@ def _step_choice(
 ) -> Bool[Tensor, "b one N"]:
     """What one head chooses for a single token, or takes; left for later layers."""
     if isinstance(rule, Reuse):
-        return rule.select(grid, left=binding.taken(sequence, grid, head)[:, 0])
+        return rule.select(grid, left=binding.taken(sequence, grid, head)[:, 0].to(q.device))
     tiles = rule.select(grid, q, k).expand(len(q), 1, -1)
     if binding.leaves is not None:
         binding.leaves.leave(sequence, grid, head, rule.left_behind(tiles, grid, q, k)[:, None])

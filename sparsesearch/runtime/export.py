@@ -20,8 +20,8 @@ from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.configuration import json_implementation, sparse_implementation
-from sparsesearch.runtime.fingerprint import attention_sites
-from sparsesearch.runtime.live import check_geometry, check_weights
+from sparsesearch.runtime.fingerprint import attention_sites, require_weights, weights_sha256
+from sparsesearch.runtime.live import check_geometry
 from sparsesearch.runtime.loading import load_model, load_weights, locate
 from sparsesearch.runtime.model_card import model_card
 
@@ -155,7 +155,7 @@ def _fitting_implementation(plan: Plan, base: PreTrainedModel, allow_other_weigh
     sites = attention_sites(base)
     check_geometry(plan.base_model, sites)
     if not allow_other_weights:
-        check_weights(plan.base_model, base)
+        require_weights(plan.base_model, weights_sha256(base))
     attending: list[Any] = [site.module.config for site in sites]
     return json_implementation(sparse_implementation(base.config, attending))
 

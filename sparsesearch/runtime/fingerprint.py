@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.errors import PlanMismatchError, UnsupportedModelError
 from sparsesearch.plan import BaseModelInfo
 from sparsesearch.runtime.attention import NAME, PROBE_KEYWORD, AttentionCall, unsupported_feature
 from sparsesearch.runtime.configuration import implementation_of
@@ -127,6 +127,20 @@ def parameters_sha256(module: nn.Module) -> str | None:
     if any(parameter.is_meta for _, parameter in parameters):
         return None
     return tensors_sha256((name, parameter.detach()) for name, parameter in parameters)
+
+
+def require_weights(info: BaseModelInfo, found: str | None) -> None:
+    """That weights of this digest are those a plan was made for; passes when either side's are not known.
+
+    Raises:
+        PlanMismatchError: they differ.
+    """
+    stated = info.weights_sha256
+    if found is not None and stated is not None and found != stated:
+        raise PlanMismatchError(
+            f"the plan was made for the weights of {info.name_or_path!r} ({stated[:12]}), but these are others ({found[:12]}). "
+            "Give the right model, or pass --allow-other-weights (allow_other_weights=True) for a fine-tuned copy."
+        )
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:

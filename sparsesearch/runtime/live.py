@@ -13,7 +13,7 @@ from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.backends import checked_backend
 from sparsesearch.runtime.binding import LayerBinding, bind, binding_of, bindings_of
 from sparsesearch.runtime.configuration import implementation_of, json_implementation, sparse_implementation
-from sparsesearch.runtime.fingerprint import AttentionSite, attention_sites, weights_sha256
+from sparsesearch.runtime.fingerprint import AttentionSite, attention_sites, require_weights, weights_sha256
 from sparsesearch.runtime.prepare import forget_selections, prepare_call, release_selections
 from sparsesearch.runtime.removable import Removable
 
@@ -118,7 +118,7 @@ def apply(
     sites = attention_sites(model)
     check_geometry(plan.base_model, sites)
     if not allow_other_weights:
-        check_weights(plan.base_model, model)
+        require_weights(plan.base_model, weights_sha256(model))
     return _applied(model, plan, sites, backend, cache)
 
 
@@ -176,20 +176,6 @@ def decoder_of(model: PreTrainedModel, attention: list[nn.Module]) -> PreTrained
         if isinstance(part, PreTrainedModel) and wanted <= {id(module) for module in part.modules()}
     ]
     return min(holders, key=lambda part: sum(1 for _ in part.modules()))
-
-
-def check_weights(info: BaseModelInfo, model: PreTrainedModel) -> None:
-    """Compare the weights with those a plan was made for; passes when either side's are not known.
-
-    Raises:
-        PlanMismatchError: they differ.
-    """
-    found, stated = weights_sha256(model), info.weights_sha256
-    if found is not None and stated is not None and found != stated:
-        raise PlanMismatchError(
-            f"the plan was made for the weights of {info.name_or_path!r} ({stated[:12]}), but these are others ({found[:12]}). "
-            "Give the right model, or pass --allow-other-weights (allow_other_weights=True) for a fine-tuned copy."
-        )
 
 
 def _applied(

@@ -109,6 +109,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone; arguments and errors as of `load_model`."""
     place = locate(source)
+    _refuse_diffusers(place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(place, Path) and place.suffix == ".gguf":
         options["gguf_file"], place = place.name, place.parent

@@ -159,7 +159,9 @@ class Choosers:
         for one in self._each:
             if one.rule.reuses:
                 blocks = StepBlocks(*where)
-                tiles = next(given).tiles.index_select(1, one.sources) | (blocks.index == blocks.newest).squeeze(1)
+                tiles = next(given).tiles.to(q.device).index_select(1, one.sources) | (
+                    blocks.index == blocks.newest
+                ).squeeze(1)
                 chosen.append(tiles & blocks.there().squeeze(1))
                 continue
             if one.rule.reads_bounds:

@@ -151,8 +151,9 @@ def _errors(model: PreTrainedModel, prompt_tokens: int) -> tuple[float, float]:
             kept = {CACHE_KEYWORD: output[CACHE_KEYWORD]}
             output = model(ids[None, token : token + 1], use_cache=True, **kept)
             decoded.append(output.logits[0])
-    return _relative(prefill, exact[:prompt_tokens]), _relative(torch.cat(decoded), exact[prompt_tokens:])
+    return relative_error(prefill, exact[:prompt_tokens]), relative_error(torch.cat(decoded), exact[prompt_tokens:])
 
 
-def _relative(ours: Tensor, exact: Tensor) -> float:
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """Largest difference, over the largest magnitude of what is exact."""
     return float((ours - exact).abs().max() / exact.abs().max())

@@ -22,7 +22,7 @@ def test_rows_are_kept_as_they_come_and_predicted_at_the_end(monkeypatch):
         outputs.append(run())
         return Replay(run, 1)
 
-    def in_turns_s(*works, budget_s):
+    def in_turns_s(*works, budget_s, least):
         turns.append([work.replay() for work in works])
         return (1e-3, 0.9e-3, 4e-3)
 
@@ -32,7 +32,12 @@ def test_rows_are_kept_as_they_come_and_predicted_at_the_end(monkeypatch):
     monkeypatch.setattr(video, "captured", captured)
     monkeypatch.setattr(video, "in_turns_s", in_turns_s)
     monkeypatch.setattr(video, "median_s", lambda run, **_: run() or 1e-4)
-    for name, found in (("ceilings", {}), ("provenance", {"device": "CPU"}), ("check_small", {"check": "small"})):
+    for name, found in (
+        ("ceilings", {}),
+        ("provenance", {"device": "CPU"}),
+        ("check_small", {"check": "small"}),
+        ("compile_ahead", None),
+    ):
         monkeypatch.setattr(video, name, lambda *_, found=found: found)
     monkeypatch.setattr(video, "sdpa_kernel", lambda *_: nullcontext())
     monkeypatch.setattr(video_predicted, "MODELS", (TINY,))
@@ -41,7 +46,7 @@ def test_rows_are_kept_as_they_come_and_predicted_at_the_end(monkeypatch):
         models=(TINY,), densities=(0.95,), mixes=("temporal",), backend="triton", cost_model="h200",
         progress=lambda record: seen.append(len(record["rows"])),
     )  # fmt: skip
-    assert seen == [1, 2, 3, 4]
+    assert seen == [1, 2, 3]
     rows = [row for row in record["rows"] if "R" in row]
     assert [row["mix"] for row in rows] == ["temporal", "temporal"]
     assert rows[0]["density"] < rows[1]["density"]
@@ -57,3 +62,15 @@ def test_rows_are_kept_as_they_come_and_predicted_at_the_end(monkeypatch):
         assert plan.shape == tiles.shape == cudnn.shape
     assert len(outputs) == 1 + 2 * len(turns)
     assert {(row["dense_s"], row["seconds"], row["tiles_s"]) for row in rows} == {(4e-3, 1e-3, 0.9e-3)}
+
+
+def test_every_small_layout_of_every_width_is_compiled_ahead_and_failures_are_left_to_the_check(monkeypatch):
+    asked = []
+
+    def attended(q, k, v, grid, rules, *, scale, backend):
+        asked.append((q.shape[-1], grid.layout))
+        raise RuntimeError("as it will again, where it is reported")
+
+    monkeypatch.setattr(video, "attend", attended)
+    video.compile_ahead("triton", (32, 16), device="cpu")
+    assert sorted(asked, key=str) == sorted(((size, layout) for size in (32, 16) for layout in video.SMALL), key=str)

@@ -1,6 +1,9 @@
 """Ctrl-C in `profile`: exit 130, finished layers are kept, and --resume ends in the same bytes."""
 
 import signal
+import subprocess
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +58,28 @@ def test_what_writes_last_says_to_run_it_again(
     assert "run the command again." in told
     assert "--resume" not in told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("heeded")
+def test_an_interrupt_that_falls_into_a_destructor_is_not_lost() -> None:
+    """Garbage collection runs everywhere, and Python drops what is raised in `__del__`."""
+    script = """
+import signal, sys, time
+from {module} import main
+from {errors} import interrupt_again
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+sys.unraisablehook = interrupt_again
+try:
+    Dropped()
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("heard")
+"""
+    (entry,) = entry_points(group="console_scripts", name="sparsesearch")
+    code = script.format(module=entry.module, errors=entry.module.replace(".main", ".errors"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=15, check=False)
+    assert done.stdout == "heard\n", done.stderr

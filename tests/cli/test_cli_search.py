@@ -52,3 +52,18 @@ def test_infeasible_combinations_exit_with_3(corridor: Path, run: Any, tmp_path:
     )  # fmt: skip
     assert "smallest feasible value" in result.stderr
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_layers_that_reuse(corridor: Path, run_json: Any, tmp_path: Path) -> None:
+    """HyLRA's choice of layers from the command line, for decoded tokens too."""
+    found = run_json(
+        "search-reuse", corridor / "profile", "--objective", "hylra", "--threshold", "0.3", "--keep", "0.4", "--span", "1",
+        "--passes", "1", "--num-samples", "1", "--decode", "-o", tmp_path / "plan.json",
+    )  # fmt: skip
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.sha256 == found["sha256"]
+    assert set(found["rules"]) == {"dense_source", "reuse"}
+    assert len(found["passes"]) == 1
+    reusing = [rule for _, _, rule in plan.heads() if rule.reuses]
+    assert reusing
+    assert all(rule.decodes for rule in reusing)

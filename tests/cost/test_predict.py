@@ -5,22 +5,25 @@ from dataclasses import replace
 import pytest
 
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.device.table import DenseCost, Points
 from sparsesearch.cost.layer_parts import decode_rest_s, parts_s, prefill_rest_s
 from sparsesearch.cost.layer_schedule import choice_of
-from sparsesearch.cost.predict import decode_works, predict
+from sparsesearch.cost.predict import decode_works, predict, predict_layers
 from sparsesearch.cost.roofline import roofline
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape, model_shape, shape_of_config
 from sparsesearch.plan import BaseModelInfo, Plan
 from sparsesearch.rules.base import LengthLaw, Rule
+from sparsesearch.rules.bounds_topk import BoundsTopk
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.rules.pooled_topk import PooledTopk
 from sparsesearch.rules.reuse import Reuse
 from sparsesearch.rules.sink_window import SinkWindow
+from sparsesearch.rules.skip_softmax import SkipSoftmax
 from sparsesearch.rules.zero import Zero
 from sparsesearch.workload import Workload
 from tests.cost.device_tables import device_table
@@ -131,6 +134,22 @@ def test_heads_without_tiles_compute_none_and_dynamic_ones_pay_for_their_choice(
     assert 0.9 * (0.1 * 7 + 1) / 8 < chosen.density < 1.3 * (0.1 * 7 + 1) / 8
     mean = predict(plan_of(*[MeanValue()] * 7, Dense()), SMALL, WORK, COSTS)
     assert mean.attention_s > idle.attention_s
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [BoundsTopk(keep=LengthLaw(a=256)), SkipSoftmax(decode_scale=10), PooledTopk(keep=LengthLaw(a=8192))],
+    ids=lambda rule: rule.kind,
+)
+def test_a_rule_that_leaves_the_prompt_dense_pays_for_no_choice(rule: Rule) -> None:
+    """On a device and as the calls of a processor; others do pay."""
+    for costs in (COSTS, load_cost_model("cpu")):
+        layer = predict_layers(plan_of(*[rule] * 8), SMALL, WORK, costs, dtype_bytes=4)[0]
+        assert (layer.density, layer.index_s) == (1.0, 0.0)
+        other = PooledTopk(keep=LengthLaw(b=0.25))
+        chosen = predict_layers(plan_of(*[other] * 8), SMALL, WORK, costs, dtype_bytes=4)[0]
+        assert chosen.density < 0.5
+        assert chosen.index_s > 0
 
 
 def test_a_head_that_reuses_computes_its_sources_tiles_and_pays_for_no_choice() -> None:

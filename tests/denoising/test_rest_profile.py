@@ -104,8 +104,11 @@ def test_plans_with_rests_keep_their_budget_and_survive_their_file(
     assert kinds & {"taylor_rest", "rectified_rest", "pyramid", "cached_rest"}
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    (budget,) = plan.budgets
     found = static_density(plan, made.manifest.layout, STEPS)
-    assert found is None or found <= 0.45 + 1e-6
+    assert found == pytest.approx(max(budget.predicted.values()))
+    assert found is not None
+    assert 0 < found <= 0.45 + 1e-6
     with apply_to_transformer(run.model, plan):
         assert run().isfinite().all()
 

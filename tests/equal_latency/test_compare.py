@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sparsesearch.bench.families import random_samples
 from sparsesearch.cost import load_cost_model
-from sparsesearch.equal_latency import compare
+from sparsesearch.equal_latency import compare, standings
 from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.menus import ANSWERS, MENUS
 from sparsesearch.equal_latency.record import EqualLatency
@@ -94,7 +94,9 @@ def test_steps_improve_every_family_within_its_own_space(
     model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
-    judged, fresh = random_samples(64, LENGTH, 2, seed=1), random_samples(64, LENGTH, 3, seed=2)
+    monkeypatch.setattr(standings, "BISECTIONS", 2)
+    monkeypatch.setattr(standings, "SHARES", (0.1, 0.3))
+    judged, fresh = random_samples(64, LENGTH, 2, seed=1), random_samples(64, LENGTH, 2, seed=2)
     families = ("mixture", ANSWERS, "MoA", "uniform window")
     setting = Setting((0.7,), families, rounds=1, final_rounds=1, tolerance=0.1, steps=1)
     costs = TilePrices()

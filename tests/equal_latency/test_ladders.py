@@ -10,7 +10,7 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.predict import predict_layers
 from sparsesearch.equal_latency.ladders import SearchedLadder, ladders
 from sparsesearch.equal_latency.menus import ANSWERS, MENUS, Menu, family_ladders
-from sparsesearch.equal_latency.settle import Replay
+from sparsesearch.equal_latency.replay import Replay
 from sparsesearch.equal_latency.shared_choices import SharedChoices
 from sparsesearch.equal_latency.unit_prices import bound_for, replayed
 from sparsesearch.model_shapes import heads_alone

@@ -25,7 +25,7 @@ def test_a_step_changes_no_more_units_than_it_may(model: PreTrainedModel, profil
     assert now is not None
     samples = random_samples(64, LENGTH, 1, seed=3)
     rung = Rung(0.8, plan, 0.8)
-    found = Steps(model, profile, {"MoA": space}, samples).ladders(
+    found = Steps(model, profile, {"MoA": (space,)}, samples).ladders(
         "MoA", Standing("", space, rung, torch.zeros(1), 0.0)
     )
     assert found is not None

@@ -5,7 +5,7 @@ import pytest
 from numpy import ndarray
 from scipy.special import polygamma
 
-from sparsesearch.profiling.moderation import inverse_trigamma, moderated
+from sparsesearch.profiling.moderation import inverse_trigamma, moderated, shrunk
 
 ERROR = np.geomspace(0.2, 0.002, 20)[None, :] * np.geomspace(0.5, 2.0, 16)[:, None]
 
@@ -51,3 +51,28 @@ def test_rules_that_are_dense_where_it_counts_stay_free() -> None:
     assert (steadied[:, 0] == 0).all()
     assert steadied[3, 5] == 0
     assert (moderated(np.zeros((2, 3)), np.zeros((2, 3)), 2) == 0).all()
+
+
+def test_slopes_that_sequences_contradict_are_drawn_to_zero() -> None:
+    """And the more surely the rarer a real one is: less error than the means have, and the luckiest is no longer one of mere noise."""
+    draw = np.random.default_rng(4)
+    real = np.where(draw.random(ERROR.shape) < 0.1, 4.0, 0.2) * draw.normal(size=ERROR.shape)
+    true = real * np.sqrt(ERROR)
+    slopes = true + 3.0 * np.sqrt(ERROR) * draw.normal(size=(8, *ERROR.shape))
+    steadied, mean = shrunk(slopes, ERROR), slopes.mean(0)
+    scaled = [np.square((values - true) / np.sqrt(ERROR)).mean() for values in (steadied, mean)]
+    assert scaled[0] < 0.75 * scaled[1]
+    assert (np.abs(steadied) <= np.abs(mean)).all()
+    assert (np.sign(steadied) * np.sign(mean) >= 0).all()
+
+
+def test_slopes_that_all_sequences_agree_on_stay_and_mere_noise_goes() -> None:
+    noise = np.random.default_rng(5).normal(size=(8, *ERROR.shape)) * np.sqrt(ERROR)
+    steady = np.broadcast_to(ERROR, noise.shape)
+    np.testing.assert_allclose(shrunk(steady, ERROR), ERROR, rtol=1e-9)
+    left = np.abs(shrunk(noise, ERROR)).sum() / np.abs(noise.mean(0)).sum()
+    assert left < 0.3
+    np.testing.assert_array_equal(shrunk(noise[:1], ERROR), noise[0]), "one sequence says nothing of its noise"
+    now = ERROR.copy()
+    now[:, 0] = 0.0
+    assert (shrunk(noise * (now > 0), now)[:, 0] == 0).all()

@@ -1,5 +1,6 @@
 """Scores of a reuse equal the oracle's, and maps point where the mass lies."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,23 @@ def test_a_space_with_dense_sources_says_what_they_keep(tiny: Any, tmp_path: Pat
         menu = reuse_menu(profile, keeps, span=1, unit="layer")
         assert menu.rules[menu.emitters[0]].label == label
         assert sum(rule.kind == "dense_source" for rule in menu.rules) == (1 if keeps is None else 2)
+
+
+def test_rules_that_leave_prompts_dense_are_nobodys_source(tiny: Any, tmp_path: Path) -> None:
+    """They would leave everything; those whose law keeps all at this length neither."""
+    more = (
+        "bounds_topk, keep: 32",
+        "skip_softmax, decode_scale: 9",
+        "pooled_topk, keep: 9999",
+        "bounds_topk, keep: 32, prefill: true",
+    )
+    lines = "".join(f"  - {{kind: {rule}}}\n" for rule in more)
+    space = SearchSpace.parse(SPACE + lines, where="tests")
+    model = tiny("llama", num_hidden_layers=2)
+    request = Request(describe(model, "tiny"), space, {LENGTH: Calibration(samples(), "tests")}, num_probes=1)
+    menu = reuse_menu(profile_model(model, request, tmp_path / "profile"), [0.3], span=1, unit="layer")
+    kinds = [menu.rules[place].label.partition("(")[0] for place in menu.emitters]
+    assert kinds == ["dense_source", "pooled_topk", "bounds_topk"]
+    dynamic = tuple(place for place, rule in enumerate(menu.rules) if rule.dynamic)
+    assert len(dynamic) > len(menu.emitters)
+    assert map_heads(model, replace(menu, emitters=dynamic), samples()) is not None  # they can be scored all the same

@@ -1,11 +1,14 @@
 import pytest
 import torch
-from runtime_plans import BLOCK_TOKENS, RULES, cycled_plan, dense_plan, left_padded, oracle_logits
+from runtime_plans import BLOCK_TOKENS, RULES, cycled_plan, dense_plan, left_padded, oracle_logits, rule
 from transformers import DynamicCache, StaticCache
 
 import sparsesearch
 from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.plan import uniform_plan
+from sparsesearch.rules import LengthLaw
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
+from sparsesearch.runtime.fingerprint import describe
 
 MIXTURE = [*RULES, "bitmap"]
 ROWS = (157, 65, 3)
@@ -184,3 +187,18 @@ def test_model_without_a_plan_is_refused(tiny):
     model.set_attn_implementation("sparsesearch")
     with pytest.raises(UnsupportedModelError, match=r"sparsesearch\.apply"):
         model(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_rule_whose_law_keeps_all_chooses_nothing(tiny, monkeypatch):
+    """Short prompts run dense; it chooses where its law leaves something out."""
+    model, one = tiny("llama"), rule("pooled").model_copy(update={"keep": LengthLaw(a=64)})
+    plan = uniform_plan(describe(model, "tests"), one, block_tokens=BLOCK_TOKENS, lengths_tokens=(256,))
+    chosen = []
+    select = type(one).select
+    with sparsesearch.apply(model, plan), torch.no_grad():
+        model(torch.ones(1, 40, dtype=torch.long), use_cache=False)  # binding asks once whether laws matter
+        monkeypatch.setattr(type(one), "select", lambda self, *args: chosen.append(1) or select(self, *args))
+        model(torch.ones(1, 60, dtype=torch.long), use_cache=False)
+        assert not chosen
+        model(torch.ones(1, 100, dtype=torch.long), use_cache=False)
+    assert chosen

@@ -10,6 +10,7 @@ from sparsesearch.runtime.cache import PlanCacheLayer
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.oracle import oracle_logits
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PREFILL = ["slash", "stream", "dense", "bitmap", "mean"]
 DECODE = ["stream", "mean", "zero", "dense", "elastic", "slash"]
 
@@ -22,11 +23,11 @@ def with_decode(model, plan_of):
 @pytest.mark.parametrize("way", ["dynamic", "static", "masked", "kernels"])
 @pytest.mark.parametrize("plan_of", [group_plan, cycled_plan])
 def test_decoding_equals_the_oracle(tiny, plan_of, way):
-    model, prompt, end = tiny("llama", num_hidden_layers=3), 60, 140
+    model, prompt, end = tiny("llama", num_hidden_layers=3).to(DEVICE), 60, 140
     if way == "kernels":  # interpreted: a few steps, across a block's end
         prompt, end = 62, 66
     plan = with_decode(model, plan_of)
-    ids, _ = left_padded([end], 64)
+    ids = left_padded([end], 64)[0].to(DEVICE)
     backend = "triton" if way == "kernels" else "auto"
     with sparsesearch.apply(model, plan, cache=way != "masked", backend=backend), torch.no_grad():
         cache = sparsesearch.sparse_cache(model, max_tokens=end if way in ("static", "kernels") else None)

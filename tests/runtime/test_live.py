@@ -159,7 +159,13 @@ def test_unsupported_models_are_refused_by_name():
     capped = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=48, attn_logit_softcapping=50.0)
     bloom = AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=4, vocab_size=64)
     sinks = AutoConfig.for_model(
-        "gpt_oss", **sizes, num_key_value_heads=2, head_dim=8, intermediate_size=48, num_local_experts=2
+        "gpt_oss",
+        **sizes,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        num_local_experts=2,
+        num_experts_per_tok=1,
     )
     for config, word in ((capped, "softcap"), (sinks, "attention sinks"), (bloom, "AttentionInterface")):
         model = AutoModelForCausalLM.from_config(config)

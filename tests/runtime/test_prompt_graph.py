@@ -14,10 +14,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["slash", "stream", "pooled", "mean", "dense", "elastic"]
 
 
-def test_prompts_one_after_another(tiny):
+@pytest.mark.parametrize(
+    "names", [NAMES, ["bounds everywhere", "stream", "bounds", "mean"]], ids=["prefill", "choosing"]
+)
+def test_prompts_one_after_another(tiny, names):
     """Each fills the cache anew, and decoding goes on from there."""
     model = tiny("llama", num_hidden_layers=3).to(DEVICE)
-    plan = group_plan(model, NAMES)
+    plan = group_plan(model, names)
     with sparsesearch.apply(model, plan, backend="triton" if DEVICE == "cuda" else "torch"):
         cache = sparsesearch.sparse_cache(model, max_tokens=100)
         prompt = PromptGraph(model, cache, 83)

@@ -28,16 +28,16 @@ FEW_TOKENS = 256
 
 def compile_ahead(bench: Bench, plan: RunPlan) -> None:
     """Run one case of every kernel that the plan's runs will launch, on as many threads as there are cores."""
-    run_all(bench, jobs(CompilingBench(bench), plan))
+    run_all(bench.device, jobs(CompilingBench(bench), plan))
 
 
-def run_all(bench: Bench, todo: Iterable[Job]) -> None:
+def run_all(device: str, todo: Iterable[Job]) -> None:
     """Run jobs on as many threads as there are cores, and give the memory back."""
     waiting = 4  # threads per core: of ten that need one kernel, nine wait for it
     with Turns() as turns, ThreadPoolExecutor(waiting * (os.cpu_count() or 1)) as threads:
         for done in [threads.submit(_tried, job, turns) for job in todo]:
             done.result()
-    if torch.device(bench.device).type == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

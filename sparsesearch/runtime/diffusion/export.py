@@ -14,8 +14,9 @@ from sparsesearch.artifacts import read_text, write_bytes
 from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError, nearest
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.diffusion.guard import CONFIG_KEY, guarded
-from sparsesearch.runtime.diffusion.live import AppliedTransformer, check_transformer_weights
+from sparsesearch.runtime.diffusion.live import AppliedTransformer
 from sparsesearch.runtime.export import PLAN_FILE, check_target, complete_or_nothing, link_or_copy
+from sparsesearch.runtime.fingerprint import parameters_sha256, require_weights
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -80,7 +81,7 @@ def check_component(source: Path, component: str, plan: Plan, allow_other_weight
     model = load_component(folder)
     AppliedTransformer(model, plan, "auto").remove()
     if not allow_other_weights:
-        check_transformer_weights(plan.base_model, model)
+        require_weights(plan.base_model, parameters_sha256(model))
 
 
 def load_component(folder: Path) -> Any:

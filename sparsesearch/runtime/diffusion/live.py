@@ -14,7 +14,7 @@ from sparsesearch.runtime.diffusion.attention import Probe, SparseLayer
 from sparsesearch.runtime.diffusion.call import install, uninstall
 from sparsesearch.runtime.diffusion.families import family_of
 from sparsesearch.runtime.diffusion.specialise import specialise
-from sparsesearch.runtime.fingerprint import parameters_sha256
+from sparsesearch.runtime.fingerprint import parameters_sha256, require_weights
 from sparsesearch.runtime.removable import Removable
 
 
@@ -212,7 +212,7 @@ def apply_to_transformer(
         SpecError: unknown backend, or a plan is already applied.
     """
     if not allow_other_weights:
-        check_transformer_weights(plan.base_model, model)
+        require_weights(plan.base_model, parameters_sha256(model))
     for known in BACKENDS:
         if backend == known:
             applied = AppliedTransformer(model, plan, known)  # type: ignore[arg-type]  # one of the literals
@@ -245,20 +245,6 @@ def apply_to_pipeline(
         AppliedPipeline(applied).remove()
         raise
     return AppliedPipeline(applied)
-
-
-def check_transformer_weights(info: BaseModelInfo, model: nn.Module) -> None:
-    """Compare the weights with those a plan was made for; passes when either side's are not known.
-
-    Raises:
-        PlanMismatchError: they differ.
-    """
-    found, stated = parameters_sha256(model), info.weights_sha256
-    if found is not None and stated is not None and found != stated:
-        raise PlanMismatchError(
-            f"the plan was made for the weights of {info.name_or_path!r} ({stated[:12]}), but these are others ({found[:12]}). "
-            "Give the right model, or pass --allow-other-weights (allow_other_weights=True) for a fine-tuned copy."
-        )
 
 
 def _check_geometry(info: BaseModelInfo, sites: tuple[TransformerSite, ...]) -> None:
