@@ -109,7 +109,7 @@ class RunPlan:
         gemm = len(self.gemm_tokens) * len(self.gemm_widths)
         skinny = len(self.skinny_rows) * len(self.skinny)
         layers = (3 + len(self.probe_widths)) * len(self.layer_batches) + len(self.layer_tokens)
-        fused = 4 * len(self.fused_batches)
+        fused = 3 * len(self.fused_batches)
         return (
             4
             + tiles
