@@ -60,7 +60,7 @@ def in_turns_s(*works: Replay, budget_s: float = 0.15, least: int = 5) -> tuple[
     """Median time of one call of each work, while they take turns, so that all meet the same clock.
 
     A card at its power limit changes its clock by a fifth with what ran before, and with it the quotient of times measured one after the
-    other.
+    other. Of more than two, every other turn runs backwards: what always followed cuDNN was 4 % faster than what always followed itself.
 
     Args:
         works: what takes turns.
@@ -68,8 +68,12 @@ def in_turns_s(*works: Replay, budget_s: float = 0.15, least: int = 5) -> tuple[
         least: turns that are taken at least.
     """
     once = sum(event_times(work.replay, 1)[0] for work in works)
-    turns = [[event_times(work.replay, 1)[0] for work in works] for _ in range(_repeats(once, budget_s, least))]
-    return tuple(statistics.median(own) / work.calls for own, work in zip(zip(*turns, strict=True), works, strict=True))
+    times: list[list[float]] = [[] for _ in works]
+    for turn in range(_repeats(once, budget_s, least)):
+        back = len(works) > 2 and turn % 2 == 1
+        for place in reversed(range(len(works))) if back else range(len(works)):
+            times[place] += event_times(works[place].replay, 1)
+    return tuple(statistics.median(own) / work.calls for own, work in zip(times, works, strict=True))
 
 
 def paired_s(run: Callable[[], object], other: Callable[[], object], *, budget_s: float = 0.15) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.device_deal import deal_on_device
 from sparsesearch.kernels.schedule import (
@@ -161,24 +162,13 @@ def build_on_device(
     num_heads, device = banked[0].row_of_head.numel(), banked[0].chosen.device
     frame = _frame(spans, num_heads, shape, str(device))
     num_tiles, num_classes = len(frame.records), frame.longest + 1
-    entries = torch.empty(frame.num_entries, dtype=torch.int32, device=device)
     filled, counts = torch.empty_like(frame.records), torch.empty(num_tiles, dtype=torch.int32, device=device)
     places = torch.empty_like(counts)
     histogram, light_counts = counts.new_zeros(num_classes + workers.count).split([num_classes, workers.count])
+    entries = torch.empty(frame.num_entries, dtype=torch.int32, device=device)
     for span, choice, first in zip(spans, banked, frame.first_tile, strict=True):
-        grid = span.grid
-        if choice.chosen.shape[1:] != (grid.num_q_blocks, grid.num_k_blocks) or choice.row_of_head.numel() != num_heads:
-            found = (choice.row_of_head.numel(), *choice.chosen.shape[1:])
-            raise SpecError(
-                f"a choice must be [{num_heads}, {grid.num_q_blocks}, {grid.num_k_blocks}], but is {found}."
-            )
-        tiles_per_head = -(-grid.kv_len // shape.rows) - grid.q_start // shape.rows
-        list_entries[(tiles_per_head, num_heads)](
-            choice.bank.contiguous().view(torch.uint8), choice.chosen.contiguous().view(torch.uint8), choice.row_of_head, entries,
-            frame.records[first:], filled[first:], counts[first:], places[first:], histogram, grid.num_q_blocks, grid.num_k_blocks, tiles_per_head, grid.q_start, grid.kv_len, grid.first_q_block,
-            BLOCK=grid.block_tokens, ROWS=shape.rows, KEYS=shape.keys, CAUSAL=grid.causal,
-            CHUNK=min(1024, triton.next_power_of_2(-(-grid.kv_len // shape.keys))), num_warps=1,
-        )  # fmt: skip
+        own = tuple(x[first:] for x in (frame.records, filled, counts, places))
+        _list(span.grid, choice, num_heads, shape, entries, own, histogram)
     order, bin_ptr = deal_on_device(counts, places, histogram, workers.count, light_counts)
     return TileSchedule(
         tiles=filled.index_select(0, order),
@@ -194,6 +184,28 @@ def build_on_device(
         covered_rows=frame.covered_rows,
         makespan=1.0,
     )
+
+
+def _list(
+    grid: BlockGrid,
+    choice: BankedTiles,
+    num_heads: int,
+    shape: TileShape,
+    entries: Int[Tensor, " E"],
+    tiles: tuple[Tensor, ...],
+    histogram: Int[Tensor, " classes"],
+) -> None:
+    """Fill the lists of one sequence; `tiles` are records, filled records, counts and places from its first tile on."""
+    found = (choice.row_of_head.numel(), *choice.chosen.shape[1:])
+    if found != (num_heads, grid.num_q_blocks, grid.num_k_blocks):
+        raise SpecError(f"a choice must be [{num_heads}, {grid.num_q_blocks}, {grid.num_k_blocks}], but is {found}.")
+    tiles_per_head = -(-grid.kv_len // shape.rows) - grid.q_start // shape.rows
+    list_entries[(tiles_per_head, num_heads)](
+        choice.bank.contiguous().view(torch.uint8), choice.chosen.contiguous().view(torch.uint8), choice.row_of_head, entries,
+        *tiles, histogram, grid.num_q_blocks, grid.num_k_blocks, tiles_per_head, grid.q_start, grid.kv_len, grid.first_q_block,
+        BLOCK=grid.block_tokens, ROWS=shape.rows, KEYS=shape.keys, CAUSAL=grid.causal,
+        CHUNK=min(1024, triton.next_power_of_2(-(-grid.kv_len // shape.keys))), num_warps=1,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)

@@ -25,10 +25,10 @@ class HopperConfig:
     overlap_tiles: bool = True
 
 
-LONG_KEYS = 8192
+LONG_KEYS = 4096
 """From here on, in causal attention up to head_dim 64, registers hold a tile's queries (HELD), which spares a fifth of what the products read from
-shared memory, and the consumers issue in turn (TURNS, `hopper_turns`): 2-4 % faster at 8k and more at 32k, measured interleaved on an H200. Without a
-causal mask it gained nothing. At head_dim 128, queries would spill 150 bytes a thread, and turns gained nothing."""
+shared memory, and the consumers issue in turn (TURNS, `hopper_turns`). Measured in one run on an H200 against neither: 2-5 % faster at 8k, 2 % on
+average at 4k (from 2 % slower, 31 of 32 heads streaming, to 7 % faster, sparse). Without a causal mask it gained nothing. At head_dim 128, queries would spill 150 bytes a thread, and turns gained nothing."""
 TILE_ROWS = 128
 """Three consumers of 64 rows would have 160 registers each: ptxas spills 1.2 KB of the late softmax at head_dim 64, 256 bytes of the exact one."""
 CONFIGS: dict[tuple[int, int], HopperConfig] = {

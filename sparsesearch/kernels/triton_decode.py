@@ -16,14 +16,15 @@ add up in so few registers, or more heads than there are such rooms, the merge i
 the other took 13 to 40 % longer otherwise.
 
 Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
-blocks in turns, more than one block brought into L2 before or after the wait (1-4 %), shares in units of 16 keys (2-3 %).
+blocks in turns, more than one block brought into L2 before or after the wait (1-4 %), shares in units of 16 keys (2-3 %), 2 workers with three
+blocks in flight (1-3 %), 4 with one (18-20 %), 3 with one (one sequence 8 %; 8 sequences 1 % faster), and shares whose last quarter is taken by
+whoever is done (20-40 %; every piece is a part of its own, so results stay bit-identical; why it lost was not found out). A ring in shared memory
+filled by the tensor copy engine across the borders of pairs was 3 to 5 % faster in trials of up to 64 pairs, slower in `bench decode`, and withdrawn.
 
-Tried on an H200 and withdrawn: workers that stream their share through a ring in shared memory, filled by the tensor copy engine across the borders
-of pairs, their first blocks read while the merge before runs. In a trial of up to 64 pairs it took 3 to 5 % less time at 134 MB and 4 % at 268 MB;
-in its last form (112 registers at launch instead of 104, among other things) `bench decode` measured 0.86 of the copy bandwidth at 134 MB in one
-sequence, 0.76 in 8, and 0.89 at 268 MB in 8, so in 8 sequences less than this kernel reached in the trials (0.79-0.80 and 0.91-0.93), and its
-tests had not run. An instrumented form of it shows what a fixed share costs: of equal shares of 134 MB in one sequence some were read 27 us after the
-call before had ended, half after 34, the last after 37.
+What limits it (H200, `bench.decode`, `bench.decode_counters`, clock stamps): a gigabyte is read at 1.03 of the copy bandwidth, the memory 93 % busy.
+134 MB are read at 0.81-0.85, the memory 72-77 % busy while the first kernel runs alone. In one sequence a call's workers may begin 2.3 us after the
+last one of the call before ended (its merge lies between), and of their equal shares 24 multiprocessors, always the same ones, are through after 30
+us on average, the other 108 after 34, the last worker after 37.
 """
 
 import torch

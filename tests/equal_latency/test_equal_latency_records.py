@@ -10,7 +10,9 @@ from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.measured_front import UNIFORM
 
 FOLDER = Path(__file__).parents[1] / "golden" / "equal_latency"
-NAMES = sorted(path.name for path in FOLDER.glob("*.json"))
+ANSWERED, HALF = "smollm2-answers-h200.json", "smollm2-half-h200.json"
+NAMES = sorted(path.name for path in FOLDER.glob("*.json") if path.name != ANSWERED)
+"""Records that compare the mixture; `ANSWERED` is of plans for answers, found with calibration data of tasks alone."""
 
 
 def rows(name: str) -> list[tuple[float, dict[str, Entry]]]:
@@ -34,9 +36,9 @@ def test_the_mixture_takes_no_more_time_than_it_was_given(name: str) -> None:
         assert len(own.rules) > 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != HALF])
 def test_the_mixture_loses_no_more_than_any_family_that_is_as_fast(name: str) -> None:
-    """Within the paired standard error."""
+    """Over all positions, within the paired standard error."""
     for _, row in rows(name):
         own = row["mixture"]
         rivals = {family: one for family, one in row.items() if family not in ("mixture", ANSWERS)}
@@ -52,13 +54,13 @@ def test_the_mixture_loses_no_more_than_any_family_that_is_as_fast(name: str) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_family_is_beaten_for_being_given_less_time(name: str) -> None:
-    """Beyond the error of the clock, unless what it loses is out of proportion to a tenth of the time; what cannot be made as fast is slower and
-    shows no loss at equal time."""
+    """Beyond the error of the clock or the tolerance, unless what it loses is out of proportion to a tenth of the time; what cannot be made as
+    fast is slower and shows no loss at equal time."""
     for _, row in rows(name):
         own = row["mixture"]
         for family, one in row.items():
             loses_twice_as_much = one.excess["kl"].mean > own.quality.kl_text.mean
-            as_slow = one.share >= own.share - timing_error(own, one)
+            as_slow = one.at_target or one.share >= own.share - timing_error(own, one)
             assert family == ANSWERS or as_slow or (loses_twice_as_much and one.share > 0.9 * own.share), family
 
 
@@ -70,41 +72,72 @@ def test_uniform_windows_lose_strictly_more(name: str) -> None:
         assert uniform.excess["kl"].mean > 2 * uniform.excess["kl"].standard_error > 0
 
 
-@pytest.mark.parametrize(("name", "least"), [("smollm2-earlier-h200.json", 0.95), ("smollm2-h200.json", 0.92)])
-def test_the_mixture_for_answers_keeps_more_of_them_than_any_family(name: str, least: float) -> None:
-    """Of the 56 questions that dense answers, at two fifths of its time: 54 before losses were moderated, 52 since; the error is about 2.
+def kept(entry: Entry) -> float:
+    """Right answers over dense's, in the tasks that dense answers at least half of."""
+    dense = [found.accuracy.mean - found.accuracy_minus_dense.mean for found in entry.answered.values()]
+    return sum(found.accuracy.mean for found in entry.answered.values()) / sum(dense)
 
-    The profile: `sparsesearch profile SmolLM2-135M-Instruct.Q4_1.gguf --block-tokens 128 --lengths 4096 --num-samples 12 --device cuda
-    --dtype bfloat16 --data tasks:needle,needle_word,multikey,multikey_word:sentence`.
+
+def test_plans_for_answers_keep_nineteen_in_twenty_at_two_fifths_of_the_time() -> None:
+    """169 for 171 right answers of dense's to 192 questions that no earlier run had seen, the standard error of either task under 3 per cent.
+
+    The profile: `sparsesearch profile SmolLM2-135M-Instruct.Q4_1.gguf --block-tokens 128 --lengths 4096 --num-samples 16 --device cuda
+    --dtype bfloat16 --data tasks:needle,needle_word:sentence`. Beside it every single family at the same time: none keeps four in five.
     """
-    ((target, row),) = rows(name)
+    ((target, row),) = rows(ANSWERED)
+    own = row[ANSWERS]
     assert target == 0.4
+    assert own.at_target
+    assert own.share <= 0.404
+    assert set(own.answered) == {"needle", "needle_word"}
+    for found in own.answered.values():
+        assert found.accuracy.num_sequences == 96
+        assert found.retention is not None
+        assert found.retention_error is not None
+        assert found.retention >= 0.95
+        assert found.retention_error < 0.03
+    assert kept(own) > 0.98
+    rivals = set(row) - {"mixture", ANSWERS}
+    assert rivals == {"MoA", "MInference", "DuoAttention", UNIFORM}
+    assert max(kept(row[family]) for family in rivals) < 0.8 < kept(row["mixture"])
+    assert all(row[family].share > 0.98 * own.share for family in rivals)
+
+
+def test_calibrated_on_tasks_that_dense_does_not_answer_plans_for_answers_keep_less() -> None:
+    """Half of the tasks' sequences were multi-key ones, which dense answers seldom, and the others no tasks at all: 155 for 168, still more than any family."""
+    ((_, row),) = rows("smollm2-h200.json")
     assert set(row[ANSWERS].answered) == {"needle", "needle_word"}
-
-    def kept(entry: Entry) -> float:
-        dense = [found.accuracy.mean - found.accuracy_minus_dense.mean for found in entry.answered.values()]
-        return sum(found.accuracy.mean for found in entry.answered.values()) / sum(dense)
-
     assert row[ANSWERS].at_target
-    assert row[ANSWERS].share <= 0.4
-    assert kept(row[ANSWERS]) >= least
+    assert 0.9 < kept(row[ANSWERS]) < 0.95
     rivals = {family: kept(entry) for family, entry in row.items() if family not in ("mixture", ANSWERS)}
     assert len(rivals) == 4
     assert max(rivals.values()) < kept(row["mixture"]) < kept(row[ANSWERS])
 
 
 def test_on_smollm2_no_family_loses_less_at_the_same_time() -> None:
-    """All but two within half a per cent of each other's time. MoA's loss over all positions is equal within its error, at answers it is higher by
-    more than twice that, and so is the loss by which plans are chosen; every other family loses more over all positions too."""
+    """All but two within one per cent of each other's time, every family's plan improved by steps. MoA's loss over all positions is equal within its
+    error; at answers, and in the loss by which plans are chosen, it is higher by more than thrice that. Every other family loses more in all."""
     ((_, row),) = rows("smollm2-h200.json")
     own = row["mixture"]
+    assert own.quality.kl_text.num_sequences == 48
     for family in {"MoA", "DuoAttention", ANSWERS}:
-        assert row[family].share == pytest.approx(own.share, rel=0.006)
+        assert row[family].share == pytest.approx(own.share, rel=0.012)
     for family in set(row) - {"mixture", ANSWERS}:
-        text, answers = (row[family].excess[loss] for loss in ("kl", "kl_answer"))
-        assert text.mean + 0.1 * answers.mean > 0, family
-        assert answers.mean > 2 * answers.standard_error > 0, family
-        assert family == "MoA" or text.mean > 2 * text.standard_error > 0, family
+        for loss in ("loss", "kl_answer", "kl"):
+            excess = row[family].excess[loss]
+            assert excess.mean > 3 * excess.standard_error > 0 or ((family, loss) == ("MoA", "kl") and excess.mean > 0)
+
+
+def test_on_smollm2_at_half_of_the_time_moa_is_level() -> None:
+    """One search each, no steps: windows lose 3 per cent less over all positions (twice the error) and more at answers; in the loss by which plans
+    are chosen the mixture is ahead by a little more than the error. DuoAttention and uniform windows lose several times as much."""
+    ((target, row),) = rows(HALF)
+    assert target == 0.5
+    text, chosen_by = row["MoA"].excess["kl"], row["MoA"].excess["loss"]
+    assert abs(text.mean) < 0.035 * row["mixture"].quality.kl_text.mean
+    assert chosen_by.mean > chosen_by.standard_error > 0
+    for family in ("DuoAttention", UNIFORM):
+        assert row[family].quality.kl_text.mean > 4 * row["mixture"].quality.kl_text.mean
 
 
 def test_on_random_weights_in_the_8b_shape_the_mixture_beats_every_family() -> None:

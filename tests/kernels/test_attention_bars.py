@@ -1,19 +1,11 @@
-"""What the prefill kernels must reach on an H200, checked on the committed measurements; the bars that are missed, by how much."""
+"""What the prefill kernels must reach on an H200, checked on the committed measurements."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 RECORD = Path(__file__).parents[1] / "golden" / "attention_h200.json"
-MISSED: dict[tuple[object, ...], float] = {
-    ("Flex", 64, 32768, "causal", "sparse"): 1.332,
-    ("Flex", 64, 32768, "causal", "equal"): 1.337,
-    ("Flex", 64, 32768, "causal", "unequal"): 1.338,
-}
-"""Missed bars, and what was measured. A bar that is reached must leave this list."""
 
 
 def short(row: dict[str, Any]) -> tuple[object, ...]:
@@ -51,11 +43,8 @@ def bars(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[object, ...], float
             yield ("unequal heads", *case), quotient / 1.03, quotient
 
 
-def test_bars_hold_but_for_the_listed() -> None:
+def test_bars_hold() -> None:
     runs = json.loads(RECORD.read_text())["runs"]
     found = {name: (share, value) for run in runs for name, share, value in bars(run["rows"])}
     assert len(found) >= 100
-    missed = {name: value for name, (share, value) in found.items() if share > 1}
-    assert set(missed) == set(MISSED), sorted(missed.items(), key=str)
-    for name, value in missed.items():
-        assert value == pytest.approx(MISSED[name], rel=0.002), name
+    assert not {name: value for name, (share, value) in found.items() if share > 1}

@@ -10,6 +10,8 @@ import torch
 
 from sparsesearch.bench import counters
 from sparsesearch.bench.counters import CASES, COUNTERS, parse, run
+from sparsesearch.bench.decode_counters import CASES as DECODE_CASES
+from sparsesearch.bench.decode_counters import KERNEL_NAMES
 from sparsesearch.errors import UnsupportedKernelError
 
 RECORD = Path(__file__).parents[1] / "golden" / "counters_h200.json"
@@ -68,3 +70,17 @@ def test_the_record_covers_the_cases() -> None:
         assert 0 < row["tensor"] < 1
         assert row["busy_cycles_min"] <= row["busy_cycles_mean"] <= row["busy_cycles_max"] <= row["elapsed_cycles"]
         assert row["loaded_hz"] < 2.1e9
+
+
+def test_what_limits_decoding() -> None:
+    """Keys and values are read once, by three workers per multiprocessor. A gigabyte keeps the memory busy; 134 MB do not: see `triton_decode`."""
+    record = json.loads((RECORD.parent / "counters_decode_h200.json").read_text())
+    rows = {(*(row[name] for name in ("batch", "length", "kept")), row["kernel"]): row for row in record["rows"]}
+    assert set(rows) == {(*case, kernel) for case in DECODE_CASES for kernel in KERNEL_NAMES}
+    for case in DECODE_CASES:
+        parts, merge = (rows[(*case, kernel)] for kernel in KERNEL_NAMES)
+        assert parts["read_bytes"] == pytest.approx(parts["bytes"], rel=0.02)
+        assert parts["occupancy"] == pytest.approx(3 * 4 / 64, rel=0.05)
+        assert parts["dram"] > 0.9 if parts["bytes"] > 1e9 else 0.7 < parts["dram"] < 0.8
+        assert merge["read_bytes"] < 0.01 * parts["bytes"]
+        assert merge["seconds"] < 4e-6

@@ -10,14 +10,12 @@ RECORD = Path(__file__).parents[1] / "golden" / "decode_h200.json"
 Case = tuple[int, int, float]
 """Sequences, keys of each, share of them kept."""
 MISSED: dict[Case, float] = {
-    (1, 32768, 1.0): 0.852,
-    (1, 131072, 0.25): 0.838,
-    (8, 16384, 0.25): 0.787,
-    (16, 8192, 0.25): 0.775,
-    (16, 8192, 0.5): 0.892,
-    (16, 16384, 0.25): 0.891,
+    (1, 32768, 1.0): 0.851,
+    (1, 131072, 0.25): 0.837,
+    (8, 16384, 0.25): 0.812,
+    (16, 8192, 0.25): 0.813,
 }
-"""Shares of the copy bandwidth below 0.90. A bar that is reached must leave this list."""
+"""Shares of the copy bandwidth below 0.90, all at 134 MB: `triton_decode` says what limits them. A bar that is reached must leave this list."""
 
 
 @pytest.fixture(scope="module")

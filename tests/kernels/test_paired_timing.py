@@ -34,3 +34,16 @@ def test_two_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own == pytest.approx(1e-3, rel=0.05)
     assert ran[-6:] == ["short", "long"] * 3
     assert ran[2:].count("short") == 9  # as many turns as fit: 70 ms at 7 ms a pair, slowed
+
+
+def test_of_three_every_other_turn_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def event_times(replay: Callable[[], object], repeats: int) -> list[float]:
+        replay()
+        return [{"a": 1.0, "b": 2.0, "c": 6.0}[ran[-1]]] * repeats
+
+    monkeypatch.setattr(timing, "event_times", event_times)
+    works = [timing.Replay(lambda name=name: ran.append(name), calls) for name, calls in (("a", 1), ("b", 2), ("c", 3))]
+    assert timing.in_turns_s(*works, budget_s=0.0, least=4) == (1.0, 1.0, 2.0)
+    assert "".join(ran[3:]) == "abccbaabccba"

@@ -20,6 +20,13 @@ def test_smollm2_within_a_minute():
     assert found["profile_s"] <= 60
 
 
+def test_the_whole_command_with_sixteen_samples_within_a_minute():
+    """From the shell's prompt to the written profile, reading the model included."""
+    found = record("profile_smollm2_16_samples_h200")
+    assert (found["length_tokens"], found["samples"]) == (4096, 2 * SAMPLES)
+    assert found["again_after_imports_s"] < found["command_s"] <= 60
+
+
 def test_8b_shape_within_five_minutes():
     """Fewer samples than eight count for as many times their whole time: fixed costs included, so the projection errs high."""
     found = record("profile_llama3_8b_h200")

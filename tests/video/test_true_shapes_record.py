@@ -27,16 +27,36 @@ def test_ratios_follow_from_the_times(row: dict[str, float]) -> None:
     assert row["projected_speedup"] == pytest.approx(1 / (1 - share + share / gain), rel=1e-3)
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']}-{row['mix']}")
+def test_a_computed_tile_costs_less_than_cudnns_and_a_skipped_one_nothing(row: dict[str, float]) -> None:
+    """Copies included: as the plan took turns with cuDNN, and by its tiles alone, which always followed the plan."""
+    assert row["R"] <= 0.85
+    assert (row["tiles_s"] + row["copies_s"]) / (row["density"] * row["dense_s"]) <= 0.90
+
+
+def test_whole_models_would_gain_more_than_was_published() -> None:
+    """Projected from the share of attention at the published density; the published figure is another kernel's on another device."""
+    modes = [row for row in ROWS if row["mix"] == "modes"]
+    assert len(modes) == 3
+    for row in modes:
+        assert row["density"] == pytest.approx(row["published_density"], abs=0.01)
+        assert row["projected_speedup"] > 1.15 * row["published_speedup"]
+
+
 def test_predictions_stand_beside_the_times() -> None:
-    """Every row; some of them computed anew, which needs no device."""
+    """Every row; some of them computed anew, which needs no device. What the model predicts is the sustained clock, which tiles alone met."""
     errors = [abs(row["predicted_s"] / row["seconds"] - 1) for row in ROWS]
-    assert sum(errors) / len(errors) <= 0.05
-    assert max(errors) <= 0.12
+    assert sum(errors) / len(errors) <= 0.055
+    assert max(errors) <= 0.08
+    sustained = [abs(row["predicted_s"] / (row["tiles_s"] + row["copies_s"]) - 1) for row in ROWS]
+    assert sum(sustained) / len(sustained) <= 0.03
+    assert max(sustained) <= 0.06
     costs = load_cost_model(RECORD["predicted_by"])
     assert isinstance(costs, DeviceCostModel)
-    few = [row for row in ROWS if row["model"] == "CogVideoX1.5-5B" and row["mix"] in ("bands", "temporal")]
+    few = [row for row in ROWS if row["model"] == "CogVideoX1.5-5B" and row["mix"] == "bands"]
+    assert few
     for row, again in zip(few, with_predictions({**RECORD, "rows": few}, costs)["rows"], strict=True):
-        assert abs(again["predicted_s"] / row["seconds"] - 1) <= 0.12
+        assert abs(again["predicted_s"] / row["seconds"] - 1) <= 0.08
 
 
 def test_the_command_prints_them(tmp_path: Path) -> None:
