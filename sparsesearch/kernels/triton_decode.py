@@ -46,9 +46,7 @@ IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about a
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
 WORKERS_PER_SM = 3  # most loads in flight
 MANY_HEADS = 256
-THIN_HEADS = (
-    512  # programs of the merge beside the workers: one on each quarter of an H100's or H200's 132 multiprocessors
-)
+THIN_HEADS = 512  # merges that find room beside the workers: one on each quarter of a Hopper's 132 multiprocessors
 THIN_PAIRS = 256  # pairs that a warp of the merge adds up in 56 registers per thread
 
 
