@@ -253,3 +253,18 @@ def test_another_model_is_predicted_too():
     assert [row["batch"] for row in steps] == [8, 1]
     for row in steps:
         assert row["predicted_s"] == pytest.approx(row["step_s"], rel=0.07)
+
+
+def test_small_models_steps_are_predicted_short():
+    """SmolLM2-135M: a step of 0.65 ms is predicted 14 % short at batch 1, 8 % at batch 8.
+
+    5 % are the turn between two steps, which no prediction counts; the rest is about what launches differ by from one captured graph to the
+    next (0.1 or 0.45 us between kernels, measured on a plain step).
+    """
+    rows = golden("model_smollm2_135m_h200")["rows"]
+    steps = {row["batch"]: row for row in rows if row["phase"] == "decode" and row["variant"] == "plan"}
+    for batch, most in ((1, 0.15), (8, 0.09)):
+        assert -most <= steps[batch]["predicted_s"] / steps[batch]["step_s"] - 1 <= 0
+    (prompt,) = [row for row in rows if row["phase"] == "prefill"]
+    assert prompt["predicted_s"] == pytest.approx(prompt["plan_graph_s"], rel=0.08)
+    assert prompt["predicted_dense_s"] == pytest.approx(prompt["dense_graph_s"], rel=0.03)
