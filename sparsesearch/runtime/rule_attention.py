@@ -53,7 +53,7 @@ def attend_rule(
     if rule.rest == "zero":
         return torch.zeros_like(q)
     dense = isinstance(rule, Dense) or (rule.dynamic and not rule.decodes and grid.q_len == 1)
-    dense = dense or (binding.leaves is None and _keeps_all(rule, grid))
+    dense = dense or (rule.dynamic and binding.leaves is None and rule.keeps_all(grid))
     by_position = grid.q_len == 1 and not rule.dynamic and not dense
     if by_position and rule.rest == "drop" and cut is None and binding.backend != "reference":
         keys = _decoding_keys(rule, grid).to(q.device)  # only these are read
@@ -111,12 +111,6 @@ def _dynamic_tiles(
         whole = tiles.expand(*q.shape[:2], *tiles.shape[-2:])  # one for all heads where everything is chosen
         binding.leaves.leave(sequence, grid, heads, rule.left_behind(whole, grid, q, k))
     return tiles
-
-
-@lru_cache(maxsize=256)
-def _keeps_all(rule: Rule, grid: BlockGrid) -> bool:
-    """Whether a dynamic rule's law leaves it nothing to choose here."""
-    return rule.dynamic and rule.keeps_all(grid)
 
 
 @lru_cache(maxsize=32)
