@@ -155,7 +155,7 @@ def _decode_s(row: Row, model: DeviceCostModel) -> float:
     shape = model_shape(row["model"])
     head = DecodeWork(row["kv_tokens"], shape.head_dim, shape.num_heads // shape.num_kv_heads, row["batch"])
     attention_s = shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
-    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=False, turn=False)
+    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=False)
 
 
 def _fused_s(row: Row, model: DeviceCostModel) -> float:
@@ -165,4 +165,4 @@ def _fused_s(row: Row, model: DeviceCostModel) -> float:
         model.decode_attention_s([DecodeWork(kept, shape.head_dim, group, row["batch"]) for kept in layer])
         for layer in row["kv_tokens"]
     )
-    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=True, turn=False)
+    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=True)

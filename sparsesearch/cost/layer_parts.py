@@ -15,9 +15,7 @@ def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: in
     return linear_s + pointwise_s * (1 - costs.prefill_relief(rows))
 
 
-def decode_rest_s(
-    shape: ModelShape, costs: LayerCosts, *, batch: int, fused: bool | None = None, turn: bool = True
-) -> float:
+def decode_rest_s(shape: ModelShape, costs: LayerCosts, *, batch: int, fused: bool | None = None) -> float:
     """All of a decoding step but its attention.
 
     Args:
@@ -25,17 +23,15 @@ def decode_rest_s(
         costs: the device.
         batch: sequences.
         fused: whether the step is fused; None: as the runtime does it, `is_fused`.
-        turn: with what passes until the next step: tokens chosen and handed on.
 
     Raises:
         SpecError: a fused step is asked for, but this device's was not measured.
     """
-    turn_s = costs.decode_turn_s(batch) if turn else 0.0
     if is_fused(shape, costs, batch) if fused is None else fused:
-        return _fused_rest_s(shape, costs, batch) + turn_s
+        return _fused_rest_s(shape, costs, batch)
     widest = max(shape.intermediate_size, shape.num_heads * shape.head_dim)
     glue_s = shape.num_layers * costs.decode_glue_s(batch, float(shape.hidden_size * widest * WEIGHT_BYTES))
-    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + glue_s + costs.decode_step_s(batch) + turn_s
+    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + glue_s + costs.decode_step_s(batch)
 
 
 def is_fused(shape: ModelShape, costs: LayerCosts, batch: int) -> bool:

@@ -12,7 +12,8 @@ The merge waits beside the workers, and a worker's first block is brought into L
 merge must leave room for three workers on every multiprocessor: each quarter of one has 16,384 registers, of which the workers' warps take
 14,592, so it has room for a warp of up to 56 registers per thread (8 and 16 sequences of 134 MB: 3 and 5 % faster than a merge that is
 launched when the workers have read their shares, which is faster than one that takes a third worker's room). With more pairs than a warp can
-add up in so few registers the merge is launched late.
+add up in so few registers, or more heads than there are such rooms, the merge is launched late: with 1,024 heads (32 sequences) calls one after
+the other took 13 to 40 % longer otherwise.
 
 Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
 blocks in turns, more than one block brought into L2 before or after the wait (1-4 %), shares in units of 16 keys (2-3 %), 2 workers with three
@@ -45,6 +46,7 @@ IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about a
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
 WORKERS_PER_SM = 3  # most loads in flight
 MANY_HEADS = 256
+THIN_HEADS = 512  # merges that find room beside the workers: one on each quarter of a Hopper's 132 multiprocessors
 THIN_PAIRS = 256  # pairs that a warp of the merge adds up in 56 registers per thread
 
 
@@ -214,14 +216,14 @@ def merge_decode_parts(
     tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
 
 
-def is_late(num_pairs: int) -> bool:
+def is_late(num_pairs: int, num_heads: int) -> bool:
     """Whether the merge is launched only when the workers have read their shares."""
-    return num_pairs > THIN_PAIRS
+    return num_pairs > THIN_PAIRS or num_heads > THIN_HEADS
 
 
 def merge_shape(num_heads: int, num_pairs: int, workers: int, padded: int) -> tuple[int, int, int]:
     """Warps of one program of the merge, columns it merges, and parts it reads at once."""
-    if num_heads >= MANY_HEADS and not is_late(num_pairs):
+    if num_heads >= MANY_HEADS and not is_late(num_pairs, num_heads):
         return 1, padded, 4
     # few heads: their columns are shared out too; as many parts at once as a pair longer than the others may have
     parts = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
@@ -273,8 +275,8 @@ def constants(
         "PAGE": page_tokens,
         "PRECISION": "ieee" if fp32 else "tf32",
         "EARLY": early,
-        "AHEAD": 0 if is_late(num_pairs) else 1,  # blocks brought into L2 before the wait
-        "LATE": is_late(num_pairs),
+        "AHEAD": 0 if is_late(num_pairs, group * num_pairs) else 1,  # blocks brought into L2 before the wait
+        "LATE": is_late(num_pairs, group * num_pairs),
     }
 
 

@@ -186,7 +186,7 @@ def test_batches_are_numbers_or_max():
         ("model_llama3_8b_h200", [1024, 4096, 32768, 131072], 2),
         ("model_llama3_8b_decode_h200", [], 6),
         ("model_smollm2_135m_h200", [4096], 4),  # cut off by a time limit
-        ("model_qwen3_4b_h200", [], 6),  # its prefills were cut off by a time limit; kernels before the present ones
+        ("model_qwen3_4b_h200", [4096, 32768], 6),
     ],
 )
 def test_the_shipped_records_stay_readable(name, lengths, decoded):
@@ -238,3 +238,33 @@ def test_whole_models_are_predicted_as_they_run():
     assert [row["batch"] for row in steps] == [8, 1]
     for row in steps:
         assert row["predicted_s"] == pytest.approx(row["step_s"], rel=0.07)
+
+
+def test_another_model_is_predicted_too():
+    """Qwen3-4B, whose sizes no calibration has seen: prompts within 3 %, dense ones within 8 %, fused steps within 7 %."""
+    rows = golden("model_qwen3_4b_h200")["rows"]
+    prefill = [row for row in rows if row["phase"] == "prefill"]
+    assert [row["length"] for row in prefill] == [4096, 32768]
+    for row in prefill:
+        assert row["predicted_s"] == pytest.approx(row.get("plan_graph_s", row["plan_s"]), rel=0.03)
+        assert row["predicted_dense_s"] == pytest.approx(row.get("dense_graph_s", row["dense_s"]), rel=0.08)
+        assert row["bound_share"] >= 0.9
+    steps = [row for row in rows if row["phase"] == "decode" and row["variant"] == "plan"]
+    assert [row["batch"] for row in steps] == [8, 1]
+    for row in steps:
+        assert row["predicted_s"] == pytest.approx(row["step_s"], rel=0.07)
+
+
+def test_small_models_steps_are_predicted_short():
+    """SmolLM2-135M: a step of 0.65 ms is predicted 14 % short at batch 1, 8 % at batch 8.
+
+    5 % are the turn between two steps, which no prediction counts; the rest is about what launches differ by from one captured graph to the
+    next (0.1 or 0.45 us between kernels, measured on a plain step).
+    """
+    rows = golden("model_smollm2_135m_h200")["rows"]
+    steps = {row["batch"]: row for row in rows if row["phase"] == "decode" and row["variant"] == "plan"}
+    for batch, most in ((1, 0.15), (8, 0.09)):
+        assert -most <= steps[batch]["predicted_s"] / steps[batch]["step_s"] - 1 <= 0
+    (prompt,) = [row for row in rows if row["phase"] == "prefill"]
+    assert prompt["predicted_s"] == pytest.approx(prompt["plan_graph_s"], rel=0.08)
+    assert prompt["predicted_dense_s"] == pytest.approx(prompt["dense_graph_s"], rel=0.03)

@@ -90,7 +90,7 @@ def decode(page_tokens: int, num_pairs: int) -> CompileReport:
     return compile_report(kernel, types, constants, options=triton_decode.OPTIONS)
 
 
-def decode_merge(num_pairs: int) -> CompileReport:
+def decode_merge(num_pairs: int, group: int) -> CompileReport:
     """The merge that waits beside the workers of many heads."""
     kernel = triton_decode.merge_decode_parts
     types = dict.fromkeys(kernel.arg_names, "i32") | {
@@ -98,9 +98,11 @@ def decode_merge(num_pairs: int) -> CompileReport:
         "kv_lens": "*i32",
         **dict.fromkeys(("lse", "parts", "lse_parts"), "*fp32"),
     }
-    shared = triton_decode.constants(group=4, head_dim=128, num_pairs=num_pairs, page_tokens=0, fp32=False, early=True)
+    shared = triton_decode.constants(
+        group=group, head_dim=128, num_pairs=num_pairs, page_tokens=0, fp32=False, early=True
+    )
     constants = {name: shared[name] for name in triton_decode.MERGE_CONSTANTS}
-    warps, cols, chunk = triton_decode.merge_shape(4 * num_pairs, num_pairs, 396, 128)
+    warps, cols, chunk = triton_decode.merge_shape(group * num_pairs, num_pairs, 396, 128)
     return compile_report(
         kernel,
         types,
@@ -240,8 +242,8 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     for page_tokens in (0, 64):
         for num_pairs in (8, 64):
             yield f"decode {page_tokens} {num_pairs}", decode(page_tokens, num_pairs)
-    for num_pairs in (64, triton_decode.THIN_PAIRS):
-        yield f"merge {num_pairs}", decode_merge(num_pairs)
+    for num_pairs, group in ((64, 4), (triton_decode.THIN_PAIRS, 2)):
+        yield f"merge {num_pairs}", decode_merge(num_pairs, group)
     yield from schedule()
     yield "index mass", index()
     yield "select best", select()

@@ -41,3 +41,19 @@ def test_70b_shape_streams_within_20_gb():
     assert found["streamed"]
     assert found["layers"] >= 2
     assert found["peak_bytes"] <= 20e9
+
+
+def test_two_gpus_profile_as_one():
+    """What several ways differ by is no more than what the same way differs by from one run to the next; both spread the work or the weights."""
+    found = record("profile_two_gpus_h200")
+    assert (found["gpus"], found["processes"], found["length_tokens"], found["samples"]) == (2, 2, 8192, 4)
+    alone, again, shared, spread = (
+        found["runs"][way] for way in ("one process", "one process again", "processes share sequences", "device map")
+    )
+    assert max(again["differences"].values()) <= 0.011
+    for way in (shared, spread):
+        for kind, noise in again["differences"].items():
+            assert way["differences"][kind] <= 1.25 * noise, kind
+    assert shared["profile_s"] < 0.8 * min(alone["profile_s"], again["profile_s"])
+    assert len(alone["used_bytes"]) == 1
+    assert max(spread["used_bytes"]) < 0.85 * alone["used_bytes"][0]

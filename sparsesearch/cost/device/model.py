@@ -184,10 +184,6 @@ class DeviceCostModel:
         """What a decoding step takes beyond its layers and the output layer: embedding, positions; 0 where it was not measured."""
         return 0.0 if self.table.decode_step_s is None else self.table.decode_step_s.at(batch)
 
-    def decode_turn_s(self, batch: int) -> float:
-        """What passes between two steps; 0 where it was not measured."""
-        return 0.0 if self.table.decode_turn_s is None else self.table.decode_turn_s.at(batch)
-
     @property
     def fused(self) -> MeasuredFused | None:
         """What the fused decoding step takes; None if an older calibration left it out."""

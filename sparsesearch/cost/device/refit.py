@@ -33,14 +33,19 @@ def refitted(table: DeviceTable, rows: Sequence[Row], *, again: Sequence[str] = 
 
 
 def joined(runs: Sequence[Sequence[Row]]) -> tuple[list[Row], set[str]]:
-    """One list of several: of a group that more than one has measured, the last one's rows; and which groups that are."""
+    """One list of several: of a case that more than one has measured, the last one's row; and the groups to which later ones have added.
+
+    So a calibration that was cut short can be completed by an earlier one.
+    """
     first, *others = runs
-    rows, again = list(first), set()
+    rows = {_case(row): row for row in first}
     for other in others:
-        groups = {row["group"] for row in other}
-        rows = [row for row in rows if row["group"] not in groups] + list(other)
-        again |= groups
-    return rows, again
+        rows |= {_case(row): row for row in other}
+    return list(rows.values()), {row["group"] for other in others for row in other}
+
+
+def _case(row: Row) -> tuple[tuple[str, object], ...]:
+    return tuple(sorted((key, value) for key, value in row.items() if key not in ("seconds", "spread")))
 
 
 def main() -> None:
@@ -51,7 +56,7 @@ def main() -> None:
         type=Path,
         required=True,
         nargs="+",
-        help="micro-runs of the device; later files' groups replace earlier ones'",
+        help="micro-runs of the device; later files' cases replace earlier ones'",
     )
     parser.add_argument("--model", type=Path, required=True, help="cost model of the same device")
     parser.add_argument("--json", type=Path, required=True, help="where to write the model")

@@ -223,9 +223,6 @@ class DeviceTable(StoredModel):
     decode_step_s: Correction | None = Field(
         None, description="batch -> seconds that a decoding step takes beyond its layers and the output layer"
     )
-    decode_turn_s: Correction | None = Field(
-        None, description="batch -> seconds between two steps: the tokens chosen and handed on, the next graph started"
-    )
     skinny: tuple[SkinnyCost, ...] = Field((), description="products of the fused decoding step")
     fused_layer_s: Correction | None = Field(
         None, description="rows -> seconds that a fused layer takes beyond its products and its attention"
