@@ -54,7 +54,7 @@ def apply(
         pipelines.apply(plan, Path(model), out, component=component, **taken)
         return
     from sparsesearch.plan import Plan
-    from sparsesearch.runtime.export import export
+    from sparsesearch.runtime.export import PLAN_FILE, export
 
     opened = Plan.load(plan)
     o.refuse_given(context, f"is for diffusers pipelines, and {model} is none", "component")
@@ -74,7 +74,7 @@ def apply(
         overwrite=overwrite,
         allow_other_weights=allow_other_weights,
     )
-    _show(opened, out, "AutoModelForCausalLM", json)
+    _show(Plan.load(out / PLAN_FILE), out, "AutoModelForCausalLM", json)
 
 
 def _show(plan: "Plan", out: Path, loader: str, json: bool) -> None:

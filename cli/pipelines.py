@@ -200,13 +200,16 @@ def apply(
 ) -> None:
     """Write a copy of a pipeline, or of one transformer, that carries its plans."""
     from sparsesearch.denoising.pipeline import load_plans
+    from sparsesearch.plan import Plan
     from sparsesearch.runtime.diffusion.export import export_diffusers
+    from sparsesearch.runtime.export import PLAN_FILE
 
     plans = load_plans(plan, component)
     whole = (model / "model_index.json").is_file()
     if not whole:
         plans = {"": next(iter(plans.values()))}
     export_diffusers(plans, model, out, overwrite=overwrite, allow_other_weights=allow_other_weights)
+    plans = {name: Plan.load(out / name / PLAN_FILE) for name in plans}
     counts = {name: each.at_step(0).kind_counts() for name, each in plans.items()}
     if json:
         emit_json({"checkpoint": str(out), "plan_sha256": {n: p.sha256 for n, p in plans.items()}, "rules": counts})

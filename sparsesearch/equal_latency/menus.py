@@ -54,8 +54,8 @@ MENUS = (
 ANSWERS = "mixture, answers"
 """The mixture for those whose tasks are judged by their answers, which weigh as in `FOR_ANSWERS` wherever its plans are found, chosen or improved.
 
-Additive losses of so much weight mislead: on SmolLM2 and needle-7m their optimum lost more at answers than that of weight 1 or 3 (KL at answers of
-0.031 against 0.009 on needle-7m at density 0.3). So it may take a plan of any part in `AROUND_ANSWERS`, if replays say so."""
+Additive losses of so much weight can mislead: on needle-7m at density 0.3 their optimum lost more at answers than that of weight 1 (KL there 0.031
+against 0.009). So it may take a plan of any part in `AROUND_ANSWERS`, if replays say so."""
 FOR_ANSWERS = replace(STATIC, answer_weight=20.0)
 AROUND_ANSWERS = replace(FOR_ANSWERS, silent_heads=True)
 

@@ -9,7 +9,7 @@ So each strip of queries computes its tiles' numerators and denominators once, a
 block_tokens queries (several such strips on a GPU, which wants large products) against all keys is ever held.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -132,13 +132,20 @@ def static_tiles(rule: Rule, grid: BlockGrid, device: torch.device) -> Bool[Tens
 
 def choose_tiles(rules: Sequence[Rule], layer: LayerInput, grid: BlockGrid) -> Bool[Tensor, "H C N N"]:
     """Each candidate's tiles in each head."""
-    heads = layer.q.shape[0]
-    device = layer.q.device
-    chosen = [
-        rule.select(grid, layer.q, layer.k).to(device) if rule.dynamic else static_tiles(rule, grid, device)
-        for rule in rules
-    ]
-    return torch.stack([mask.expand(heads, *mask.shape[-2:]) for mask in chosen], 1)
+    heads, device = layer.q.shape[0], layer.q.device
+    votes: dict[tuple[str, Hashable], tuple[Tensor, ...]] = {}
+
+    def chosen(rule: Rule) -> Bool[Tensor, "*#H N N"]:
+        if not rule.dynamic:
+            return static_tiles(rule, grid, device)
+        if rule.ballot is None:
+            return rule.select(grid, layer.q, layer.k).to(device)
+        ballot = rule.kind_name(), rule.ballot
+        if ballot not in votes:
+            votes[ballot] = rule.votes(grid, layer.q, layer.k)
+        return rule.chosen(grid, *votes[ballot])
+
+    return torch.stack([mask.expand(heads, *mask.shape[-2:]) for mask in map(chosen, rules)], 1)
 
 
 def score_layer(

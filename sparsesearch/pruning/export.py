@@ -32,7 +32,7 @@ from sparsesearch.pruning.models import load_prunable
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.configuration import json_implementation, sparse_implementation
 from sparsesearch.runtime.export import COMPANIONS, PLAN_FILE, check_target, complete_or_nothing
-from sparsesearch.runtime.fingerprint import attention_sites, describe, require_weights, weights_sha256
+from sparsesearch.runtime.fingerprint import attention_sites, describe, plan_of_weights, weights_sha256
 from sparsesearch.runtime.loading import locate
 from sparsesearch.runtime.model_card import model_card
 from sparsesearch.runtime.pruned_models import FAMILIES, PREFIX, model_class, pruned_config
@@ -101,8 +101,8 @@ def export_pruned(
     place = locate(model)
     check_target(out, place, overwrite)
     base, tokenizer = load_prunable(model, device=device, dtype="float32")
-    if not allow_other_weights:
-        require_weights(plan.base_model, weights_sha256(base))
+    plan = plan_of_weights(plan, weights_sha256(base), allow_other_weights=allow_other_weights)
+    assert plan.pruning is not None
     fitted = _fitted(base, tokenizer, plan.pruning, mode, progress)
     stack: nn.Module = base
     stack.to("cpu")

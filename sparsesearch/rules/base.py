@@ -6,6 +6,7 @@ follows from the class: parsing of plans and search spaces, the listings, the RE
 
 import math
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -152,6 +153,24 @@ class Rule(BaseModel):
         A static rule ignores q and k and returns [M, N]. A dynamic rule needs both and returns one choice per leading index of q: keys
         are repeated to the query heads, both are rotated, and q carries the softmax scale, so that q·k is the score.
         """
+
+    @property
+    def ballot(self) -> Hashable | None:
+        """What `votes` depend on besides the call: rules of one kind and equal ballots differ in their budgets only. None: `select` says it all.
+
+        Scoring many such rules on one call counts the votes once; `select` is `chosen` by `votes`.
+        """
+        return None
+
+    def votes(
+        self, grid: BlockGrid, q: Float[Tensor, "*unit S D"], k: Float[Tensor, "*unit T D"]
+    ) -> tuple[Tensor, ...]:
+        """What a dynamic rule with a ballot chooses from."""
+        raise NotImplementedError(f"{self.kind_name()} has no ballot")
+
+    def chosen(self, grid: BlockGrid, *votes: Tensor) -> Bool[Tensor, "*unit M N"]:
+        """The tiles that votes lead to."""
+        raise NotImplementedError(f"{self.kind_name()} has no ballot")
 
     def step_tiles(self, q: Float[Tensor, "B g size D"], blocks: StepBlocks) -> Bool[Tensor, "B g size N"]:
         """What `select` chooses for one new token per sequence, without asking the host where that token is; the newest block is in.

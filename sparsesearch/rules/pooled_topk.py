@@ -36,11 +36,26 @@ class PooledTopk(Rule):
         """Top-k tiles per row; ties go to the earlier block."""
         if q is None or k is None:
             raise SpecError("pooled_topk must be given this call's queries and keys; use it in prefill only.")
-        reachable = grid.reachable(q.device)
+        return self.chosen(grid, *self.votes(grid, q, k))
+
+    @property
+    def ballot(self) -> int:
+        """How many first tokens are always in."""
+        return self.sink
+
+    def votes(
+        self, grid: BlockGrid, q: Float[Tensor, "*unit S D"], k: Float[Tensor, "*unit T D"]
+    ) -> tuple[Float[Tensor, "*unit M N"], Bool[Tensor, "M N"]]:
+        """Pooled scores, infinite where a tile is always in or never, and the tiles that always are."""
         scores = block_means(q, grid, grid.q_start) @ block_means(k, grid, 0).transpose(-1, -2)
         always = grid.diagonal(q.device) | (grid.k_blocks(q.device) < blocks_of(self.sink, grid.block_tokens))
-        scores = scores.masked_fill(always, torch.inf).masked_fill(~reachable, -torch.inf)
-        return reachable & (top_k(scores, self.keep.row_blocks(grid, q.device)) | always)
+        return scores.masked_fill(always, torch.inf).masked_fill(~grid.reachable(q.device), -torch.inf), always
+
+    def chosen(self, grid: BlockGrid, *votes: Tensor) -> Bool[Tensor, "*unit M N"]:
+        """Each row's best tiles, as many as its budget has."""
+        scores, always = votes
+        best = top_k(scores, self.keep.row_blocks(grid, scores.device))
+        return grid.reachable(scores.device) & (best | always)
 
     def keeps_all(self, grid: BlockGrid) -> bool:
         """Where every row's budget is all that it can reach: a budget grows no faster than the keys, so the last row decides."""

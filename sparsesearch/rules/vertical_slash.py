@@ -37,19 +37,23 @@ class VerticalSlash(Rule):
         """Chosen columns and diagonals, below the diagonal."""
         if q is None or k is None:
             raise SpecError("vertical_slash must be given this call's queries and keys; use it in prefill only.")
-        return self.chosen(grid, *self._votes(grid, q, k))
+        return self.chosen(grid, *self.votes(grid, q, k))
 
-    def chosen(
-        self, grid: BlockGrid, columns: Float[Tensor, "*unit N"], diagonals: Float[Tensor, "*unit N"]
-    ) -> Bool[Tensor, "*unit M N"]:
+    @property
+    def ballot(self) -> int:
+        """Which queries vote."""
+        return self.probe
+
+    def chosen(self, grid: BlockGrid, *votes: Float[Tensor, "*unit N"]) -> Bool[Tensor, "*unit M N"]:
         """The tiles that these votes per key block and per distance in blocks lead to."""
+        columns, diagonals = votes
         column = best_with_first(columns, max(1, self.vertical.blocks(grid)))
         diagonal = best_with_first(diagonals, max(1, self.slash.blocks(grid)))
         device = columns.device
         distance = (grid.q_blocks(device) - grid.k_blocks(device)).clamp(min=0)
         return grid.reachable(device) & (column[..., None, :] | diagonal[..., distance])
 
-    def _votes(
+    def votes(
         self, grid: BlockGrid, q: Float[Tensor, "*unit S D"], k: Float[Tensor, "*unit T D"]
     ) -> tuple[Float[Tensor, "*unit N"], Float[Tensor, "*unit N"]]:
         """Attention of the last queries per key block, and per distance in blocks."""

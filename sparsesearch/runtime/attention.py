@@ -28,9 +28,8 @@ from sparsesearch.runtime.rule_attention import attend_rule, attend_static, pick
 NAME = "sparsesearch"
 LAW_KEYWORD = "sparsesearch_law_tokens"
 PROBE_KEYWORD = "sparsesearch_probe"
-_MOST_MASK_ELEMENTS = (
-    1 << 30
-)  # of a layer whose heads share one call: 1 GiB, and twice that as the bias that SDPA makes of it
+_MOST_MASK_ELEMENTS = 1 << 30
+"""Of a layer whose heads share one call: 1 GiB, and twice that as the bias that SDPA makes of it."""
 
 
 @dataclass(frozen=True)

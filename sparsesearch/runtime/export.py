@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsesearch.artifacts import write_bytes
 from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import NAME
 from sparsesearch.runtime.configuration import json_implementation, sparse_implementation
-from sparsesearch.runtime.fingerprint import attention_sites, require_weights, weights_sha256
+from sparsesearch.runtime.fingerprint import attention_sites, plan_of_weights, weights_sha256
 from sparsesearch.runtime.live import check_geometry
 from sparsesearch.runtime.loading import load_model, load_weights, locate
 from sparsesearch.runtime.model_card import model_card
@@ -71,7 +71,7 @@ def export(
         model: local directory, hub id, embedded name, or (with `dequantize`) a GGUF file.
         out: directory to make.
         overwrite: replace a directory that is not empty.
-        allow_other_weights: skip the comparison of weights; then none are loaded.
+        allow_other_weights: of a fine-tuned copy: the plan that is written is of its weights, and says for which it was searched.
         dequantize: for a GGUF file, write its weights dequantised.
         revision: of a hub id.
         trust_remote_code: run code that comes with the checkpoint, to look at its attention.
@@ -88,8 +88,8 @@ def export(
         return _export_gguf(plan, place, out, dequantize, overwrite, allow_other_weights, command)
     source = place if isinstance(place, Path) else _download(place, revision)
     weights = _weight_files(source)
-    base = _look_at(source, allow_other_weights, trust_remote_code)
-    implementation = _fitting_implementation(plan, base, allow_other_weights)
+    base = load_weights(source, trust_remote_code=trust_remote_code)
+    plan, implementation = _fitted(plan, base, allow_other_weights)
     with complete_or_nothing(out, overwrite) as staging:
         linked = [file.name for file in weights if link_or_copy(file, staging / file.name)]
         for pattern in COMPANIONS:
@@ -142,22 +142,13 @@ def _weight_files(source: Path) -> list[Path]:
     return found
 
 
-def _look_at(source: Path, allow_other_weights: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """The base model; without its weights where they do not matter."""
-    if not allow_other_weights:
-        return load_weights(source, trust_remote_code=trust_remote_code)
-    config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    return _empty(config, trust_remote_code=trust_remote_code)
-
-
-def _fitting_implementation(plan: Plan, base: PreTrainedModel, allow_other_weights: bool) -> Any:
-    """Compare the plan with the model, and say which of its parts are to run it."""
+def _fitted(plan: Plan, base: PreTrainedModel, allow_other_weights: bool) -> tuple[Plan, Any]:
+    """The plan of these weights, compared with the model, and which of its parts are to run it."""
     sites = attention_sites(base)
     check_geometry(plan.base_model, sites)
-    if not allow_other_weights:
-        require_weights(plan.base_model, weights_sha256(base))
+    own = plan_of_weights(plan, weights_sha256(base), allow_other_weights=allow_other_weights)
     attending: list[Any] = [site.module.config for site in sites]
-    return json_implementation(sparse_implementation(base.config, attending))
+    return own, json_implementation(sparse_implementation(base.config, attending))
 
 
 def _export_gguf(
@@ -169,7 +160,7 @@ def _export_gguf(
             "the weights dequantised to safetensors, or keep the plan file alone and use sparsesearch.apply."
         )
     base, tokenizer = load_model(file)
-    implementation = _fitting_implementation(plan, base, allow_other_weights)
+    plan, implementation = _fitted(plan, base, allow_other_weights)
     with complete_or_nothing(out, overwrite) as staging:
         _plain(base).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -199,9 +190,9 @@ def _plain(base: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _empty(config: Any, **options: Any) -> PreTrainedModel:
+def _empty(config: Any) -> PreTrainedModel:
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 

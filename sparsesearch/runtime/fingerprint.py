@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsesearch.errors import PlanMismatchError, UnsupportedModelError
-from sparsesearch.plan import BaseModelInfo
+from sparsesearch.plan import BaseModelInfo, Plan
 from sparsesearch.runtime.attention import NAME, PROBE_KEYWORD, AttentionCall, unsupported_feature
 from sparsesearch.runtime.configuration import implementation_of
 
@@ -139,8 +139,27 @@ def require_weights(info: BaseModelInfo, found: str | None) -> None:
     if found is not None and stated is not None and found != stated:
         raise PlanMismatchError(
             f"the plan was made for the weights of {info.name_or_path!r} ({stated[:12]}), but these are others ({found[:12]}). "
-            "Give the right model, or pass --allow-other-weights (allow_other_weights=True) for a fine-tuned copy."
+            "Give the right model; for a fine-tuned copy, `sparsesearch apply --allow-other-weights` (allow_other_weights=True) writes the plan anew."
         )
+
+
+def plan_of_weights(plan: Plan, found: str | None, *, allow_other_weights: bool) -> Plan:
+    """The plan as a checkpoint with weights of this digest carries it, so that it can be verified and judged there.
+
+    Of other weights than it was made for, if these are allowed, it names them and says which it was searched for.
+
+    Raises:
+        PlanMismatchError: they differ, and must not.
+    """
+    stated = plan.base_model.weights_sha256
+    if not allow_other_weights:
+        require_weights(plan.base_model, found)
+    if found is None or stated in (None, found):
+        return plan
+    info = plan.base_model.model_copy(update={"weights_sha256": found})
+    return plan.model_copy(
+        update={"base_model": info, "provenance": plan.provenance | {"searched_for_weights": stated}}
+    )
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -9,7 +9,9 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.reference import tile_attention
 from sparsesearch.profiling import tile_scores
 from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, late_from, score_layer, tile_mass
-from sparsesearch.rules import Rule, rule_kinds
+from sparsesearch.rules import LengthLaw, Rule, rule_kinds
+from sparsesearch.rules.pooled_topk import PooledTopk
+from sparsesearch.rules.vertical_slash import VerticalSlash
 
 RULES: list[Rule] = [
     rule for kind in rule_kinds().values() if not (kind.reuses or kind.needs_layout) for rule in kind.examples()
@@ -84,6 +86,33 @@ def test_generated_queries_are_those_that_hold_answers() -> None:
         torch.testing.assert_close(
             scores.decode_answer[:, index], expected, rtol=1e-4, atol=float(1e-6 * dense.abs().sum()), msg=rule.label
         )
+
+
+@pytest.mark.parametrize("length", [1, 63, 200])
+def test_rules_that_share_votes_choose_as_each_would_alone(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And votes are counted once per ballot."""
+    data, grid = layer(length), BlockGrid(length, length, 32)
+    budgets: list[Rule] = [
+        *(VerticalSlash(vertical=LengthLaw(a=a), slash=LengthLaw(a=64), probe=p) for a in (32, 96) for p in (16, 64)),
+        *(PooledTopk(keep=LengthLaw(b=b), sink=sink) for b in (0.1, 0.4) for sink in (0, 64)),
+    ]
+    rules = [*RULES, *budgets]
+    alone = torch.stack(
+        [
+            (rule.select(grid, data.q, data.k) if rule.dynamic else rule.select(grid)).expand(
+                4, *grid.reachable().shape
+            )
+            for rule in rules
+        ],
+        1,
+    )
+    counted: list[str] = []
+    for kind in (VerticalSlash, PooledTopk):
+        monkeypatch.setattr(
+            kind, "votes", lambda self, *call, of=kind.votes: counted.append(self.label) or of(self, *call)
+        )
+    assert torch.equal(choose_tiles(rules, data, grid), alone)
+    assert len(counted) == len({(rule.kind_name(), rule.ballot) for rule in rules if rule.ballot is not None}) < 9
 
 
 def test_mass_and_influence_equal_autograd() -> None:

@@ -133,11 +133,19 @@ def test_other_weights_are_refused(tmp_path, needle_7m):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_weights_may_be_allowed_and_are_then_not_loaded(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "load_weights", None)
-    plan = base[1].model_copy(update={"base_model": base[1].base_model.model_copy(update={"weights_sha256": "0" * 64})})
-    out = sparsesearch.export(plan, base[0], tmp_path / "out", allow_other_weights=True).path
-    assert [problem[:11] for problem in verify(out).problems] == ["the weights"]
+def test_a_fine_tuned_copy_gets_a_plan_of_its_own_weights(base, tmp_path):
+    """Else nothing that compares weights, such as verify, eval and check, would ever take it."""
+    other = base[1].model_copy(
+        update={"base_model": base[1].base_model.model_copy(update={"weights_sha256": "0" * 64})}
+    )
+    out = sparsesearch.export(other, base[0], tmp_path / "out", allow_other_weights=True).path
+    assert verify(out).problems == ()
+    written = sparsesearch.Plan.load(out / "sparse_plan.json")
+    assert written.assignments == other.assignments
+    assert written.base_model.weights_sha256 == base[1].base_model.weights_sha256
+    assert written.provenance["searched_for_weights"] == "0" * 64
+    same = sparsesearch.export(base[1], base[0], tmp_path / "same", allow_other_weights=True).path
+    assert sparsesearch.Plan.load(same / "sparse_plan.json") == base[1]
 
 
 def test_embedded_model_exports_and_verifies(tmp_path, needle_7m):

@@ -16,7 +16,7 @@ from sparsesearch.plan import Plan
 from sparsesearch.runtime.diffusion.guard import CONFIG_KEY, guarded
 from sparsesearch.runtime.diffusion.live import AppliedTransformer
 from sparsesearch.runtime.export import PLAN_FILE, check_target, complete_or_nothing, link_or_copy
-from sparsesearch.runtime.fingerprint import parameters_sha256, require_weights
+from sparsesearch.runtime.fingerprint import parameters_sha256, plan_of_weights
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -38,7 +38,7 @@ def export_diffusers(
         source: a directory with model_index.json, or a model directory with config.json.
         out: directory to make.
         overwrite: replace a directory that is not empty.
-        allow_other_weights: skip the comparison of weights.
+        allow_other_weights: of a fine-tuned copy: the plan that is written is of its weights, and says for which it was searched.
 
     Raises:
         PlanMismatchError: a plan is for another model. `out` is as it was.
@@ -48,8 +48,7 @@ def export_diffusers(
     if not plans:
         raise SpecError("at least one component must get a plan. Name it with --component.")
     check_target(out, source, overwrite)
-    for component, plan in plans.items():
-        check_component(source, component, plan, allow_other_weights)
+    plans = {name: plan_for_component(source, name, plan, allow_other_weights) for name, plan in plans.items()}
     with complete_or_nothing(out, overwrite) as staging:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             target = staging / file.relative_to(source)
@@ -67,8 +66,8 @@ def export_diffusers(
             plan.save(folder / PLAN_FILE)
 
 
-def check_component(source: Path, component: str, plan: Plan, allow_other_weights: bool = False) -> None:
-    """Load one component, put the plan on it and take it off again.
+def plan_for_component(source: Path, component: str, plan: Plan, allow_other_weights: bool = False) -> Plan:
+    """Load one component, put the plan on it and take it off again; the plan of its weights.
 
     Raises:
         PlanMismatchError: there is no such component, or the plan is for another model.
@@ -80,8 +79,7 @@ def check_component(source: Path, component: str, plan: Plan, allow_other_weight
         raise PlanMismatchError(f"{source} has no component {component!r}.{nearest(component, known)}")
     model = load_component(folder)
     AppliedTransformer(model, plan, "auto").remove()
-    if not allow_other_weights:
-        require_weights(plan.base_model, parameters_sha256(model))
+    return plan_of_weights(plan, parameters_sha256(model), allow_other_weights=allow_other_weights)
 
 
 def load_component(folder: Path) -> Any:
