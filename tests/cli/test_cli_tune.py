@@ -17,7 +17,8 @@ def test_a_study_is_made_and_joined(corridor: Path, run: Any, run_json: Any, tmp
     )  # fmt: skip
     again = run_json("tune", "--join", "both", *study, "--trials", "2")
     assert first["trials"] == {"complete": 1}
-    assert again["trials"]["complete"] == 2
+    assert sum(again["trials"].values()) == 2  # a worker draws by its process: the second may be stopped early
+    assert set(again["trials"]) <= {"complete", "pruned"}
     assert [row["origin"] for row in first["front"]] == ["exact front"]
     plans = sorted((tmp_path / "study").glob("*.json"))
     assert plans
