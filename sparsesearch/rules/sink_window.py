@@ -33,9 +33,9 @@ class SinkWindow(Rule):
     ) -> Bool[Tensor, "M N"]:
         """Sink blocks and the last W blocks of each row (both sides of the diagonal when the call is not causal)."""
         sink, window = self.blocks(grid)
-        row, column = grid.q_blocks(), grid.k_blocks()
-        near = (column > row - window) & (column < row + window)
-        return grid.reachable() & (near | (column < sink))
+        chosen = grid.reachable().triu_(grid.first_q_block - window + 1).tril_(grid.first_q_block + window - 1)
+        chosen[:, :sink] = grid.k_blocks()[:, :sink] <= grid.q_blocks() if grid.causal else True
+        return chosen
 
     def kept_tokens(self, grid: BlockGrid) -> int:
         """Sink and window, never more than the sequence."""

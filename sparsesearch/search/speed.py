@@ -151,7 +151,7 @@ def video_table(
 
 
 def measure() -> dict[str, dict[str, float | str]]:
-    """Times and gaps: the issue's bar, a harder search, a model of 70B, a video schedule, and a front of 100 points."""
+    """Times and gaps: the stated bar, a harder search, a model of 70B, a video schedule, and a front of 100 points."""
     figures: dict[str, dict[str, float | str]] = {}
     large, huge, video = synthetic_table(), synthetic_table(5120, seed=1), video_table()
     one = [Budget("density", 0.25)]
