@@ -253,6 +253,13 @@ def test_density_of_static_rules_is_the_mean_over_heads() -> None:
     assert achieved_density(plan_of({}, pruning=cut), 512, TileCount()) == pytest.approx(62 / 64)
 
 
+def test_dynamic_rules_that_keep_everything_need_no_run() -> None:
+    plan = plan_of({(0, 0): PooledTopk(keep=LengthLaw(a=512), sink=0)})
+    assert achieved_density(plan, 512, TileCount()) == 1.0
+    with pytest.raises(SpecError, match="1 heads with dynamic rules"):
+        achieved_density(plan, 1024, TileCount())
+
+
 def test_density_of_dynamic_rules_is_counted_in_the_run() -> None:
     rule = PooledTopk(keep=LengthLaw(a=128), sink=0)  # the diagonal and one more tile: 15 of 36 tiles at 512
     plan, count, original = plan_of({(0, 0): rule}), TileCount(), PooledTopk.select

@@ -28,15 +28,17 @@ class TileCount:
 def achieved_density(plan: Plan, length_tokens: int, dynamic: TileCount) -> float:
     """Tiles computed / tiles dense attention computes in one prefill, over all query heads; removed ones compute none.
 
-    Exact for static rules; dynamic rules enter with what they chose in the run that `dynamic` counted.
+    Exact for static rules, and for dynamic ones that keep all tiles at this length, which run densely and are not asked; the others enter with
+    what they chose in the run that `dynamic` counted.
 
     Raises:
         SpecError: the plan has dynamic rules and the run counted none of their choices.
     """
     grid = BlockGrid(length_tokens, length_tokens, plan.block_tokens)
     heads = Counter(rule for module, head, rule in plan.heads() if head not in plan.removed_heads(module))
-    num_dynamic = sum(count for rule, count in heads.items() if rule.dynamic)
-    tiles = sum(density(rule.select(grid), grid) * count for rule, count in heads.items() if not rule.dynamic)
+    num_dynamic = sum(count for rule, count in heads.items() if _chooses(rule, grid))
+    tiles: float = sum(count for rule, count in heads.items() if rule.dynamic) - num_dynamic
+    tiles += sum(density(rule.select(grid), grid) * count for rule, count in heads.items() if not rule.dynamic)
     if num_dynamic:
         if not dynamic.reachable:
             raise SpecError(
@@ -69,6 +71,10 @@ def counting(plan: Plan | None, count: TileCount) -> Iterator[None]:
         yield
 
 
+def _chooses(rule: Rule, grid: BlockGrid) -> bool:
+    return rule.dynamic and not rule.keeps_all(grid)
+
+
 def _add(count: TileCount, grid: BlockGrid, tiles: Bool[Tensor, "*unit M N"]) -> None:
     if grid.q_len == grid.kv_len:
         reachable = grid.reachable(tiles.device)
@@ -80,7 +86,8 @@ def _add(count: TileCount, grid: BlockGrid, tiles: Bool[Tensor, "*unit M N"]) ->
 def _watched(select: Callable[..., Tensor], count: TileCount) -> Callable[..., Any]:
     def watched(rule: Rule, grid: BlockGrid, q: Tensor | None = None, k: Tensor | None = None, **more: Any) -> Tensor:
         tiles = select(rule, grid, q, k, **more)
-        _add(count, grid, tiles)
+        if _chooses(rule, grid):
+            _add(count, grid, tiles)
         return tiles
 
     return watched
