@@ -203,7 +203,8 @@ def _attend_on_device(
     kernel = serving_kernel(binding.backend, query, key, value, binding.block_tokens)
     if kernel is None:
         return None
-    from sparsesearch.runtime.device_attention import decode_choosing, decode_heads, layer_call, places_of
+    from sparsesearch.runtime.device_attention import layer_call, places_of
+    from sparsesearch.runtime.device_decode import decode_choosing, decode_heads
 
     places = places_of(found, query.shape[0])
     if places is None:

@@ -1,6 +1,6 @@
 """Which kernel computes the chosen tiles: the one place where the runtime meets the kernels.
 
-gluon, triton   every head and sequence of a call in one launch   (device_attention)
+gluon, triton   every head and sequence of a call in one launch   (device_attention, device_decode)
 torch           one sequence and one rule at a time: the CPU path, and wherever gradients are needed
 reference       the oracle
 """

@@ -20,7 +20,7 @@ from sparsesearch.rules.base import Rule
 from sparsesearch.rules.dense import Dense
 from sparsesearch.rules.mean_value import MeanValue
 from sparsesearch.runtime.binding import LayerBinding, evicting_rule
-from sparsesearch.runtime.device_attention import visible_blocks
+from sparsesearch.runtime.device_decode import visible_blocks
 from sparsesearch.runtime.static_regions import Layout
 from sparsesearch.runtime.step_choices import Choosers
 from sparsesearch.step_blocks import StepSelection
