@@ -42,21 +42,28 @@ STALLS = ("barrier", "dispatch_stall", "gmma", "long_scoreboard", "math_pipe_thr
           "short_scoreboard", "wait")  # fmt: skip
 Counters: TypeAlias = dict[str, tuple[str, float]]
 """Name of ours: name in `ncu`, and its unit in ours; names that begin with `stalls.` are put together."""
-COUNTERS: Counters = {
+TIMES: Counters = {
     "seconds": ("gpu__time_duration.sum", 1e-9),
     "hz": ("gpc__cycles_elapsed.avg.per_second", 1.0),
     "elapsed_cycles": ("gpc__cycles_elapsed.max", 1.0),
     "busy_cycles_min": ("sm__cycles_active.min", 1.0),
     "busy_cycles_mean": ("sm__cycles_active.avg", 1.0),
     "busy_cycles_max": ("sm__cycles_active.max", 1.0),
-    "tensor": ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", 0.01),
-    "exp2": ("sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active", 0.01),
-    "alu": ("sm__pipe_alu_cycles_active.avg.pct_of_peak_sustained_active", 0.01),
-    "fma": ("sm__pipe_fma_cycles_active.avg.pct_of_peak_sustained_active", 0.01),
-    "issue": ("smsp__issue_active.avg.pct_of_peak_sustained_active", 0.01),
-    "l2": ("lts__throughput.avg.pct_of_peak_sustained_elapsed", 0.01),
-    "dram": ("dram__cycles_active.avg.pct_of_peak_sustained_elapsed", 0.01),
-} | {f"stalls.{name}": (STALL.format(name), 1.0) for name in STALLS}
+}
+"""Of any kernel: how long it took, and its multiprocessors' part of that."""
+COUNTERS: Counters = (
+    TIMES
+    | {
+        "tensor": ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", 0.01),
+        "exp2": ("sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active", 0.01),
+        "alu": ("sm__pipe_alu_cycles_active.avg.pct_of_peak_sustained_active", 0.01),
+        "fma": ("sm__pipe_fma_cycles_active.avg.pct_of_peak_sustained_active", 0.01),
+        "issue": ("smsp__issue_active.avg.pct_of_peak_sustained_active", 0.01),
+        "l2": ("lts__throughput.avg.pct_of_peak_sustained_elapsed", 0.01),
+        "dram": ("dram__cycles_active.avg.pct_of_peak_sustained_elapsed", 0.01),
+    }
+    | {f"stalls.{name}": (STALL.format(name), 1.0) for name in STALLS}
+)
 
 
 def run(cases: Sequence[tuple[int, int, PlanName]] = CASES, *, command: list[str] | None = None) -> dict[str, Any]:

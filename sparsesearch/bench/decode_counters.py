@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparsesearch.bench.counters import STALL, Counters, profile
+from sparsesearch.bench.counters import STALL, TIMES, Counters, profile
 from sparsesearch.bench.decode import lengths_of
 from sparsesearch.bench.timing import provenance
 from sparsesearch.errors import UnsupportedKernelError
@@ -36,22 +36,20 @@ STALLS = (
     "wait",
 )
 ELAPSED = "{}.avg.pct_of_peak_sustained_elapsed"
-COUNTERS: Counters = {
-    "seconds": ("gpu__time_duration.sum", 1e-9),
-    "hz": ("gpc__cycles_elapsed.avg.per_second", 1.0),
-    "elapsed_cycles": ("gpc__cycles_elapsed.max", 1.0),
-    "busy_cycles_min": ("sm__cycles_active.min", 1.0),
-    "busy_cycles_mean": ("sm__cycles_active.avg", 1.0),
-    "busy_cycles_max": ("sm__cycles_active.max", 1.0),
-    "read_bytes": ("dram__bytes_read.sum", 1.0),
-    "dram": (ELAPSED.format("dram__throughput"), 0.01),
-    "l2": (ELAPSED.format("lts__throughput"), 0.01),
-    "l2_hits": ("lts__t_sector_hit_rate.pct", 0.01),
-    "occupancy": ("sm__warps_active.avg.pct_of_peak_sustained_active", 0.01),
-    "issue": ("smsp__issue_active.avg.pct_of_peak_sustained_active", 0.01),
-    "registers": ("launch__registers_per_thread", 1.0),
-    "waves": ("launch__waves_per_multiprocessor", 1.0),
-} | {f"stalls.{name}": (STALL.format(name), 1.0) for name in STALLS}
+COUNTERS: Counters = (
+    TIMES
+    | {
+        "read_bytes": ("dram__bytes_read.sum", 1.0),
+        "dram": (ELAPSED.format("dram__throughput"), 0.01),
+        "l2": (ELAPSED.format("lts__throughput"), 0.01),
+        "l2_hits": ("lts__t_sector_hit_rate.pct", 0.01),
+        "occupancy": ("sm__warps_active.avg.pct_of_peak_sustained_active", 0.01),
+        "issue": ("smsp__issue_active.avg.pct_of_peak_sustained_active", 0.01),
+        "registers": ("launch__registers_per_thread", 1.0),
+        "waves": ("launch__waves_per_multiprocessor", 1.0),
+    }
+    | {f"stalls.{name}": (STALL.format(name), 1.0) for name in STALLS}
+)
 KERNEL_NAMES: tuple[Literal["parts", "merge"], ...] = ("parts", "merge")
 
 
