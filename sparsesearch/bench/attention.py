@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.fp64 import exact_rows, relative_error
 from sparsesearch.bench.predicted import shipped_costs
-from sparsesearch.bench.timing import ceilings, median_s, paired_s, provenance
+from sparsesearch.bench.timing import Turns, ceilings, median_s, paired, provenance
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SparseSearchError
 from sparsesearch.kernels.dispatch import Backend, run_schedule, schedule_for
@@ -180,8 +180,8 @@ class _Case:
                     return run_schedule(self.q, self.k, self.v, schedule, scale=scale, kernel=backend)[0]  # noqa: B023
 
                 row["fp64_error"] = relative_error(attend(), exact)
-                seconds, dense_s = paired_s(attend, self._attend, budget_s=self.budget_s)
-                record(row | self._costs(schedule, seconds, dense_s) | self._predicted(schedule, backend))
+                ours, dense = paired(attend, self._attend, budget_s=self.budget_s)
+                record(row | self._costs(schedule, ours, dense) | self._predicted(schedule, backend, ours.hz))
             except (
                 RuntimeError,
                 SparseSearchError,
@@ -194,8 +194,8 @@ class _Case:
             except RuntimeError as error:  # inductor's own kinds included
                 record(row | {"error": f"{type(error).__name__}: {error}"[:400]})
 
-    def _costs(self, schedule: TileSchedule, seconds: float, dense_s: float) -> dict[str, Any]:
-        shape = schedule.shape
+    def _costs(self, schedule: TileSchedule, ours: Turns, dense: Turns) -> dict[str, Any]:
+        shape, seconds, dense_s = schedule.shape, ours.seconds, dense.seconds
         return {
             "density": schedule.density,
             "seconds": seconds,
@@ -204,14 +204,19 @@ class _Case:
             "R": seconds / (schedule.density * dense_s),
             "makespan": schedule.makespan,
             "blocks": schedule.num_blocks,
+            "hz": ours.hz,
+            "dense_hz": dense.hz,
         }
 
-    def _predicted(self, schedule: TileSchedule, backend: Backend) -> dict[str, Any]:
-        """What the shipped cost model says, if it is of this device and kernel."""
+    def _predicted(self, schedule: TileSchedule, backend: Backend, hz: float | None) -> dict[str, Any]:
+        """What the shipped cost model says, if it is of this device and kernel: of the kernel alone for long, and at the clock met here."""
         if self.costs is None or self.costs.kernel != backend:
             return {}
         heads = {"num_kv_heads": self.k.shape[1], "head_dim": self.k.shape[3]}
-        return {"predicted_s": self.costs.attention_s(schedule, **heads)}
+        found = {"predicted_s": self.costs.attention_s(schedule, **heads)}
+        if hz is None or self.costs.table.boost_hz is None:
+            return found
+        return found | {"predicted_at_clock_s": self.costs.attention_s(schedule, **heads, hz=hz)}
 
     def _flex(self, rules: tuple[Rule, ...], density: float, exact: Tensor) -> dict[str, Any]:
         from torch.nn.attention.flex_attention import flex_attention
@@ -224,7 +229,8 @@ class _Case:
             return out
 
         error = relative_error(attend(), exact)
-        seconds, dense_s = paired_s(attend, self._attend, budget_s=self.budget_s)
+        own, dense = paired(attend, self._attend, budget_s=self.budget_s)
+        seconds, dense_s = own.seconds, dense.seconds
         blocks = density * self.q.shape[1] * int(self.grid.reachable().sum())
         flop = 4 * blocks * BLOCK_TOKENS**2 * self.q.shape[-1]
         costs = {"density": density, "seconds": seconds, "flop": flop, "dense_s": dense_s}
