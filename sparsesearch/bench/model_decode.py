@@ -22,6 +22,8 @@ from sparsesearch.runtime.live import apply
 from sparsesearch.runtime.prepare import sparse_cache
 
 _MARGIN_BYTES = 4 << 30  # logits, workspaces, the captured graph's own pool
+_WARM_UPS = 2
+"""Steps with the choice of the next token before those that are timed: what loads a kernel at its first use took 7 ms once, of 30."""
 _SPARE_TOKENS = 8
 DENSE, DENSE_FUSED, PLAN = "dense", "dense_fused", "plan"
 
@@ -127,6 +129,8 @@ def _timed_steps(session: Session, step: DecodeStep, batch: int) -> tuple[float,
     step(newest)
     synchronize(session.device)
     capture_s = time.perf_counter() - start
+    for _ in range(_WARM_UPS):
+        newest = step(newest).argmax(-1)
     stamps: Stamps = []
     with timed(stamps, session.device):
         for _ in range(session.request.steps):

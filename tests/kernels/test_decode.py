@@ -104,9 +104,9 @@ def test_merges_of_many_heads(thin: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "num_kv_heads", "group"), [(8, 8, 4), (150, 2, 1), (260, 2, 1)])
+@pytest.mark.parametrize(("batch", "num_kv_heads", "group"), [(8, 8, 4), (32, 8, 4), (150, 2, 1), (260, 2, 1)])
 def test_many_pairs(batch: int, num_kv_heads: int, group: int) -> None:
-    """Merges of one warp, merges launched late, and more pairs than a worker holds the first rows of."""
+    """Merges of one warp, merges launched late for their heads or their pairs, and more pairs than a worker holds the first rows of."""
     generator = torch.Generator().manual_seed(batch)
     lens = torch.randint(0, 300, (batch * num_kv_heads,), generator=generator).tolist()
     q, k, v, starts, kv_lens = _case(lens, batch=batch, heads=num_kv_heads * group, head_dim=64)
