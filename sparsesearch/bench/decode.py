@@ -6,7 +6,7 @@ takes, so each size has two more rows: a copy of as many bytes (half read, half 
 Every kernel is timed in CUDA graphs of as many calls as a decode step of a model has layers, one after the other and each on another cache:
 a graph takes some microseconds to begin and to end, which a step pays once and not once per layer.
 
-    python -m sparsesearch.bench.decode --json out.json
+    python -m sparsesearch.bench.decode --json out.json [--shapes 32x4096,32x8192]
 """
 
 import argparse
@@ -31,6 +31,8 @@ from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.timing import event_times, repeated
 from sparsesearch.kernels.decode import ragged_decode
 
+SHAPES = ((1, 32768), (1, 131072), (8, 16384), (8, 32768), (16, 8192), (16, 16384), (32, 4096), (32, 8192))
+"""Sequences, and keys of each."""
 LAYERS = 32
 """Calls of a graph."""
 L2_SIZES = 8
@@ -39,7 +41,7 @@ L2_SIZES = 8
 
 def run(
     *,
-    shapes: Sequence[tuple[int, int]] = ((1, 32768), (1, 131072), (8, 16384), (8, 32768), (16, 8192), (16, 16384)),
+    shapes: Sequence[tuple[int, int]] = SHAPES,
     kept: Sequence[float] = (1.0, 0.5, 0.25),
     num_heads: int = 32,
     num_kv_heads: int = 8,
@@ -161,16 +163,25 @@ def lengths_of(kind: str, share: float, batch: int, num_kv_heads: int, length: i
     return uniform.clamp(1, length).round().int().flatten().cuda()
 
 
+def _shapes_of(text: str) -> tuple[tuple[int, int], ...]:
+    found = []
+    for one in text.split(","):
+        batch, length = (int(number) for number in one.split("x"))
+        found.append((batch, length))
+    return tuple(found)
+
+
 def main() -> None:
     """Command line: all cases, a line of JSON per row on stderr, the whole record in a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the record")
+    parser.add_argument("--shapes", type=_shapes_of, default=SHAPES, help="such as 8x16384,32x4096: sequences x keys")
 
     def show(row: dict[str, Any]) -> None:
         sys.stderr.write(json.dumps(row) + "\n")
 
     given = parser.parse_args()
-    given.json.write_text(json.dumps(run(progress=show), indent=1, sort_keys=True) + "\n")
+    given.json.write_text(json.dumps(run(shapes=given.shapes, progress=show), indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
