@@ -74,10 +74,11 @@ class SearchedLadder:
         """The budget whose plans take a share of dense's time by the prices of heads; None where these do not know."""
         return bound_for(self._profile, self.question, self._table, share)
 
-    def around(self, loss: Float[ndarray, "U C"], objective: str) -> "SearchedLadder":
-        """The same space and prices with other losses."""
+    def around(self, loss: Float[ndarray, "U C"], objective: str, answer_weight: float) -> "SearchedLadder":
+        """The same space and prices with other losses, in which answers have that weight."""
         other = copy(self)
-        other.question, other._table = replace(self.question, objective=objective), replace(self._table, loss=loss)
+        other.question = replace(self.question, objective=objective, answer_weight=answer_weight)
+        other._table = replace(self._table, loss=loss)
         other._solved = {}
         return other
 

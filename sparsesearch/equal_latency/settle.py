@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from sparsesearch.equal_latency.climb import Near, Rung, Times, climb, ladder_ends, shares_of
+from sparsesearch.equal_latency.improve import improved, rivals_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS
 from sparsesearch.equal_latency.replay import Replay
-from sparsesearch.equal_latency.standings import Judge, Standing, Steps, chosen, step
+from sparsesearch.equal_latency.standings import Judge, Standing, chosen
+from sparsesearch.equal_latency.steps import Steps
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.evaluate.timing import Part, Stopwatch
@@ -50,7 +52,7 @@ class Setting:
     families: Sequence[str] = DEFAULT_FAMILIES
     batch: int = 1
     part: Part = "prefill"
-    tolerance: float = 0.01
+    tolerance: float = 0.005
     rounds: int = 5
     final_rounds: int = 15
     time_limit_s: float = math.inf
@@ -125,8 +127,8 @@ class Search:
             parts = {**self.menus, **self._rivals_own(own)}
             rungs = self._climb({**parts, **own}, target, start, deadline, list(parts))
             judge = Judge(self.reference)
-            standings = self._standings(judge, rungs, own, parts, target)
-            standings = self._improved(standings, judge, target, deadline)
+            standings, of_first = self._standings(judge, rungs, own, parts, target)
+            standings = self._improved(standings, of_first, judge, target, deadline)
             origin, tried = {family: standing.label for family, standing in standings.items()}, judge.tried
             own |= {family: standing.ladder for family, standing in standings.items()}
             rungs |= {family: standing.rung for family, standing in standings.items()}
@@ -199,8 +201,8 @@ class Search:
         own: Mapping[str, Ladder],
         parts: Mapping[str, Ladder],
         target: float,
-    ) -> dict[str, Standing]:
-        """Where families stand after the first climb.
+    ) -> tuple[dict[str, Standing], list[Standing]]:
+        """Where families stand after the first climb, and what the family on trial had to choose from.
 
         Every searched rival that is as fast as the target, and for the family on trial what is `chosen` among the parts of its space that are as
         fast, its rivals' among them. Where none is, the fastest part says how fast.
@@ -217,46 +219,37 @@ class Search:
         for number, part in enumerate(fast):
             self.progress(f"choose {target:g}x, {part}", number, len(fast))
             candidates.append(judge.standing(first, part, parts[part], rungs[part]))
-        found[first] = chosen(candidates, self._rivals(found))
+        found[first] = chosen(candidates, rivals_of(first, found))
         if ANSWERS in found:
             assert self.local is not None, "where plans are judged they can be improved"
             # parts are replayed already: only the weight of their answers is another
             own_too = [part for part in fast if self.local.holding(ANSWERS, rungs[part].plan) is not None]
             others = [judge.standing(ANSWERS, part, parts[part], rungs[part]) for part in own_too]
             found[ANSWERS] = min((found[ANSWERS], *others), key=lambda standing: standing.mean)
-        return found
-
-    def _rivals(self, standings: Mapping[str, Standing]) -> list[Standing]:
-        """Of the family on trial: all but itself and the mixture for answers, whose space is its own."""
-        return [standings[family] for family in standings if family not in (self.setting.families[0], ANSWERS)]
+        return found, candidates
 
     def _improved(
-        self, standings: dict[str, Standing], judge: Judge, target: float, deadline: float
+        self,
+        standings: dict[str, Standing],
+        parts: Sequence[Standing],
+        judge: Judge,
+        target: float,
+        deadline: float,
     ) -> dict[str, Standing]:
-        """Steps for every family until none helps it; the first family goes on from a rival's plan where that is better."""
-        first, open_families = self.setting.families[0], set(standings)
-        for number in range(1, self.setting.steps + 1 if self.local is not None else 1):
-            if monotonic() > deadline or not open_families:
-                break
-            assert self.local is not None
-            self.progress(f"step {number} at {target:g}x", number - 1, self.setting.steps)
-            better = step(
-                number,
-                {family: standings[family] for family in standings if family in open_families},
-                self.local,
-                judge,
-                lambda ladder_of, start, favoured: self._climb(ladder_of, target, start, deadline, favoured),
-                target * (1 + self.setting.tolerance),
-                (first, ANSWERS),
-            )
-            before = standings[first]
-            standings |= better
-            rivals = self._rivals(standings)
-            best = chosen([before, standings[first], *rivals], rivals)
-            open_families = set(better) | ({first} if best is not before else set())
-            standings[first] = best
-            judge.tried[first][best.label] = best.mean
-        return standings
+        """As far as steps lead, while time lasts."""
+        if self.local is None or not self.setting.steps:
+            return standings
+
+        def climbed(
+            ladder_of: Mapping[str, Ladder], start: Mapping[str, float], favoured: Sequence[str]
+        ) -> Mapping[str, Rung]:
+            return self._climb(ladder_of, target, start, deadline, favoured)
+
+        return improved(
+            standings, parts, self.local, judge, climbed,
+            first=self.setting.families[0], num_steps=self.setting.steps, most_share=target * (1 + self.setting.tolerance), deadline=deadline,
+            progress=lambda stage, done, total: self.progress(f"{stage} at {target:g}x", done, total),
+        )  # fmt: skip
 
     def _is_nearer(self, moved: Rung, before: Rung, target: float) -> bool:
         """Whether a climb found another plan, or the same one on the target after all."""

@@ -1,0 +1,75 @@
+"""Steps for all families in turn, the rivals first, so that the family on trial answers what they have become."""
+
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+
+from sparsesearch.equal_latency.menus import ANSWERS
+from sparsesearch.equal_latency.standings import Judge, Standing, chosen, leads
+from sparsesearch.equal_latency.steps import Climb, Start, Steps, step
+
+
+def rivals_of(first: str, standings: Mapping[str, Standing]) -> list[Standing]:
+    """All but the family on trial and the mixture for answers, whose space is its own."""
+    return [standing for family, standing in standings.items() if family not in (first, ANSWERS)]
+
+
+def improved(
+    standings: Mapping[str, Standing],
+    parts: Sequence[Standing],
+    steps: Steps,
+    judge: Judge,
+    climb: Climb,
+    *,
+    first: str,
+    num_steps: int,
+    most_share: float,
+    deadline: float,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Standing]:
+    """Where every family stands after steps, until none helps or time is over.
+
+    Args:
+        standings: where they stand before.
+        parts: what the family on trial may take besides.
+        steps: the families' spaces.
+        judge: replays proposals.
+        climb: brings them to the target's time.
+        first: the family on trial. Where its plan does not lead, it also sets out from the plan of the rival that loses least over all positions.
+        num_steps: at most.
+        most_share: of dense's time, for families that give way.
+        deadline: of `time.monotonic`.
+        progress: called with (stage, done, total).
+    """
+    found, pool = dict(standings), list(parts)
+    open_families = set(found)
+    for number in range(1, num_steps + 1):
+        if monotonic() > deadline or not open_families:
+            break
+        progress(f"step {number}", number - 1, num_steps)
+        others = {
+            f", {family}": Start(family, standing, gives_way=family == ANSWERS)
+            for family, standing in found.items()
+            if family in open_families - {first}
+        }
+        better = step(number, others, steps, judge, climb, most_share) if others else {}
+        moved = {others[name].family: standing for name, standing in better.items()}
+        found |= moved
+        before, rivals = found[first], rivals_of(first, found)
+        if monotonic() <= deadline:
+            pool += step(number, starts_of(first, before, rivals, steps), steps, judge, climb, most_share).values()
+        found[first] = chosen([*pool, *rivals], rivals)
+        judge.tried[first][found[first].label] = found[first].mean
+        open_families = set(moved) | ({first} if found[first] is not before or moved else set())
+    progress(f"step {num_steps}", num_steps, num_steps)
+    return found
+
+
+def starts_of(first: str, own: Standing, rivals: Sequence[Standing], steps: Steps) -> dict[str, Start]:
+    """Of the family on trial: its plan, and the best rival's where that is not clearly worse over all positions."""
+    starts = {"": Start(first, own, gives_way=True)}
+    held = [rival for rival in rivals if steps.holding(first, rival.rung.plan) is not None]
+    if held and not leads(own, rivals):
+        best = min(held, key=lambda rival: rival.kl_text)
+        if best.rung.plan.assignments != own.rung.plan.assignments:
+            starts[f", from {best.label}"] = Start(first, best, gives_way=True)
+    return starts
