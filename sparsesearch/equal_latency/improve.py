@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 
+from sparsesearch.equal_latency.climb import Rung
 from sparsesearch.equal_latency.menus import ANSWERS
 from sparsesearch.equal_latency.standings import Judge, Standing, chosen, leads
 from sparsesearch.equal_latency.steps import Climb, Start, Steps, step
@@ -22,7 +23,7 @@ def improved(
     *,
     first: str,
     num_steps: int,
-    most_share: float,
+    fast: Callable[[Rung], bool],
     deadline: float,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Standing]:
@@ -36,7 +37,7 @@ def improved(
         climb: brings them to the target's time.
         first: the family on trial. Where its plan does not lead, it also sets out from the plan of the rival that loses least over all positions.
         num_steps: at most.
-        most_share: of dense's time, for families that give way.
+        fast: whether a plan is as fast as the target, which plans of families that give way must be.
         deadline: of `time.monotonic`.
         progress: called with (stage, done, total).
     """
@@ -45,22 +46,23 @@ def improved(
     for number in range(1, num_steps + 1):
         if monotonic() > deadline or not open_families:
             break
-        progress(f"step {number}", number - 1, num_steps)
+        progress("steps", 2 * number - 2, 2 * num_steps)
         others = {
             f", {family}": Start(family, standing, gives_way=family == ANSWERS)
             for family, standing in found.items()
             if family in open_families - {first}
         }
-        better = step(number, others, steps, judge, climb, most_share) if others else {}
+        better = step(number, others, steps, judge, climb, fast) if others else {}
         moved = {others[name].family: standing for name, standing in better.items()}
         found |= moved
         before, rivals = found[first], rivals_of(first, found)
         if monotonic() <= deadline:
-            pool += step(number, starts_of(first, before, rivals, steps), steps, judge, climb, most_share).values()
+            progress("steps", 2 * number - 1, 2 * num_steps)
+            pool += step(number, starts_of(first, before, rivals, steps), steps, judge, climb, fast).values()
         found[first] = chosen([*pool, *rivals], rivals)
         judge.tried[first][found[first].label] = found[first].mean
         open_families = set(moved) | ({first} if found[first] is not before or moved else set())
-    progress(f"step {num_steps}", num_steps, num_steps)
+    progress("steps", 2 * num_steps, 2 * num_steps)
     return found
 
 

@@ -27,6 +27,8 @@ DENSE_RUNS = 3
 """Of dense in every round on a GPU: on an H200 its attention varies by 3 per cent from run to run, a plan's by one. On a CPU dense varies less than plans."""
 NUM_ERRORS = 2.0
 """On a CPU: other processes move its times by more than the tolerance, and looking for a plan nearer than that never ends."""
+RIVALS_MAY_BE_SLOWER = 4.0
+"""In tolerances: where no plan of theirs meets the target they get the next slower one, and are compared none the less."""
 MOST_REPLAYS = 6
 """Plans of a family whose schedules are replayed before anything is timed."""
 
@@ -143,8 +145,11 @@ class Search:
         for _ in range(MOST_CORRECTIONS):
             times = self._rounds(Settled(rungs, {}).plans, setting.final_rounds)
             again = shares_of(times)
-            rungs = {name: replace(rungs[name], share=again[name][0]) for name in setting.families}
-            moving = {name: own[name] for name in rungs if self._is_off(rungs[name], again[name][1], own[name], target)}
+            rungs = {
+                name: replace(rungs[name], share=share, error=error)
+                for name, (share, error) in ((name, again[name]) for name in setting.families)
+            }
+            moving = {name: own[name] for name in rungs if self._is_off(rungs[name], own[name], target)}
             off_by = max((abs(rungs[name].share / target - 1) for name in moving), default=0.0)
             if off_by < nearest_by:
                 found, nearest_by = replace(found, rungs=rungs, times=times), off_by
@@ -208,17 +213,22 @@ class Search:
         fast, its rivals' among them. Where none is, the fastest part says how fast.
         """
         first, fastest = self.setting.families[0], min(rungs[part].share for part in parts)
-        most = max(target, fastest) * (1 + self.setting.tolerance)
-        found = {}
-        for family in own:
-            if family != UNIFORM and rungs[family].share <= most:
-                self.progress(f"choose {target:g}x, {family}", 0, 1)
-                found[family] = judge.standing(family, family, own[family], rungs[family])
-        fast = [part for part in parts if rungs[part].share <= most]
-        candidates = []
-        for number, part in enumerate(fast):
-            self.progress(f"choose {target:g}x, {part}", number, len(fast))
+        most = max(target, fastest)
+        fast = [part for part in parts if self._near.as_fast(rungs[part], most)]
+        rivals = [
+            family
+            for family in own
+            if family != UNIFORM and self._near.as_fast(rungs[family], most, times=RIVALS_MAY_BE_SLOWER)
+        ]
+        stage, total = f"choose {target:g}x", len(rivals) + len(fast)
+        found, candidates = dict[str, Standing](), list[Standing]()
+        for family in rivals:
+            self.progress(stage, len(found), total)
+            found[family] = judge.standing(family, family, own[family], rungs[family])
+        for part in fast:
+            self.progress(stage, len(rivals) + len(candidates), total)
             candidates.append(judge.standing(first, part, parts[part], rungs[part]))
+        self.progress(stage, total, total)
         found[first] = chosen(candidates, rivals_of(first, found))
         if ANSWERS in found:
             assert self.local is not None, "where plans are judged they can be improved"
@@ -247,7 +257,7 @@ class Search:
 
         return improved(
             standings, parts, self.local, judge, climbed,
-            first=self.setting.families[0], num_steps=self.setting.steps, most_share=target * (1 + self.setting.tolerance), deadline=deadline,
+            first=self.setting.families[0], num_steps=self.setting.steps, fast=lambda rung: self._near.as_fast(rung, target), deadline=deadline,
             progress=lambda stage, done, total: self.progress(f"{stage} at {target:g}x", done, total),
         )  # fmt: skip
 
@@ -257,9 +267,9 @@ class Search:
             moved.plan.assignments != before.plan.assignments or abs(moved.share / target - 1) <= self.setting.tolerance
         )
 
-    def _is_off(self, rung: Rung, error: float, ladder: Ladder, target: float) -> bool:
+    def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:
         """Whether a plan misses the target, and its family may have a nearer one."""
-        return not self._near.holds(rung.share, error, target) and not ladder_ends(ladder, rung, target)
+        return not self._near.holds(rung, target) and not ladder_ends(ladder, rung, target)
 
     def _predicted_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
         """Bounds whose plans take the target's time as heads are priced, or else by replay: what is measured then is a few per cent off."""

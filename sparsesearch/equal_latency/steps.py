@@ -7,7 +7,6 @@ which budget the new plan takes the target's time. So every plan that is compare
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from jaxtyping import Int
@@ -38,6 +37,8 @@ EXPANDED, EXPANDED_AT_ANSWERS = 8, 24
 SmolLM2 at 0.4 of dense's time, KL + 2 x answer KL on calibration sequences: 24 of its own tasks, slopes shrunk (`moderation.shrunk`), took it from
 0.177 to 0.129 by 1 % of the units; 8 of mixed ones, slopes as they were, from 0.157 to 0.199 by 3 %."""
 BISECTIONS = 8
+ENOUGH = 0.75
+"""Of a share: no lower price is looked for."""
 LARGEST_PRICE = 1e3
 """In mean absolute changes of the loss; the smallest is its inverse."""
 
@@ -88,12 +89,11 @@ class Steps:
         ).change
         bound = space.bound_of(now)
 
-        @cache  # the shares' bisections begin with the same prices
         def priced_at(price: float) -> SearchedLadder:
             loss = priced(change, now, price, frozen=now < 0)
             return space.around(loss, f"loss expanded around a replayed plan, price {price:.3g} per change", weight)
 
-        return {share: _within(priced_at, now, bound, share) for share in SHARES}, bound
+        return within_shares(priced_at, now, bound, SHARES), bound
 
 
 def weight_of(family: str, standing: Standing) -> float:
@@ -103,21 +103,30 @@ def weight_of(family: str, standing: Standing) -> float:
     return standing.ladder.question.answer_weight
 
 
-def _within(
-    priced_at: Callable[[float], SearchedLadder], now: Int[ndarray, " U"], bound: float, share: float
-) -> SearchedLadder:
-    """The ladder of the lowest price at which no more than a share of the units changes."""
-    low, high = 1 / LARGEST_PRICE, LARGEST_PRICE
-    found = priced_at(high)
-    for _ in range(BISECTIONS):
-        price = (low * high) ** 0.5
-        ladder = priced_at(price)
-        choice = ladder.choice_of(ladder.at(bound))
-        assert choice is not None, "a ladder's plans are of its own space"
-        if (choice != now).mean() <= share:
-            high, found = price, ladder
-        else:
-            low = price
+def within_shares(
+    priced_at: Callable[[float], SearchedLadder], now: Int[ndarray, " U"], bound: float, shares: Sequence[float]
+) -> dict[float, SearchedLadder]:
+    """Share -> the ladder of the lowest price, nearly, at which no more than that share of the units changes."""
+    known: dict[float, tuple[int, SearchedLadder]] = {}
+
+    def changed(price: float) -> int:
+        if price not in known:
+            ladder = priced_at(price)
+            known[price] = int((ladder.choice_at(bound) != now).sum()), ladder
+        return known[price][0]
+
+    changed(LARGEST_PRICE)
+    found = {}
+    for share in shares:
+        most = int(share * len(now))
+        high = min((price for price, (units, _) in known.items() if units <= most), default=LARGEST_PRICE)
+        low = max((price for price, (units, _) in known.items() if units > most), default=1 / LARGEST_PRICE)
+        for _ in range(BISECTIONS):
+            if changed(high) >= ENOUGH * most:
+                break
+            price = (low * high) ** 0.5
+            low, high = (low, price) if changed(price) <= most else (price, high)
+        found[share] = known[high][1]
     return found
 
 
@@ -141,7 +150,12 @@ class Start:
 
 
 def step(
-    number: int, starts: Mapping[str, Start], steps: Steps, judge: Judge, climb: Climb, most_share: float
+    number: int,
+    starts: Mapping[str, Start],
+    steps: Steps,
+    judge: Judge,
+    climb: Climb,
+    fast: Callable[[Rung], bool],
 ) -> dict[str, Standing]:
     """The starts from which some proposal clearly improved, each with its best one.
 
@@ -151,7 +165,7 @@ def step(
         steps: the families' spaces.
         judge: replays the proposals.
         climb: brings proposals to the target.
-        most_share: of dense's time; slower proposals of families that give way are not considered.
+        fast: whether a plan is as fast as the target; of families that give way no other proposals are considered.
     """
     ladder_of: dict[str, Ladder] = {}
     begin: dict[str, float] = {}
@@ -168,7 +182,7 @@ def step(
     for label, rung in rungs.items():
         name = origin[label]
         start = starts[name]
-        if start.gives_way and rung.share > most_share:
+        if start.gives_way and not fast(rung):
             continue
         found = judge.standing(start.family, label, ladder_of[label], rung)
         if is_better(start.family, found, start.standing) and (name not in better or found.mean < better[name].mean):
