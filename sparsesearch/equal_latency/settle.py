@@ -45,8 +45,8 @@ class Setting:
         tolerance: relative deviation from a target that counts as equal.
         rounds: interleaved measurements per plan while budgets move.
         final_rounds: of the measurement that is reported.
-        time_limit_s: per target; past it budgets move no more, and families stay at the nearest plan known.
-        steps: how often every family's plan is improved by the loss expanded around it (`standings`), while time lasts.
+        time_limit_s: per target; past it no step begins, and families whose last measurement is off the target are moved once more.
+        steps: how often every family's plan is improved by the loss expanded around it (`steps`), while time lasts.
         seed: recorded.
     """
 
@@ -140,9 +140,12 @@ class Search:
     def _corrected(
         self, rungs: dict[str, Rung], own: Mapping[str, Ladder], target: float, deadline: float, found: Settled
     ) -> Settled:
-        """The plans measured together; those off the target are moved and all measured again, and the measurement nearest to it stands."""
+        """The plans measured together; those off the target are moved and all measured again, and the measurement nearest to it stands.
+
+        Past the deadline one correction is made none the less: the comparison is at equal time or it is nothing.
+        """
         setting, nearest_by = self.setting, math.inf
-        for _ in range(MOST_CORRECTIONS):
+        for correction in range(MOST_CORRECTIONS):
             times = self._rounds(Settled(rungs, {}).plans, setting.final_rounds)
             again = shares_of(times)
             rungs = {
@@ -153,10 +156,10 @@ class Search:
             off_by = max((abs(rungs[name].share / target - 1) for name in moving), default=0.0)
             if off_by < nearest_by:
                 found, nearest_by = replace(found, rungs=rungs, times=times), off_by
-            if not moving or monotonic() > deadline:
+            if not moving or (correction and monotonic() > deadline):
                 break
             begin = {name: rungs[name].bound * target / rungs[name].share for name in moving}
-            moved = self._climb(moving, target, begin, deadline)
+            moved = self._climb(moving, target, begin, math.inf)
             if not any(self._is_nearer(moved[name], rungs[name], target) for name in moving):
                 break
             rungs = rungs | moved
@@ -253,7 +256,7 @@ class Search:
         def climbed(
             ladder_of: Mapping[str, Ladder], start: Mapping[str, float], favoured: Sequence[str]
         ) -> Mapping[str, Rung]:
-            return self._climb(ladder_of, target, start, deadline, favoured)
+            return self._climb(ladder_of, target, start, math.inf, favoured)
 
         return improved(
             standings, parts, self.local, judge, climbed,

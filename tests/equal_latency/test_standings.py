@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsesearch.bench.families import random_samples
 from sparsesearch.equal_latency.climb import Rung
-from sparsesearch.equal_latency.improve import starts_of
+from sparsesearch.equal_latency.improve import is_worth_steps, starts_of
 from sparsesearch.equal_latency.ladders import SearchedLadder, ladders
 from sparsesearch.equal_latency.standings import Standing, chosen, improves, leads
 from sparsesearch.equal_latency.steps import SHARES, Steps
@@ -111,6 +111,12 @@ def test_the_family_on_trial_also_sets_out_from_the_best_rival_unless_it_leads(o
     found = starts_of("mixture", standing(own, 0.5, noise=1.0, label="own"), rivals, steps)
     assert list(found) == starts
     assert all(start.family == "mixture" and start.gives_way for start in found.values())
+
+
+@pytest.mark.parametrize(("text", "at", "worth"), [(1.1, 5.0, True), (2.1, 0.0, True), (2.5, 1.0, False)])
+def test_rivals_far_behind_are_left_as_they_are(text: float, at: float, worth: bool) -> None:
+    """Behind in one of the two losses alone is not far."""
+    assert is_worth_steps(standing(text, at), standing(1.0, 0.5)) == worth
 
 
 def test_where_the_rivals_plan_is_its_own_it_sets_out_once() -> None:
