@@ -48,7 +48,7 @@ def run(
     head_dim: int = 128,
     budget_s: float = 0.1,
     command: list[str] | None = None,
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Time uniform and ragged caches of equal bytes, and cuDNN on the uniform dense one.
 
@@ -60,21 +60,22 @@ def run(
         head_dim: bf16.
         budget_s: device time per case.
         command: recorded as the command line.
-        progress: called with each finished row.
+        progress: called with the record so far whenever a row is finished.
     """
     top = ceilings()
     rows: list[dict[str, Any]] = []
+    found = {"format": "sparsesearch.bench.decode", "provenance": provenance(command), "ceilings": top, "rows": rows}
 
     def record(row: dict[str, Any]) -> None:
         row["bytes_per_s"] = row["bytes"] / row["seconds"]
         row["copy_share"] = row["bytes_per_s"] / top["copy_bytes_per_s"]
         rows.append(row)
-        progress(row)
+        progress(found)
 
     for batch, length in shapes:
         _one_shape(batch, length, kept, num_heads, num_kv_heads, head_dim, budget_s, record)
         torch.cuda.empty_cache()
-    return {"format": "sparsesearch.bench.decode", "provenance": provenance(command), "ceilings": top, "rows": rows}
+    return found
 
 
 def _one_shape(
@@ -172,16 +173,18 @@ def _shapes_of(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def main() -> None:
-    """Command line: all cases, a line of JSON per row on stderr, the whole record in a file."""
+    """Command line: all cases, a line of JSON per row on stderr, the record in a file, written again with every row: a run may be cut short."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the record")
     parser.add_argument("--shapes", type=_shapes_of, default=SHAPES, help="such as 8x16384,32x4096: sequences x keys")
 
-    def show(row: dict[str, Any]) -> None:
-        sys.stderr.write(json.dumps(row) + "\n")
-
     given = parser.parse_args()
-    given.json.write_text(json.dumps(run(shapes=given.shapes, progress=show), indent=1, sort_keys=True) + "\n")
+
+    def keep(record: dict[str, Any]) -> None:
+        sys.stderr.write(json.dumps(record["rows"][-1]) + "\n")
+        given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+    run(shapes=given.shapes, progress=keep)
 
 
 if __name__ == "__main__":
