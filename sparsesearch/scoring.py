@@ -16,7 +16,7 @@ from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.pricing import Pricer
-from sparsesearch.profiling.proxies import objective_loss, phase_losses
+from sparsesearch.profiling.proxies import chooses_in_steps, objective_loss, phase_losses
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import Rule
 from sparsesearch.scores import WHOLE, LayerMenus, ScoreTable
@@ -222,6 +222,7 @@ def _losses(profile: Profile, question: Question) -> Float[ndarray, "U C"]:
             question.granularity,
             answer_weight=question.answer_weight,
             sample_weights=question.sample_weights,
+            generates=any(workload.generate_tokens for workload in question.workloads),
         )
     if question.sample_weights is not None:
         raise SpecError(
@@ -230,8 +231,8 @@ def _losses(profile: Profile, question: Question) -> Float[ndarray, "U C"]:
     prefill, decode = phase_losses(
         profile, question.objective, question.granularity, answer_weight=question.answer_weight
     )
-    acts = [not (rule.dynamic or rule.needs_calibration or rule.reuses) for rule in profile.manifest.candidates]
-    return np.concatenate([prefill, np.where(acts, decode, np.inf)])
+    static = [not (rule.dynamic or rule.needs_calibration or rule.reuses) for rule in profile.manifest.candidates]
+    return np.concatenate([prefill, np.where(static | chooses_in_steps(profile), decode, np.inf)])
 
 
 def _metrics(question: Question) -> set[str]:
