@@ -32,7 +32,7 @@ def predict(
         list[str],
         typer.Option(help="What is served; several may be given.", metavar="prompt=32768,generate=512,batch=8"),
     ],
-    device: Annotated[str, typer.Option(help="Cost model: h200, roofline:h100 or a file.")],
+    device: Annotated[str, typer.Option(help="Cost model: h200, h100, roofline:b200 or a file.")],
     shape: Annotated[
         str | None,
         typer.Option("--model-shape", help="Sizes of the model, such as llama3-8b; the plan's own by default."),
@@ -40,6 +40,7 @@ def predict(
     json: o.Json = False,
 ) -> None:
     """Predict a plan's time to first token, time per output token and memory on a device, beside dense."""
+    from sparsesearch.cost import caveat
     from sparsesearch.cost.predict import predict as run
     from sparsesearch.errors import SpecError
     from sparsesearch.plan import Plan
@@ -65,8 +66,8 @@ def predict(
         table(f"{each} on {costs.device}, {sizes.name}", COLUMNS, [[name, *_row(one)] for name, one in pair.items()])
     if any(one.fused_step for pair in found for one in pair.values()):
         lines("Decoding is that of the fused step, dense and under the plan.")
-    if not costs.measured:
-        lines("Nobody has measured this device: times are lower bounds from its datasheet.")
+    if caveat(costs.name):
+        lines(f"{costs.name}: {caveat(costs.name)}")
 
 
 def _costs(device: str) -> "LayerCosts":
@@ -77,7 +78,7 @@ def _costs(device: str) -> "LayerCosts":
     costs = load_cost_model(device)
     if not isinstance(costs, LayerCosts):
         raise SpecError(
-            f"--device must name an accelerator or a roofline, but {device!r} prices attention alone. Pass h200 or roofline:h100."
+            f"--device must name an accelerator or a roofline, but {device!r} prices attention alone. Pass h200 or h100."
         )
     return costs
 

@@ -94,7 +94,7 @@ def search(
     device: Annotated[
         str | None,
         typer.Option(
-            help="Cost model, for budgets in seconds: cpu, h200, roofline:h100 or a file.", rich_help_panel=SERVED
+            help="Cost model, for budgets in seconds: cpu, h200, h100, roofline:b200 or a file.", rich_help_panel=SERVED
         ),
     ] = None,
     refine: Annotated[int, typer.Option(help="Plans to replay on the model to improve the search's own.", min=0)] = 0,

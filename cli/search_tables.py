@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 def show_search(plan: "Plan", out: Path, json: bool) -> None:
     """Budgets, rules and what was proved, as tables or JSON."""
+    from sparsesearch.cost import caveat
+
     certificate = plan.certificate
     assert certificate is not None
     content = {
@@ -36,11 +38,9 @@ def show_search(plan: "Plan", out: Path, json: bool) -> None:
         table("budgets", ["metric", "length", "bound", "sum of its units", "layers replayed"], rows)
     else:
         table("budgets", ["metric", "length", "bound", "plan"], [row[:-1] for row in rows])
-    unmeasured = {record.cost_model for record in plan.budgets if (record.cost_model or "").startswith("roofline:")}
-    if unmeasured:
-        lines(
-            f"{min(map(str, unmeasured))}: nobody has measured this device; its seconds are lower bounds from a datasheet."
-        )
+    for name in sorted({record.cost_model or "" for record in plan.budgets}):
+        if caveat(name):
+            lines(f"{name}: {caveat(name)}")
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
     tried = [trial for trial in plan.provenance.get("refinement", ()) if trial["accepted"]]
     lines(

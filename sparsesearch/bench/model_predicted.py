@@ -33,7 +33,7 @@ def whole_model_costs(costs: CostModel, plan: Plan) -> tuple[LayerCosts, ModelSh
     """
     if not isinstance(costs, LayerCosts):
         raise SpecError(
-            f"--cost-model must price whole layers, but {costs.name} prices attention alone. Pass h200 or roofline:h100."
+            f"--cost-model must price whole layers, but {costs.name} prices attention alone. Pass h200 or h100."
         )
     shape = shape_of(plan.base_model)
     if shape is None:

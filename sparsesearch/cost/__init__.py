@@ -5,6 +5,7 @@ from pathlib import Path
 from sparsesearch.artifacts import read_text
 from sparsesearch.cost.base import CostModel, DecodeWork, UnitWork
 from sparsesearch.cost.device.model import DeviceCostModel
+from sparsesearch.cost.device.sibling import SIBLINGS, sibling_table
 from sparsesearch.cost.device.table import FORMAT as DEVICE_FORMAT
 from sparsesearch.cost.device.table import DeviceTable
 from sparsesearch.cost.roofline import DATASHEETS, roofline
@@ -12,29 +13,50 @@ from sparsesearch.cost.table import CostTable, TableCostModel
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.presets import preset_names, preset_path
 
-__all__ = ["NAME_ONE", "CostModel", "DecodeWork", "UnitWork", "cost_model_names", "load_cost_model"]
+__all__ = ["NAME_ONE", "CostModel", "DecodeWork", "UnitWork", "caveat", "cost_model_names", "load_cost_model"]
 
-NAME_ONE = "Pass --device with cpu, h200, roofline:h100 or the like, or a file that `sparsesearch calibrate` wrote."
+DERIVED, ROOFLINE = "derived:", "roofline:"
+NAME_ONE = (
+    "Pass --device with cpu, h200, h100, roofline:b200 or the like, or a file that `sparsesearch calibrate` wrote."
+)
 """What to do where seconds are asked for and no cost model was named."""
 
 
 def cost_model_names() -> list[str]:
     """Every name that `load_cost_model` knows, measured ones first."""
-    return preset_names("cost_models") + [f"roofline:{gpu}" for gpu in sorted(DATASHEETS)]
+    derived = [DERIVED + gpu for gpu in sorted(SIBLINGS)]
+    return preset_names("cost_models") + derived + [ROOFLINE + gpu for gpu in sorted(DATASHEETS)]
+
+
+def caveat(name: str | None) -> str:
+    """What must stand beside the seconds of a cost model that nobody measured, by its name; empty for a measured one."""
+    kind, _, gpu = (name or "").partition(":")
+    match kind + ":":
+        case "derived:" if gpu in SIBLINGS:
+            return f"nobody has measured this device; its seconds are those of {SIBLINGS[gpu]} with the memory of {gpu}'s datasheet."
+        case "roofline:":
+            return "nobody has measured this device; its seconds are lower bounds from a datasheet."
+    return ""
 
 
 def load_cost_model(name_or_path: str | Path) -> CostModel:
-    """A shipped model by name (`cpu`), a datasheet (`roofline:h100`), or a file that `sparsesearch calibrate` wrote.
+    """A shipped model by name (`cpu`), a datasheet (`roofline:b200`), or a file that `sparsesearch calibrate` wrote.
+
+    `h100` or `derived:h100`: what was measured on a sibling with the same multiprocessors, with this one's memory (`sibling_table`).
 
     Raises:
         SpecError: no model has that name; the message names the nearest one.
         ArtifactError: the file is missing or damaged.
     """
     name = str(name_or_path)
-    if name.startswith("roofline:"):
-        return roofline(name.removeprefix("roofline:"))
+    if name.startswith(ROOFLINE):
+        return roofline(name.removeprefix(ROOFLINE))
     if isinstance(name_or_path, Path) or name.endswith(".json"):
         return _opened(Path(name_or_path))
+    gpu = name.lower().removeprefix(DERIVED)
+    if gpu in SIBLINGS and gpu not in preset_names("cost_models"):
+        table = DeviceTable.load(preset_path("cost_models", SIBLINGS[gpu]))
+        return DeviceCostModel(sibling_table(table, gpu), measured=False)
     if name not in preset_names("cost_models"):
         if name.partition(":")[0] == "cuda":
             raise SpecError(

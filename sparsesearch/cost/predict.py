@@ -59,7 +59,7 @@ class Prediction:
     Attributes:
         workload: what is served.
         device: product.
-        measured: False if the device is known from its datasheet alone.
+        measured: False if nobody has measured this device; `cost.caveat` says what stands for it.
         ttft_s: time to first token, the whole batch prefilled at once.
         tpot_s: time per output token, halfway through the generated ones; None if none is generated.
         attention_s: the share of `ttft_s` that is attention, choosing included.

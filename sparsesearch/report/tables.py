@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from sparsesearch.cost import caveat
 from sparsesearch.evaluate import Estimate, Metrics, VariantMetrics
 from sparsesearch.plan import BudgetRecord, Plan
 
@@ -118,7 +119,7 @@ def predictions_table(plan: Plan, metrics: Metrics, variant: str) -> str:
             place = f"at {where} tokens" if where.isdecimal() else f"of the {where}"
             known = where.isdecimal() and not budget.absolute
             measured = _measured_share(metrics, int(where), variant, budget.metric) if known else None
-            unmeasured = ", unmeasured device" if (budget.cost_model or "").startswith("roofline:") else ""
+            unmeasured = ", unmeasured device" if caveat(budget.cost_model) else ""
             priced = f" ({budget.cost_model}{unmeasured})" if budget.cost_model else ""
             predicted = budget.replayed.get(where, predicted)
             off = "" if measured is None else f"{100 * (measured - predicted) / predicted:+.1f} %"
@@ -161,9 +162,8 @@ def seconds_table(metrics: Metrics) -> str:
     if not rows:
         return ""
     head = "".join(f"<th scope='col'>{name}</th>" for name in ("time", "predicted", "measured", "prediction is off by"))
-    unmeasured = any(source.startswith("roofline:") for source in sources)
-    note = f"Cost model: {', '.join(sorted(sources))}" + (
-        ", a datasheet: nobody has measured that device." if unmeasured else "."
+    note = "; ".join(
+        f"Cost model: {source}" + (f", {caveat(source)}" if caveat(source) else ".") for source in sorted(sources)
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
