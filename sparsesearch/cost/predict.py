@@ -49,7 +49,7 @@ class LayerPrediction:
     decode_attention_s: float = 0.0
     kv_bytes: float = 0.0
     module: str = ""
-    step_choices: frozenset[str] = frozenset()
+    step_choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def predict(
         fused_step=workload.generate_tokens > 0 and is_fused(shape, costs, workload.batch),
         peak_bytes=weight_bytes + kv_bytes + activation_bytes(shape, tokens, dtype_bytes),
         layers=layers,
-        unpriced_choices=tuple(sorted(frozenset().union(*(one.step_choices for one in layers)) - costs.step_choices)),
+        unpriced_choices=tuple(sorted({kind for one in layers for kind in one.step_choices} - costs.step_choices)),
     )
 
 
@@ -248,9 +248,11 @@ def _cache_bytes(
     return 2.0 * tokens * shape.head_dim * workload.batch * dtype_bytes
 
 
-def _choice_names(rules: tuple[Rule, ...], block_tokens: int, workload: Workload) -> frozenset[str]:
+def _choice_names(rules: tuple[Rule, ...], block_tokens: int, workload: Workload) -> tuple[str, ...]:
+    if not workload.generate_tokens:
+        return ()
     grid = BlockGrid(1, workload.last_context_tokens, block_tokens, law_len=workload.prompt_tokens)
-    return frozenset(rule.kind for rule in set(rules) if step_choice(rule, grid) is not None)
+    return tuple(sorted({rule.kind for rule in rules if step_choice(rule, grid) is not None}))
 
 
 def _by_kv_head(rules: tuple[Rule, ...], shape: ModelShape) -> list[tuple[Rule, ...]]:

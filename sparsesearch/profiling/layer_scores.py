@@ -159,4 +159,5 @@ def _energy(x: Float[Tensor, "H C T D"], layer: LayerInput) -> Float[Tensor, "H 
     """Squared norms behind the projection."""
     flat = x.flatten(1, 2)
     behind = flat @ layer.projection_gram
-    return behind.mul_(flat).sum(-1).unflatten(1, x.shape[1:3])
+    energy: Tensor = behind.mul_(flat).sum(-1).unflatten(1, x.shape[1:3])
+    return energy

@@ -25,6 +25,8 @@ HAVE_KERNELS = ("vertical_slash", "pooled_topk")
 """Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
 
 MANY_HEADS = 64
+STEP_GROUP, STEP_BLOCK_TOKENS = 4, 64
+"""Query heads per KV head and keys per block of steps whose heads choose what they read."""
 LAYER_WIDTHS: tuple[tuple[int, int], ...] = (
     (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192), (512, 512),
 )  # fmt: skip

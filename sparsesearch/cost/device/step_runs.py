@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsesearch.cost.device.micro_bench import Bench, Row
+from sparsesearch.cost.device.run_plan import STEP_BLOCK_TOKENS as BLOCK_TOKENS
+from sparsesearch.cost.device.run_plan import STEP_GROUP as GROUP
 from sparsesearch.cost.device.run_plan import RunPlan, step_rules
 from sparsesearch.kernels.decode import ragged_decode
 from sparsesearch.kernels.page_ops import pages_by_bounds
@@ -13,9 +15,8 @@ from sparsesearch.rules import Rule
 from sparsesearch.rules.bounds_topk import BoundsTopk
 from sparsesearch.step_blocks import StepBlocks, page_tables
 
-KV_HEADS, GROUP = 8, 4
+KV_HEADS = 8
 HEADS = KV_HEADS * GROUP
-BLOCK_TOKENS = 64
 CHOICE_DIM = 128
 """Head size of the choices; bounds are a block's share of the keys, so it matters little."""
 CACHED_BLOCKS = 1024
@@ -96,12 +97,8 @@ def page_runs(bench: Bench, head_dim: int, batch: int, keys: Sequence[int]) -> I
     q, kv_head = bench.normal(batch, HEADS, head_dim), torch.arange(HEADS, device=bench.device) // GROUP
     start = torch.arange(pairs, device=bench.device).view(batch, -1) * tokens
     for count in keys:
-        shape = batch * HEADS, CACHED_BLOCKS
-        draw = {"device": bench.device, "generator": bench.generator}
-        tables = [
-            torch.rand(shape, **draw).argsort(-1)[:, : count // BLOCK_TOKENS].sort(-1).values.int().contiguous()
-            for _ in range(bench.copies(4.0 * batch * HEADS * count * head_dim, most=8))
-        ]
+        turns = bench.copies(4.0 * batch * HEADS * count * head_dim, most=8)
+        tables = [_pages(bench, batch * HEADS, count // BLOCK_TOKENS) for _ in range(turns)]
         lens = torch.full((batch * HEADS,), count, dtype=torch.int32, device=bench.device)
 
         def read(copy: int) -> object:
@@ -113,6 +110,12 @@ def page_runs(bench: Bench, head_dim: int, batch: int, keys: Sequence[int]) -> I
 
         timed = bench.time(read, copies=len(tables), warm_s=0.02)
         yield bench.row("paged_decode", timed, head_dim=head_dim, batch=batch, tokens=count, readers=HEADS)
+
+
+def _pages(bench: Bench, readers: int, count: int) -> Tensor:
+    """So many of the cached blocks for each reader, ascending."""
+    order = torch.rand(readers, CACHED_BLOCKS, device=bench.device, generator=bench.generator).argsort(-1)
+    return order[:, :count].sort(-1).values.int().contiguous()
 
 
 def held_out_runs(bench: Bench, steps: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
