@@ -265,7 +265,7 @@ def test_an_edited_plan_is_refused_wherever_it_is_read(base, tmp_path):
     edit_config(out, lambda config: config.pop("sparsesearch"))
     with pytest.raises(ArtifactError, match="must carry a plan"):
         sparsesearch.Plan.load(out)
-    with pytest.raises(ArtifactError, match="has no config.json"):
+    with pytest.raises(ArtifactError, match=r"has no config\.json"):
         sparsesearch.Plan.load(tmp_path)
 
 
