@@ -145,6 +145,10 @@ class Roofline:
         """Nothing is known."""
         return 0.0
 
+    def decode_turn_s(self, batch: int) -> float:
+        """Nothing is known."""
+        return 0.0
+
     @property
     def fused(self) -> None:
         """Nothing is known."""
