@@ -53,7 +53,7 @@ def improved(
         others = {
             f", {family}": Start(family, standing, gives_way=family == ANSWERS)
             for family, standing in found.items()
-            if family in open_families - {first} and is_worth_steps(standing, found[first])
+            if family in open_families - {first} and (family == ANSWERS or is_worth_steps(standing, found[first]))
         }
         better = step(number, others, steps, judge, climb, fast) if others else {}
         moved = {others[name].family: standing for name, standing in better.items()}
