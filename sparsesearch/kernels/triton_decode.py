@@ -16,14 +16,15 @@ add up in so few registers, or more heads than there are such rooms, the merge i
 the other took 13 to 40 % longer otherwise.
 
 Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
-blocks in turns, more than one block brought into L2 before or after the wait (1-4 %; whether line by line, row by row or by one bulk prefetch makes
-no difference), shares in units of 16 keys (2-3 %), 2 workers with three blocks in flight (1-3 %), 4 with one (18-20 %), 3 with one (one sequence
-8 %; 8 sequences 1 % faster), queries loaded with the first keys (3-14 %: no room for the merge), and shares whose last quarter is taken by whoever is
-done (20-40 %; every piece is a part of its own, so results stay bit-identical). More programs than fit, the last ones with what was held back, begin
-where others end: the first kernel alone is 1-2 % faster so, both are 4-15 % slower, because the merge and the workers of the next call are not
-launched before every program has begun (one idle program more costs 1-6 %). More for the workers that begin first, which stand on the fast
-multiprocessors named below 94 times of 100, changes nothing. A ring in shared memory filled by the tensor copy engine across the borders of pairs was
-3 to 5 % faster in trials of up to 64 pairs, slower in `bench decode`, and withdrawn.
+blocks in turns, more than one block brought into L2 before or after the wait (1-4 %; line by line or in bulk makes no difference), shares in units
+of 16 keys (2-3 %), 2 workers with three blocks in flight (1-3 %), 4 with one (18-20 %), 3 with one (one sequence 8 %; 8 sequences 1 % faster), queries
+loaded with the first keys (3-14 %: no shared memory is left for the merge), and shares whose last quarter is taken by whoever is done (20-40 %, as
+much as any form of more than 152 registers loses, which leave the merge no room: it had 154 to 158; its counter must be 0 before every call). More
+programs than fit, the last ones with what was held back, begin where others end: the first kernel alone is 1-2 % faster so, both are 4-15 % slower,
+because the merge and the workers of the next call are not launched before every program has begun (a single program more, without work, costs
+1-6 %). More for the workers that begin first, which stand on the fast multiprocessors named below in 94 of 100 cases, changes nothing. A ring in
+shared memory filled by the tensor copy engine across the borders of pairs was 3 to 5 % faster in trials of up to 64 pairs, slower in `bench decode`,
+and withdrawn.
 
 What limits it (H200, `bench.decode`, `bench.decode_counters`, clock stamps): a gigabyte is read at 1.03 of the copy bandwidth, the memory 93 % busy.
 134 MB are read at 0.81-0.85, the memory 72-77 % busy while the first kernel runs alone. In one sequence a call's workers may begin 2.4 us after the
