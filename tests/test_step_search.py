@@ -12,19 +12,24 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.table import TableCostModel
+from sparsesearch.decoding import decode_shares
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import DenseReference
+from sparsesearch.explanation import HeadExplanation, explain
 from sparsesearch.plan import uniform_plan
 from sparsesearch.planning import Question, find_choice, write_plan
 from sparsesearch.pricing import Pricer
 from sparsesearch.profiling.proxies import chooses_in_steps, length_terms, objective_loss, phase_losses
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
+from sparsesearch.report.decoding import decoding_table
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.bounds_topk import BoundsTopk
+from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.runtime.live import apply
+from sparsesearch.scoring import score_table
 from sparsesearch.search.budget import parse_budgets
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.shapes import Decoding
@@ -187,3 +192,33 @@ def test_the_step_of_the_price_is_the_step_of_the_rule(profile: Profile) -> None
     )  # keys of two query heads; a block's bounds are two rows
     seconds = pricer.tpot_s(workload)[0, quest]
     assert seconds == pytest.approx(read * 2 * 8 * 4 * 2 / 3.35e12, rel=1e-6)
+
+
+def test_a_plan_says_what_its_heads_keep_and_read(profile: Profile) -> None:
+    asked = ask("tpot=0.2x", decode="separate")
+    table, solution = find_choice(profile, asked)
+    plan = write_plan(profile, asked, table, solution.choice, solution)
+    shares = decode_shares(plan, 64 * 1024)
+    assert sum(share.heads for share in shares) == 8
+    for share in shares:
+        if share.rule.startswith("bounds_topk"):
+            assert (share.kept, share.read) == (
+                1.0,
+                plan.rules[share.rule].step_tokens(BlockGrid(1, 64 * 1024, 16)) / 65536,
+            )
+    assert all(share.rule in decoding_table(plan, 96) for share in shares)
+    unlike = uniform_plan(
+        plan.base_model, SinkWindow(sink=16, window=LengthLaw(a=16)), block_tokens=16, lengths_tokens=(96,)
+    )
+    assert decode_shares(unlike, 96) == ()
+    assert decoding_table(unlike, 96) == ""
+    found = explain(plan, "0:0", scores=score_table(profile, replace(asked, budgets=parse_budgets("kv_fraction=1"))))
+    assert isinstance(found, HeadExplanation)
+    assert len(found.alternatives) == len(profile.labels)
+    own = {one.rule: one for one in found.decode_alternatives}
+    assert set(own) == set(profile.labels) - {
+        "vertical_slash(vertical=16,slash=32,probe=64)",
+        "skip_softmax(prefill_scale=10,decode_scale=None)",
+    }
+    assert own["bounds_topk(keep=32,sink=16,prefill=False)"].cost["kv_fraction"] == 1.0
+    assert [one.rule for one in found.decode_alternatives if one.chosen] == [plan.decode_rule(found.module, 0).label]
