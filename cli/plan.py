@@ -50,7 +50,7 @@ def explain(
     json: o.Json = False,
 ) -> None:
     """Say what a plan does, or one of its heads. With a profile, also what that head could have done."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from sparsesearch.explanation import PlanExplanation
     from sparsesearch.explanation import explain as run
@@ -61,9 +61,10 @@ def explain(
     opened = Plan.load(plan)
     scores = None
     if profile is not None:
-        source, decode = o.profile_for(opened, profile), "separate" if opened.decode else "same"
-        budgets = (Budget("kv_fraction", 1.0),) if opened.decode else ()
-        scores = score_table(source, Question(budgets, granularity=opened.unit, decode=decode))
+        question = Question((), granularity=opened.unit)
+        if opened.decode:
+            question = replace(question, budgets=(Budget("kv_fraction", 1.0),), decode="separate")
+        scores = score_table(o.profile_for(opened, profile), question)
     found = run(opened, head, scores=scores)
     if json:
         emit_json(asdict(found))

@@ -163,7 +163,8 @@ def _all_alternatives(
     scores: ScoreTable, plan: Plan, module: str, head: int, rule: Rule
 ) -> tuple[tuple[Alternative, ...], ...]:
     """Of the prefill and, where the table has rows of its own for that, of decoding."""
-    prefill, decode = [], []
+    prefill: list[int] = []
+    decode: list[int] = []
     for index, address in enumerate(scores.units):
         unit = address.unit if isinstance(address, Decoding) else address
         if unit.module == module and head in unit.heads:
