@@ -60,6 +60,15 @@ class Pricer:
 
     def tiles(self, length: int) -> Float[ndarray, "U C"]:
         """Computed tiles of a prompt of `length` tokens."""
+        if length not in self._tiles:
+            self._tiles[length] = self._counted_tiles(length)
+        return self._tiles[length]
+
+    @cached_property
+    def _tiles(self) -> dict[int, Float[ndarray, "U C"]]:
+        return {}
+
+    def _counted_tiles(self, length: int) -> Float[ndarray, "U C"]:
         if length in self.profile.manifest.lengths:
             return length_terms(self.profile, length, self.granularity).tiles
         grid = self._grid(length)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsesearch.bench.fp64 import exact_rows, relative_error
 from sparsesearch.bench.predicted import shipped_costs
-from sparsesearch.bench.timing import ceilings, median_s, paired_s, provenance
+from sparsesearch.bench.timing import Turns, ceilings, median_s, paired, provenance
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SparseSearchError
 from sparsesearch.kernels.dispatch import Backend, run_schedule, schedule_for
@@ -76,7 +76,7 @@ def run(
     flex_lengths: Sequence[int] = (8192, 32768),
     budget_s: float = 0.1,
     command: list[str] | None = None,
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Time every case and return rows, ceilings and provenance.
 
@@ -91,17 +91,23 @@ def run(
         flex_lengths: where to time FlexAttention with the identical block mask, causal (it compiles once per shape).
         budget_s: device time per row.
         command: recorded as the command line.
-        progress: called with each finished row.
+        progress: called with the record so far whenever a row is finished.
     """
     top = ceilings()
     rows: list[dict[str, Any]] = []
+    found = {
+        "format": "sparsesearch.bench.attention",
+        "provenance": provenance(command),
+        "ceilings": top,
+        "rows": rows,
+    }
 
     def record(row: dict[str, Any]) -> None:
         if "seconds" in row:
             row["tflop_per_s"] = row.pop("flop") / row["seconds"] / 1e12
             row["ceiling_share"] = row["tflop_per_s"] * 1e12 / top["matmul_flop_per_s"]
         rows.append(row)
-        progress(row)
+        progress(found)
 
     for head_dim in head_dims:
         for is_causal in causal:
@@ -115,7 +121,7 @@ def run(
                     case.sparse(name, ours, is_causal and length in flex_lengths, record)
                 del case
                 torch.cuda.empty_cache()
-    return {"format": "sparsesearch.bench.attention", "provenance": provenance(command), "ceilings": top, "rows": rows}
+    return found
 
 
 class _Case:
@@ -180,8 +186,8 @@ class _Case:
                     return run_schedule(self.q, self.k, self.v, schedule, scale=scale, kernel=backend)[0]  # noqa: B023
 
                 row["fp64_error"] = relative_error(attend(), exact)
-                seconds, dense_s = paired_s(attend, self._attend, budget_s=self.budget_s)
-                record(row | self._costs(schedule, seconds, dense_s) | self._predicted(schedule, backend))
+                ours, dense = paired(attend, self._attend, budget_s=self.budget_s)
+                record(row | self._costs(schedule, ours, dense) | self._predicted(schedule, backend, ours.hz))
             except (
                 RuntimeError,
                 SparseSearchError,
@@ -194,8 +200,8 @@ class _Case:
             except RuntimeError as error:  # inductor's own kinds included
                 record(row | {"error": f"{type(error).__name__}: {error}"[:400]})
 
-    def _costs(self, schedule: TileSchedule, seconds: float, dense_s: float) -> dict[str, Any]:
-        shape = schedule.shape
+    def _costs(self, schedule: TileSchedule, ours: Turns, dense: Turns) -> dict[str, Any]:
+        shape, seconds, dense_s = schedule.shape, ours.seconds, dense.seconds
         return {
             "density": schedule.density,
             "seconds": seconds,
@@ -204,14 +210,19 @@ class _Case:
             "R": seconds / (schedule.density * dense_s),
             "makespan": schedule.makespan,
             "blocks": schedule.num_blocks,
+            "hz": ours.hz,
+            "dense_hz": dense.hz,
         }
 
-    def _predicted(self, schedule: TileSchedule, backend: Backend) -> dict[str, Any]:
-        """What the shipped cost model says, if it is of this device and kernel."""
+    def _predicted(self, schedule: TileSchedule, backend: Backend, hz: float | None) -> dict[str, Any]:
+        """What the shipped cost model says, if it is of this device and kernel: of the kernel alone for long, and at the clock met here."""
         if self.costs is None or self.costs.kernel != backend:
             return {}
         heads = {"num_kv_heads": self.k.shape[1], "head_dim": self.k.shape[3]}
-        return {"predicted_s": self.costs.attention_s(schedule, **heads)}
+        found = {"predicted_s": self.costs.attention_s(schedule, **heads)}
+        if hz is None or self.costs.table.boost_hz is None:
+            return found
+        return found | {"predicted_at_clock_s": self.costs.attention_s(schedule, **heads, hz=hz)}
 
     def _flex(self, rules: tuple[Rule, ...], density: float, exact: Tensor) -> dict[str, Any]:
         from torch.nn.attention.flex_attention import flex_attention
@@ -224,7 +235,8 @@ class _Case:
             return out
 
         error = relative_error(attend(), exact)
-        seconds, dense_s = paired_s(attend, self._attend, budget_s=self.budget_s)
+        own, dense = paired(attend, self._attend, budget_s=self.budget_s)
+        seconds, dense_s = own.seconds, dense.seconds
         blocks = density * self.q.shape[1] * int(self.grid.reachable().sum())
         flop = 4 * blocks * BLOCK_TOKENS**2 * self.q.shape[-1]
         costs = {"density": density, "seconds": seconds, "flop": flop, "dense_s": dense_s}
@@ -257,7 +269,7 @@ def block_mask(rules: tuple[Rule, ...], grid: BlockGrid) -> Any:
 
 
 def main() -> None:
-    """Command line: all cases, a line of JSON per row on stderr, the whole record in a file."""
+    """Command line: all cases, a line of JSON per row on stderr, the record in a file, written again with every row: a run may be cut short."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the record")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
@@ -268,19 +280,19 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=0.1, help="device time per row")
     given = parser.parse_args()
 
-    def show(row: dict[str, Any]) -> None:
-        sys.stderr.write(json.dumps(row) + "\n")
+    def keep(record: dict[str, Any]) -> None:
+        sys.stderr.write(json.dumps(record["rows"][-1]) + "\n")
+        given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
-    record = run(
+    run(
         lengths=given.lengths,
         head_dims=given.head_dims,
         flex_lengths=() if given.no_flex else (8192, 32768),
         causal=(True,) if given.no_full else (True, False),
         backends=given.backends,
         budget_s=given.budget_s,
-        progress=show,
+        progress=keep,
     )
-    given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

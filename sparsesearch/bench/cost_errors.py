@@ -57,9 +57,9 @@ def _schedule(plan: HeldOutPlan, workers: Workers, kernel: Backend) -> TileSched
     return plan.schedule(workers, kernel)
 
 
-def _attention_s(plan: HeldOutPlan, costs: DeviceCostModel | Roofline) -> float:
+def _attention_s(plan: HeldOutPlan, costs: DeviceCostModel | Roofline, **clock: float) -> float:
     schedule = _schedule(plan, costs.workers, costs.kernel)
-    return costs.attention_s(schedule, num_kv_heads=plan.num_kv_heads, head_dim=plan.head_dim)
+    return costs.attention_s(schedule, num_kv_heads=plan.num_kv_heads, head_dim=plan.head_dim, **clock)
 
 
 def _additive_s(plan: HeldOutPlan, model: DeviceCostModel) -> float:
@@ -82,7 +82,10 @@ def _additive_s(plan: HeldOutPlan, model: DeviceCostModel) -> float:
 
 
 def plan_summary(rows: Sequence[Row], model: DeviceCostModel) -> dict[str, Any]:
-    """Errors, ranks and regrets of every way of predicting, and the noise of the measurement."""
+    """Errors, ranks and regrets of every way of predicting, and the noise of the measurement.
+
+    Rows that hold the clock that they met are predicted at that clock too: what is left then is the replay's own error.
+    """
     own = [row for row in rows if row["group"] == "plan"]
     if not own:
         return {"num_plans": 0}
@@ -93,6 +96,9 @@ def plan_summary(rows: Sequence[Row], model: DeviceCostModel) -> dict[str, Any]:
         name: _figures(np.array([predict(plan) for plan in plans]), seconds, plans)
         for name, predict in predictors(model).items()
     }
+    if model.table.boost_hz is not None and all("hz" in row for row in own):
+        met = [_attention_s(plan, model, hz=row["hz"]) for plan, row in zip(plans, own, strict=True)]
+        ways["ours_at_their_clock"] = _figures(np.array(met), seconds, plans)
     return {"num_plans": len(plans), "repeat_mape": float(np.mean(noise)) if noise else None, **ways}
 
 
@@ -155,7 +161,7 @@ def _decode_s(row: Row, model: DeviceCostModel) -> float:
     shape = model_shape(row["model"])
     head = DecodeWork(row["kv_tokens"], shape.head_dim, shape.num_heads // shape.num_kv_heads, row["batch"])
     attention_s = shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
-    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=False)
+    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=False, turn=False)
 
 
 def _fused_s(row: Row, model: DeviceCostModel) -> float:
@@ -165,4 +171,4 @@ def _fused_s(row: Row, model: DeviceCostModel) -> float:
         model.decode_attention_s([DecodeWork(kept, shape.head_dim, group, row["batch"]) for kept in layer])
         for layer in row["kv_tokens"]
     )
-    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=True)
+    return attention_s + decode_rest_s(shape, model, batch=row["batch"], fused=True, turn=False)

@@ -55,6 +55,11 @@ def peak_bytes(device: torch.device) -> int:
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """Bytes that are allocated now; 0 on a CPU."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type != "cuda":

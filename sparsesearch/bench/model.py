@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sparsesearch.bench.meter import allocated_bytes, emptied
 from sparsesearch.bench.model_decode import measure_decode
 from sparsesearch.bench.model_predicted import whole_model_costs, with_predictions
 from sparsesearch.bench.model_prefill import measure_prefill
@@ -34,7 +35,7 @@ def run(
     command: list[str] | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
-    """Measure, and return rows, ceilings and provenance.
+    """Measure, and return rows, ceilings, provenance, and `other_bytes`: what lay in memory beside the weights before anything ran.
 
     Args:
         model: on the GPU that is measured; its linears are joined (`join_linears`), which all variants enjoy.
@@ -50,7 +51,7 @@ def run(
     if model.device.type != "cuda":
         raise SpecError(f"the model must be on a GPU to be measured, but is on {model.device}. Pass --device cuda.")
     priced_by = None if cost_model is None else whole_model_costs(cost_model, plan)
-    record = {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "model": plan.base_model.name_or_path,
         "plan_sha256": plan.sha256,
@@ -60,6 +61,8 @@ def run(
         "rows": [],
     }
     join_linears(model)
+    emptied(model.device)
+    record["other_bytes"] = allocated_bytes(model.device) - sum(weight.nbytes for weight in model.parameters())
     session = Session(model, plan, request, record, progress)
     with torch.inference_mode():
         for length in request.lengths:

@@ -48,8 +48,9 @@ def with_predictions(record: dict[str, Any], plan: Plan, shape: ModelShape, cost
     """A record of `bench.model.run` with this cost model's predictions in it.
 
     A prefill gets `predicted_s` and the share of it that is attention, choosing included, `predicted_attention_s`, and dense's
-    `predicted_dense_s`; the host's launches are left out, so short prompts compare with `plan_graph_s`. A decoding step under the plan gets
-    the first two, at its first token.
+    `predicted_dense_s`; the host's launches are left out, so short prompts compare with `plan_graph_s`. Also `predicted_peak_bytes` and
+    `predicted_dense_peak_bytes`, to which the record's `other_bytes` come. A decoding step under the plan gets the first two, at its first
+    token.
 
     Raises:
         PlanMismatchError: the record is of another plan.
@@ -68,10 +69,11 @@ def _predicted(row: dict[str, Any], plan: Plan, shape: ModelShape, costs: LayerC
     if row["phase"] == "prefill":
         prompt = Workload(row["length"])
         found = predict(plan, shape, prompt, costs)
+        dense = predict(None, shape, prompt, costs)
         seconds = {"predicted_s": found.ttft_s, "predicted_attention_s": found.attention_s}
         if costs.own_dense_s(1.0, shape.head_dim) is not None:
-            seconds["predicted_dense_s"] = predict(None, shape, prompt, costs).ttft_s
-        return seconds
+            seconds["predicted_dense_s"] = dense.ttft_s
+        return seconds | {"predicted_peak_bytes": found.peak_bytes, "predicted_dense_peak_bytes": dense.peak_bytes}
     if row["phase"] != "decode" or row["variant"] != "plan":
         return {}
     workload = Workload(row["tokens"], generate_tokens=1, batch=row["batch"])

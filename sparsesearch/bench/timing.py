@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import triton
 
 from sparsesearch.cost.device.timing import GRAPH_S, event_times, repeated
+from sparsesearch.kernels.device_clock import Stamp, hz_between, stamp
 
 
 def median_s(run: Callable[[], object], *, budget_s: float = 0.15, graph: bool = True) -> float:
@@ -56,8 +57,21 @@ def captured(run: Callable[[], object]) -> Replay:
     return Replay(repeated(lambda _: run(), calls), calls)
 
 
-def in_turns_s(*works: Replay, budget_s: float = 0.15, least: int = 5) -> tuple[float, ...]:
-    """Median time of one call of each work, while they take turns, so that all meet the same clock.
+@dataclass(frozen=True)
+class Turns:
+    """What a work that took turns with others took.
+
+    Attributes:
+        seconds: median time of one call.
+        hz: median clock of a GPU's multiprocessors while it ran; None without one.
+    """
+
+    seconds: float
+    hz: float | None
+
+
+def in_turns(*works: Replay, budget_s: float = 0.15, least: int = 5) -> tuple[Turns, ...]:
+    """Time each work while they take turns, so that all meet the same clock.
 
     A card at its power limit changes its clock by a fifth with what ran before, and with it the quotient of times measured one after the
     other. Of more than two, every other turn runs backwards: what always followed cuDNN was 4 % faster than what always followed itself.
@@ -69,17 +83,33 @@ def in_turns_s(*works: Replay, budget_s: float = 0.15, least: int = 5) -> tuple[
     """
     once = sum(event_times(work.replay, 1)[0] for work in works)
     times: list[list[float]] = [[] for _ in works]
+    clocks: list[list[tuple[Stamp, Stamp]]] = [[] for _ in works]
     for turn in range(_repeats(once, budget_s, least)):
         back = len(works) > 2 and turn % 2 == 1
         for place in reversed(range(len(works))) if back else range(len(works)):
+            before = stamp()
             times[place] += event_times(works[place].replay, 1)
-    return tuple(statistics.median(own) / work.calls for own, work in zip(times, works, strict=True))
+            clocks[place].append((before, stamp()))
+    return tuple(
+        Turns(statistics.median(own) / work.calls, _median_hz(stamps))
+        for own, stamps, work in zip(times, clocks, works, strict=True)
+    )
 
 
-def paired_s(run: Callable[[], object], other: Callable[[], object], *, budget_s: float = 0.15) -> tuple[float, float]:
-    """Times of two calls that take turns; see `in_turns_s`."""
-    own, others = in_turns_s(captured(run), captured(other), budget_s=budget_s)
+def in_turns_s(*works: Replay, budget_s: float = 0.15, least: int = 5) -> tuple[float, ...]:
+    """The times alone."""
+    return tuple(turns.seconds for turns in in_turns(*works, budget_s=budget_s, least=least))
+
+
+def paired(run: Callable[[], object], other: Callable[[], object], *, budget_s: float = 0.15) -> tuple[Turns, Turns]:
+    """Two calls that take turns; see `in_turns`."""
+    own, others = in_turns(captured(run), captured(other), budget_s=budget_s)
     return own, others
+
+
+def _median_hz(stamps: Sequence[tuple[Stamp, Stamp]]) -> float | None:
+    found = [hz for before, after in stamps if (hz := hz_between(before, after)) is not None]
+    return statistics.median(found) if found else None
 
 
 def _repeats(once_s: float, budget_s: float, least: int = 5) -> int:

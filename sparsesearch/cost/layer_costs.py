@@ -68,6 +68,9 @@ class LayerCosts(OfDevice, PartCosts, Protocol):
     def decode_step_s(self, batch: int) -> float:
         """What a decoding step takes beyond its layers and the output layer."""
 
+    def decode_turn_s(self, batch: int) -> float:
+        """What passes between two decoding steps: tokens chosen and handed on, the next step started."""
+
     @property
     def fused(self) -> "FusedCosts | None":
         """What the fused decoding step takes; None where that was not measured."""

@@ -15,7 +15,9 @@ def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: in
     return linear_s + pointwise_s * (1 - costs.prefill_relief(rows))
 
 
-def decode_rest_s(shape: ModelShape, costs: LayerCosts, *, batch: int, fused: bool | None = None) -> float:
+def decode_rest_s(
+    shape: ModelShape, costs: LayerCosts, *, batch: int, fused: bool | None = None, turn: bool = True
+) -> float:
     """All of a decoding step but its attention.
 
     Args:
@@ -23,15 +25,17 @@ def decode_rest_s(shape: ModelShape, costs: LayerCosts, *, batch: int, fused: bo
         costs: the device.
         batch: sequences.
         fused: whether the step is fused; None: as the runtime does it, `is_fused`.
+        turn: with what passes until the next step: tokens chosen and handed on.
 
     Raises:
         SpecError: a fused step is asked for, but this device's was not measured.
     """
+    turn_s = costs.decode_turn_s(batch) if turn else 0.0
     if is_fused(shape, costs, batch) if fused is None else fused:
-        return _fused_rest_s(shape, costs, batch)
+        return _fused_rest_s(shape, costs, batch) + turn_s
     widest = max(shape.intermediate_size, shape.num_heads * shape.head_dim)
     glue_s = shape.num_layers * costs.decode_glue_s(batch, float(shape.hidden_size * widest * WEIGHT_BYTES))
-    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + glue_s + costs.decode_step_s(batch)
+    return sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + glue_s + costs.decode_step_s(batch) + turn_s
 
 
 def is_fused(shape: ModelShape, costs: LayerCosts, batch: int) -> bool:
@@ -87,11 +91,12 @@ def parts_s(shape: ModelShape, costs: PartCosts, *, rows: int, last_rows: int) -
 
 
 def activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> float:
-    """Largest intermediate results of prefill: two residual streams, and gate, activated gate and up side by side.
+    """Largest intermediate results of prefill, as transformers' decoders hold them.
 
-    Or the residual stream, queries, keys, values before and after rotation, and the output, if that is more.
+    Angles, the embedded tokens, a layer's input, what attention added to it, its norm; and beside them activated gate, up and their product.
+    Or, if that is more, queries, keys and values before and after rotation, and the output, with one residual stream less.
     """
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    feed_forward = 2 * shape.hidden_size + 3 * shape.intermediate_size
-    attention = 2 * shape.hidden_size + 3 * q + 4 * kv
-    return float(rows * max(feed_forward, attention) * dtype_bytes)
+    feed_forward = 4 * shape.hidden_size + 3 * shape.intermediate_size
+    attention = 3 * shape.hidden_size + 3 * q + 4 * kv
+    return float(rows * (2 * shape.head_dim + max(feed_forward, attention)) * dtype_bytes)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy import ndarray
 
@@ -119,10 +120,11 @@ class Roofline:
 
     def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
         """One layer's prefill attention."""
-        tiles = schedule.tiles.long()
+        batch, head, kept = schedule.tiles.long()[:, [0, 1, 6]].T
         group = schedule.num_heads // num_kv_heads
-        pairs = {(int(b), int(h) // group): int(n) for b, h, n in tiles[:, [0, 1, 6]].unique(dim=0)}
-        elements = 2.0 * (schedule.covered_rows + sum(pairs.values())) * head_dim
+        longest = torch.zeros(int(batch.max()) + 1 if len(batch) else 0, num_kv_heads, dtype=torch.long)
+        longest.view(-1).scatter_reduce_(0, batch * num_kv_heads + head // group, kept, "amax")
+        elements = 2.0 * (schedule.covered_rows + float(longest.sum())) * head_dim
         flops = 4.0 * head_dim * schedule.num_blocks * schedule.shape.rows * schedule.shape.keys
         return self._bound_s(flops, elements)
 
@@ -150,6 +152,10 @@ class Roofline:
         return 0.0
 
     def decode_step_s(self, batch: int) -> float:
+        """Nothing is known."""
+        return 0.0
+
+    def decode_turn_s(self, batch: int) -> float:
         """Nothing is known."""
         return 0.0
 

@@ -223,7 +223,7 @@ def compare_all(
                 parts[name].append(reference.compare(plan))
             if progress is not None:
                 done = first * len(variants) + len(group) * number
-                progress(f"{what}, {name}", done, len(samples) * len(variants))
+                progress(what, done, len(samples) * len(variants))
     length = len(samples[0].input_ids)
     return (
         {name: Comparison.concatenate(found) for name, found in parts.items()},

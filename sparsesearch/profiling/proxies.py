@@ -34,6 +34,9 @@ PROXIES = ("text", "answer", "output_error", "dropped_mass", "moa")
 OBJECTIVES = ("combined", *PROXIES, *PUBLISHED)
 _REFERENCE_DENSITY = 0.25
 
+NOTHING = 1e-9
+"""Losses below it are rounding: of dense, and of rules that keep everything at the profiled lengths. The reference window's sum to 1."""
+
 
 @dataclass(frozen=True)
 class LengthTerms:
@@ -240,6 +243,7 @@ def objective_loss(
                 own = np.where(stepping, terms.get(f"served_{name}", np.inf), own)
             loss = loss + weight * own / max(float(terms[name][:, reference].sum()), 1e-30)
     loss[:, 0] = 0.0  # dense differs from itself by rounding only
+    loss[np.abs(loss) < NOTHING] = 0.0
     if objective in PUBLISHED:
         loss = np.where(allowed(objective, profile.manifest.candidates, granularity), loss, np.inf)
     return loss
@@ -281,7 +285,9 @@ def phase_losses(
             decode = decode + scale * groups[f"decode_{name}"]
         if "prompt_answer" not in terms:
             decode = np.where(chooses_in_steps(profile), np.inf, decode)
-    prefill[:, 0], decode[:, 0] = 0.0, 0.0
+    for loss in (prefill, decode):
+        loss[:, 0] = 0.0
+        loss[np.abs(loss) < NOTHING] = 0.0
     return prefill, decode
 
 

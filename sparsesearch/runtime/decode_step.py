@@ -100,6 +100,7 @@ class DecodeStep:
         self._fused = self._fuse(fused)
         self._must_fuse, self._is_checked = bool(fused), self._fused is None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._changes: tuple[int, ...] = ()
         self._addresses: tuple[int, ...] = ()
         self._logits: Tensor | None = None
 
@@ -121,7 +122,7 @@ class DecodeStep:
         if not self.graph_wanted:
             self._logits = self._run()
             return self._logits
-        if self._graph is None or self._addresses != _addresses(self.cache):
+        if self._graph is None or self._has_moved():
             self._capture()
         assert self._graph is not None
         assert self._logits is not None
@@ -194,6 +195,14 @@ class DecodeStep:
             logits: Tensor = self.model(**inputs, use_cache=True, **{CACHE_KEYWORD: self.cache}).logits[:, -1]
         return logits
 
+    def _has_moved(self) -> bool:
+        """Whether a tensor lies elsewhere than when the step was captured; hundreds are asked only if something else than steps has run."""
+        changes = _changes(self.cache)
+        if changes == self._changes:
+            return False
+        self._changes = changes
+        return self._addresses != _addresses(self.cache)
+
     def _capture(self) -> None:
         """Run the step a few times, take the runs back, and record it."""
         kept = _Kept(self.cache, self.positions)
@@ -207,7 +216,7 @@ class DecodeStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._run()
-        self._addresses = _addresses(self.cache)
+        self._changes, self._addresses = _changes(self.cache), _addresses(self.cache)
 
 
 class _Kept:
@@ -240,6 +249,17 @@ class _Kept:
 def _batch_of(cache: Cache) -> int:
     layer: Any = cache.layers[0]
     return layer.reads.batch if isinstance(layer, StaticPlanLayer) else int(layer.keys.shape[0])
+
+
+def _changes(cache: Cache) -> tuple[int, ...]:
+    """When each layer's tensors may last have been moved; a layer of transformers' own does not count, but has two tensors only."""
+    layers: list[Any] = cache.layers
+    return tuple(
+        layer.last_change
+        if isinstance(layer, StaticPlanLayer)
+        else hash((layer.keys.data_ptr(), layer.values.data_ptr()))
+        for layer in layers
+    )
 
 
 def _addresses(cache: Cache) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import torch
 from sparsesearch.cost import DecodeWork, load_cost_model
 from sparsesearch.cost.calibrate import calibrate, measured_rows, short_name
 from sparsesearch.cost.device import compile_ahead, corrections, layer_probes, micro_bench, run_plan, runs
-from sparsesearch.cost.device.fit import case_load, fit_tiles, fitted
+from sparsesearch.cost.device.fit import boost_clock, case_load, fit_tiles, fitted
 from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
 from sparsesearch.cost.device.refit import joined, refitted
 from sparsesearch.cost.device.tile_cases import TileCase, tile_cases
@@ -52,11 +52,29 @@ def test_costs_are_found_again(noise: float, bound: float) -> None:
     assert schedule_seconds(cost, load, READ) == pytest.approx(schedule_seconds(TRUTH, load, READ), rel=2 * bound)
 
 
+def test_a_clock_that_was_read_tells_replay_and_power_apart() -> None:
+    """Rows of a device whose power limit was at times another one: at the clock that each met, the truth explains them all."""
+    rng, rows = np.random.default_rng(0), made_up_rows(0.0)
+    for row in rows:
+        load = case_load(row, "gluon", WORKERS, 2)
+        slowdown = float(rng.uniform(1.0, 1.25))
+        row |= {"hz": 1.98e9 / slowdown, "seconds": schedule_seconds(TRUTH, load, READ, slowdown)}
+    rows[0] |= {"hz": 1.98e9, "seconds": schedule_seconds(TRUTH, case_load(rows[0], "gluon", WORKERS, 2), READ, 1.0)}
+    assert boost_clock(rows) == 1.98e9
+    (cost,), errors = fit_tiles(rows, "gluon", WORKERS, 2, READ)
+    assert errors["tiles_at_their_clock_mape"] < 0.03 < errors["tiles_mape"]
+    load = case_load(TileCase("scatter", 32768, 128, size=9).to_dict(), "gluon", WORKERS, 2)
+    for slowdown in (1.0, 1.2):
+        found, truth = (schedule_seconds(one, load, READ, slowdown) for one in (cost, TRUTH))
+        assert found == pytest.approx(truth, rel=0.04)
+    assert boost_clock(made_up_rows(0.0)) is None
+
+
 def test_every_group_of_runs_reaches_the_file() -> None:
     """Real runs of tiny shapes on the CPU, through the interpreter."""
     bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = run_plan.RunPlan(
-        tile_kinds=(), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)), skinny_rows=(1, 8), skinny=((32, 16, "normed"), (32, 16, "gated"), (16, 32, "added")),
+        tile_kinds=(), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_few=(64,), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)), skinny_rows=(1, 8), skinny=((32, 16, "normed"), (32, 16, "gated"), (16, 32, "added")),
         step_blocks=(2, 3), step_keys=(64, 128), steps_held_out=((1, 2, 64),),
         pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(), layer_tokens=(), peak_side=32,
     )  # fmt: skip
@@ -92,7 +110,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
 def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the GPU's part played by the interpreter."""
     tiny = run_plan.RunPlan(
-        tile_kinds=((16, 32),), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),), skinny_rows=(1, 2), skinny=((32, 16, "normed"), (32, 64, "added")),
+        tile_kinds=((16, 32),), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_few=(64,), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),), skinny_rows=(1, 2), skinny=((32, 16, "normed"), (32, 64, "added")),
         step_batches=(1,), step_blocks=(2,), step_keys=(64,), steps_held_out=(),
         pointwise_tokens=(1, 2), estimator_tokens=(128,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
         longest_tokens=0, time_share=0.001,
@@ -154,6 +172,10 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
         layer_s += fused.layer_s(2, model.table.dtype_bytes * sum(n * k for n, k in widths))
         attention_s = model.decode_attention_s([DecodeWork(64, 16, 2, 2, 4)] * 2)
         assert layers * (layer_s + attention_s) + fused.start_s(2) == pytest.approx(row["seconds"])
+    for row in (r for r in again if r["group"] == "turn"):
+        own = ("layer_fused", row["probe"], row["layers"], row["batch"])
+        step = next(r for r in again if (r["group"], r.get("probe"), r.get("layers"), r.get("batch")) == own)
+        assert model.decode_turn_s(row["batch"]) == max(0.0, row["seconds"] - step["seconds"])
     assert len(again) == model.table.provenance["micro_runs"] == len(seen) - 1
     assert compiled == [tiny]
     once_more = refitted(model.table, again)
@@ -202,7 +224,7 @@ class Measured(NamedTuple):
 def test_every_kernel_is_compiled_ahead_and_nothing_is_measured() -> None:
     bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = run_plan.RunPlan(
-        tile_kinds=(), decode=((1, 64),), decode_head_dims=(16,), skinny_rows=(1,), skinny=((32, 16, "normed"),),
+        tile_kinds=(), decode=((1, 64),), decode_few=(64,), decode_head_dims=(16,), skinny_rows=(1,), skinny=((32, 16, "normed"),),
         step_batches=(1,), step_blocks=(2,), step_keys=(64,), steps_held_out=((1, 2, 64),),
         estimator_tokens=(128,), layer_batches=(), layer_tokens=(),
     )  # fmt: skip

@@ -39,6 +39,18 @@ def test_power_decides_in_a_balanced_schedule() -> None:
     assert alone == pytest.approx(3e-6 + 151e-6, rel=1e-3)
 
 
+def test_at_a_clock_that_is_known_power_does_not_count() -> None:
+    schedule = TileCase("dense", 16384, 128).schedule(MODEL.workers, MODEL.kernel)
+    heads = {"num_kv_heads": 8, "head_dim": 128}
+    costs = DeviceCostModel(MODEL.table.model_copy(update={"boost_hz": 2e9}))
+    cool, slow = (costs.attention_s(schedule, **heads, hz=hz) for hz in (2e9, 1.6e9))
+    assert cool < costs.attention_s(schedule, **heads) < slow
+    launch_s = tile_cost().launch_s
+    assert slow - cool == pytest.approx(0.25 * (cool - launch_s), rel=0.05)  # but what merges cut tiles
+    with pytest.raises(SpecError, match="clock it was measured at"):
+        MODEL.attention_s(schedule, **heads, hz=2e9)
+
+
 def test_cut_tiles_cost_a_merge_and_misses_cost_bandwidth() -> None:
     plain, cut = (schedule_seconds(tile_cost(), load((9, 9), pieces=pieces), READ) for pieces in (0, 6))
     assert cut - plain == pytest.approx(4e-6 + 6e-8)

@@ -77,6 +77,16 @@ def test_a_fused_step_is_its_products_and_what_they_leave_out() -> None:
     assert sum(n * k for n, k in fused_widths(SHAPE)) == sum(n * k for n, k in linear_widths(SHAPE))
 
 
+def test_the_turn_between_two_steps_is_priced_but_where_steps_are_timed_alone() -> None:
+    costs = DeviceCostModel(
+        COSTS.table.model_copy(update={"decode_turn_s": Correction(amounts=(1, 16), values=(2e-5, 4e-5))})
+    )
+    for fused in (True, False):
+        rest_s = {turn: decode_rest_s(SHAPE, costs, batch=16, fused=fused, turn=turn) for turn in (True, False)}
+        assert rest_s[True] - rest_s[False] == pytest.approx(4e-5)
+        assert rest_s[False] == decode_rest_s(SHAPE, COSTS, batch=16, fused=fused)
+
+
 def test_short_layers_show_the_launches_that_long_ones_hide() -> None:
     assert COSTS.fused is not None
     short = ShortLayers(

@@ -8,6 +8,7 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 
 from sparsesearch.kernels import (
+    device_clock,
     device_deal,
     device_schedule,
     hopper_attention,
@@ -227,6 +228,7 @@ def every() -> Iterator[tuple[str, CompileReport]]:
         yield f"gluon {head_dim} {keys} causal=True", hopper(head_dim, keys)
         if head_dim <= 64:
             yield f"gluon {head_dim} {keys} long", hopper(head_dim, keys, long=True)
+    yield "clock", compile_report(device_clock.read_counters, {"out": "*i64"}, {}, options={"num_warps": 1})
     for head_dim, keys in ((64, 128), (128, 128), (256, 64)):  # of the others ptxas makes the same
         yield f"gluon {head_dim} {keys} causal=False", hopper(head_dim, keys, causal=False)
     yield "gluon 128 128 fp16", hopper(128, 128, dtype="fp16")

@@ -104,6 +104,8 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
     probed = {(EVICTING.head_dim, batch) for batch in plan.layer_batches}
     for head_dim, batch in sorted(batches | probed):
         yield partial(list, runs.decode_runs(bench, ((batch, FEW_TOKENS),), (head_dim,)))
+    for head_dim in plan.decode_head_dims if plan.decode_few else ():
+        yield partial(list, runs.decode_runs(bench, ((1, FEW_TOKENS),), (head_dim,), kv_heads=runs.FEW_KV_HEADS))
     yield from steps(bench, plan)
     for product in plan.skinny:
         for rows in plan.skinny_rows:

@@ -34,6 +34,7 @@ def corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, Correc
         found
         | _decode_corrections(probe, group_of(rows, "layer_decode"))
         | _fused_corrections(model, group_of(rows, "layer_fused"))
+        | _turns(group_of(rows, "turn"), group_of(rows, "layer_fused"))
     )
 
 
@@ -105,6 +106,13 @@ def _fused_corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str,
                 weight_bytes=sizes[0], long_weight_bytes=sizes[1], seconds=_correction(seconds)
             )
     return found
+
+
+def _turns(rows: Sequence[Row], steps: Sequence[Row]) -> dict[str, Correction | ShortLayers]:
+    """What choosing tokens and starting the next step took beside the same step alone."""
+    alone = {(row.get("probe"), row["layers"], row["batch"]): row["seconds"] for row in steps}
+    beyond = {row["batch"]: max(0.0, row["seconds"] - alone[row["probe"], row["layers"], row["batch"]]) for row in rows}
+    return {"decode_turn_s": _correction(beyond)} if beyond else {}
 
 
 def _attention_s(shape: ModelShape, model: DeviceCostModel, batch: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsesearch.cost.device.micro_bench import Bench
-from sparsesearch.cost.device.timing import Timed
+from sparsesearch.cost.device.timing import Timed, repeated
 from sparsesearch.cost.layer_parts import fused_widths
 from sparsesearch.kernels.cache_ops import KEEP_ALL
 from sparsesearch.kernels.decode import ragged_decode
@@ -45,6 +45,12 @@ class FusedChain:
     def step(self, batch: int, kv_tokens: int) -> Timed:
         """Time of one step of all layers; every pair reads `kv_tokens` keys."""
         return self.bench.time(self._step(batch, kv_tokens), warm_s=0.05)
+
+    def replayed(self, batch: int, kv_tokens: int) -> Callable[[], object]:
+        """One step, ready to be run: on a GPU, as a graph."""
+        run, on_gpu = self._step(batch, kv_tokens), torch.device(self.bench.device).type == "cuda"
+        run(0)
+        return repeated(run, 1, graph=on_gpu)
 
     def _step(self, batch: int, kv_tokens: int) -> Callable[[int], object]:
         bench, shape = self.bench, self.shape

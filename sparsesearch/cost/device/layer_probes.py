@@ -12,6 +12,7 @@ from sparsesearch.cost.device.run_plan import EVICTING, PROBE, PROBE_KV_TOKENS, 
 from sparsesearch.cost.device.tile_cases import TileCase
 from sparsesearch.model_shapes import ModelShape
 
+VOCABULARY = 131072
 MEMORY_SHARE = 0.25
 """Of the device, for the largest probe's weights and caches."""
 
@@ -24,7 +25,9 @@ def layer_runs(bench: Bench, batches: Sequence[int], fused: Sequence[int], token
     for probe in (fitting(EVICTING, bench.memory_bytes, max(batches, default=1)), replace(EVICTING, num_layers=1)):
         yield from _decode_steps(bench, RandomLlama(probe, bench), batches)
         yield from _fused_steps(bench, FusedChain(probe, bench), fused)
-    yield from _fused_steps(bench, FusedChain(SHORT, bench), fused)
+    chain = FusedChain(SHORT, bench)
+    yield from _fused_steps(bench, chain, fused)
+    yield from _turns(bench, chain, fused)
     model = RandomLlama(PROBE, bench)
     yield from _decode_steps(bench, model, batches)
     for length in tokens:
@@ -44,6 +47,21 @@ def _decode_steps(bench: Bench, model: RandomLlama, batches: Sequence[int]) -> I
     for batch in batches:
         timed = model.decode(batch, PROBE_KV_TOKENS)
         yield bench.row("layer_decode", timed, batch=batch, probe=model.shape.name, layers=model.shape.num_layers)
+
+
+def _turns(bench: Bench, chain: FusedChain, batches: Sequence[int]) -> Iterator[Row]:
+    """Steps one after the other, as `generate` runs them: replay, choose the tokens, hand them on."""
+    for batch in batches:
+        logits, tokens = bench.normal(batch, VOCABULARY), torch.zeros(batch, dtype=torch.long, device=bench.device)
+        with torch.inference_mode():
+            step = chain.replayed(batch, PROBE_KV_TOKENS)
+
+            def turn(_: int) -> object:
+                step()  # noqa: B023
+                return tokens.copy_(logits.argmax(-1))  # noqa: B023
+
+            timed = bench.time(turn, warm_s=0.05, graph=False)
+        yield bench.row("turn", timed, batch=batch, probe=chain.shape.name, layers=chain.shape.num_layers)
 
 
 def _fused_steps(bench: Bench, chain: FusedChain, batches: Sequence[int]) -> Iterator[Row]:

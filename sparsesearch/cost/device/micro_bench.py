@@ -60,7 +60,8 @@ class Bench:
 
     def row(self, group: str, timed: Timed, **values: Any) -> Row:
         """One result."""
-        return {"group": group, **values, "seconds": timed.seconds, "spread": timed.spread}
+        row = {"group": group, **values, "seconds": timed.seconds, "spread": timed.spread}
+        return row if timed.hz is None else row | {"hz": round(timed.hz)}
 
 
 class CompilingBench(Bench):

@@ -23,20 +23,35 @@ JOINING_LAUNCHES = 4
 """Where some heads of a layer choose what they read and others do not: lengths, queries and output of one kind taken apart and put together."""
 
 
-def schedule_seconds(kernel: TileKernelCost, load: TileLoad, read_bytes_per_s: float) -> float:
+def schedule_seconds(
+    kernel: TileKernelCost, load: TileLoad, read_bytes_per_s: float, slowdown: float | None = None
+) -> float:
     """Seconds of one launch over a schedule; the formula is that of `TileKernelCost`."""
-    return float(many_schedule_seconds(kernel, (load,), read_bytes_per_s)[0])
+    met = None if slowdown is None else np.array([slowdown])
+    return float(many_schedule_seconds(kernel, (load,), read_bytes_per_s, met)[0])
 
 
 def many_schedule_seconds(
-    kernel: TileKernelCost, loads: Sequence[TileLoad], read_bytes_per_s: float
+    kernel: TileKernelCost,
+    loads: Sequence[TileLoad],
+    read_bytes_per_s: float,
+    slowdown: Float[ndarray, " loads"] | None = None,
 ) -> Float[ndarray, " loads"]:
-    """The same for several schedules on equally many workers."""
+    """The same for several schedules on equally many workers.
+
+    Args:
+        kernel: the configuration that runs them.
+        loads: what they ask for.
+        read_bytes_per_s: of the memory.
+        slowdown: a cool device's clock over the one that each of them met; None: the one that the power limit leaves.
+    """
     tiles, blocks, partial = (
         np.stack([getattr(load, name) for load in loads]) for name in ("tiles", "blocks", "partial")
     )
     busy = (tiles * kernel.tile_s + blocks * kernel.block_s + partial * kernel.partial_s).max(-1)
     power = tiles.mean(-1) * kernel.tile_power_s + blocks.mean(-1) * kernel.block_power_s
+    if slowdown is not None:
+        busy, power = busy * slowdown, np.zeros_like(power)
     memory = np.array([load.traffic_bytes for load in loads]) / read_bytes_per_s
     merging = np.array([kernel.merge_s + load.pieces * kernel.piece_s if load.merges else 0.0 for load in loads])
     bounds = np.stack([busy, power, memory])
@@ -167,8 +182,16 @@ class DeviceCostModel:
     def _step_choice(self, kind: str) -> StepChoiceCost:
         return next(cost for cost in self.table.step_choices if cost.kind == kind)
 
-    def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
-        """One layer's prefill attention; `schedule` was built for `workers` and `kernel`."""
+    def attention_s(
+        self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int, hz: float | None = None
+    ) -> float:
+        """One layer's prefill attention; `schedule` was built for `workers` and `kernel`.
+
+        At the clock that the power limit leaves when it runs for long, or at `hz`: beside other work a kernel meets another one.
+
+        Raises:
+            SpecError: `hz` is given, but the calibration did not read the clock.
+        """
         kernel = self.tile_kernel(head_dim, schedule.shape.keys)
         load = tile_load(
             schedule,
@@ -177,7 +200,15 @@ class DeviceCostModel:
             dtype_bytes=self.table.dtype_bytes,
             cache_bytes=self.table.cache_bytes,
         )
-        return schedule_seconds(kernel, load, self.table.peaks.read_bytes_per_s)
+        slowdown = None if hz is None else self._boost_hz() / hz
+        return schedule_seconds(kernel, load, self.table.peaks.read_bytes_per_s, slowdown)
+
+    def _boost_hz(self) -> float:
+        if self.table.boost_hz is None:
+            raise SpecError(
+                f"cost model {self.name} must know the clock it was measured at, but does not. Calibrate again."
+            )
+        return self.table.boost_hz
 
     def own_dense_s(self, pairs: float, head_dim: int) -> float | None:
         """One layer's dense attention by the kernel that PyTorch picks; None if an older calibration left it out."""
@@ -222,6 +253,10 @@ class DeviceCostModel:
     def decode_step_s(self, batch: int) -> float:
         """What a decoding step takes beyond its layers and the output layer: embedding, positions; 0 where it was not measured."""
         return 0.0 if self.table.decode_step_s is None else self.table.decode_step_s.at(batch)
+
+    def decode_turn_s(self, batch: int) -> float:
+        """What passes between two steps; 0 where it was not measured."""
+        return 0.0 if self.table.decode_turn_s is None else self.table.decode_turn_s.at(batch)
 
     @property
     def fused(self) -> MeasuredFused | None:

@@ -45,7 +45,7 @@ def joined(runs: Sequence[Sequence[Row]]) -> tuple[list[Row], set[str]]:
 
 
 def _case(row: Row) -> tuple[tuple[str, object], ...]:
-    return tuple(sorted((key, value) for key, value in row.items() if key not in ("seconds", "spread")))
+    return tuple(sorted((key, value) for key, value in row.items() if key not in ("seconds", "spread", "hz")))
 
 
 def main() -> None:

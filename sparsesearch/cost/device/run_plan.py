@@ -12,13 +12,14 @@ from sparsesearch.rules.dense_source import DenseSource
 PROBE = ModelShape("probe", "llama", 4, 3072, 8192, 32, 8, 128, 1024, False, 5e5, 1 << 18)
 """Whole layers of this shape, which no known model has, show what the parts leave out when they run together."""
 
-EVICTING = ModelShape("evicting", "llama", 36, 4096, 13312, 32, 8, 128, 1024, False, 5e5, 1 << 18)
-"""The same with weights that each exceed a GPU's cache and together are 15.6 GB: on an H200 a layer of an 8B model takes a tenth longer than
-one of the same size among five. Also with a single layer, which shows what a step takes besides its layers."""
+EVICTING = ModelShape("evicting", "llama", 36, 4096, 13312, 32, 8, 128, 128256, False, 5e5, 1 << 18)
+"""The same with weights that each exceed a GPU's cache and together are 15.6 GB, and a vocabulary as large as a real one: on an H200 a
+layer of an 8B model takes a tenth longer than one of the same size among five. Also with a single layer, which shows what a step takes
+besides its layers."""
 
-SHORT = ModelShape("short", "llama", 24, 512, 1536, 8, 4, 64, 1024, False, 5e5, 1 << 18)
-"""Fused layers of a small model: their products are too short to hide the launches between them, which those of `EVICTING` do. All weights
-together are 2.5 times an H200's cache."""
+SHORT = ModelShape("short", "llama", 24, 640, 1536, 12, 4, 64, 1024, False, 5e5, 1 << 18)
+"""Fused layers of a small model: their products are too short to hide the launches between them, which those of `EVICTING` do, and no power
+of two long, so that the last step along their weights is not a full one. All weights together are 3 times an H200's cache."""
 
 PROBE_KV_TOKENS = 4096
 HAVE_KERNELS = ("vertical_slash", "pooled_topk")
@@ -37,7 +38,7 @@ SkinnyUse = Literal["normed", "gated", "added"]
 SKINNY: tuple[tuple[int, int, SkinnyUse], ...] = (
     (6144, 4096, "normed"), (4096, 4096, "added"), (26624, 4096, "gated"), (4096, 13312, "added"), (128256, 4096, "normed"),
     (16384, 3072, "gated"), (3072, 8192, "added"), (6144, 2560, "normed"), (49152, 1024, "normed"), (1024, 576, "normed"),
-    (3072, 576, "gated"), (576, 1536, "added"),
+    (3072, 576, "gated"), (576, 1536, "added"), (32768, 640, "normed"),
 )  # fmt: skip
 """Lines of weights, inner columns and use: every tiling of `kernels.skinny_tiling`, short and long."""
 
@@ -61,6 +62,7 @@ class RunPlan:
         tile_kinds: (head_dim, block_tokens) of the tile kernel.
         dense_tokens: prompt lengths of the model's own dense attention, at every `decode_head_dims`.
         decode: (batch, keys per sequence); 8 KV heads of four query heads.
+        decode_few: keys of one sequence; 2 KV heads, since every head's parts are merged from as many more workers as there are fewer heads.
         decode_head_dims: head sizes of decoding and of dense attention.
         step_batches: batches of steps whose heads choose what they read; 32 query heads of 8 KV heads.
         step_blocks: blocks among which a head chooses.
@@ -85,6 +87,7 @@ class RunPlan:
         (1, 1024), (1, 4096), (1, 16384), (1, 65536), (1, 131072), (8, 512), (8, 2048), (8, 8192), (8, 32768), (32, 512), (32, 2048),
         (32, 8192),
     )  # fmt: skip
+    decode_few: tuple[int, ...] = (256, 4096, 32768)
     decode_head_dims: tuple[int, ...] = (64, 128)
     step_batches: tuple[int, ...] = (1, 8)
     step_blocks: tuple[int, ...] = (128, 512, 2048)
@@ -119,11 +122,11 @@ class RunPlan:
     def count(self) -> int:
         """Rows to expect, for a progress bar; a few large cases may be left out."""
         tiles = sum(case.length <= self.longest_tokens for kind in self.tile_kinds for case in tile_cases(*kind))
-        decode = (len(self.dense_tokens) + len(self.decode)) * len(self.decode_head_dims)
+        decode = (len(self.dense_tokens) + len(self.decode) + len(self.decode_few)) * len(self.decode_head_dims)
         gemm = len(self.gemm_tokens) * len(self.gemm_widths)
         skinny = len(self.skinny_rows) * len(self.skinny)
         layers = (3 + len(self.probe_widths)) * len(self.layer_batches) + len(self.layer_tokens)
-        fused = 3 * len(self.fused_batches)
+        fused = 4 * len(self.fused_batches)
         read = len(self.step_keys) * len(self.decode_head_dims)
         steps = len(self.step_batches) * (len(self.step_blocks) * len(step_rules()) + read) + len(self.steps_held_out)
         return (
@@ -146,6 +149,7 @@ QUICK = RunPlan(
     tile_kinds=((128, 128),),
     dense_tokens=(1024, 16384),
     decode=((1, 4096), (8, 32768)),
+    decode_few=(),
     decode_head_dims=(128,),
     step_blocks=(128, 1024),
     step_keys=(512, 2048),

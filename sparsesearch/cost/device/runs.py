@@ -28,6 +28,7 @@ from sparsesearch.rules import Rule
 
 SLOW_S = 0.05
 WARM_S = 1.0
+FEW_KV_HEADS = 2
 
 
 def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
@@ -39,6 +40,8 @@ def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
         yield from tile_runs(bench, cases)
     yield from dense_runs(bench, plan.dense_tokens, plan.decode_head_dims)
     yield from decode_runs(bench, plan.decode, plan.decode_head_dims)
+    few = [(1, tokens) for tokens in plan.decode_few]
+    yield from decode_runs(bench, few, plan.decode_head_dims, kv_heads=FEW_KV_HEADS)
     yield from step_runs(bench, plan)
     yield from gemm_runs(bench, plan.gemm_tokens, plan.gemm_widths)
     for row in gemm_runs(bench, plan.layer_batches, plan.probe_widths):
@@ -111,14 +114,16 @@ def dense_runs(
             yield bench.row("dense", timed, head_dim=head_dim, tokens=length, pairs=pairs)
 
 
-def decode_runs(bench: Bench, shapes: Sequence[tuple[int, int]], head_dims: Sequence[int]) -> Iterator[Row]:
-    """One query per head against its cache."""
+def decode_runs(
+    bench: Bench, shapes: Sequence[tuple[int, int]], head_dims: Sequence[int], *, kv_heads: int = 8
+) -> Iterator[Row]:
+    """One query per head against its cache; four query heads share it."""
     for head_dim in head_dims:
         for batch, tokens in shapes:
-            pairs = batch * 8
+            pairs = batch * kv_heads
             copies = bench.copies(4.0 * pairs * tokens * head_dim)
             caches = [[bench.normal(pairs * tokens, head_dim) for _ in "kv"] for _ in range(copies)]
-            q = bench.normal(batch, 32, head_dim)
+            q = bench.normal(batch, 4 * kv_heads, head_dim)
             starts = torch.arange(pairs, device=bench.device) * tokens
             lens = torch.full((pairs,), tokens, device=bench.device, dtype=torch.int32)
 
@@ -127,9 +132,8 @@ def decode_runs(bench: Bench, shapes: Sequence[tuple[int, int]], head_dims: Sequ
                 return ragged_decode(q, k, v, starts, lens, scale=q.shape[-1] ** -0.5)  # noqa: B023
 
             timed = bench.time(run, copies=copies, warm_s=0.02)
-            yield bench.row(
-                "decode", timed, head_dim=head_dim, batch=batch, tokens=tokens, num_kv_heads=8, num_heads=32
-            )
+            heads = {"num_kv_heads": kv_heads, "num_heads": 4 * kv_heads}
+            yield bench.row("decode", timed, head_dim=head_dim, batch=batch, tokens=tokens, **heads)
 
 
 def gemm_runs(bench: Bench, tokens: Sequence[int], widths: Sequence[tuple[int, int]]) -> Iterator[Row]:

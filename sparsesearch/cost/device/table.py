@@ -33,7 +33,8 @@ class TileKernelCost(Frozen):
     memory  = bytes of keys and values that miss the cache / read_bytes_per_s
     longest(a, b, c) = (a⁸ + b⁸ + c⁸)^(1/8), a maximum with a soft corner
 
-    busy is the schedule replayed at the clock of a cool device, power the time in which the device may spend the energy of all tiles.
+    busy is the schedule replayed at the clock of a cool device, power the time in which the device may spend the energy of all tiles. At a
+    clock that is known, busy · cool clock / clock stands for both.
     """
 
     head_dim: int = Field(ge=1)
@@ -208,6 +209,7 @@ class DeviceTable(StoredModel):
     l2_bytes: float = Field(gt=0)
     cache_bytes: float = Field(gt=0, description="of these, what a schedule can count on")
     memory_bytes: float = Field(gt=0, description="of the device")
+    boost_hz: float | None = Field(None, gt=0, description="clock of a cool device, at which tiles are `busy`")
     peaks: Peaks
     tiles: tuple[TileKernelCost, ...] = Field(min_length=1)
     dense: tuple[DenseCost, ...] = Field(
@@ -237,6 +239,9 @@ class DeviceTable(StoredModel):
     )
     decode_step_s: Correction | None = Field(
         None, description="batch -> seconds that a decoding step takes beyond its layers and the output layer"
+    )
+    decode_turn_s: Correction | None = Field(
+        None, description="batch -> seconds between two steps: the tokens chosen and handed on, the next graph started"
     )
     skinny: tuple[SkinnyCost, ...] = Field((), description="products of the fused decoding step")
     fused_layer_s: Correction | None = Field(

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sparsesearch.kernels.device_clock import hz_between, stamp
+
 GRAPH_S = 1e-3  # calls that a graph holds take at least this long together
 MOST_CALLS = 48
 LONG_S = 0.3  # a call that takes longer has warmed the device by itself
@@ -27,10 +29,12 @@ class Timed:
     Attributes:
         seconds: median time of one call.
         spread: interquartile range over the median.
+        hz: clock of a GPU's multiprocessors meanwhile; None on a CPU.
     """
 
     seconds: float
     spread: float
+    hz: float | None = None
 
 
 def sustained(
@@ -55,18 +59,21 @@ def sustained(
     if torch.device(device).type != "cuda":
         return _on_host(run, copies, measure_s)
     (first,) = event_times(lambda: run(0), 1)  # compiles, perhaps
+    before = stamp()
     (once,) = event_times(lambda: run(0), 1)
     if once > LONG_S:
         compiled = first > COMPILED * once
-        return timed_of([once, *(event_times(lambda: run(0), 1) if compiled else [first])])
+        samples = [once, *(event_times(lambda: run(0), 1) if compiled else [first])]
+        return timed_of(samples, hz_between(before, stamp()))
     calls = min(MOST_CALLS, max(1, ceil(GRAPH_S / once)))
     calls = ceil(calls / copies) * copies if calls > 1 else 1
     replay = repeated(run, calls, copies=copies, graph=graph)
     (first,) = event_times(replay, 1)
     for _ in range(ceil(warm_s / first)):
         replay()
+    before = stamp()
     samples = event_times(replay, max(3, ceil(measure_s / first)))
-    return timed_of([sample / calls for sample in samples])
+    return timed_of([sample / calls for sample in samples], hz_between(before, stamp()))
 
 
 def repeated(run: Callable[[int], object], calls: int, *, copies: int = 1, graph: bool = True) -> Callable[[], object]:
@@ -81,7 +88,18 @@ def repeated(run: Callable[[int], object], calls: int, *, copies: int = 1, graph
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         launch()
-    return captured.replay
+    return _Captured(captured, launch)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, and the calls it was made from: they hold the tensors that it reads, which would be freed with them."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def event_times(replay: Callable[[], object], repeats: int) -> list[float]:
@@ -106,8 +124,8 @@ def _on_host(run: Callable[[int], object], copies: int, measure_s: float) -> Tim
     return timed_of(samples)
 
 
-def timed_of(samples: list[float]) -> Timed:
-    """Median and spread of at least two samples."""
+def timed_of(samples: list[float], hz: float | None = None) -> Timed:
+    """Median and spread of at least two samples, and the clock that they met."""
     middle = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4)
-    return Timed(middle, (high - low) / middle)
+    return Timed(middle, (high - low) / middle, hz)
