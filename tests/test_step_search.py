@@ -17,6 +17,7 @@ from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.explanation import HeadExplanation, explain
+from sparsesearch.loss_growth import decode_growth
 from sparsesearch.plan import uniform_plan
 from sparsesearch.planning import Question, find_choice, write_plan
 from sparsesearch.pricing import Pricer
@@ -142,6 +143,17 @@ def test_a_search_takes_them_where_time_per_token_is_short(profile: Profile, dec
     assert (kept[:, quest] == kept[:, 0]).all()
     held = pricer.kv_bytes(SERVED[0])
     assert held[:, quest] == pytest.approx(held[:, 0] * (1 + 1 / 16), rel=1e-3)
+
+
+def test_losses_grow_with_what_a_longer_prompt_makes_them_leave_out(profile: Profile) -> None:
+    """Although the cache stays whole: 32 of 96 keys are read where the profile was made, 32 of 64k where the plan is to serve."""
+    quest = columns(profile)["bounds_topk(keep=32,sink=16,prefill=False)"]
+    growth = decode_growth(Pricer(profile, "kv_group"), SERVED)
+    expected = (1 - 32 / (64 * 1024 + 64)) / (1 - 32 / 96)
+    assert growth[:, quest] == pytest.approx(expected, rel=1e-4)
+    table = score_table(profile, ask("tpot=0.9x", decode="separate"))
+    _, decode = phase_losses(profile, "combined", "kv_group", answer_weight=1.0)
+    assert table.loss[len(decode) :, quest] == pytest.approx(decode[:, quest] * growth[:, quest])
 
 
 def test_a_cost_model_without_their_price_is_named_in_the_plan(profile: Profile) -> None:
