@@ -137,6 +137,9 @@ def test_a_search_takes_them_where_time_per_token_is_short(profile: Profile, dec
     vertical = columns(profile)["vertical_slash(vertical=16,slash=32,probe=64)"]
     rows = [row for row, unit in enumerate(table.units) if isinstance(unit, Decoding)]
     assert not table.valid[rows, vertical].any()
+    if rows:  # a rule that leaves the prompt dense is no other choice there
+        prefill = [row for row in range(len(table.units)) if row not in rows]
+        assert table.valid[prefill].sum(0).tolist() == [4, 4, 4, 0, 0, 4, 4, 4]
     quest = columns(profile)["bounds_topk(keep=32,sink=16,prefill=False)"]
     pricer = Pricer(profile, "kv_group", asked.cost_model)
     kept = pricer.kept_elements(LENGTH)
@@ -226,7 +229,7 @@ def test_a_plan_says_what_its_heads_keep_and_read(profile: Profile) -> None:
     assert decoding_table(unlike, 96) == ""
     found = explain(plan, "0:0", scores=score_table(profile, replace(asked, budgets=parse_budgets("kv_fraction=1"))))
     assert isinstance(found, HeadExplanation)
-    assert len(found.alternatives) == len(profile.labels)
+    assert len(found.alternatives) == len(profile.labels) - 2, "those that leave the prompt dense"
     own = {one.rule: one for one in found.decode_alternatives}
     assert set(own) == set(profile.labels) - {
         "vertical_slash(vertical=16,slash=32,probe=64)",
