@@ -91,8 +91,6 @@ CASES = (
     Case("all", 65536, block_tokens=128),
     Case("all", 32768, keep_tokens=4096),
     Case("whole", 131072),
-    Case("half", 131072),
-    Case("whole", 16384),
 )
 
 
