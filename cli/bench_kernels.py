@@ -1,5 +1,6 @@
 """`sparsesearch bench attention` and `bench decode`: the kernels alone."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def attention(
         flex_lengths=() if no_flex else (8192, 32768),
         causal=(True,) if causal_only else (True, False),
         command=[o.command_line()],
-        progress=lambda row: say(_line(row)),
+        progress=partial(_keep, out),
     )
     figure = attention_figure([record], device=record["provenance"]["device"])
     _finish(record, attention_tables(record["rows"]), out, figure, json=json)
@@ -52,13 +53,23 @@ def decode(
     _needs_cuda(device)
     from sparsesearch.bench.decode import run
 
-    record = run(command=[o.command_line()], progress=lambda row: say(_line(row)))
+    record = run(command=[o.command_line()], progress=partial(_keep, out))
     _finish(record, decode_tables(record["rows"]), out, None, json=json)
 
 
 def _needs_cuda(device: str) -> None:
     if not o.present_device(device).startswith("cuda"):
         raise typer.BadParameter(f"must be a CUDA device, but got {device!r}.", param_hint="--device")
+
+
+def _keep(out: Path, record: dict[str, Any]) -> None:
+    """What is measured is not lost if the rest fails."""
+    from sparsesearch.artifacts import write_bytes
+
+    from .bench import as_bytes
+
+    write_bytes(out, as_bytes(record))
+    say(_line(record["rows"][-1]))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -86,7 +86,7 @@ def front(
         bool,
         typer.Option(
             "--resume",
-            help="Start from the budgets that an earlier, perhaps interrupted, run left in --out.",
+            help="Keep the targets that an interrupted run of the same comparison left in --out; start others from the budgets there.",
             rich_help_panel=TIMES,
         ),
     ] = False,

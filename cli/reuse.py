@@ -94,7 +94,7 @@ def search_reuse(
         plan, rounds = run(live, question, samples, passes=passes, seed=seed, progress=progress)
     plan = reused_in_decoding(plan) if decode else plan
     plan.save(out)
-    _show(plan, [asdict(one) for one in rounds], out, json)
+    _show(plan, [asdict(one) for one in rounds], "loss" if objective == "reuse" else "summed overlap", out, json)
 
 
 def _menu(
@@ -131,7 +131,7 @@ def _question(
     return ReuseQuestion(menu, objective, budgets, cost_model=priced, **limits)
 
 
-def _show(plan: "Plan", passes: list[dict[str, Any]], out: Path, json: bool) -> None:
+def _show(plan: "Plan", passes: list[dict[str, Any]], aim: str, out: Path, json: bool) -> None:
     gap = None if plan.certificate is None else plan.certificate.gap
     predicted = {f"{record.metric}@{n}": used for record in plan.budgets for n, used in record.predicted.items()}
     if json:
@@ -140,7 +140,7 @@ def _show(plan: "Plan", passes: list[dict[str, Any]], out: Path, json: bool) -> 
         return
     table(
         "passes",
-        ["profiled under", "loss", "text KL", "answer KL", "joint"],
+        ["profiled under", aim, "text KL", "answer KL", "joint"],
         [list(one.values()) for one in passes],
     )
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))

@@ -8,6 +8,9 @@ from .render import emit_json, lines, table
 if TYPE_CHECKING:
     from sparsesearch.plan import BudgetRecord, Plan
 
+ASSUMPTIONS = ("seconds", "memory", "extrapolated", "losses")
+"""What a search writes into a plan's provenance about its prices and losses."""
+
 
 def show_search(plan: "Plan", out: Path, json: bool) -> None:
     """Budgets, rules and what was proved, as tables or JSON."""
@@ -24,6 +27,7 @@ def show_search(plan: "Plan", out: Path, json: bool) -> None:
         "lower_bound": certificate.lower_bound,
         "gap": certificate.gap,
         "solver": certificate.solver,
+        "assumptions": _assumptions(plan),
     }
     if json:
         emit_json(content)
@@ -44,6 +48,7 @@ def show_search(plan: "Plan", out: Path, json: bool) -> None:
     table("query heads per rule", ["rule", "heads"], list(plan.kind_counts().items()))
     tried = [trial for trial in plan.provenance.get("refinement", ()) if trial["accepted"]]
     lines(
+        *(f"{name}: {text}." for name, text in _assumptions(plan).items()),
         f"{certificate.objective}: {certificate.loss:.4g}, proven gap {certificate.gap:.2g} ({certificate.solver})",
         *(
             f"replayed on calibration sequences: KL {tried[-1]['kl_text']:.4g} nats per token, {tried[-1]['kl_answer']:.4g} at answers"
@@ -51,6 +56,11 @@ def show_search(plan: "Plan", out: Path, json: bool) -> None:
         ),
         f"written: {out}",
     )
+
+
+def _assumptions(plan: "Plan") -> dict[str, str]:
+    """What the figures above rest on."""
+    return {name: str(plan.provenance[name]) for name in ASSUMPTIONS if name in plan.provenance}
 
 
 def _amount(record: "BudgetRecord", value: float) -> str:

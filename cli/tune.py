@@ -1,16 +1,19 @@
 """The command that runs a study: true evaluations of plans on one or many machines."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as o
 from .errors import guarded
-from .render import emit_json, lines, progress_bar, table
+from .render import emit_json, lines, progress_bar, say, table
+
+if TYPE_CHECKING:
+    from sparsesearch.studies.tune import StudyDescription
 
 NEW = "For a new study"
-OF_NEW_STUDIES = ("name", "densities", "num_sequences", "warm", "unit", "refresh_periods", "model")
+OF_NEW_STUDIES = ("name", "densities", "num_sequences", "warm", "unit", "refresh_periods")
 """Options that describe a study; one that is joined keeps its own."""
 
 
@@ -19,7 +22,9 @@ def tune(
     profiles: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Profile directories of one model; more than one varies the block size.", metavar="[PROFILE]..."
+            help="Profile directories of one model; more than one varies the block size. With --join: copies of the study's own, if they lie "
+            "elsewhere on this machine.",
+            metavar="[PROFILE]...",
         ),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the front and its plans.")] = Path("study"),
@@ -49,9 +54,8 @@ def tune(
     """Improve the exact front by true evaluations. Many workers, here and elsewhere, may join one study."""
     import optuna
 
-    from sparsesearch.errors import SpecError
     from sparsesearch.studies.processes import run_workers
-    from sparsesearch.studies.storage import create_study
+    from sparsesearch.studies.storage import create_study, open_study
     from sparsesearch.studies.tune import StudyDescription, warm_start
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -67,23 +71,28 @@ def tune(
         warm_start(study, description, warm)
     else:
         o.refuse_given(context, "is for a new study; one that is joined keeps its own", *OF_NEW_STUDIES)
-        if profiles:
-            raise SpecError("--join takes the study's own profiles, but some were named too. Leave them out.")
+        description = StudyDescription.load(open_study(place, study_name, seed=seed)).at(profiles or (), model)
+    local = [Path(folder) for folder in description.profiles]
     with progress_bar() as progress:
-        run_workers(place, study_name, num_trials=trials, num_workers=workers, device=where, progress=progress)
-    _write(place, study_name, out, seed=seed, json=json)
+        failed = run_workers(
+            place, study_name, num_trials=trials, num_workers=workers, device=where, profiles=local, model=description.model, progress=progress
+        )  # fmt: skip
+    if failed:
+        say(
+            f"{len(failed)} of {workers} workers ended early, with exit codes {', '.join(map(str, failed))}; the others took over their trials."
+        )
+    _write(description, place, study_name, out, seed=seed, json=json)
 
 
-def _write(place: str, name: str, out: Path, *, seed: int, json: bool) -> None:
+def _write(description: "StudyDescription", place: str, name: str, out: Path, *, seed: int, json: bool) -> None:
     """The front of a study and its plans, on disk and in print."""
     import pandas as pd
 
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.studies.storage import open_study
-    from sparsesearch.studies.tune import StudyDescription, front_rows, plan_of
+    from sparsesearch.studies.tune import front_rows, plan_of
 
     study = open_study(place, name, seed=seed)
-    description = StudyDescription.load(study)
     rows, opened = front_rows(study), description.open_profiles()
     for trial in study.best_trials:
         plan_of(trial, description, opened).save(out / f"plan-{trial.number}.json")

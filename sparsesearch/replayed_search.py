@@ -122,7 +122,7 @@ class ReplayedSearch:
             if (found.fits and slack <= CLOSE) or (found.fits and found.solution.loss <= 0):
                 break
             moved = tuple(self._moved(index, found, passes) for index in range(len(scales)))
-            if np.allclose(moved, scales, rtol=1e-4):
+            if np.allclose(moved, scales, rtol=1e-4) or _repeats(passes):
                 break
             scales = moved
         if best is None:
@@ -273,6 +273,11 @@ class ReplayedSearch:
         return plan.model_copy(
             update={"budgets": budgets, "provenance": plan.provenance | {"replayed_passes": history}}
         )
+
+
+def _repeats(passes: Sequence[Pass]) -> bool:
+    """Whether two passes found plans of earlier ones: between the bounds that lead to them there is most likely none."""
+    return len(passes) - len({one.solution.choice.tobytes() for one in passes}) >= 2
 
 
 def _prefill_module(unit: Unit | Decoding) -> str | None:

@@ -14,9 +14,10 @@ from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
 from sparsesearch.errors import SpecError
+from sparsesearch.loss_growth import beyond, decode_growth, prefill_growth
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.pricing import Pricer
-from sparsesearch.profiling.proxies import objective_loss, phase_losses
+from sparsesearch.profiling.proxies import chooses_in_steps, objective_loss, phase_losses
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import Rule
 from sparsesearch.scores import WHOLE, LayerMenus, ScoreTable
@@ -107,7 +108,7 @@ def score_table(profile: Profile, question: Question) -> ScoreTable:
         ledger.enter("memory", prompts, decode=kv_bytes, fixed=[weight_bytes] * len(prompts))
     if metrics & set(PRICED_BY_DEVICE):
         _enter_seconds(ledger, question, served)
-    loss = _losses(profile, question)[:, columns]
+    loss = _losses(profile, question, ledger)[:, columns]
     return ScoreTable(
         units=ledger.units,
         candidates=tuple(rules[column].label for column in columns),
@@ -213,16 +214,22 @@ def _rest_s(question: Question, workload: Workload, *, step: bool = False) -> fl
     return prefill_rest_s(shape, costs, rows=workload.batch * workload.prompt_tokens, batch=workload.batch)
 
 
-def _losses(profile: Profile, question: Question) -> Float[ndarray, "U C"]:
+def _losses(profile: Profile, question: Question, ledger: "_Ledger") -> Float[ndarray, "U C"]:
     """Losses of the ledger's rows; inf where a candidate may not be chosen."""
+    prompts = beyond(profile, priced_lengths(profile, question))
+    contexts = [work for work in question.workloads if beyond(profile, [work.last_context_tokens])]
+    generating = [work for work in contexts if work.generate_tokens]
+    growth = prefill_growth(ledger.prefill, prompts)
     if question.decode == "same":
-        return objective_loss(
+        loss = objective_loss(
             profile,
             question.objective,
             question.granularity,
             answer_weight=question.answer_weight,
             sample_weights=question.sample_weights,
+            generates=any(workload.generate_tokens for workload in question.workloads),
         )
+        return _grown(loss, np.maximum(growth, decode_growth(ledger.prefill, generating)))
     if question.sample_weights is not None:
         raise SpecError(
             "calibration sequences can be weighed only where both phases share a rule. Search with --decode same."
@@ -230,8 +237,15 @@ def _losses(profile: Profile, question: Question) -> Float[ndarray, "U C"]:
     prefill, decode = phase_losses(
         profile, question.objective, question.granularity, answer_weight=question.answer_weight
     )
-    acts = [not (rule.dynamic or rule.needs_calibration or rule.reuses) for rule in profile.manifest.candidates]
-    return np.concatenate([prefill, np.where(acts, decode, np.inf)])
+    decode = _grown(decode, decode_growth(ledger.decode, generating))
+    static = [not (rule.dynamic or rule.needs_calibration or rule.reuses) for rule in profile.manifest.candidates]
+    acts = static | chooses_in_steps(profile)
+    return np.concatenate([_grown(prefill, growth), np.where(acts, decode, np.inf)])
+
+
+def _grown(loss: Float[ndarray, "U C"], growth: Float[ndarray, "U C"]) -> Float[ndarray, "U C"]:
+    """Multiplied, where inf makes even a loss of 0 inf."""
+    return np.where(np.isfinite(growth), loss * np.where(np.isfinite(growth), growth, 1.0), np.inf)
 
 
 def _metrics(question: Question) -> set[str]:

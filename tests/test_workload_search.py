@@ -15,6 +15,7 @@ from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import prefill_rest_s
 from sparsesearch.errors import BudgetInfeasibleError, PlanMismatchError, SpecError
+from sparsesearch.loss_growth import decode_growth, prefill_growth
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape
 from sparsesearch.plan import BaseModelInfo, Plan
 from sparsesearch.planning import Question, find_choice, surface_rows, write_plan
@@ -194,6 +195,8 @@ def test_phases_have_their_own_units_losses_and_plan(profile: Profile) -> None:
     table, solution = find_choice(profile, asked)
     assert [type(unit) for unit in table.units] == [Unit] * 8 + [Decoding] * 4
     prefill, decode = phase_losses(profile, "combined", "query_head", answer_weight=1.0)
+    prefill = prefill * prefill_growth(Pricer(profile, "query_head"), [256, 512, 2048])
+    decode = decode * decode_growth(Pricer(profile, "kv_group"), SERVED[:2])
     assert table.loss[:8] == pytest.approx(prefill)
     dynamic = [rule.dynamic or rule.needs_calibration for rule in profile.manifest.candidates]
     assert not table.valid[8:, dynamic].any()

@@ -76,7 +76,7 @@ def run(
     flex_lengths: Sequence[int] = (8192, 32768),
     budget_s: float = 0.1,
     command: list[str] | None = None,
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Time every case and return rows, ceilings and provenance.
 
@@ -91,17 +91,23 @@ def run(
         flex_lengths: where to time FlexAttention with the identical block mask, causal (it compiles once per shape).
         budget_s: device time per row.
         command: recorded as the command line.
-        progress: called with each finished row.
+        progress: called with the record so far whenever a row is finished.
     """
     top = ceilings()
     rows: list[dict[str, Any]] = []
+    found = {
+        "format": "sparsesearch.bench.attention",
+        "provenance": provenance(command),
+        "ceilings": top,
+        "rows": rows,
+    }
 
     def record(row: dict[str, Any]) -> None:
         if "seconds" in row:
             row["tflop_per_s"] = row.pop("flop") / row["seconds"] / 1e12
             row["ceiling_share"] = row["tflop_per_s"] * 1e12 / top["matmul_flop_per_s"]
         rows.append(row)
-        progress(row)
+        progress(found)
 
     for head_dim in head_dims:
         for is_causal in causal:
@@ -115,7 +121,7 @@ def run(
                     case.sparse(name, ours, is_causal and length in flex_lengths, record)
                 del case
                 torch.cuda.empty_cache()
-    return {"format": "sparsesearch.bench.attention", "provenance": provenance(command), "ceilings": top, "rows": rows}
+    return found
 
 
 class _Case:
@@ -263,7 +269,7 @@ def block_mask(rules: tuple[Rule, ...], grid: BlockGrid) -> Any:
 
 
 def main() -> None:
-    """Command line: all cases, a line of JSON per row on stderr, the whole record in a file."""
+    """Command line: all cases, a line of JSON per row on stderr, the record in a file, written again with every row: a run may be cut short."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the record")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
@@ -274,19 +280,19 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=0.1, help="device time per row")
     given = parser.parse_args()
 
-    def show(row: dict[str, Any]) -> None:
-        sys.stderr.write(json.dumps(row) + "\n")
+    def keep(record: dict[str, Any]) -> None:
+        sys.stderr.write(json.dumps(record["rows"][-1]) + "\n")
+        given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
-    record = run(
+    run(
         lengths=given.lengths,
         head_dims=given.head_dims,
         flex_lengths=() if given.no_flex else (8192, 32768),
         causal=(True,) if given.no_full else (True, False),
         backends=given.backends,
         budget_s=given.budget_s,
-        progress=show,
+        progress=keep,
     )
-    given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m sparsesearch.bench.counters --json out.json
 
-Each case is run in a loop first, where the card is as warm as in use: `loaded_hz` and `loaded_w` are its clock and power then. Its counters
-are those of single launches afterwards, at the clock `hz`. Shares are of cycles in which a multiprocessor was busy: `tensor` 1.0 means that the
+Each case is run in a loop first, where the card is as warm as in use: `loaded_hz` and `loaded_w` are its clock and power then (at 8k tokens the
+host launches more slowly than the kernels run, and the card rests in between). Its counters are those of single launches afterwards, at the clock
+`hz`. Shares are of cycles in which a multiprocessor was busy: `tensor` 1.0 means that the
 matrix units never waited. A warp-specialised kernel has idle warps, which `stalls` (warps waiting, per instruction issued) counts at the barrier.
 """
 

@@ -6,7 +6,7 @@ takes, so each size has two more rows: a copy of as many bytes (half read, half 
 Every kernel is timed in CUDA graphs of as many calls as a decode step of a model has layers, one after the other and each on another cache:
 a graph takes some microseconds to begin and to end, which a step pays once and not once per layer.
 
-    python -m sparsesearch.bench.decode --json out.json
+    python -m sparsesearch.bench.decode --json out.json [--shapes 32x4096,32x8192]
 """
 
 import argparse
@@ -31,6 +31,8 @@ from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.device.timing import event_times, repeated
 from sparsesearch.kernels.decode import ragged_decode
 
+SHAPES = ((1, 32768), (1, 131072), (8, 16384), (8, 32768), (16, 8192), (16, 16384), (32, 4096), (32, 8192))
+"""Sequences, and keys of each."""
 LAYERS = 32
 """Calls of a graph."""
 L2_SIZES = 8
@@ -39,14 +41,14 @@ L2_SIZES = 8
 
 def run(
     *,
-    shapes: Sequence[tuple[int, int]] = ((1, 32768), (1, 131072), (8, 16384), (8, 32768), (16, 8192), (16, 16384)),
+    shapes: Sequence[tuple[int, int]] = SHAPES,
     kept: Sequence[float] = (1.0, 0.5, 0.25),
     num_heads: int = 32,
     num_kv_heads: int = 8,
     head_dim: int = 128,
     budget_s: float = 0.1,
     command: list[str] | None = None,
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Time uniform and ragged caches of equal bytes, and cuDNN on the uniform dense one.
 
@@ -58,21 +60,22 @@ def run(
         head_dim: bf16.
         budget_s: device time per case.
         command: recorded as the command line.
-        progress: called with each finished row.
+        progress: called with the record so far whenever a row is finished.
     """
     top = ceilings()
     rows: list[dict[str, Any]] = []
+    found = {"format": "sparsesearch.bench.decode", "provenance": provenance(command), "ceilings": top, "rows": rows}
 
     def record(row: dict[str, Any]) -> None:
         row["bytes_per_s"] = row["bytes"] / row["seconds"]
         row["copy_share"] = row["bytes_per_s"] / top["copy_bytes_per_s"]
         rows.append(row)
-        progress(row)
+        progress(found)
 
     for batch, length in shapes:
         _one_shape(batch, length, kept, num_heads, num_kv_heads, head_dim, budget_s, record)
         torch.cuda.empty_cache()
-    return {"format": "sparsesearch.bench.decode", "provenance": provenance(command), "ceilings": top, "rows": rows}
+    return found
 
 
 def _one_shape(
@@ -161,16 +164,27 @@ def lengths_of(kind: str, share: float, batch: int, num_kv_heads: int, length: i
     return uniform.clamp(1, length).round().int().flatten().cuda()
 
 
+def _shapes_of(text: str) -> tuple[tuple[int, int], ...]:
+    found = []
+    for one in text.split(","):
+        batch, length = (int(number) for number in one.split("x"))
+        found.append((batch, length))
+    return tuple(found)
+
+
 def main() -> None:
-    """Command line: all cases, a line of JSON per row on stderr, the whole record in a file."""
+    """Command line: all cases, a line of JSON per row on stderr, the record in a file, written again with every row: a run may be cut short."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the record")
-
-    def show(row: dict[str, Any]) -> None:
-        sys.stderr.write(json.dumps(row) + "\n")
+    parser.add_argument("--shapes", type=_shapes_of, default=SHAPES, help="such as 8x16384,32x4096: sequences x keys")
 
     given = parser.parse_args()
-    given.json.write_text(json.dumps(run(progress=show), indent=1, sort_keys=True) + "\n")
+
+    def keep(record: dict[str, Any]) -> None:
+        sys.stderr.write(json.dumps(record["rows"][-1]) + "\n")
+        given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+    run(shapes=given.shapes, progress=keep)
 
 
 if __name__ == "__main__":

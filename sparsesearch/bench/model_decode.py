@@ -22,6 +22,8 @@ from sparsesearch.runtime.live import apply
 from sparsesearch.runtime.prepare import sparse_cache
 
 _MARGIN_BYTES = 4 << 30  # logits, workspaces, the captured graph's own pool
+_WARM_UPS = 2
+"""Steps with the choice of the next token before those that are timed: what loads a kernel at its first use took 7 ms once, of 30."""
 _SPARE_TOKENS = 8
 DENSE, DENSE_FUSED, PLAN = "dense", "dense_fused", "plan"
 
@@ -108,30 +110,34 @@ class _Variant:
         step = DecodeStep(
             session.model, cache, first_position=request.decode_tokens, compiled=request.compiled, fused=None if fused else False
         )  # fmt: skip
-        step_s, capture_s = _timed_steps(session, step, batch)
+        step_s, host_s, capture_s = _timed_steps(session, step, batch)
         read, weights = _read_bytes(session, cache, batch), _weight_bytes(session)
         bound_s = (weights + read) / session.record["ceilings"]["copy_bytes_per_s"]
         session.add(
             phase="decode", variant=DENSE_FUSED if fused and self.name == DENSE else self.name, batch=batch,
             tokens=request.decode_tokens, step_s=step_s, tokens_per_s=batch / step_s, kv_read_bytes=read, weight_bytes=weights,
             bound_s=bound_s, bound_share=bound_s / step_s, cache_bytes_per_sequence=bytes_each, peak_bytes=peak_bytes(session.device),
-            capture_s=capture_s, compiled=request.compiled and not step.is_fused, fused=step.is_fused,
+            host_s=host_s, capture_s=capture_s, compiled=request.compiled and not step.is_fused, fused=step.is_fused,
             **({} if step.fallback_reason is None else {"fallback_reason": step.fallback_reason}),
         )  # fmt: skip
 
 
-def _timed_steps(session: Session, step: DecodeStep, batch: int) -> tuple[float, float]:
-    """Seconds of one step, and of making it ready."""
+def _timed_steps(session: Session, step: DecodeStep, batch: int) -> tuple[float, float, float]:
+    """Seconds of one step, of launching one, which the host does while the device computes the ones before, and of making it ready."""
     newest = torch.zeros(batch, dtype=torch.long, device=session.device)
     start = time.perf_counter()
     step(newest)
     synchronize(session.device)
     capture_s = time.perf_counter() - start
+    for _ in range(_WARM_UPS):
+        newest = step(newest).argmax(-1)
     stamps: Stamps = []
+    start = time.perf_counter()
     with timed(stamps, session.device):
         for _ in range(session.request.steps):
             newest = step(newest).argmax(-1)
-    return elapsed_s(stamps) / session.request.steps, capture_s
+    host_s = time.perf_counter() - start
+    return elapsed_s(stamps) / session.request.steps, host_s / session.request.steps, capture_s
 
 
 def _dense_tokens(session: Session) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy import ndarray
 
@@ -11,6 +12,7 @@ from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.kernels.dispatch import Backend
 from sparsesearch.kernels.schedule import TileSchedule, Workers
+from sparsesearch.rules import rule_kinds
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,20 @@ class Roofline:
         return np.array([seconds[work] for work in works])
 
     def decode_latency_s(self, works: Sequence[DecodeWork]) -> Float[ndarray, " works"]:
-        """Keys and values read once at the datasheet's bandwidth, or 4·head_dim FLOPs per query head and key."""
-        bytes_s = np.array([work.kv_bytes for work in works]) / self.datasheet.bytes_per_s
+        """Keys and values read once at the datasheet's bandwidth, or 4·head_dim FLOPs per query head and key.
+
+        Heads that choose what they read read the bounds of all blocks first; other choices are not known to save anything.
+        """
+        works = [work if work.choice and work.choice.kind in self.step_choices else work.reading_all for work in works]
+        bytes_s = np.array([work.kv_bytes + work.bounds_bytes for work in works]) / self.datasheet.bytes_per_s
         flops = [4.0 * work.head_dim * work.query_heads * work.kv_tokens * work.batch for work in works]
         peaks = [self._peak_flop_per_s(max(work.dtype_bytes, 2)) for work in works]
         return np.asarray(np.maximum(bytes_s, np.array(flops) / np.array(peaks)))
+
+    @property
+    def step_choices(self) -> frozenset[str]:
+        """Those that read the bounds of blocks and nothing else."""
+        return frozenset(kind for kind, rule in rule_kinds().items() if rule.reads_bounds)
 
     @property
     def workers(self) -> Workers:
@@ -109,10 +120,11 @@ class Roofline:
 
     def attention_s(self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int) -> float:
         """One layer's prefill attention."""
-        tiles = schedule.tiles.long()
+        batch, head, kept = schedule.tiles.long()[:, [0, 1, 6]].T
         group = schedule.num_heads // num_kv_heads
-        pairs = {(int(b), int(h) // group): int(n) for b, h, n in tiles[:, [0, 1, 6]].unique(dim=0)}
-        elements = 2.0 * (schedule.covered_rows + sum(pairs.values())) * head_dim
+        longest = torch.zeros(int(batch.max()) + 1 if len(batch) else 0, num_kv_heads, dtype=torch.long)
+        longest.view(-1).scatter_reduce_(0, batch * num_kv_heads + head // group, kept, "amax")
+        elements = 2.0 * (schedule.covered_rows + float(longest.sum())) * head_dim
         flops = 4.0 * head_dim * schedule.num_blocks * schedule.shape.rows * schedule.shape.keys
         return self._bound_s(flops, elements)
 

@@ -6,8 +6,8 @@ moved until the measured time is the target's. Then all plans are judged on the 
 
 All families are searched for the same objective (`mixture, answers` for one that weighs answers more), and heads are priced alike
 (`unit_prices`), so that only the menu of rules differs. The first one, whose space contains the others', may choose among parts of it: the `menus`
-and every other family's own space, by what calibration sequences say that were not profiled. So up to the noise of that choice it loses no more
-than any of them. On the same sequences, steps may improve every family's plan (`standings`).
+and every other family's own space, by what calibration sequences say that were not profiled; what leads by more than the noise of that choice comes
+first (`standings`). On the same sequences, steps may improve every family's plan (`steps`), the first one's after the others' (`improve`).
 Where no plan of a family comes within the tolerance (windows and head groups come in steps), the first family gets its next faster plan and
 every other family its next slower one.
 """

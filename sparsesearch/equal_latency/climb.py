@@ -25,11 +25,13 @@ class Rung:
         bound: the budget in predicted latency that it was found under, as a share of dense.
         plan: the plan.
         share: measured time over dense's: the median over rounds of both.
+        error: standard error of the share.
     """
 
     bound: float
     plan: Plan
     share: float
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,13 @@ class Near:
     tolerance: float
     num_errors: float = 0.0
 
-    def holds(self, share: float, error: float, target: float) -> bool:
-        """Whether the share, of this standard error, is not known to be off."""
-        return abs(share - target) <= max(self.tolerance * target, self.num_errors * error)
+    def holds(self, rung: Rung, target: float) -> bool:
+        """Whether its share is not known to be off."""
+        return abs(rung.share - target) <= max(self.tolerance * target, self.num_errors * rung.error)
+
+    def as_fast(self, rung: Rung, target: float, times: float = 1.0) -> bool:
+        """Whether its share is not known to be above the target by more than so many times the tolerance."""
+        return rung.share - target <= max(times * self.tolerance * target, self.num_errors * rung.error)
 
 
 @dataclass
@@ -80,9 +86,9 @@ class _Climb:
         self.exhausted = True
         return None
 
-    def meet(self, rung: Rung, error: float) -> None:
-        """Take a measurement and its standard error: settle, or move the bound."""
-        if self.near.holds(rung.share, error, self.target):
+    def meet(self, rung: Rung) -> None:
+        """Take a measurement: settle, or move the bound."""
+        if self.near.holds(rung, self.target):
             self.found = rung
         else:
             self._take(rung)
@@ -152,7 +158,7 @@ def climb(
         if not plans or (turn and monotonic() > deadline):
             break
         for name, (share, error) in shares_of(clock({"dense": None, **plans})).items():
-            climbs[name].meet(Rung(climbs[name].bound, plans[name], share), error)
+            climbs[name].meet(Rung(climbs[name].bound, plans[name], share, error))
     progress(f"latency {target:g}x", most_tries, most_tries)
     return {name: own.settled(prefer_slower=name not in favoured) for name, own in climbs.items()}
 

@@ -12,12 +12,11 @@ from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_calls import CallCosts
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.equal_latency.climb import Times, share_of
-from sparsesearch.equal_latency.ladders import SearchedLadder
-from sparsesearch.equal_latency.menus import ANSWERS, AROUND_ANSWERS, MENUS, Menu, family_ladders, menu_ladders
+from sparsesearch.equal_latency.menus import MENUS, Menu, family_ladders, menu_ladders, spaces_of
 from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.equal_latency.replay import Replay
 from sparsesearch.equal_latency.settle import DENSE_RUNS, NUM_ERRORS, Progress, Search, Setting, Settled
-from sparsesearch.equal_latency.standings import Steps
+from sparsesearch.equal_latency.steps import Steps
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.estimate import Estimate
 from sparsesearch.evaluate.head import Head
@@ -73,7 +72,8 @@ def compare_at_latency(
         data: description of each data set -> its id, for the record.
         apply: how a plan is put on the model.
         command: how this was started, for the record.
-        begun: an earlier record of the same comparison, perhaps without its last targets: budgets start from where it ended.
+        begun: an earlier record, perhaps without its last targets. What it has of the same comparison on such a device is kept; otherwise budgets start
+            from where it ended.
         saved: given the record so far after every target and every task, so that an interrupted run loses little.
         progress: called with (stage, done, total).
 
@@ -95,12 +95,7 @@ def compare_at_latency(
     if choose_on:
         search.menus.update(menu_ladders(profile, setting.families[0], menus, workload, cost_model))
         search.reference = DenseReference(model, choose_on, apply=apply)
-        spaces: dict[str, tuple[SearchedLadder, ...]] = {
-            name: (ladder,) for name, ladder in search.ladder_of.items() if isinstance(ladder, SearchedLadder)
-        }
-        if ANSWERS in spaces:
-            around = menu_ladders(profile, setting.families[0], (AROUND_ANSWERS,), workload, cost_model)
-            spaces[ANSWERS] += tuple(around.values())
+        spaces = spaces_of(profile, setting.families[0], search.ladder_of, workload, cost_model)
         search.local = Steps(model, profile, spaces, choose_on)
     elif setting.steps:
         raise SpecError("steps must have calibration sequences to be judged on. Give choose_on some.")
@@ -120,6 +115,10 @@ def compare_at_latency(
     }
     record: EqualLatency | None = None
     for target in setting.targets:
+        there = begun.finished(target, setting.families, stated) if begun is not None else None
+        if begun is not None and there is not None:
+            record = (record or begun.model_copy(update={"targets": {}})).with_target(target, there)
+            continue
         settled = search.settled(target, begun.bounds(target) if begun is not None else {})
         plans = settled.plans
         walls = settled.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)

@@ -22,7 +22,7 @@ from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.scoring import Question, score_table
 from sparsesearch.search.budget import Budget
 from sparsesearch.search.pareto import feasible_bounds
-from sparsesearch.search.solve import solve
+from sparsesearch.search.solve import Solution, solve
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.shapes import Granularity
 from sparsesearch.workload import Workload
@@ -50,7 +50,8 @@ class SearchedLadder:
         self._profile, self.question = profile, question
         self._table = replayed(profile, question, score_table(profile, question))
         self.lowest = feasible_bounds(self._table, "latency", 2, others=question.constraints[1:])[0]
-        self._solved: dict[float, Plan] = {}
+        self._solved: dict[float, Solution] = {}
+        self._plans: dict[float, Plan] = {}
         self._shared = SharedChoices.of(profile, question, self._table)
         self.columns = tuple(profile.labels.index(label) for label in self._table.candidates)
 
@@ -74,21 +75,36 @@ class SearchedLadder:
         """The budget whose plans take a share of dense's time by the prices of heads; None where these do not know."""
         return bound_for(self._profile, self.question, self._table, share)
 
-    def around(self, loss: Float[ndarray, "U C"], objective: str) -> "SearchedLadder":
-        """The same space and prices with other losses."""
+    def around(self, loss: Float[ndarray, "U C"], objective: str, answer_weight: float) -> "SearchedLadder":
+        """The same space and prices with other losses, in which answers have that weight."""
         other = copy(self)
-        other.question, other._table = replace(self.question, objective=objective), replace(self._table, loss=loss)
-        other._solved = {}
+        other.question = replace(self.question, objective=objective, answer_weight=answer_weight)
+        other._table = replace(self._table, loss=loss)
+        other._solved, other._plans = {}, {}
         return other
 
     def at(self, bound: float) -> Plan:
         """Solve within max(bound, lowest), once."""
-        bound = min(1.0, max(bound, self.lowest))
+        bound = self._allowed(bound)
+        if bound not in self._plans:
+            question = replace(self.question, budgets=(Budget("latency", bound),))
+            found = self._solution(bound)
+            self._plans[bound] = write_plan(self._profile, question, self._table, found.choice, found)
+        return self._plans[bound]
+
+    def choice_at(self, bound: float) -> Int[ndarray, " U"]:
+        """The candidate of every unit in `at`."""
+        return self._solution(self._allowed(bound)).choice
+
+    def _allowed(self, bound: float) -> float:
+        return min(1.0, max(bound, self.lowest))
+
+    def _solution(self, bound: float) -> Solution:
         if bound not in self._solved:
             self._solved[bound] = self._within(Budget("latency", bound))
         return self._solved[bound]
 
-    def _within(self, budget: Budget) -> Plan:
+    def _within(self, budget: Budget) -> Solution:
         table = self._table
         found = solve(table, (budget, *self.question.constraints[1:]))
         for _ in range(MOST_CHARGES if self._shared is not None else 0):
@@ -103,8 +119,7 @@ class SearchedLadder:
             if (again.choice == found.choice).all():
                 break
             found = again
-        question = replace(self.question, budgets=(budget,))
-        return write_plan(self._profile, question, self._table, found.choice, found)
+        return found
 
 
 class UniformLadder:

@@ -1,6 +1,6 @@
 """Parts of the space of the family on trial, each searched by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparsesearch.cost.base import CostModel
@@ -45,6 +45,7 @@ class Menu:
         )
 
 
+NOT_DYNAMIC = Menu(dynamic=False)
 STATIC = Menu(bitmaps=False, silent_heads=False, dynamic=False)
 MENUS = (
     Menu(),
@@ -74,6 +75,24 @@ def family_ladders(
     if ANSWERS in families:
         found |= {ANSWERS: menu_ladders(profile, "mixture", (FOR_ANSWERS,), workload, cost_model)[FOR_ANSWERS.label]}
     return {family: found[family] for family in families}
+
+
+def spaces_of(
+    profile: Profile, first: str, ladder_of: Mapping[str, Ladder], workload: Workload, cost_model: CostModel
+) -> dict[str, tuple[SearchedLadder, ...]]:
+    """The spaces in which steps improve every searched family's plans, the smallest first.
+
+    Of the family on trial also its space without dynamic rules: where the optimum of the whole has none, steps do not ask for them, whose tiles are chosen anew
+    on every sequence.
+    """
+    spaces: dict[str, tuple[SearchedLadder, ...]] = {
+        family: (ladder,) for family, ladder in ladder_of.items() if isinstance(ladder, SearchedLadder)
+    }
+    if first in spaces:
+        spaces[first] = (*menu_ladders(profile, first, (NOT_DYNAMIC,), workload, cost_model).values(), *spaces[first])
+    if ANSWERS in spaces:
+        spaces[ANSWERS] += tuple(menu_ladders(profile, first, (AROUND_ANSWERS,), workload, cost_model).values())
+    return spaces
 
 
 def menu_ladders(

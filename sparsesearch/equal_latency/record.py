@@ -1,6 +1,6 @@
 """What a comparison at equal measured latency found: one file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,6 +85,24 @@ class EqualLatency(_Frozen):
     def bounds(self, target: float) -> dict[str, float]:
         """The budgets that its plans at a target were found under; none where the target is not there yet."""
         return {family: entry.bound for family, entry in self.targets.get(f"{target:g}", {}).items()}
+
+    def finished(self, target: float, families: Sequence[str], stated: Mapping[str, Any]) -> dict[str, Entry] | None:
+        """The row of a target, if it is there whole and was asked for alike on a device of that name; else None.
+
+        Args:
+            target: share of dense's time.
+            families: that are compared.
+            stated: the other fields of the record that is asked for.
+        """
+        row = self.targets.get(f"{target:g}")
+        where = ("device", "dtype", "seed", "versions")
+        alike = all(getattr(self, name) == value for name, value in stated.items() if name != "provenance") and all(
+            self.provenance.get(name) == stated["provenance"][name] for name in where
+        )
+        if row is None or not alike or set(row) != set(families):
+            return None
+        tasks = set(self.suite.tasks) if self.suite is not None else set()
+        return row if all(set(entry.tasks) == tasks for entry in row.values()) else None
 
     def with_target(self, target: float, row: Mapping[str, Entry]) -> Self:
         """The record with one more target."""

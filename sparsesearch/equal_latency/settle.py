@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from sparsesearch.equal_latency.climb import Near, Rung, Times, climb, ladder_ends, shares_of
+from sparsesearch.equal_latency.improve import improved, rivals_of
 from sparsesearch.equal_latency.ladders import DEFAULT_FAMILIES, Ladder, SearchedLadder
 from sparsesearch.equal_latency.menus import ANSWERS
 from sparsesearch.equal_latency.replay import Replay
-from sparsesearch.equal_latency.standings import Judge, Standing, Steps, chosen, step
+from sparsesearch.equal_latency.standings import Judge, Standing, chosen
+from sparsesearch.equal_latency.steps import Steps
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.reference import DenseReference
 from sparsesearch.evaluate.timing import Part, Stopwatch
@@ -25,6 +27,8 @@ DENSE_RUNS = 3
 """Of dense in every round on a GPU: on an H200 its attention varies by 3 per cent from run to run, a plan's by one. On a CPU dense varies less than plans."""
 NUM_ERRORS = 2.0
 """On a CPU: other processes move its times by more than the tolerance, and looking for a plan nearer than that never ends."""
+RIVALS_MAY_BE_SLOWER = 4.0
+"""In tolerances: where no plan of theirs meets the target they get the next slower one, and are compared none the less."""
 MOST_REPLAYS = 6
 """Plans of a family whose schedules are replayed before anything is timed."""
 
@@ -41,8 +45,8 @@ class Setting:
         tolerance: relative deviation from a target that counts as equal.
         rounds: interleaved measurements per plan while budgets move.
         final_rounds: of the measurement that is reported.
-        time_limit_s: per target; past it budgets move no more, and families stay at the nearest plan known.
-        steps: how often every family's plan is improved by the loss expanded around it (`standings`), while time lasts.
+        time_limit_s: per target; past it no step begins, and families whose last measurement is off the target are moved once more.
+        steps: how often every family's plan is improved by the loss expanded around it (`steps`), while time lasts.
         seed: recorded.
     """
 
@@ -50,7 +54,7 @@ class Setting:
     families: Sequence[str] = DEFAULT_FAMILIES
     batch: int = 1
     part: Part = "prefill"
-    tolerance: float = 0.01
+    tolerance: float = 0.005
     rounds: int = 5
     final_rounds: int = 15
     time_limit_s: float = math.inf
@@ -125,8 +129,8 @@ class Search:
             parts = {**self.menus, **self._rivals_own(own)}
             rungs = self._climb({**parts, **own}, target, start, deadline, list(parts))
             judge = Judge(self.reference)
-            standings = self._standings(judge, rungs, own, parts, target)
-            standings = self._improved(standings, judge, target, deadline)
+            standings, of_first = self._standings(judge, rungs, own, parts, target)
+            standings = self._improved(standings, of_first, judge, target, deadline)
             origin, tried = {family: standing.label for family, standing in standings.items()}, judge.tried
             own |= {family: standing.ladder for family, standing in standings.items()}
             rungs |= {family: standing.rung for family, standing in standings.items()}
@@ -136,20 +140,26 @@ class Search:
     def _corrected(
         self, rungs: dict[str, Rung], own: Mapping[str, Ladder], target: float, deadline: float, found: Settled
     ) -> Settled:
-        """The plans measured together; those off the target are moved and all measured again, and the measurement nearest to it stands."""
+        """The plans measured together; those off the target are moved and all measured again, and the measurement nearest to it stands.
+
+        Past the deadline one correction is made none the less: the comparison is at equal time or it is nothing.
+        """
         setting, nearest_by = self.setting, math.inf
-        for _ in range(MOST_CORRECTIONS):
+        for correction in range(MOST_CORRECTIONS):
             times = self._rounds(Settled(rungs, {}).plans, setting.final_rounds)
             again = shares_of(times)
-            rungs = {name: replace(rungs[name], share=again[name][0]) for name in setting.families}
-            moving = {name: own[name] for name in rungs if self._is_off(rungs[name], again[name][1], own[name], target)}
+            rungs = {
+                name: replace(rungs[name], share=share, error=error)
+                for name, (share, error) in ((name, again[name]) for name in setting.families)
+            }
+            moving = {name: own[name] for name in rungs if self._is_off(rungs[name], own[name], target)}
             off_by = max((abs(rungs[name].share / target - 1) for name in moving), default=0.0)
             if off_by < nearest_by:
                 found, nearest_by = replace(found, rungs=rungs, times=times), off_by
-            if not moving or monotonic() > deadline:
+            if not moving or (correction and monotonic() > deadline):
                 break
             begin = {name: rungs[name].bound * target / rungs[name].share for name in moving}
-            moved = self._climb(moving, target, begin, deadline)
+            moved = self._climb(moving, target, begin, math.inf)
             if not any(self._is_nearer(moved[name], rungs[name], target) for name in moving):
                 break
             rungs = rungs | moved
@@ -199,64 +209,60 @@ class Search:
         own: Mapping[str, Ladder],
         parts: Mapping[str, Ladder],
         target: float,
-    ) -> dict[str, Standing]:
-        """Where families stand after the first climb.
+    ) -> tuple[dict[str, Standing], list[Standing]]:
+        """Where families stand after the first climb, and what the family on trial had to choose from.
 
         Every searched rival that is as fast as the target, and for the family on trial what is `chosen` among the parts of its space that are as
         fast, its rivals' among them. Where none is, the fastest part says how fast.
         """
         first, fastest = self.setting.families[0], min(rungs[part].share for part in parts)
-        most = max(target, fastest) * (1 + self.setting.tolerance)
-        found = {}
-        for family in own:
-            if family != UNIFORM and rungs[family].share <= most:
-                self.progress(f"choose {target:g}x, {family}", 0, 1)
-                found[family] = judge.standing(family, family, own[family], rungs[family])
-        fast = [part for part in parts if rungs[part].share <= most]
-        candidates = []
-        for number, part in enumerate(fast):
-            self.progress(f"choose {target:g}x, {part}", number, len(fast))
+        most = max(target, fastest)
+        fast = [part for part in parts if self._near.as_fast(rungs[part], most)]
+        rivals = [
+            family
+            for family in own
+            if family != UNIFORM and self._near.as_fast(rungs[family], most, times=RIVALS_MAY_BE_SLOWER)
+        ]
+        stage, total = f"choose {target:g}x", len(rivals) + len(fast)
+        found, candidates = dict[str, Standing](), list[Standing]()
+        for family in rivals:
+            self.progress(stage, len(found), total)
+            found[family] = judge.standing(family, family, own[family], rungs[family])
+        for part in fast:
+            self.progress(stage, len(rivals) + len(candidates), total)
             candidates.append(judge.standing(first, part, parts[part], rungs[part]))
-        found[first] = chosen(candidates, self._rivals(found))
+        self.progress(stage, total, total)
+        found[first] = chosen(candidates, rivals_of(first, found))
         if ANSWERS in found:
             assert self.local is not None, "where plans are judged they can be improved"
             # parts are replayed already: only the weight of their answers is another
             own_too = [part for part in fast if self.local.holding(ANSWERS, rungs[part].plan) is not None]
             others = [judge.standing(ANSWERS, part, parts[part], rungs[part]) for part in own_too]
             found[ANSWERS] = min((found[ANSWERS], *others), key=lambda standing: standing.mean)
-        return found
-
-    def _rivals(self, standings: Mapping[str, Standing]) -> list[Standing]:
-        """Of the family on trial: all but itself and the mixture for answers, whose space is its own."""
-        return [standings[family] for family in standings if family not in (self.setting.families[0], ANSWERS)]
+        return found, candidates
 
     def _improved(
-        self, standings: dict[str, Standing], judge: Judge, target: float, deadline: float
+        self,
+        standings: dict[str, Standing],
+        parts: Sequence[Standing],
+        judge: Judge,
+        target: float,
+        deadline: float,
     ) -> dict[str, Standing]:
-        """Steps for every family until none helps it; the first family goes on from a rival's plan where that is better."""
-        first, open_families = self.setting.families[0], set(standings)
-        for number in range(1, self.setting.steps + 1 if self.local is not None else 1):
-            if monotonic() > deadline or not open_families:
-                break
-            assert self.local is not None
-            self.progress(f"step {number} at {target:g}x", number - 1, self.setting.steps)
-            better = step(
-                number,
-                {family: standings[family] for family in standings if family in open_families},
-                self.local,
-                judge,
-                lambda ladder_of, start, favoured: self._climb(ladder_of, target, start, deadline, favoured),
-                target * (1 + self.setting.tolerance),
-                (first, ANSWERS),
-            )
-            before = standings[first]
-            standings |= better
-            rivals = self._rivals(standings)
-            best = chosen([before, standings[first], *rivals], rivals)
-            open_families = set(better) | ({first} if best is not before else set())
-            standings[first] = best
-            judge.tried[first][best.label] = best.mean
-        return standings
+        """As far as steps lead, while time lasts."""
+        if self.local is None or not self.setting.steps:
+            return standings
+
+        def climbed(
+            ladder_of: Mapping[str, Ladder], start: Mapping[str, float], favoured: Sequence[str]
+        ) -> Mapping[str, Rung]:
+            return self._climb(ladder_of, target, start, math.inf, favoured)
+
+        return improved(
+            standings, parts, self.local, judge, climbed,
+            first=self.setting.families[0], num_steps=self.setting.steps, fast=lambda rung: self._near.as_fast(rung, target), deadline=deadline,
+            progress=lambda stage, done, total: self.progress(f"{stage} at {target:g}x", done, total),
+        )  # fmt: skip
 
     def _is_nearer(self, moved: Rung, before: Rung, target: float) -> bool:
         """Whether a climb found another plan, or the same one on the target after all."""
@@ -264,9 +270,9 @@ class Search:
             moved.plan.assignments != before.plan.assignments or abs(moved.share / target - 1) <= self.setting.tolerance
         )
 
-    def _is_off(self, rung: Rung, error: float, ladder: Ladder, target: float) -> bool:
+    def _is_off(self, rung: Rung, ladder: Ladder, target: float) -> bool:
         """Whether a plan misses the target, and its family may have a nearer one."""
-        return not self._near.holds(rung.share, error, target) and not ladder_ends(ladder, rung, target)
+        return not self._near.holds(rung, target) and not ladder_ends(ladder, rung, target)
 
     def _predicted_start(self, ladder_of: Mapping[str, Ladder], target: float) -> dict[str, float]:
         """Bounds whose plans take the target's time as heads are priced, or else by replay: what is measured then is a few per cent off."""

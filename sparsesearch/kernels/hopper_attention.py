@@ -10,9 +10,9 @@ All four tensors are read through rank-4 descriptors [B, H, S, D] of any strides
 beyond the tensor read zeros. Rows of V that a list reaches must be finite: a masked weight is 0, and 0 · NaN is NaN.
 
 What limits it (H200, tests/golden/attention_h200.json; counters by `sparsesearch.bench.counters`, tests/golden/counters_h200.json). head_dim 128 at
-32k: power. It computes 645-744 TFLOP/s on its blocks, cuBLAS 684 in a product of 8192 cubed on the same card; the matrix units are busy 88 % of the
-time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (470-540, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (57 % each)
-nor issue slots (39 %) were full with two arrivals a step, the kernel that was counted. Of its step of 1,810 cycles (instructions sampled, sparse) exponentials took
+32k: power. It computes 645-744 TFLOP/s on its blocks, cuBLAS 684 in a product of 8192 cubed on the same card; the matrix units are busy 91 % of the
+time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (470-540, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (58 % each)
+nor issue slots (40 %) are full. With two arrivals a step (57 and 39 %), of its 1,810 cycles (instructions sampled, sparse) exponentials took
 890-1,130, where 560 would do alone: the other warpgroup's products read and write their sums through the same registers, and its exponentials
 overlap. 90-130 were waits at barriers (its turn, its scores, its own threads before each arrival), 70 two tests whether a copy has come, 80 four
 jumps over code that seldom runs (each warpgroup has its own copy). One arrival a step, all waits before the turn and the test for fresh rows
@@ -20,7 +20,7 @@ before the exponentials then made it 1-5 % faster. Tried and not faster: values 
 one full barrier; weights rounded under the scores' product; scores first, and the product with values between exponentials; named barriers for
 arrivals; a sixteenth or more of the exponentials as polynomials (5-8 % slower); three consumers of 64 rows spill.
 At 8k a sparse tile has five blocks: its output, the first block's exponentials (ptxas puts them after the last product, see `hopper_softmax`) and the
-masks of its last block cost about one more, and launch, drain and workers that finish early 6 % of the time at head_dim 128 and 11 % at 64.
+masks of its last block cost about one more, and launch, drain and workers that finish early 6 % of the time at head_dim 128 and 5 % at 64.
 """
 
 from triton.experimental import gluon

@@ -29,6 +29,7 @@ from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.compiled_layers import layers_compiled
 from sparsesearch.runtime.fused_step import FusedStep
 from sparsesearch.runtime.static_layer import StaticPlanLayer
+from sparsesearch.runtime.static_reads import same_choices
 
 _log = logging.getLogger(__name__)
 _AGREEMENT = {torch.bfloat16: 2**-3, torch.float32: 2**-10}
@@ -99,6 +100,7 @@ class DecodeStep:
         self._fused = self._fuse(fused)
         self._must_fuse, self._is_checked = bool(fused), self._fused is None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._changes: tuple[int, ...] = ()
         self._addresses: tuple[int, ...] = ()
         self._logits: Tensor | None = None
 
@@ -120,7 +122,7 @@ class DecodeStep:
         if not self.graph_wanted:
             self._logits = self._run()
             return self._logits
-        if self._graph is None or self._addresses != _addresses(self.cache):
+        if self._graph is None or self._has_moved():
             self._capture()
         assert self._graph is not None
         assert self._logits is not None
@@ -164,10 +166,12 @@ class DecodeStep:
         """
         assert self._fused is not None
         kept = _Kept(self.cache, self.positions)
-        plain = self._by_model(compiled=False).float()
-        kept.restore()
-        ours = self._fused(self.tokens, self.positions).float()
-        kept.restore()
+        layers: list[Any] = self.cache.layers
+        with same_choices([layer.reads for layer in layers if isinstance(layer, StaticPlanLayer)]):
+            plain = self._by_model(compiled=False).float()
+            kept.restore()
+            ours = self._fused(self.tokens, self.positions).float()
+            kept.restore()
         self._is_checked = True
         distance = float((ours - plain).square().mean().sqrt() / plain.std().clamp(min=1e-30))
         if distance <= _AGREEMENT[self.model.dtype]:
@@ -191,6 +195,14 @@ class DecodeStep:
             logits: Tensor = self.model(**inputs, use_cache=True, **{CACHE_KEYWORD: self.cache}).logits[:, -1]
         return logits
 
+    def _has_moved(self) -> bool:
+        """Whether a tensor lies elsewhere than when the step was captured; hundreds are asked only if something else than steps has run."""
+        changes = _changes(self.cache)
+        if changes == self._changes:
+            return False
+        self._changes = changes
+        return self._addresses != _addresses(self.cache)
+
     def _capture(self) -> None:
         """Run the step a few times, take the runs back, and record it."""
         kept = _Kept(self.cache, self.positions)
@@ -204,7 +216,7 @@ class DecodeStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._run()
-        self._addresses = _addresses(self.cache)
+        self._changes, self._addresses = _changes(self.cache), _addresses(self.cache)
 
 
 class _Kept:
@@ -237,6 +249,17 @@ class _Kept:
 def _batch_of(cache: Cache) -> int:
     layer: Any = cache.layers[0]
     return layer.reads.batch if isinstance(layer, StaticPlanLayer) else int(layer.keys.shape[0])
+
+
+def _changes(cache: Cache) -> tuple[int, ...]:
+    """When each layer's tensors may last have been moved; a layer of transformers' own does not count, but has two tensors only."""
+    layers: list[Any] = cache.layers
+    return tuple(
+        layer.last_change
+        if isinstance(layer, StaticPlanLayer)
+        else hash((layer.keys.data_ptr(), layer.values.data_ptr()))
+        for layer in layers
+    )
 
 
 def _addresses(cache: Cache) -> tuple[int, ...]:

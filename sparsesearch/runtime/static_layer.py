@@ -4,6 +4,7 @@ It takes the place of transformers' StaticLayer when the first prompt comes, bec
 with it. A prompt, its chunks and later turns are handled on the host, row by row; one new token per row goes through two operators.
 """
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from sparsesearch.runtime.static_prompts import attend_chunk, rows_of, take_in_p
 from sparsesearch.runtime.static_reads import Queries, Reads
 from sparsesearch.runtime.static_regions import Layout
 from sparsesearch.step_blocks import StepSelection
+
+_CHANGES = count()
 
 
 class StaticKeyValues(KeyValues):
@@ -45,6 +48,7 @@ class StaticPlanLayer(CacheLayerMixin):
         max_cache_len: slots of the longest sequence.
         is_prefilled: whether a prompt is there.
         mates: the layers of the same cache by their modules' paths, for those that reuse.
+        last_change: a number that no layer had before, whenever something else than a decoding step may have moved a tensor.
         keys: rows of all regions, [rows, D].
         values: likewise.
         seen: int32 [B·G], real tokens so far.
@@ -68,6 +72,7 @@ class StaticPlanLayer(CacheLayerMixin):
         self.binding, self.max_cache_len = binding, max_tokens
         self.slots = torch.zeros((), dtype=torch.int64)
         self.is_prefilled = False
+        self.last_change = next(_CHANGES)
         self.law_tokens: Tensor | None = None
 
     def rebind(self, binding: LayerBinding) -> None:
@@ -115,6 +120,7 @@ class StaticPlanLayer(CacheLayerMixin):
     ) -> Float[Tensor, "B H S D"]:
         """A prompt, a chunk of one, or a further turn."""
         assert self.law_tokens is not None, "prepare_call sets the prompt's length before any layer runs"
+        self.last_change = next(_CHANGES)
         self._check_room(k.shape[2])
         slots = k.shape[2] if code is None or not self.is_prefilled else code.shape[-1] - 1
         spans = spans_of(code, self.law_tokens, len(q), q.shape[2], slots, self.binding.block_tokens)
@@ -209,6 +215,7 @@ class StaticPlanLayer(CacheLayerMixin):
     def _choose_rows(self, index: Int[Tensor, " b"]) -> None:
         """Let row i be what row index[i] was; addresses stay if the batch does."""
         assert self.law_tokens is not None
+        self.last_change = next(_CHANGES)
         rows, there, batch = index.tolist(), index.to(self.seen.device), self.layout.batch
         before, layout = self.layout.regions(self.keys, self.values), self.layout.chosen(rows)
         seen = self.seen.view(batch, -1)[there].flatten()

@@ -200,8 +200,14 @@ def _explain(problem: Knapsack, budgets: Sequence[Budget], together: LeastScale)
     if smallest and helpless:
         alone += f" (raising {' or '.join(helpless)} alone does not help)"
     if not smallest:
-        alone = "raising one of them alone does not help"
+        least = ", ".join(filter(None, (_value(tight[index], _alone(problem, owner, index)) for index in tight)))
+        alone = f"raising one of them alone does not help, and the smallest feasible values, each without the others, are {least}"
     return f"{asked}: {alone}{together_text}. Raise them or add sparser rules."
+
+
+def _alone(problem: Knapsack, owner: Int[ndarray, " K"], index: int) -> float:
+    """The least scale of one budget where all others are lifted."""
+    return least_scale(problem, np.where(owner == index, problem.limit, np.inf)).scale
 
 
 def _least(problem: Knapsack, held: Bool[ndarray, " K"] | None = None) -> LeastScale:

@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import optuna
 
-from sparsesearch.errors import SparseSearchError
 from sparsesearch.studies.liveness import Liveness, own_identity
 from sparsesearch.studies.storage import open_study
 from sparsesearch.studies.tune import PlanObjective, StudyDescription
@@ -26,17 +26,21 @@ def join(
     *,
     num_trials: int,
     device: str = "cpu",
+    profiles: Sequence[Path] = (),
+    model: str | None = None,
     liveness: Liveness | None = None,
     progress: Progress = silent,
 ) -> int:
     """Join a study and work until it has `num_trials` finished trials; how many this worker finished.
+
+    `profiles` and `model` say where the study's own are on this machine, if not where they were on the first.
 
     Raises:
         SpecError: there is no such study.
         ArtifactError: the profiles here are not the study's.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    description = StudyDescription.load(open_study(storage, name, seed=0))
+    description = StudyDescription.load(open_study(storage, name, seed=0)).at(profiles, model)
     own = own_identity()
     study = open_study(storage, name, seed=(description.seed + own["pid"] + own["started"]) % 2**32)
     objective = PlanObjective.load(description, device=device)
@@ -50,22 +54,26 @@ def run_workers(
     num_trials: int,
     num_workers: int,
     device: str = "cpu",
+    profiles: Sequence[Path] = (),
+    model: str | None = None,
     liveness: Liveness | None = None,
     progress: Progress = silent,
-) -> None:
-    """Work with `num_workers` processes, this one included.
+) -> list[int]:
+    """Work with `num_workers` processes, this one included, until the study is finished; arguments as of `join`.
 
-    Raises:
-        SparseSearchError: the study could not be finished because every other worker failed.
+    Returns:
+        Exit codes of the workers that failed or were killed; the others took over their trials.
     """
     context = multiprocessing.get_context("spawn")  # a forked CUDA context or thread pool does not work
-    arguments = (storage, name, num_trials, device, liveness)
+    arguments = (storage, name, num_trials, device, tuple(profiles), model, liveness)
     others = [context.Process(target=_worker, args=arguments, daemon=True) for _ in range(num_workers - 1)]
     with _unheeded_interrupts():
         for process in others:
             process.start()
     try:
-        join(storage, name, num_trials=num_trials, device=device, liveness=liveness, progress=progress)
+        join(
+            storage, name, num_trials=num_trials, device=device, profiles=profiles, model=model, liveness=liveness, progress=progress
+        )  # fmt: skip
         for process in others:
             process.join()
     except BaseException:
@@ -74,12 +82,7 @@ def run_workers(
         for process in others:
             process.join(timeout=_PATIENCE_S)  # so that each hands its trial back
         raise
-    failed = [process.exitcode for process in others if process.exitcode]
-    if failed:
-        raise SparseSearchError(
-            f"{len(failed)} of {num_workers} workers ended with {failed}; the study is finished, since the others took over their trials. "
-            "Look at what they wrote above."
-        )
+    return [process.exitcode for process in others if process.exitcode]
 
 
 @contextmanager
@@ -95,11 +98,19 @@ def _unheeded_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _worker(storage: str, name: str, num_trials: int, device: str, liveness: Liveness | None) -> None:
+def _worker(
+    storage: str,
+    name: str,
+    num_trials: int,
+    device: str,
+    profiles: tuple[Path, ...],
+    model: str | None,
+    liveness: Liveness | None,
+) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        join(storage, name, num_trials=num_trials, device=device, liveness=liveness)
+        join(storage, name, num_trials=num_trials, device=device, profiles=profiles, model=model, liveness=liveness)
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
 

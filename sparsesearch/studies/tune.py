@@ -107,6 +107,24 @@ class StudyDescription(BaseModel):
         except ValidationError as error:
             raise ArtifactError(f"study {study.study_name!r}: {first_problem(error, cls.model_fields)}") from error
 
+    def at(self, folders: Sequence[Path] = (), model: str | None = None) -> Self:
+        """The same study where its profiles, and its model, lie elsewhere on this machine; without any, where they lay when it was made.
+
+        Raises:
+            ArtifactError: a folder is no profile, or a profile of the study is not among them.
+        """
+        here = self if model is None else self.model_copy(update={"model": model})
+        if not folders:
+            return here
+        own = {sha256_file(Profile.load(folder).folder / "profile.json"): str(folder) for folder in folders}
+        if absent := [
+            name for name, digest in zip(self.profiles, self.profile_sha256, strict=True) if digest not in own
+        ]:
+            raise ArtifactError(
+                f"a copy of {absent[0]}, with which the study was made, must be among the profiles named, but is not. Copy it here and name it."
+            )
+        return here.model_copy(update={"profiles": tuple(own[digest] for digest in self.profile_sha256)})
+
     def open_profiles(self) -> list[Profile]:
         """The profiles, which must be those the study was made with.
 
@@ -117,7 +135,8 @@ class StudyDescription(BaseModel):
             path = Path(folder) / "profile.json"
             if not path.exists() or sha256_file(path) != digest:
                 raise ArtifactError(
-                    f"{folder} must be the profile that the study was made with, but is missing or another. Copy it here."
+                    f"{folder} must be the profile that the study was made with, but is missing or another. Copy it here, or say "
+                    "where it is: tune --join NAME PROFILE."
                 )
         return [Profile.load(Path(folder)) for folder in self.profiles]
 

@@ -1,6 +1,7 @@
 """`tune` and `lint` from the command line: a study is made, joined, and its front written; a plan's defects are named."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ def test_a_study_is_made_and_joined(corridor: Path, run: Any, run_json: Any, tmp
     plans = sorted((tmp_path / "study").glob("*.json"))
     assert plans
     assert all(Plan.load(path).unit == "query_head" for path in plans)
+    shutil.copytree(corridor / "profile", tmp_path / "copy")
+    joined = run_json("tune", tmp_path / "copy", "--join", "both", *study, "--trials", "2", "--workers", "2")
+    assert joined["trials"] == again["trials"]
+    refused = run("tune", tmp_path, "--join", "both", *study, "--trials", "2", code=1)
+    assert "must be a profile directory" in " ".join(refused.stderr.split())
     result = run("tune", "--join", "other", *study, "--trials", "2", code=1)
     assert "it holds both" in " ".join(result.stderr.split())
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from sparsesearch.equal_latency.climb import Near, Times, climb, shares_of
+from sparsesearch.equal_latency.climb import Near, Rung, Times, climb, shares_of
 from sparsesearch.equal_latency.settle import Search, Setting
 from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
 from sparsesearch.rules import LengthLaw
@@ -102,9 +102,16 @@ def test_a_family_moves_only_while_it_is_known_to_be_off() -> None:
         return noisy.measured
 
     assert measured(Near(0.01, num_errors=2)) < 2 * len(begin) < measured(Near(0.01))
-    assert Near(0.01, num_errors=2).holds(0.535, 0.02, 0.5)
-    assert not Near(0.01, num_errors=2).holds(0.535, 0.001, 0.5)
-    assert not Near(0.01).holds(0.535, 0.02, 0.5)
+    plan = Steps(1000).at(0.5)
+    noisy, sharp, faster = Rung(0.5, plan, 0.535, 0.02), Rung(0.5, plan, 0.535, 0.001), Rung(0.5, plan, 0.3, 0.001)
+    assert Near(0.01, num_errors=2).holds(noisy, 0.5)
+    assert Near(0.01, num_errors=2).as_fast(noisy, 0.5)
+    assert not Near(0.01, num_errors=2).holds(sharp, 0.5)
+    assert not Near(0.01, num_errors=2).as_fast(sharp, 0.5)
+    assert Near(0.01).as_fast(sharp, 0.5, times=7.5)
+    assert not Near(0.01).holds(noisy, 0.5)
+    assert not Near(0.01).holds(faster, 0.5)
+    assert Near(0.01).as_fast(faster, 0.5)
 
 
 def test_past_the_deadline_the_nearest_known_plan_stands() -> None:

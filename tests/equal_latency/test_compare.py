@@ -1,5 +1,6 @@
 """The whole comparison on a tiny model, with a clock that counts computed tiles."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsesearch.bench.families import random_samples
 from sparsesearch.cost import load_cost_model
-from sparsesearch.equal_latency import compare, standings
+from sparsesearch.equal_latency import compare, steps
 from sparsesearch.equal_latency.compare import compare_at_latency
 from sparsesearch.equal_latency.menus import ANSWERS, MENUS
 from sparsesearch.equal_latency.record import EqualLatency
@@ -56,11 +57,35 @@ def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
     found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], saved=grown.append)
     assert [list(record.targets) for record in grown] == [["0.6"], ["0.6", "0.5"]]
     assert grown[-1] == found
-    again = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=found)
-    assert clocks[1].calls < clocks[0].calls, "budgets start where they ended"
+    looser = replace(setting, tolerance=0.051)
+    again = compare_at_latency(model, profile, looser, costs, judged[:1], judged[1:], begun=found)
+    assert 0 < clocks[1].calls < clocks[0].calls, "budgets start where they ended"
     ends = [[entry.plan_sha256 for entry in one.targets["0.5"].values()] for one in (found, again)]
     assert ends[0] == ends[1]
     assert found.bounds(0.3) == {}
+
+
+def test_an_interrupted_comparison_goes_on_after_its_last_whole_target(
+    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks: list[CountedTiles] = []
+    monkeypatch.setattr(compare, "Stopwatch", lambda *_: clocks.append(CountedTiles()) or clocks[-1])
+    judged = random_samples(64, LENGTH, 2, seed=1)
+    setting = Setting((0.6, 0.5), ("mixture", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
+    costs, grown = load_cost_model("roofline:h100"), list[EqualLatency]()
+
+    def interrupted(record: EqualLatency) -> None:
+        grown.append(record)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], saved=interrupted)
+    whole = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:])
+    rest = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=grown[0])
+    assert clocks[2].calls == clocks[1].calls - clocks[0].calls > 0, "the first target is not timed again"
+    assert rest == whole
+    compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=whole)
+    assert clocks[3].calls == 0
 
 
 def test_the_family_on_trial_chooses_among_parts_of_its_space_and_its_rivals(
@@ -94,8 +119,8 @@ def test_steps_improve_every_family_within_its_own_space(
     model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "Stopwatch", CountedTiles)
-    monkeypatch.setattr(standings, "BISECTIONS", 2)
-    monkeypatch.setattr(standings, "SHARES", (0.1, 0.3))
+    monkeypatch.setattr(steps, "BISECTIONS", 2)
+    monkeypatch.setattr(steps, "SHARES", (0.1, 0.3))
     judged, fresh = random_samples(64, LENGTH, 2, seed=1), random_samples(64, LENGTH, 2, seed=2)
     families = ("mixture", ANSWERS, "MoA", "uniform window")
     setting = Setting((0.7,), families, rounds=1, final_rounds=1, tolerance=0.1, steps=1)

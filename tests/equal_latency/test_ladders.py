@@ -37,7 +37,7 @@ def test_a_ladder_knows_its_own_plans_again(profile: Profile, family: str) -> No
         choice = ladder.choice_of(plan)
         assert choice is not None
         assert ladder.bound_of(choice) <= bound * (1 + 1e-6)
-        around = ladder.around(np.where(np.arange(len(ladder.columns)) == choice[:, None], 0.0, 1.0), "stay")
+        around = ladder.around(np.where(np.arange(len(ladder.columns)) == choice[:, None], 0.0, 1.0), "stay", 1.0)
         assert around.at(bound).assignments == plan.assignments
     taken = ladder.choice_of(found["MoA"].at(0.7))
     assert (taken is None) == (family == "DuoAttention"), "a space that lacks a rule says so"

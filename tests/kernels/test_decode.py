@@ -90,12 +90,17 @@ def test_shares_of_any_number_of_workers(workers: int) -> None:
     _assert_close((out, lse), _expected(q, k, v, keys, 0.3))
 
 
-@pytest.mark.parametrize("thin", [64, 4], ids=["thin merge", "late merge"])
-def test_merges_of_many_heads(thin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limits", "late"),
+    [({}, False), ({"THIN_PAIRS": 4}, True), ({"THIN_HEADS": 15}, True)],
+    ids=["thin merge", "late for its pairs", "late for its heads"],
+)
+def test_merges_of_many_heads(limits: dict[str, int], late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsesearch.kernels import triton_decode
 
-    monkeypatch.setattr(triton_decode, "MANY_HEADS", 8)
-    monkeypatch.setattr(triton_decode, "THIN_PAIRS", thin)
+    for name, number in (limits | {"MANY_HEADS": 8}).items():
+        monkeypatch.setattr(triton_decode, name, number)
+    assert triton_decode.is_late(num_pairs=8, num_heads=32) == late
     lens = [33, 0, 200, 7, 1, 64, 130, 15]
     q, k, v, starts, kv_lens = _case(lens, batch=2, heads=16, head_dim=16)
     got = ragged_decode(q, k, v, starts, kv_lens, scale=0.3)
@@ -104,9 +109,9 @@ def test_merges_of_many_heads(thin: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "num_kv_heads", "group"), [(8, 8, 4), (150, 2, 1), (260, 2, 1)])
+@pytest.mark.parametrize(("batch", "num_kv_heads", "group"), [(8, 8, 4), (32, 8, 4), (150, 2, 1), (260, 2, 1)])
 def test_many_pairs(batch: int, num_kv_heads: int, group: int) -> None:
-    """Merges of one warp, merges launched late, and more pairs than a worker holds the first rows of."""
+    """Merges of one warp, merges launched late for their heads or their pairs, and more pairs than a worker holds the first rows of."""
     generator = torch.Generator().manual_seed(batch)
     lens = torch.randint(0, 300, (batch * num_kv_heads,), generator=generator).tolist()
     q, k, v, starts, kv_lens = _case(lens, batch=batch, heads=num_kv_heads * group, head_dim=64)

@@ -10,7 +10,7 @@ import sparsesearch
 from sparsesearch.errors import SparseSearchError, SpecError, UnsupportedModelError
 from sparsesearch.kernels.cache_ops import KEEP_ALL, append_token, fill_prompt
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
-from sparsesearch.runtime.decode_step import DecodeStep
+from sparsesearch.runtime.decode_step import DecodeStep, _addresses, _changes
 from sparsesearch.runtime.static_layer import StaticPlanLayer
 from sparsesearch.runtime.static_regions import Ring
 
@@ -270,6 +270,25 @@ def test_a_decoding_step_generates_what_generate_does(tiny, names, compiled):
     kinds = {tuple(rule.kind for rule in plan.module_rules(path)) for path in plan.base_model.modules}
     assert graphs <= (len(kinds) if compiled else 0)
     assert graphs < 6
+
+
+def test_a_step_knows_whether_its_cache_has_moved(tiny):
+    """Steps move nothing, a prompt that fits the room of the last one neither, though it might; another batch does."""
+    model = tiny("llama")
+    ids, _ = left_padded([40, 40], 64)
+    with sparsesearch.apply(model, group_plan(model, EVICTING)):
+        cache, _ = prefilled(model, ids, 100)
+        step = DecodeStep(model, cache, first_position=40)
+        step(ids[:, 0])
+        step._changes, step._addresses = _changes(cache), _addresses(cache)
+        step(ids[:, 0])
+        assert not step._has_moved()
+        cache.reset()
+        model(ids, use_cache=True, **{CACHE_KEYWORD: cache})
+        assert _changes(cache) != step._changes
+        assert not step._has_moved()
+        cache.batch_repeat_interleave(2)
+        assert step._has_moved()
 
 
 @pytest.mark.parametrize("names", [EVICTING, CHOOSING], ids=["evicting", "choosing"])

@@ -31,7 +31,7 @@ def test_a_worker_ends_quietly_and_a_second_signal_changes_nothing(monkeypatch: 
 
     monkeypatch.setattr(processes, "join", join)
     with pytest.raises(SystemExit) as ended:
-        processes._worker("storage", "study", 1, "cpu", None)
+        processes._worker("storage", "study", 1, "cpu", (), None, None)
     assert ended.value.code == 130
     assert tidied == [True]
 

@@ -1,5 +1,6 @@
 """Studies of the embedded model: knobs, the objective, the front."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,26 @@ def test_a_study_end_to_end(tmp_path: Path, profile: Profile) -> None:
         losses = [loss for batch in again.batches for loss in _joint(batch.compare(plan))]
         assert sum(losses) / 4 == pytest.approx(trial.values[0])
     before = len(study.trials)
-    run_workers(storage, "s", num_trials=6, num_workers=2)
+    assert run_workers(storage, "s", num_trials=6, num_workers=2) == []
     after = open_study(storage, "s", seed=0)
     assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in after.trials) >= 6
     assert len(after.trials) > before
+
+
+def test_a_study_goes_on_where_its_profiles_lie_elsewhere(tmp_path: Path) -> None:
+    description = described()
+    copy = Path(shutil.copytree(PROFILE, tmp_path / "copy"))
+    moved = description.model_copy(update={"profiles": ("/nowhere",)})
+    with pytest.raises(ArtifactError, match=r"/nowhere must be the profile .* tune --join NAME PROFILE"):
+        moved.open_profiles()
+    here = moved.at([copy], "elsewhere/model")
+    assert (here.profiles, here.model) == ((str(copy),), "elsewhere/model")
+    assert len(here.open_profiles()) == 1
+    assert moved.at() == moved
+    manifest = copy / "profile.json"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    with pytest.raises(ArtifactError, match="a copy of /nowhere, with which the study was made, must be among"):
+        moved.at([copy])
 
 
 def _joint(found: Any) -> list[float]:

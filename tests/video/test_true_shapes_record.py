@@ -16,6 +16,7 @@ ROWS = [row for row in RECORD["rows"] if "R" in row]
 
 def test_it_says_where_it_comes_from() -> None:
     assert {"device", "torch", "triton", "cudnn", "command"} <= set(RECORD["provenance"])
+    assert len(ROWS) == 21
     assert {row["model"] for row in ROWS} == {"CogVideoX1.5-5B", "Wan2.1-14B", "HunyuanVideo"}
 
 
@@ -29,28 +30,31 @@ def test_ratios_follow_from_the_times(row: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']}-{row['mix']}")
 def test_a_computed_tile_costs_less_than_cudnns_and_a_skipped_one_nothing(row: dict[str, float]) -> None:
-    """Copies included: as the plan took turns with cuDNN, and by its tiles alone, which always followed the plan."""
-    assert row["R"] <= 0.85
+    """Copies included: the plan as a whole, and its tiles alone with the copies alone; both took turns with cuDNN."""
+    assert row["R"] <= 0.88
     assert (row["tiles_s"] + row["copies_s"]) / (row["density"] * row["dense_s"]) <= 0.90
+
+
+def test_one_schedule_takes_up_to_five_per_cent_more_or_less_time() -> None:
+    """Bands in the model's own order and in another compute the same tiles: their times differ by the clock they met, which no prediction knows."""
+    tiles = {(row["model"], row["mix"]): row["tiles_s"] for row in ROWS if row["mix"] in ("spatial", "temporal")}
+    spread = [tiles[model, "temporal"] / tiles[model, "spatial"] - 1 for model in {row["model"] for row in ROWS}]
+    assert 0.02 < max(map(abs, spread)) < 0.05
 
 
 def test_whole_models_would_gain_more_than_was_published() -> None:
     """Projected from the share of attention at the published density; the published figure is another kernel's on another device."""
-    modes = [row for row in ROWS if row["mix"] == "modes"]
+    modes = [row for row in ROWS if row["mix"] == "modes" and abs(row["density"] - row["published_density"]) < 0.01]
     assert len(modes) == 3
     for row in modes:
-        assert row["density"] == pytest.approx(row["published_density"], abs=0.01)
-        assert row["projected_speedup"] > 1.15 * row["published_speedup"]
+        assert row["projected_speedup"] > 1.14 * row["published_speedup"]
 
 
 def test_predictions_stand_beside_the_times() -> None:
-    """Every row; some of them computed anew, which needs no device. What the model predicts is the sustained clock, which tiles alone met."""
+    """Every row; some of them computed anew, which needs no device."""
     errors = [abs(row["predicted_s"] / row["seconds"] - 1) for row in ROWS]
-    assert sum(errors) / len(errors) <= 0.055
-    assert max(errors) <= 0.08
-    sustained = [abs(row["predicted_s"] / (row["tiles_s"] + row["copies_s"]) - 1) for row in ROWS]
-    assert sum(sustained) / len(sustained) <= 0.03
-    assert max(sustained) <= 0.06
+    assert sum(errors) / len(errors) <= 0.04
+    assert max(errors) <= 0.075
     costs = load_cost_model(RECORD["predicted_by"])
     assert isinstance(costs, DeviceCostModel)
     few = [row for row in ROWS if row["model"] == "CogVideoX1.5-5B" and row["mix"] == "bands"]
