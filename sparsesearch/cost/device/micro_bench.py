@@ -15,7 +15,7 @@ from sparsesearch.kernels.schedule import Workers
 
 Row = dict[str, Any]
 HOST_BYTES = float(1 << 33)
-SETTLE_S = 3.0
+SETTLE_S = 1.0
 REST_S = 2.0
 
 

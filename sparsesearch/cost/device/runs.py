@@ -27,7 +27,7 @@ from sparsesearch.kernels.step_ops import skinny_linear
 from sparsesearch.rules import Rule
 
 SLOW_S = 0.05
-WARM_S = 1.0
+WARM_S = 0.3
 FEW_KV_HEADS = 2
 
 
