@@ -33,7 +33,8 @@ def step_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
     for head_dim in plan.decode_head_dims:
         for batch in plan.step_batches:
             yield from page_runs(bench, head_dim, batch, plan.step_keys)
-    yield from joined_runs(bench, plan.step_batches, plan.step_blocks[-2])
+    for blocks in plan.step_blocks[-2:-1]:
+        yield from joined_runs(bench, plan.step_batches, blocks)
     yield from held_out_runs(bench, plan.steps_held_out)
 
 
