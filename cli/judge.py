@@ -95,7 +95,7 @@ def evaluate(
     paths = plans or []
     _require_text_plans(context, paths, model, suite, timing_rounds)
     opened = {name: Plan.load(path) for name, path in o.variant_names(paths).items()}
-    name = model or next(iter(opened.values())).base_model.name_or_path
+    name = model or o.model_for(paths[0], next(iter(opened.values())))
     judged = _lengths(lengths, opened)
     live, tokenizer = load_model(name, device=o.present_device(device), dtype=dtype, with_plan=False)
     applied = PrunedApply(prune.refit_batches(opened, live, tokenizer))
@@ -198,7 +198,12 @@ def check(
     lengths: Annotated[
         str | None, typer.Option(help="Lengths to judge; those of the baseline or plan by default.")
     ] = None,
-    num_sequences: o.HeldOutNeedles = 48,
+    num_sequences: Annotated[
+        int | None,
+        typer.Option(
+            help="Held-out needle sequences per length; as many as the baseline has, at most 48, by default.", min=1
+        ),
+    ] = None,
     num_needles: o.NumNeedles = None,
     device: o.Device = "cpu",
     junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.")] = None,
@@ -215,6 +220,7 @@ def check(
         o.refuse_given(context, "is for --suite, which was not given", *OF_TASKS)
     from sparsesearch.artifacts import write_bytes
     from sparsesearch.check import check as run
+    from sparsesearch.check import repeated_sequences
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan
     from sparsesearch.runtime.loading import load_model
@@ -222,7 +228,7 @@ def check(
     opened = Plan.load(plan)
     recorded = None if baseline is None else Metrics.load(baseline)
     thresholds = _thresholds(recovery=recovery, max_kl=max_kl, max_slowdown=max_slowdown)
-    name = model or opened.base_model.name_or_path
+    name = model or o.model_for(plan, opened)
     live, tokenizer = load_model(name, device=o.present_device(device), with_plan=False)
     with progress_bar() as progress:
         result = run(
@@ -232,7 +238,7 @@ def check(
             baseline=recorded,
             thresholds=thresholds,
             lengths=None if lengths is None else o.parsed_lengths(lengths),
-            num_sequences=num_sequences,
+            num_sequences=num_sequences or repeated_sequences(recorded, opened),
             num_needles=num_needles,
             timing_rounds=0 if max_slowdown is None else 5,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),

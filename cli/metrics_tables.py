@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .render import table
+from .render import lines, table
 
 if TYPE_CHECKING:
     from sparsesearch.evaluate import Estimate, Metrics
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 def _show_predictions(metrics: "Metrics", length: int) -> None:
     """Predicted beside measured, where a cost model was at hand."""
+    from sparsesearch.cost import caveat
+
     rows = []
     for name in metrics.variants:
         cell = metrics.at(length, name)
@@ -18,12 +20,14 @@ def _show_predictions(metrics: "Metrics", length: int) -> None:
             if measured is not None and predicted is not None:
                 rows.append([name, part, measured * 1e3, predicted * 1e3, f"{100 * (predicted / measured - 1):+.1f} %"])
     if rows:
-        source = metrics.at(length, "dense").cost_model
+        source = metrics.at(length, "dense").cost_model or ""
         table(
             f"{length} tokens, predicted by {source}",
             ["variant", "part", "measured (ms)", "predicted (ms)", "predicted is off by"],
             rows,
         )
+        if caveat(source):
+            lines(f"{source}: {caveat(source)} Measured on {metrics.provenance.get('device', 'this device')}.")
 
 
 def show_metrics(metrics: "Metrics") -> None:

@@ -28,7 +28,9 @@ Model = Annotated[
         metavar="MODEL",
     ),
 ]
-PlanFile = Annotated[Path, typer.Argument(help="sparse_plan.json", metavar="PLAN")]
+PlanFile = Annotated[
+    Path, typer.Argument(help="sparse_plan.json, or a checkpoint that carries its plan.", metavar="PLAN")
+]
 ProfileDir = Annotated[Path, typer.Argument(help="Directory written by `sparsesearch profile`.", metavar="PROFILE")]
 OptionalModel = Annotated[
     str | None, typer.Option("--model", help="The model; the one named in the plan or profile by default.")
@@ -184,6 +186,11 @@ def refuse_given(context: typer.Context, why: str, *names: str) -> None:
         if source is not None and source.name != "DEFAULT":
             option = next(parameter.opts[-1] for parameter in context.command.params if parameter.name == name)
             raise typer.BadParameter(f"{why}.", param_hint=option)
+
+
+def model_for(path: Path, plan: "Plan") -> str:
+    """The model that a plan is judged on: the checkpoint that carries it, or else the one it was made for."""
+    return str(path) if path.is_dir() else plan.base_model.name_or_path
 
 
 def variant_names(plans: list[Path]) -> dict[str, Path]:

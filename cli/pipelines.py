@@ -35,9 +35,11 @@ def is_metrics(path: Path) -> bool:
 
 def is_pipeline_plan(path: Path) -> bool:
     """Whether a plan was made for a transformer of diffusers, or PLAN is a folder of such plans."""
-    if path.is_dir():
-        return True
+    from sparsesearch.embedded_plan import is_checkpoint
     from sparsesearch.plan import Plan
+
+    if path.is_dir() and not is_checkpoint(path):
+        return True
 
     return "component" in Plan.load(path).provenance
 

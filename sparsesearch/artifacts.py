@@ -147,9 +147,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, content: dict[str, Any], *, format: str, schema_version: str) -> None:
     """Write a checksummed JSON artefact atomically."""
-    stamped = {**content, "format": format, "schema_version": schema_version}
-    stamped["sha256"] = sha256_text(canonical_json(stamped))
-    write_bytes(path, canonical_json(stamped).encode())
+    write_bytes(path, canonical_json(stamped(content, format=format, schema_version=schema_version)).encode())
+
+
+def stamped(content: dict[str, Any], *, format: str, schema_version: str) -> dict[str, Any]:
+    """The object that `write_json` writes: the content with its format, version and checksum."""
+    marked = {**content, "format": format, "schema_version": schema_version}
+    return {**marked, "sha256": sha256_text(canonical_json(marked))}
 
 
 def file_schema(content: dict[str, Any], *, format: str) -> dict[str, Any]:
@@ -214,6 +218,11 @@ def parse_json(text: str, *, source: str, format: str, schema_version: str) -> d
     except (_NotFinite, RecursionError) as error:
         reason = "is nested too deeply" if isinstance(error, RecursionError) else f"holds {error}"
         raise ArtifactError(f"{source} must be JSON with finite numbers, but {reason}. Make it again.") from error
+    return unstamped(content, source=source, format=format, schema_version=schema_version)
+
+
+def unstamped(content: Any, *, source: str, format: str, schema_version: str) -> dict[str, Any]:
+    """The content of an object that `stamped` made, after the checks of `read_json`."""
     if not isinstance(content, dict) or content.get("format") != format:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ArtifactError(f"{source} must have format {format!r}, but has {found!r}. Give the right file.")
@@ -223,7 +232,7 @@ def parse_json(text: str, *, source: str, format: str, schema_version: str) -> d
             f"{source} has schema_version {found_version}, but this sparsesearch reads {schema_version}. "
             "Upgrade sparsesearch or make the file again."
         )
-    stated = content.pop("sha256", None)
-    if stated != sha256_text(canonical_json(content)):
+    marked = {key: value for key, value in content.items() if key != "sha256"}
+    if content.get("sha256") != sha256_text(canonical_json(marked)):
         raise ArtifactError(f"{source} does not match its own checksum: it was edited or damaged. Make it again.")
-    return {key: value for key, value in content.items() if key not in ("format", "schema_version")}
+    return {key: value for key, value in marked.items() if key not in ("format", "schema_version")}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VARIANT = "plan"
+MOST_SEQUENCES = 48
 
 
 def check(
@@ -49,6 +50,14 @@ def check(
         evaluation.setdefault("decode_tokens", baseline.decode_tokens)
     metrics = evaluate(model, tokenizer, {VARIANT: plan}, lengths=chosen, **evaluation)
     return judge(metrics, VARIANT, thresholds or Thresholds(), baseline=baseline, baseline_name=recorded)
+
+
+def repeated_sequences(baseline: Metrics | None, plan: Plan) -> int:
+    """How many needle sequences to judge: those of the baseline again, at most 48, since what has a heavy tail differs between few and many."""
+    if baseline is None or not baseline.results:
+        return MOST_SEQUENCES
+    name = baseline_variant(baseline, plan)
+    return min(MOST_SEQUENCES, max(baseline.at(length, name).needle.num_sequences for length in baseline.results))
 
 
 def _repeated_suite(asked: SuiteSpec | None, recorded: SuiteSpec | None) -> SuiteSpec | None:

@@ -262,11 +262,17 @@ class Plan(_Frozen):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a plan file.
+        """Read a plan file, or the plan that a checkpoint directory carries.
 
         Raises:
             ArtifactError: it is missing, truncated, foreign, edited, or of a newer major version.
         """
+        if Path(path).is_dir():
+            from sparsesearch.embedded_plan import plan_of_checkpoint  # which reads plans by this module
+
+            plan = plan_of_checkpoint(Path(path))
+            assert isinstance(plan, cls)
+            return plan
         content = parse_json(read_text(Path(path)), source=str(path), format=FORMAT, schema_version=SCHEMA_VERSION)
         return cls.from_dict(content, source=str(path))
 

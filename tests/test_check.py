@@ -7,7 +7,7 @@ import pytest
 import torch
 from embedded_model import embedded, silence, silencing
 
-from sparsesearch.check import _repeated_suite, baseline_variant, check, judge
+from sparsesearch.check import _repeated_suite, baseline_variant, check, judge, repeated_sequences
 from sparsesearch.check_result import CheckResult, Thresholds
 from sparsesearch.errors import PlanMismatchError, RegressionError, SpecError
 from sparsesearch.evaluate import Metrics, SuiteSpec
@@ -88,6 +88,18 @@ def test_a_baseline_allows_two_standard_errors_of_the_difference(plan: dict[str,
         _metrics(**{"kl": 0.020, **plan}), "plan", Thresholds(recovery=None), baseline=baseline, baseline_name="plan"
     )
     assert _failed(result) == failed
+
+
+def test_a_check_repeats_the_baselines_sequences() -> None:
+    """A few sequences of a heavy-tailed figure say nothing of the mean over many: a plan would fail its own baseline."""
+    plan = silencing()
+    baseline = _metrics()
+    assert repeated_sequences(None, plan) == 48
+    assert repeated_sequences(baseline, plan) == 48, "not all 96"
+    cells = baseline.model_dump(mode="json")
+    for cell in cells["results"]["1024"].values():
+        cell["needle"]["num_sequences"] = 8
+    assert repeated_sequences(Metrics.model_validate(cells), plan) == 8
 
 
 def test_a_baseline_of_other_lengths_is_refused() -> None:

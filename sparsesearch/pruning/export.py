@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsesearch.artifacts import write_bytes
 from sparsesearch.cut import Cut
+from sparsesearch.embedded_plan import embedded
 from sparsesearch.errors import SpecError, UnsupportedModelError
 from sparsesearch.plan import Plan
 from sparsesearch.pruning.apply import attention_after_cut
@@ -282,7 +283,7 @@ def _write_plan(
     if rest is not None:
         attending: list[Any] = [site.module.config for site in attention_sites(narrow)]
         config["attn_implementation"] = json_implementation(sparse_implementation(narrow.config, attending))
-        config[NAME] = rest.to_dict()
+        config[NAME] = embedded(rest)
         write_bytes(staging / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     plan.save(staging / PLAN_FILE)
     card = place / "README.md" if isinstance(place, Path) and place.is_dir() else staging / "README.md"

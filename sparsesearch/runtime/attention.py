@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sparsesearch.embedded_plan import CONFIG_KEY
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.rules.base import Rule
 from sparsesearch.rules.zero import Zero
@@ -25,7 +26,7 @@ from sparsesearch.runtime.binding import LayerBinding, binding_of
 from sparsesearch.runtime.mask_code import MaskCode, Span, element_mask, is_mask_code, spans_of
 from sparsesearch.runtime.rule_attention import attend_rule, attend_static, pick_heads, take
 
-NAME = "sparsesearch"
+NAME = CONFIG_KEY
 LAW_KEYWORD = "sparsesearch_law_tokens"
 PROBE_KEYWORD = "sparsesearch_probe"
 _MOST_MASK_ELEMENTS = 1 << 30

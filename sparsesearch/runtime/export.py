@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsesearch.artifacts import write_bytes
+from sparsesearch.embedded_plan import embedded
 from sparsesearch.errors import ArtifactError, SpecError, UnsupportedModelError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import NAME
@@ -200,7 +201,7 @@ def _write_ours(
     staging: Path, plan: Plan, config: dict[str, Any], implementation: Any, base_card: Path, command: str | None
 ) -> None:
     """Config, plan copy and model card."""
-    patched = {**config, "attn_implementation": implementation, NAME: plan.to_dict()}
+    patched = {**config, "attn_implementation": implementation, NAME: embedded(plan)}
     write_bytes(staging / "config.json", (json.dumps(patched, indent=2, sort_keys=True) + "\n").encode())
     plan.save(staging / PLAN_FILE)
     write_bytes(staging / "README.md", model_card(plan, base_card, command).encode())

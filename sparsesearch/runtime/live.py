@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sparsesearch.embedded_plan import embedded
 from sparsesearch.errors import PlanMismatchError, SparseSearchError, SpecError
 from sparsesearch.plan import BaseModelInfo, Plan
 from sparsesearch.runtime.attention import NAME
@@ -59,7 +60,7 @@ class AppliedPlan(Removable):
             bind(module, binding)
         ours = sparse_implementation(self.model.config, [_config_of(module) for module, _, _ in self._bindings])
         self.model.set_attn_implementation(ours)
-        setattr(self.model.config, NAME, self.plan.to_dict())
+        setattr(self.model.config, NAME, embedded(self.plan))
         # a plain attribute: save_pretrained writes it, so a re-saved model stays sparse instead of turning dense in silence
         self.model.config.attn_implementation = json_implementation(ours)
         if not all(binding.all_dense for _, binding, _ in self._bindings):

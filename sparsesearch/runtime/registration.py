@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from sparsesearch.plan import Plan
+from sparsesearch.embedded_plan import read_embedded
 from sparsesearch.runtime.attention import NAME, sparse_attention
 from sparsesearch.runtime.configuration import implementation_of, plan_content
 from sparsesearch.runtime.live import attach
@@ -51,7 +51,7 @@ def bind_loaded(model: PreTrainedModel) -> None:
             stacklevel=3,
         )
         return
-    attach(model, Plan.from_dict(content, source=f"{model.name_or_path}: config.json: {NAME}"))
+    attach(model, read_embedded(content, source=f"{model.name_or_path}: config.json: {NAME}"))
 
 
 def _names(implementation: Any) -> set[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsesearch.artifacts import read_text
+from sparsesearch.embedded_plan import is_stamped, read_embedded
 from sparsesearch.errors import ArtifactError
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.attention import NAME
@@ -87,7 +88,10 @@ def verify(
         problems.append("no head is patched: the checkpoint runs dense")
     found, stated = weights_sha256(model), plan.base_model.weights_sha256
     if stated is not None and found != stated:
-        problems.append(f"the weights ({str(found)[:12]}) are not those the plan was made for ({stated[:12]})")
+        problems.append(
+            f"the weights ({str(found)[:12]}) are not those the plan was made for ({stated[:12]}): of a fine-tuned copy, take the plan anew by "
+            f"`sparsesearch apply {place} {place} -o NEW --allow-other-weights`"
+        )
     prefill_error = decode_error = math.nan
     # float32 rounding grows with every layer's sums; the oracle itself moves by about this much when summation order changes
     tolerance = 2**12 * torch.finfo(torch.float32).eps
@@ -121,7 +125,7 @@ def _plans(directory: Path, intended: Plan | None) -> tuple[Plan, list[str]]:
         raise ArtifactError(
             f"{directory}/config.json must carry a plan under {NAME!r}, but does not. Make it with `sparsesearch apply`."
         )
-    plan = Plan.from_dict(config[NAME], source=f"{directory}/config.json")
+    plan = read_embedded(config[NAME], source=f"{directory}/config.json")
     problems = []
     if NAME not in json.dumps(config.get("attn_implementation")):
         problems.append(
@@ -129,10 +133,10 @@ def _plans(directory: Path, intended: Plan | None) -> tuple[Plan, list[str]]:
         )
     copy = directory / PLAN_FILE
     if not copy.is_file():
-        problems.append(
-            f"{PLAN_FILE} is missing, so that an edited config.json would go unseen: save_pretrained leaves it out, copy the one that "
-            "`sparsesearch apply` wrote"
-        )
+        if not is_stamped(config[NAME]):
+            problems.append(
+                f"{PLAN_FILE} is missing, so that an edited config.json would go unseen: it was written before plans in it had a checksum"
+            )
     elif (other := (intended or Plan.load(copy)).sha256) != plan.sha256:
         problems.append(f"{PLAN_FILE} ({other[:12]}) is not the plan in config.json ({plan.sha256[:12]})")
     return plan, problems

@@ -233,17 +233,57 @@ def edit_config(folder, change):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def unstamp(config):
+    """As checkpoints were before the plan in them had a checksum."""
+    for name in ("format", "schema_version", "sha256"):
+        del config["sparsesearch"][name]
+
+
 def test_verify_finds_a_changed_plan_copy(base, tmp_path):
     out = export(base, tmp_path).path
     base[1].model_copy(update={"lengths_tokens": (1,)}).save(out / "sparse_plan.json")
     assert any("sparse_plan.json" in problem for problem in verify(out).problems)
     (out / "sparse_plan.json").unlink()
+    assert verify(out).ok, "config.json has a checksum of its own"
+    edit_config(
+        out, lambda config: [config["sparsesearch"].pop(name) for name in ("format", "schema_version", "sha256")]
+    )
     (problem,) = verify(out).problems
     assert problem.startswith("sparse_plan.json is missing")
-    assert "save_pretrained leaves it out" in problem
     (out / "sparse_plan.json").write_text("{}")
     with pytest.raises(ArtifactError):
         verify(out)
+
+
+def test_an_edited_plan_is_refused_wherever_it_is_read(base, tmp_path):
+    out = export(base, tmp_path).path
+    assert sparsesearch.Plan.load(out) == base[1]
+    edit_config(out, lambda config: config["sparsesearch"].update(block_tokens=32))
+    for read in (sparsesearch.Plan.load, verify, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ArtifactError, match="does not match its own checksum"):
+            read(out)
+    edit_config(out, lambda config: config.pop("sparsesearch"))
+    with pytest.raises(ArtifactError, match="must carry a plan"):
+        sparsesearch.Plan.load(out)
+    with pytest.raises(ArtifactError, match=r"has no config\.json"):
+        sparsesearch.Plan.load(tmp_path)
+
+
+def test_a_saved_copy_keeps_the_plan_and_its_checksum(base, tmp_path):
+    """What a user does who trains a patched checkpoint further; the copy beside the config is lost, the plan is not."""
+    model = AutoModelForCausalLM.from_pretrained(export(base, tmp_path).path)
+    model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "sparse_plan.json").exists()
+    assert verify(tmp_path / "saved").ok
+    with torch.no_grad():
+        model.model.norm.weight += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    (problem,) = verify(tmp_path / "tuned").problems
+    assert "--allow-other-weights" in problem
+    plan = sparsesearch.Plan.load(tmp_path / "tuned")
+    assert plan == base[1]
+    sparsesearch.export(plan, tmp_path / "tuned", tmp_path / "again", allow_other_weights=True)
+    assert verify(tmp_path / "again").ok
 
 
 def test_verify_finds_changed_weights(base, tmp_path):
@@ -287,6 +327,7 @@ def test_verify_refuses_what_is_no_patched_checkpoint(base, tmp_path):
 
 def test_a_damaged_plan_in_the_config_is_refused_at_load(base, tmp_path):
     out = export(base, tmp_path).path
+    edit_config(out, unstamp)
     edit_config(out, lambda config: config["sparsesearch"]["assignments"].update({"model.layers.9.self_attn": []}))
     with pytest.raises(ArtifactError, match=r"model\.layers\.9"):
         AutoModelForCausalLM.from_pretrained(out)

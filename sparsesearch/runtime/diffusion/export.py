@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsesearch.artifacts import read_text, write_bytes
+from sparsesearch.embedded_plan import embedded
 from sparsesearch.errors import ArtifactError, PlanMismatchError, SpecError, nearest
 from sparsesearch.plan import Plan
 from sparsesearch.runtime.diffusion.guard import CONFIG_KEY, guarded
@@ -60,7 +61,7 @@ def export_diffusers(
         for component, plan in plans.items():
             folder = staging / component
             config = json.loads(read_text(folder / "config.json"))
-            carrying = guarded({**config, CONFIG_KEY: plan.to_dict()})
+            carrying = guarded({**config, CONFIG_KEY: embedded(plan)})
             content = json.dumps(carrying, indent=2, sort_keys=True) + "\n"
             write_bytes(folder / "config.json", content.encode())
             plan.save(folder / PLAN_FILE)

@@ -7,7 +7,9 @@ mark away before diffusers looks, and saving puts it back.
 
 from typing import Any
 
-CONFIG_KEY = "_sparsesearch"
+from sparsesearch.embedded_plan import PRIVATE_CONFIG_KEY
+
+CONFIG_KEY = PRIVATE_CONFIG_KEY
 """Where a config carries its plan."""
 METHOD = "sparsesearch (this model carries a sparse plan: run `import sparsesearch` before loading it)"
 _QUANTIZATION, _INNER = "quantization_config", "inner"

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from sparsesearch.plan import Plan
+from sparsesearch.embedded_plan import read_embedded
 from sparsesearch.runtime.diffusion.guard import CONFIG_KEY, guarded, unguarded
 
 _WRAPPED = "_sparsesearch_wrapped"
@@ -129,7 +129,7 @@ def bind_loaded(model: Any) -> None:
     content = dict(model.config).get(CONFIG_KEY) if _binding[0] else None
     if content is not None:
         where = f"{model.config.get('_name_or_path', type(model).__name__)}: config.json: {CONFIG_KEY}"
-        AppliedTransformer(model, Plan.from_dict(content, source=where), "auto")
+        AppliedTransformer(model, read_embedded(content, source=where), "auto")
 
 
 def watch_scheduler(pipeline: Any, modules: dict[str, Any]) -> None:
