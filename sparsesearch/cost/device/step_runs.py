@@ -161,7 +161,7 @@ def joined_runs(bench: Bench, batches: Sequence[int], blocks: int) -> Iterator[R
             asked = q.index_select(1, heads)  # noqa: B023
             where = {"scale": scale, "table": table, "page_tokens": BLOCK_TOKENS}
             chosen = ragged_decode(asked, k, v, first, chosen_lens, **where)[0]  # noqa: B023
-            return out.index_copy(1, heads, chosen)  # noqa: B023
+            return out.index_copy_(1, heads, chosen)  # noqa: B023
 
         timed = bench.time(run, copies=turns, warm_s=0.02)
         fixed = {"name": BoundsTopk.kind_name(), "head_dim": CHOICE_DIM, "block_tokens": BLOCK_TOKENS}
