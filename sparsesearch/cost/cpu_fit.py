@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import nnls
 
 from sparsesearch.cost.cpu_cases import Case, Grid, clock, estimators
+from sparsesearch.cost.cpu_layers import fit_layers
 from sparsesearch.cost.table import CostTable, Curve, DecodeCost, TableCostModel, TileCost
 
 
@@ -29,6 +30,7 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
         estimators={kind: curves[0] for kind, curves in choosing.items()},
         estimator_calls={kind: curves[1] for kind, curves in choosing.items()},
         tiles=tiles,
+        layers=fit_layers(cases),
         decode=_fit_decode([case for case in cases if case.group == "decode"]),
         fit={"tiles_mape": float(np.mean(errors)), "repeat_spread_median": float(np.median(spread))},
         provenance=_provenance(dtype, settings),
