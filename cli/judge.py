@@ -25,6 +25,7 @@ FOR_TEXT = (
         "num_sequences",
         "num_needles",
         "data",
+        "decode_tokens",
         "timing_rounds",
         "cost_model",
         "tasks",
@@ -51,6 +52,13 @@ def evaluate(
     num_sequences: o.HeldOutNeedles = 96,
     num_needles: o.NumNeedles = None,
     data: o.TextData = "text",
+    decode_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Decode so many of each sequence's last tokens one by one, as they would be served; agreement, KL and loss are then of these.",
+            min=0,
+        ),
+    ] = 0,
     timing_rounds: Annotated[int, typer.Option(help="Prefill measurements per variant; 0 for none.", min=0)] = 5,
     cost_model: Annotated[
         str | None, typer.Option(help="Whose predictions stand beside the times; the device's own by default.")
@@ -101,6 +109,7 @@ def evaluate(
             num_sequences=num_sequences,
             num_needles=num_needles,
             data=data,
+            decode_tokens=decode_tokens,
             seed=seed,
             timing_rounds=timing_rounds,
             cost_model=_priced(cost_model, live, opened, min(judged)) if timing_rounds else None,

@@ -32,6 +32,7 @@ def _show_predictions(metrics: "Metrics", length: int) -> None:
 
 def show_metrics(metrics: "Metrics") -> None:
     """One table per length."""
+    decoded = f", the last {metrics.decode_tokens} tokens decoded" if metrics.decode_tokens else ""
     for length in metrics.lengths_tokens:
         rows = []
         for name in metrics.variants:
@@ -48,7 +49,7 @@ def show_metrics(metrics: "Metrics") -> None:
                 ]
             )
         table(
-            f"{metrics.model}, {length} tokens, {metrics.at(length, 'dense').needle.num_sequences} sequences",
+            f"{metrics.model}, {length} tokens, {metrics.at(length, 'dense').needle.num_sequences} sequences{decoded}",
             ["variant", "density", "needle", "KL text", "KL answer", "text loss", "prefill (ms)"],
             rows,
         )

@@ -69,6 +69,10 @@ def predict(
         lines("Of a decoded token, only the attention is known on a CPU; memory is cache alone.")
     if any(one.fused_step for pair in found for one in pair.values()):
         lines("Decoding is that of the fused step, dense and under the plan.")
+    if unpriced := sorted({kind for pair in found for kind in pair["plan"].unpriced_choices}):
+        lines(
+            f"{costs.name} has no price for what {', '.join(unpriced)} choose while decoding: they are priced as reading every key."
+        )
     if caveat(costs.name):
         lines(f"{costs.name}: {caveat(costs.name)}")
 

@@ -36,7 +36,7 @@ def check(
         baseline: what was recorded for this plan, as `eval` writes it; its variant of the plan's hash, `plan`, or its only one counts.
         thresholds: the bounds; the defaults ask for 0.98 of dense.
         lengths: in tokens; those of the baseline, or else of the plan.
-        evaluation: further arguments of `evaluate`, such as `num_sequences`, `seed` and `suite`; the baseline's suite is repeated.
+        evaluation: further arguments of `evaluate`, such as `num_sequences`, `seed` and `suite`; the baseline's suite and decoded tokens are repeated.
 
     Raises:
         SpecError: the baseline has several plans and none is this one, shares no length with this check, or judged other tasks; or the
@@ -47,6 +47,7 @@ def check(
     if baseline is not None:
         _require_shared_length(baseline, chosen)
         evaluation["suite"] = _repeated_suite(evaluation.get("suite"), baseline.suite)
+        evaluation.setdefault("decode_tokens", baseline.decode_tokens)
     metrics = evaluate(model, tokenizer, {VARIANT: plan}, lengths=chosen, **evaluation)
     return judge(metrics, VARIANT, thresholds or Thresholds(), baseline=baseline, baseline_name=recorded)
 

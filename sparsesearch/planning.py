@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from sparsesearch.cost.step_work import unpriced
 from sparsesearch.loss_growth import beyond
 from sparsesearch.plan import Plan
 from sparsesearch.pricing import Pricer
@@ -85,6 +86,10 @@ def _assumptions(profile: Profile, question: Question) -> dict[str, Any]:
     if question.cost_model is not None:
         scope = "attention only" if question.layer_costs is None else "whole model"
         found["seconds"] = f"{scope}; decoding halfway through the generated tokens"
+        rules = profile.manifest.candidates if question.space is None else question.space.candidates
+        generates = any(workload.generate_tokens for workload in question.workloads)
+        if generates and (kinds := unpriced(rules, question.cost_model)):
+            found["unpriced_choices"] = f"{', '.join(kinds)}: priced as reading every key in decoding"
     if any(budget.metric == "memory" for budget in question.budgets):
         found["memory"] = "keys, values and weights" if question.shape else "keys and values; weights unknown"
     lengths = priced_lengths(profile, question)

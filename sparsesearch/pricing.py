@@ -20,6 +20,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost import NAME_ONE
 from sparsesearch.cost.base import CostModel, DecodeWork
 from sparsesearch.cost.layer_calls import unit_work
+from sparsesearch.cost.step_work import cached_tokens, head_works
 from sparsesearch.errors import PlanMismatchError, SpecError
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape, model_shape, shape_of_config
 from sparsesearch.plan import BaseModelInfo
@@ -85,11 +86,14 @@ class Pricer:
 
     def kept_elements(self, length: int) -> Float[ndarray, "U C"]:
         """Cached elements of a KV group's keys after a prompt: kept tokens x head_dim."""
-        return np.asarray(self._cached(Workload(length)) * self._head_dim[:, None])
+        grid = self._last_query(Workload(length))
+        return self._per_unit([float(rule.kept_tokens(grid)) for rule in self.profile.manifest.candidates])
 
     def kv_bytes(self, workload: Workload) -> Float[ndarray, "U C"]:
-        """Bytes of a KV group's keys and values after the last token, for the whole batch."""
-        return np.asarray(self._cached(workload) * self._head_dim[:, None] * (2.0 * self.dtype_bytes * workload.batch))
+        """Bytes of a KV group's keys and values after the last token, for the whole batch; with the bounds of blocks that a rule asks for."""
+        grid = self._last_query(workload)
+        held = self._per_unit([cached_tokens((rule,), grid) for rule in self.profile.manifest.candidates])
+        return np.asarray(held * (2.0 * self.dtype_bytes * workload.batch))
 
     def ttft_s(self, workload: Workload) -> Float[ndarray, "U C"]:
         """Seconds of a unit's prefill attention for the whole batch."""
@@ -103,27 +107,31 @@ class Pricer:
 
     def tpot_s(self, workload: Workload) -> Float[ndarray, "U C"]:
         """Seconds of a KV group's attention per decoding step of the whole batch, halfway through the generated tokens."""
-        kept = self._cached(workload, halfway=True)
-        works = [
-            DecodeWork(tokens, int(self._head_dim[row]), len(unit.heads), workload.batch, self.dtype_bytes)
-            for row, unit in enumerate(self.units)
-            for tokens in kept[row].tolist()
-        ]
-        return np.asarray(self._model().decode_latency_s(works)).reshape(kept.shape)
+        grid, rules = self._last_query(workload, halfway=True), self.profile.manifest.candidates
+        sizes = [(len(unit.heads), int(size)) for unit, size in zip(self.units, self._head_dim, strict=True)]
+
+        def works(heads: int, head_dim: int) -> list[DecodeWork]:
+            each = {"head_dim": head_dim, "batch": workload.batch, "dtype_bytes": self.dtype_bytes}
+            return [work for rule in rules for work in head_works((rule,) * heads, grid, **each)]
+
+        seconds = {size: self._model().decode_latency_s(works(*size)) for size in set(sizes)}  # units repeat each other
+        return np.stack([seconds[size] for size in sizes])
 
     def decode_calls_s(self) -> float:
         """Seconds of a decoding step's attention that no plan changes."""
         return self._model().decode_call_s * len(self.profile.manifest.base_model.modules)
 
-    def _cached(self, workload: Workload, *, halfway: bool = False) -> Float[ndarray, "U C"]:
-        """Cached tokens per sequence; laws stay at the prompt's length while decoding."""
+    def _last_query(self, workload: Workload, *, halfway: bool = False) -> BlockGrid:
+        """The last token against all before it; laws stay at the prompt's length while decoding."""
         generated = -(-workload.generate_tokens // 2) if halfway else workload.generate_tokens
         context = workload.prompt_tokens + generated
-        grid = BlockGrid(
+        return BlockGrid(
             1 if generated else context, context, self.profile.manifest.block_tokens, law_len=workload.prompt_tokens
         )
-        kept = np.array([float(rule.kept_tokens(grid)) for rule in self.profile.manifest.candidates])
-        return np.tile(kept, (len(self.units), 1))
+
+    def _per_unit(self, tokens: Sequence[float]) -> Float[ndarray, "U C"]:
+        """Elements per unit that so many tokens have under each candidate."""
+        return np.asarray(np.array(tokens)[None] * self._head_dim[:, None])
 
     def _dynamic_density(self, column: int, length: int) -> Float[ndarray, " U"]:
         known = sorted(self.profile.manifest.lengths)

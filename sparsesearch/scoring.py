@@ -17,7 +17,7 @@ from sparsesearch.errors import SpecError
 from sparsesearch.loss_growth import beyond, decode_growth, prefill_growth
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.pricing import Pricer
-from sparsesearch.profiling.proxies import objective_loss, phase_losses
+from sparsesearch.profiling.proxies import chooses_in_steps, objective_loss, phase_losses
 from sparsesearch.profiling.record import Profile
 from sparsesearch.rules import Rule
 from sparsesearch.scores import WHOLE, LayerMenus, ScoreTable
@@ -227,6 +227,7 @@ def _losses(profile: Profile, question: Question, ledger: "_Ledger") -> Float[nd
             question.granularity,
             answer_weight=question.answer_weight,
             sample_weights=question.sample_weights,
+            generates=any(workload.generate_tokens for workload in question.workloads),
         )
         return _grown(loss, np.maximum(growth, decode_growth(ledger.prefill, generating)))
     if question.sample_weights is not None:
@@ -237,7 +238,8 @@ def _losses(profile: Profile, question: Question, ledger: "_Ledger") -> Float[nd
         profile, question.objective, question.granularity, answer_weight=question.answer_weight
     )
     decode = _grown(decode, decode_growth(ledger.decode, generating))
-    acts = [not (rule.dynamic or rule.needs_calibration or rule.reuses) for rule in profile.manifest.candidates]
+    static = [not (rule.dynamic or rule.needs_calibration or rule.reuses) for rule in profile.manifest.candidates]
+    acts = static | chooses_in_steps(profile)
     return np.concatenate([_grown(prefill, growth), np.where(acts, decode, np.inf)])
 
 

@@ -104,10 +104,14 @@ def main() -> None:
 
 def base_model_of(name: str) -> BaseModelInfo:
     """The heads of a named shape, without weights."""
-    shape = model_shape(name)
+    return heads_of(model_shape(name))
+
+
+def heads_of(shape: ModelShape) -> BaseModelInfo:
+    """A model of that shape, without weights."""
     heads = shape.geometry
     return BaseModelInfo(
-        name_or_path=name,
+        name_or_path=shape.name,
         model_type=shape.model_type,
         modules=heads.modules,
         num_heads=heads.num_heads,

@@ -1,7 +1,8 @@
 """What a cost model is asked, and what it must answer."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Float
@@ -58,15 +59,40 @@ class UnitWork:
 
 
 @dataclass(frozen=True)
+class StepChoice:
+    """That query heads choose for every decoded token which cached blocks they read.
+
+    Attributes:
+        kind: of the rule by which they choose.
+        cached_tokens: keys that are there to choose among, per sequence.
+        block_tokens: keys per block.
+    """
+
+    kind: str
+    cached_tokens: float
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.cached_tokens < 0 or self.block_tokens < 1:
+            raise SpecError(f"cached_tokens must not be negative and block_tokens at least 1, but got {self}.")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to choose among."""
+        return math.ceil(self.cached_tokens / self.block_tokens)
+
+
+@dataclass(frozen=True)
 class DecodeWork:
     """What one KV head computes to decode one token in every sequence of a batch.
 
     Attributes:
-        kv_tokens: cached keys that are read, per sequence.
+        kv_tokens: cached keys that are read, per sequence; with a `choice`, by every query head for itself.
         head_dim: elements per head.
         query_heads: query heads that share the KV head.
         batch: sequences decoded together.
         dtype_bytes: bytes per cached element.
+        choice: how the query heads choose what they read; None: they share one pass over the same keys.
     """
 
     kv_tokens: float
@@ -74,15 +100,32 @@ class DecodeWork:
     query_heads: int = 1
     batch: int = 1
     dtype_bytes: int = 2
+    choice: StepChoice | None = None
 
     def __post_init__(self) -> None:
         if min(self.head_dim, self.query_heads, self.batch, self.dtype_bytes) < 1 or self.kv_tokens < 0:
             raise SpecError(f"sizes must be positive and kv_tokens not negative, but got {self}.")
 
     @property
+    def passes(self) -> int:
+        """Times that keys are read: once for all query heads, or by each that chooses."""
+        return 1 if self.choice is None else self.query_heads
+
+    @property
     def kv_bytes(self) -> float:
         """Bytes of keys and values that are read."""
-        return 2.0 * self.kv_tokens * self.head_dim * self.batch * self.dtype_bytes
+        return 2.0 * self.kv_tokens * self.head_dim * self.batch * self.dtype_bytes * self.passes
+
+    @property
+    def bounds_bytes(self) -> float:
+        """Bytes that tell blocks apart: the smallest and the largest value of each channel, as Quest keeps them; 0 without a choice."""
+        blocks = 0 if self.choice is None else self.choice.num_blocks
+        return 2.0 * blocks * self.head_dim * self.batch * self.dtype_bytes
+
+    @property
+    def reading_all(self) -> "DecodeWork":
+        """The same where the choice is not known to save anything: every cached key is read, once."""
+        return self if self.choice is None else replace(self, kv_tokens=self.choice.cached_tokens, choice=None)
 
 
 class OfDevice(Protocol):
@@ -99,6 +142,10 @@ class OfDevice(Protocol):
     @property
     def measured(self) -> bool:
         """False for a model made from a datasheet; shown wherever its numbers are."""
+
+    @property
+    def step_choices(self) -> frozenset[str]:
+        """Kinds of rules whose choice for a decoded token has a price; works that choose otherwise are priced as reading every key."""
 
 
 @runtime_checkable

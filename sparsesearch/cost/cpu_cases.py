@@ -22,6 +22,7 @@ from sparsesearch.cost.base import UnitWork
 from sparsesearch.kernels.reference import running_mean
 from sparsesearch.kernels.torch_gather import tile_attention_torch
 from sparsesearch.rules import Rule, rule_kinds
+from sparsesearch.rules.dense_source import DenseSource
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 24
 NUM_BUFFERS = 2
@@ -107,6 +108,11 @@ def _curve_cases(shapes: Grid) -> list[Case]:
             cases.append(Case("dense", head_dim, tokens, heads, _dense(head_dim)))
         for tokens in shapes.decode_tokens:
             cases.append(Case("decode", head_dim, tokens, 4, _one_query))
+            grid = BlockGrid(1, tokens, 64)
+            cases += [
+                Case(step_group(kind), head_dim, tokens, 4, partial(_choosing_query, rule, grid))
+                for kind, rule in step_rules().items()
+            ]
         for tokens in shapes.estimator_tokens:
             grid = BlockGrid(tokens, tokens, 64)
             cases.append(Case("mean_value", head_dim, tokens, 4, partial(_mean_value, grid)))
@@ -125,6 +131,23 @@ def estimators() -> dict[str, Rule]:
         for kind, rule in rule_kinds().items()
         if rule.dynamic and not (rule.reuses or rule.needs_layout)
     }
+
+
+def step_rules() -> dict[str, Rule]:
+    """Of these, the rules that choose by themselves for a decoded token."""
+    return {kind: rule for kind, rule in estimators().items() if rule.decodes and not isinstance(rule, DenseSource)}
+
+
+def step_group(kind: str) -> str:
+    """Of the cases in which a rule chooses for a decoded token and attends."""
+    return f"step {kind}"
+
+
+def _choosing_query(rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `runtime.rule_attention` does it: what tells blocks apart is worked out anew from all keys."""
+    newest = q[:, :, -1:]
+    tiles = rule.select(grid, newest, k)
+    return tile_attention_torch(newest, k, v, tiles, grid, scale=q.shape[-1] ** -0.5)
 
 
 def _select(rule: Rule, grid: BlockGrid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

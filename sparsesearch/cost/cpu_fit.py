@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from sparsesearch.cost.cpu_cases import Case, Grid, clock, estimators
+from sparsesearch.block_mask import BlockGrid
+from sparsesearch.cost.cpu_cases import Case, Grid, clock, estimators, step_group, step_rules
 from sparsesearch.cost.cpu_layers import fit_layers
 from sparsesearch.cost.table import CostTable, Curve, DecodeCost, TableCostModel, TileCost
 
@@ -19,6 +20,7 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
     dtype_bytes = torch.finfo(dtype).bits // 8
     tiles, errors = _fit_tiles([case for case in cases if case.group == "tiles"])
     choosing = {kind: _choosing_curves([case for case in cases if case.group == kind], shapes) for kind in estimators()}
+    decode = _fit_decode([case for case in cases if case.group == "decode"])
     spread = [float(np.median(case.seconds)) / min(case.seconds) - 1 for case in cases]
     table = CostTable(
         name="cpu",
@@ -31,7 +33,8 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
         estimator_calls={kind: curves[1] for kind, curves in choosing.items()},
         tiles=tiles,
         layers=fit_layers(cases),
-        decode=_fit_decode([case for case in cases if case.group == "decode"]),
+        decode=decode,
+        step_choices=_fit_steps(cases, decode),
         fit={"tiles_mape": float(np.mean(errors)), "repeat_spread_median": float(np.median(spread))},
         provenance=_provenance(dtype, settings),
     )
@@ -105,6 +108,24 @@ def _fit_decode(cases: Sequence[Case]) -> tuple[DecodeCost, ...]:
         (head_s, key_s), _ = nnls(features / seconds[:, None], np.ones(len(own)))
         fits.append(DecodeCost(head_dim=head_dim, head_s=float(head_s), key_s=max(float(key_s), 1e-12)))
     return tuple(fits)
+
+
+def _fit_steps(cases: Sequence[Case], decode: Sequence[DecodeCost]) -> dict[str, tuple[Curve, ...]]:
+    """What choosing adds, per query head, to reading the keys that are chosen."""
+    found: dict[str, tuple[Curve, ...]] = {}
+    for kind, rule in step_rules().items():
+        curves = []
+        for cost in decode:
+            own = [case for case in cases if (case.group, case.head_dim) == (step_group(kind), cost.head_dim)]
+            read_s = [cost.head_s + cost.key_s * rule.step_tokens(BlockGrid(1, case.tokens, 64)) for case in own]
+            beyond = [max(case.taken_s / case.heads - s, 1e-9) for case, s in zip(own, read_s, strict=True)]
+            seconds = tuple(np.maximum.accumulate(beyond).tolist()) if own else ()
+            if len(own) > 1:
+                tokens = tuple(case.tokens for case in own)
+                curves.append(Curve(head_dim=cost.head_dim, tokens=tokens, seconds=seconds))
+        if curves:
+            found[kind] = tuple(curves)
+    return found
 
 
 def _held_out_errors(model: TableCostModel, cases: Sequence[Case], dtype_bytes: int) -> dict[str, float]:

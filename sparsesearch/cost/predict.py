@@ -15,6 +15,7 @@ from sparsesearch.cost.layer_calls import CallCosts, calls_of, chooses
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import activation_bytes, decode_rest_s, is_fused, prefill_rest_s
 from sparsesearch.cost.layer_schedule import layer_schedule
+from sparsesearch.cost.step_work import cached_tokens, head_works, step_choice
 from sparsesearch.errors import PlanMismatchError
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.plan import Plan
@@ -37,8 +38,9 @@ class LayerPrediction:
         attention_s: prefill attention.
         index_s: choosing tiles, for dynamic rules.
         decode_attention_s: decoding attention per step, halfway through the generated tokens.
-        kv_bytes: cache after the last token.
+        kv_bytes: cache after the last token, with the bounds of blocks where a rule asks for them.
         module: its attention module.
+        step_choices: kinds of its rules that choose for every decoded token.
     """
 
     density: float
@@ -47,6 +49,7 @@ class LayerPrediction:
     decode_attention_s: float = 0.0
     kv_bytes: float = 0.0
     module: str = ""
+    step_choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Prediction:
         fused_step: whether `tpot_s` is that of the fused step.
         peak_bytes: weights, cache and the largest activations of prefill; None on a CPU.
         layers: layer by layer.
+        unpriced_choices: kinds of rules that choose while decoding but have no price on this device: `tpot_s` has them read every key.
     """
 
     workload: Workload
@@ -81,6 +85,7 @@ class Prediction:
     fused_step: bool
     peak_bytes: float | None
     layers: tuple[LayerPrediction, ...]
+    unpriced_choices: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -133,6 +138,7 @@ def predict(
         fused_step=steps is not None and workload.generate_tokens > 0 and is_fused(shape, steps, workload.batch),
         peak_bytes=None if steps is None else weight_bytes + kv_bytes + activation_bytes(shape, tokens, dtype_bytes),
         layers=layers,
+        unpriced_choices=tuple(sorted({kind for one in layers for kind in one.step_choices} - costs.step_choices)),
     )
 
 
@@ -168,7 +174,6 @@ def _layer(
         block_tokens = DENSE_BLOCK_TOKENS  # the runtime leaves such a layer to the model's own attention
     halfway = workload.prompt_tokens + -(-workload.generate_tokens // 2)
     step = decode_works(decode_rules, block_tokens, shape, workload, halfway, dtype_bytes)
-    kept = decode_works(decode_rules, block_tokens, shape, workload, workload.last_context_tokens, dtype_bytes)
     if isinstance(costs, LayerCosts):
         prefill = _scheduled(rules, tile_rules, block_tokens, shape, workload, costs)
     else:
@@ -176,7 +181,8 @@ def _layer(
     return replace(
         prefill,
         decode_attention_s=_step_s(costs, step) if workload.generate_tokens else 0.0,
-        kv_bytes=sum(work.kv_bytes for work in kept),
+        kv_bytes=_cache_bytes(decode_rules, block_tokens, shape, workload, dtype_bytes),
+        step_choices=_choice_names(decode_rules, block_tokens, workload),
     )
 
 
@@ -236,14 +242,31 @@ def _step_s(costs: LayerCosts | CallCosts, works: tuple[DecodeWork, ...]) -> flo
 def decode_works(
     rules: tuple[Rule, ...], block_tokens: int, shape: ModelShape, workload: Workload, context: int, dtype_bytes: int
 ) -> tuple[DecodeWork, ...]:
-    """What each KV head reads in the step whose last token is number `context`: as many keys as its neediest query head."""
+    """What each KV head reads in the step whose last token is number `context`: see `step_work.head_works`."""
     grid = BlockGrid(1, context, block_tokens, law_len=workload.prompt_tokens)
+    sizes = {"head_dim": shape.head_dim, "batch": workload.batch, "dtype_bytes": dtype_bytes}
+    return tuple(work for own in _by_kv_head(rules, shape) for work in head_works(own, grid, **sizes))
+
+
+def _cache_bytes(
+    rules: tuple[Rule, ...], block_tokens: int, shape: ModelShape, workload: Workload, dtype_bytes: int
+) -> float:
+    """What the layer's cache holds after the last token."""
+    grid = BlockGrid(1, workload.last_context_tokens, block_tokens, law_len=workload.prompt_tokens)
+    tokens = sum(cached_tokens(own, grid) for own in _by_kv_head(rules, shape))
+    return 2.0 * tokens * shape.head_dim * workload.batch * dtype_bytes
+
+
+def _choice_names(rules: tuple[Rule, ...], block_tokens: int, workload: Workload) -> tuple[str, ...]:
+    if not workload.generate_tokens:
+        return ()
+    grid = BlockGrid(1, workload.last_context_tokens, block_tokens, law_len=workload.prompt_tokens)
+    return tuple(sorted({rule.kind for rule in rules if step_choice(rule, grid) is not None}))
+
+
+def _by_kv_head(rules: tuple[Rule, ...], shape: ModelShape) -> list[tuple[Rule, ...]]:
     group = shape.num_heads // shape.num_kv_heads
-    works = []
-    for first in range(0, shape.num_heads, group):
-        kept = max(rule.kept_tokens(grid) for rule in rules[first : first + group])
-        works.append(DecodeWork(kept, shape.head_dim, group, workload.batch, dtype_bytes))
-    return tuple(works)
+    return [rules[first : first + group] for first in range(0, shape.num_heads, group)]
 
 
 def _source(rules: Sequence[tuple[Rule, ...]], layer: int, head: int) -> Rule:

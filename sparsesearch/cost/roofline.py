@@ -12,6 +12,7 @@ from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.kernels.dispatch import Backend
 from sparsesearch.kernels.schedule import TileSchedule, Workers
+from sparsesearch.rules import rule_kinds
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,20 @@ class Roofline:
         return np.array([seconds[work] for work in works])
 
     def decode_latency_s(self, works: Sequence[DecodeWork]) -> Float[ndarray, " works"]:
-        """Keys and values read once at the datasheet's bandwidth, or 4·head_dim FLOPs per query head and key."""
-        bytes_s = np.array([work.kv_bytes for work in works]) / self.datasheet.bytes_per_s
+        """Keys and values read once at the datasheet's bandwidth, or 4·head_dim FLOPs per query head and key.
+
+        Heads that choose what they read read the bounds of all blocks first; other choices are not known to save anything.
+        """
+        works = [work if work.choice and work.choice.kind in self.step_choices else work.reading_all for work in works]
+        bytes_s = np.array([work.kv_bytes + work.bounds_bytes for work in works]) / self.datasheet.bytes_per_s
         flops = [4.0 * work.head_dim * work.query_heads * work.kv_tokens * work.batch for work in works]
         peaks = [self._peak_flop_per_s(max(work.dtype_bytes, 2)) for work in works]
         return np.asarray(np.maximum(bytes_s, np.array(flops) / np.array(peaks)))
+
+    @property
+    def step_choices(self) -> frozenset[str]:
+        """Those that read the bounds of blocks and nothing else."""
+        return frozenset(kind for kind, rule in rule_kinds().items() if rule.reads_bounds)
 
     @property
     def workers(self) -> Workers:

@@ -116,6 +116,11 @@ class CostTable(StoredModel):
     tiles: tuple[TileCost, ...] = Field(min_length=1)
     decode: tuple[DecodeCost, ...] = Field(min_length=1)
     layers: LayerTable | None = Field(None, description="None in files of older calibrations")
+    step_choices: dict[str, tuple[Curve, ...]] = Field(
+        default={},
+        description="dynamic rule kind -> what choosing the blocks that one token reads takes, per query head and cached keys; a rule that is "
+        "missing is priced as reading every key",
+    )
     fit: dict[str, float] = Field(description="errors on the fitted and on held-out runs, and the noise of repeats")
     provenance: dict[str, Any]
 
@@ -182,7 +187,7 @@ class TableCostModel:
         return np.array([seconds[work] for work in works])
 
     def decode_latency_s(self, works: Sequence[DecodeWork]) -> Float[ndarray, " works"]:
-        """Per query head: here a group's heads do not share one pass over the keys.
+        """Per query head: here a group's heads do not share one pass over the keys, whether or not they choose which ones to read.
 
         Raises:
             SpecError: the element size was not measured.
@@ -191,8 +196,19 @@ class TableCostModel:
 
     def _decode_s(self, work: DecodeWork) -> float:
         self._check_dtype(work.dtype_bytes)
+        choice_s = 0.0
+        if work.choice is not None and work.choice.kind not in self.step_choices:
+            work = work.reading_all
+        elif work.choice is not None:
+            curves = self.table.step_choices[work.choice.kind]
+            choice_s = _at(curves, work.head_dim, work.choice.cached_tokens, growth=1.0)
         seconds = {cost.head_dim: cost.head_s + work.kv_tokens * cost.key_s for cost in self.table.decode}
-        return work.batch * work.query_heads * between_sizes(seconds, work.head_dim)
+        return work.batch * work.query_heads * (choice_s + between_sizes(seconds, work.head_dim))
+
+    @property
+    def step_choices(self) -> frozenset[str]:
+        """Rules whose choice for a decoded token was measured."""
+        return frozenset(self.table.step_choices)
 
     @property
     def dtype_bytes(self) -> int:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sparsesearch.errors import UnsupportedModelError
+from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,22 +40,31 @@ class Head:
         self._of_one_token: Any = None
 
     @torch.no_grad()
-    def hidden(self, input_ids: Int64[Tensor, "B S"], *, use_cache: bool = False) -> Float[Tensor, "B S D"]:
-        """One forward of the body (and of the head at the last position): what the output embedding would see."""
+    def hidden(
+        self, input_ids: Int64[Tensor, "B S"], *, use_cache: bool = False, decode_tokens: int = 0
+    ) -> Float[Tensor, "B S D"]:
+        """One forward of the body (and of the head at the last position): what the output embedding would see.
+
+        With `decode_tokens` the sequences are taken in as they are served: the last so many tokens one by one, against the cache of those before.
+        """
         seen: list[Tensor] = []
 
         def last_only(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             seen.append(args[0])
             return (args[0][:, -1:], *args[1:])
 
+        ids, prompt = input_ids.to(self.model.device), input_ids.shape[1] - decode_tokens
         with self._before_embedding(last_only):
-            self.model(input_ids=input_ids.to(self.model.device), use_cache=use_cache)
-        if len(seen) != 1 or seen[0].shape[:2] != input_ids.shape:
+            out: Any = self.model(input_ids=ids[:, :prompt], use_cache=use_cache or decode_tokens > 0)
+            for at in range(prompt, ids.shape[1]):
+                cache = {CACHE_KEYWORD: getattr(out, CACHE_KEYWORD)}
+                out = self.model(input_ids=ids[:, at : at + 1], use_cache=True, **cache)
+        if len(seen) != 1 + decode_tokens or seen[0].shape[:2] != (len(ids), prompt):
             raise UnsupportedModelError(
                 f"a forward of {type(self.model).__name__} must call its output embedding once on all positions, but called it "
-                f"{len(seen)} times; this model cannot be judged."
+                f"{len(seen)} times in {1 + decode_tokens}; this model cannot be judged."
             )
-        return seen[0]
+        return seen[0] if len(seen) == 1 else torch.cat(seen, 1)
 
     @torch.no_grad()
     def logits(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:

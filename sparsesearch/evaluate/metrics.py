@@ -54,6 +54,11 @@ class Metrics(_Frozen):
     plans: dict[str, str] = Field(description="variant -> sha256 of its plan; dense has none")
     data: dict[str, str] = Field(description="description of each data set -> its id")
     suite: SuiteSpec | None = Field(None, description="which tasks were judged besides, and how")
+    decode_tokens: int = Field(
+        0,
+        ge=0,
+        description="how many of a sequence's last tokens plans decoded one by one; agreement, KL and loss are then of these",
+    )
     tasks: TaskTable = Field(default={}, description="length in tokens -> task -> variant -> what was found")
     provenance: dict[str, Any] = Field(description="versions, device, dtype, threads, seed, command")
 

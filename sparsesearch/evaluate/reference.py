@@ -33,7 +33,7 @@ _BATCH_TOKENS_ELSEWHERE = 1 << 15
 
 @dataclass(frozen=True)
 class Comparison:
-    """One variant beside dense, one number per sequence (n sequences); fp64.
+    """One variant beside dense, one number per sequence (n sequences); fp64. Positions: all, or those that were decoded if some were.
 
     Attributes:
         loss: mean of -log p(token) over all positions, nats per token.
@@ -79,6 +79,7 @@ class DenseReference:
         samples: one length or several.
         batch_tokens: tokens that go through the model at once, 4096 on a CPU and 32768 elsewhere by default; a longer sequence goes alone.
         cache_bytes: most memory for dense probabilities.
+        decode_tokens: how many of each sequence's last tokens a plan decodes one by one, as it would serve them; means are then over these.
         apply: how a plan is put on the model; a context manager.
     """
 
@@ -89,13 +90,19 @@ class DenseReference:
         *,
         batch_tokens: int | None = None,
         cache_bytes: int = 1 << 30,
+        decode_tokens: int = 0,
         apply: ApplyPlan = apply,
     ) -> None:
         if not samples:
             raise SpecError("at least one sequence must be given to score plans on.")
+        shortest = min(len(sample.input_ids) for sample in samples)
+        if not 0 <= decode_tokens < shortest - 1:
+            raise SpecError(
+                f"decode_tokens must leave a prompt and something to predict of {shortest} tokens, but is {decode_tokens}."
+            )
         if model.training:
             raise SpecError("the model must be in evaluation mode, but is in training mode: call model.eval().")
-        self._head, self._apply = Head(model), apply
+        self._head, self._apply, self._decode_tokens = Head(model), apply, decode_tokens
         positions = sum(len(sample.input_ids) - 1 for sample in samples)
         keep = positions * self._head.vocab_size * 4 <= cache_bytes
         size = batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS_ELSEWHERE)
@@ -116,10 +123,14 @@ class DenseReference:
             hidden = [batch.hidden for batch in self._batches]
         else:
             with self._apply(self._head.model, plan):
-                hidden = [self._head.hidden(batch.input_ids)[:, :-1].flatten(0, 1) for batch in self._batches]
+                hidden = [self._hidden(batch) for batch in self._batches]
         return Comparison.concatenate(
             [self._compare(batch, rows) for batch, rows in zip(self._batches, hidden, strict=True)]
         )
+
+    def _hidden(self, batch: _Batch) -> Float[Tensor, "R D"]:
+        hidden = self._head.hidden(batch.input_ids, decode_tokens=self._decode_tokens)
+        return hidden[:, :-1].flatten(0, 1)
 
     def _dense(self, samples: Sequence[Sample], *, keep: bool) -> _Batch:
         device = self._head.model.device
@@ -157,11 +168,12 @@ class DenseReference:
         kl_of, loss_of = torch.cat(kl).double().view(shape), torch.cat(loss).double().view(shape)
         predicted = torch.cat(top1)
         answers = dense.answer.sum(-1)  # 0 / 0 below is the NaN that Comparison promises
+        judged = slice(1 - self._decode_tokens, None) if self._decode_tokens else slice(None)
         return Comparison(
-            loss=loss_of.mean(-1).cpu(),
-            kl_text=kl_of.mean(-1).cpu(),
+            loss=loss_of[:, judged].mean(-1).cpu(),
+            kl_text=kl_of[:, judged].mean(-1).cpu(),
             kl_answer=((kl_of * dense.answer).sum(-1) / answers).cpu(),
-            top1_agreement=(predicted == dense.top1).view(shape).double().mean(-1).cpu(),
+            top1_agreement=(predicted == dense.top1).view(shape)[:, judged].double().mean(-1).cpu(),
             needle=answers_right((predicted == dense.target).view(shape), dense.answer).cpu(),
         )
 

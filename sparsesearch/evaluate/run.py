@@ -49,6 +49,7 @@ def evaluate(
     timing_rounds: int = 5,
     cost_model: CostModel | None = None,
     suite: SuiteSpec | None = None,
+    decode_tokens: int = 0,
     apply: ApplyPlan = apply,
     progress: Progress | None = None,
     command: str | None = None,
@@ -73,6 +74,7 @@ def evaluate(
         timing_rounds: prefill measurements per variant and length; 0 measures no time.
         cost_model: of this device; its predictions stand beside what is timed.
         suite: long-context tasks to judge besides, each by itself.
+        decode_tokens: how many of a sequence's last tokens plans decode one by one; agreement, KL and loss are then of these. 0: none.
         apply: how a plan is put on the model.
         progress: called with (what, done, total).
         command: how this was started, for the record.
@@ -99,7 +101,13 @@ def evaluate(
         used |= {part.description: part.id for part in parts}
         samples = [sample for part in parts[:-1] for sample in part.samples]
         found, density = compare_all(
-            model, variants, [*samples, *parts[-1].samples], apply, progress, f"{length} tokens"
+            model,
+            variants,
+            [*samples, *parts[-1].samples],
+            apply,
+            progress,
+            f"{length} tokens",
+            decode_tokens=decode_tokens,
         )
         timed = _timed(model, samples[0], variants, timing_rounds, apply, cost_model)
         results[length] = {
@@ -115,6 +123,7 @@ def evaluate(
         data=used,
         suite=suite,
         tasks=tasks,
+        decode_tokens=decode_tokens,
         provenance=provenance(model, seed, command),
     )
 
@@ -197,6 +206,8 @@ def compare_all(
     apply: ApplyPlan = apply,
     progress: Progress | None = None,
     what: str = "evaluate",
+    *,
+    decode_tokens: int = 0,
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
     """Every variant on every sequence, group by group, so that only one group's dense states are in memory."""
     parts: dict[str, list[Comparison]] = {name: [] for name in variants}
@@ -204,8 +215,9 @@ def compare_all(
     size = max(1, _GROUP_TOKENS // len(samples[0].input_ids))
     for first in range(0, len(samples), size):
         group = samples[first : first + size]
-        alone = model.device.type == "cpu"  # a CPU gains nothing from more than one at a time
-        reference = DenseReference(model, group, batch_tokens=1 if alone else _GROUP_TOKENS, apply=apply)
+        alone = model.device.type == "cpu" and not decode_tokens  # a CPU gains nothing from several prompts at a time
+        size_tokens = 1 if alone else _GROUP_TOKENS
+        reference = DenseReference(model, group, batch_tokens=size_tokens, decode_tokens=decode_tokens, apply=apply)
         for number, (name, plan) in enumerate(variants.items(), start=1):
             with counting(plan, tiles[name]):
                 parts[name].append(reference.compare(plan))

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Sample
 from sparsesearch.profiling.capture import AttentionCall, logits_and_calls
+from sparsesearch.profiling.layer_scores import LayerInput
 from sparsesearch.profiling.losses import SampleGradients, sample_gradients
 from sparsesearch.profiling.projection import projection_gram
-from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, static_tiles
+from sparsesearch.profiling.tile_scores import choose_tiles, static_tiles
 from sparsesearch.rules import Rule
 
 Calibrated = dict[str, dict[str, tuple[Rule, ...]]]

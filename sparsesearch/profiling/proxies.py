@@ -17,16 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.errors import SpecError, nearest
+from sparsesearch.profiling.layer_scores import late_from
 from sparsesearch.profiling.moderation import moderated
 from sparsesearch.profiling.published import PUBLISHED, allowed
 from sparsesearch.profiling.record import Profile
-from sparsesearch.profiling.tile_scores import late_from
+from sparsesearch.profiling.step_outputs import chooses_steps
 from sparsesearch.shapes import Granularity, Unit, units_of
 
 PROXIES = ("text", "answer", "output_error", "dropped_mass", "moa")
@@ -42,7 +43,8 @@ class LengthTerms:
     """Every proxy at one length, averaged over samples, and the tiles each candidate computes."""
 
     proxies: dict[str, Float[ndarray, "U C"]]
-    """`decode_text` and `decode_answer` besides PROXIES, unless the profile is older than they are."""
+    """Besides PROXIES, unless the profile is older than they are: `decode_text` and `decode_answer` of decoding alone, `prompt_answer` of the
+    prompt alone, `served_text` and `served_answer` of both, where a rule that chooses anew for every decoded token does so."""
     tiles: Float[ndarray, "U C"]
 
 
@@ -103,11 +105,11 @@ def _weighed(scores: dict[str, Tensor], share: Float[Tensor, " n"]) -> dict[str,
     def of(name: str, x: Tensor) -> Tensor:
         weight = share.view(-1, *[1] * (x.dim() - 1))
         match name.rpartition(".")[2]:
-            case "fisher":
+            case "fisher" | "prompt_fisher" | "late_fisher":
                 return x * weight.sqrt()
             case "kept_mass":  # read as 1 - mass
                 return 1 - (1 - x) * weight
-            case "tiles" | "output_error":
+            case "tiles" | "output_error" | "late_error":
                 return x * weight
         return x
 
@@ -131,27 +133,44 @@ def _layer_terms(
         return summed
 
     suffix = "_group" if granularity == "kv_group" else ""
-    answer = scores[layer + "answer" + suffix]
     layer_norm = scores[layer + "output_norm"].sum(-1)[:, None, None]
     error = (per_unit(scores[layer + "output_error"]) / layer_norm).mean(0)
 
-    def predicted_kl(fisher: Float[Tensor, "n K H C"], tokens: int) -> Float[Tensor, "u C"]:
+    def predicted_kl(
+        fisher: Float[Tensor, "n K H C"], tokens: int, error: Float[Tensor, "u C"]
+    ) -> Float[Tensor, "u C"]:
         squares = per_unit(fisher).square().mean((0, 1)) / (2 * tokens)
         degrees = weighing.num_samples * fisher.shape[1]
         return torch.from_numpy(moderated(squares.double().numpy(), error.double().numpy(), degrees))
 
+    def answered(name: str) -> Float[Tensor, "u C"]:
+        return torch.einsum("nuc,n->uc", scores[layer + name + suffix], weighing.answer)
+
     terms = {
-        "text": predicted_kl(scores[layer + "fisher"], length),
-        "answer": torch.einsum("nuc,n->uc", answer, weighing.answer),
+        "text": predicted_kl(scores[layer + "fisher"], length, error),
+        "answer": answered("answer"),
         "output_error": error,
         "dropped_mass": per_unit(1 - scores[layer + "kept_mass"]).mean(0).clamp(min=0),
         "moa": per_unit(_moa(profile, scores[layer + "influence"], length)),
         "tiles": per_unit(scores[layer + "tiles"]).mean(0),
     }
     if layer + "late_fisher" in scores:
-        late = predicted_kl(scores[layer + "late_fisher"], length - late_from(length))
-        generated = torch.einsum("nuc,n->uc", scores[layer + "decode_answer" + suffix], weighing.answer)
-        terms |= {"decode_text": late, "decode_answer": generated}
+        late, late_error = length - late_from(length), error
+        if layer + "late_error" in scores:
+            late_norm = scores[layer + "late_norm"].sum(-1)[:, None, None]
+            late_error = (per_unit(scores[layer + "late_error"]) / late_norm).mean(0)
+        terms |= {
+            "decode_text": predicted_kl(scores[layer + "late_fisher"], late, late_error),
+            "decode_answer": answered("decode_answer"),
+        }
+    if layer + "prompt_fisher" in scores:
+        both = scores[layer + "prompt_fisher"] + scores[layer + "late_fisher"]
+        added = (per_unit(scores[layer + "late_error"]) / layer_norm).mean(0)
+        terms |= {
+            "prompt_answer": answered("prompt_answer"),
+            "served_text": predicted_kl(both, length, (1 - late / length) * error + added),
+            "served_answer": answered("prompt_answer") + answered("decode_answer"),
+        }
     return {name: term.double().numpy() for name, term in terms.items()}
 
 
@@ -194,8 +213,12 @@ def objective_loss(
     *,
     answer_weight: float,
     sample_weights: tuple[float, ...] | None = None,
+    generates: bool = False,
 ) -> Float[ndarray, "U C"]:
     """Loss of every candidate in every unit, summed over the profiled lengths.
+
+    A rule acts on all of a sequence alike; but where tokens are generated, one that chooses anew for every decoded token does so for the late
+    queries, and may not be taken (infinite) if the profile or the objective says nothing of that.
 
     Args:
         profile: what was measured.
@@ -204,18 +227,22 @@ def objective_loss(
         granularity: what a unit is.
         answer_weight: see `combined`.
         sample_weights: see `length_terms`.
+        generates: whether tokens are decoded under the rules.
 
     Raises:
         SpecError: unknown objective, or one of a method that decides on other units or has none of the candidates.
     """
     weights = _weights(objective, answer_weight)
-    reference = reference_candidate(profile)
+    reference, stepping = reference_candidate(profile), chooses_in_steps(profile)
     loss: Float[ndarray, "U C"] = np.zeros((1, 1))
     for length in profile.manifest.lengths:
         terms = length_terms(profile, length, granularity, sample_weights=sample_weights).proxies
         for name, weight in weights.items():
-            loss = loss + weight * terms[name] / max(float(terms[name][:, reference].sum()), 1e-30)
-    loss[:, 0] = 0.0
+            own = terms[name]
+            if generates:
+                own = np.where(stepping, terms.get(f"served_{name}", np.inf), own)
+            loss = loss + weight * own / max(float(terms[name][:, reference].sum()), 1e-30)
+    loss[:, 0] = 0.0  # dense differs from itself by rounding only
     loss[np.abs(loss) < NOTHING] = 0.0
     if objective in PUBLISHED:
         loss = np.where(allowed(objective, profile.manifest.candidates, granularity), loss, np.inf)
@@ -227,7 +254,10 @@ def phase_losses(
 ) -> tuple[Float[ndarray, "U C"], Float[ndarray, "G C"]]:
     """Losses of a rule in prefill, per unit, and in decoding, per KV group; a pair of rules is taken to lose their sum.
 
-    text: the predicted KL per token of the whole sequence, and per token of its late queries (`tile_scores.LATE_SHARE`) for decoding, so
+    A rule that chooses anew for every decoded token is judged by what it would choose for the late queries and those that hold answer tokens;
+    an older profile does not know that, and its decoding losses are infinite.
+
+    text: the predicted KL per token of the whole sequence, and per token of its late queries (`layer_scores.LATE_SHARE`) for decoding, so
     that a token of either phase counts the same whatever the workload. answer: the squared log-odds that errors at the queries before the
     answers cause, and those at the queries that hold answer tokens; these two add up to the loss of one rule in both phases exactly. What
     is left out is the product of the phases' errors inside the square of `text`, as products between units are left out anyway.
@@ -250,13 +280,21 @@ def phase_losses(
             raise SpecError("separate decode rules need a profile that records decoding. Profile again.")
         for name, weight in weights.items():
             scale = weight / max(float(terms[name][:, reference].sum()), 1e-30)
-            before = terms["answer"] - terms["decode_answer"] if name == "answer" else terms[name]
-            prefill = prefill + scale * np.maximum(before, 0.0)
+            before = terms.get("prompt_answer", terms["answer"] - terms["decode_answer"])
+            prefill = prefill + scale * np.maximum(before if name == "answer" else terms[name], 0.0)
             decode = decode + scale * groups[f"decode_{name}"]
+        if "prompt_answer" not in terms:
+            decode = np.where(chooses_in_steps(profile), np.inf, decode)
     for loss in (prefill, decode):
         loss[:, 0] = 0.0
         loss[np.abs(loss) < NOTHING] = 0.0
     return prefill, decode
+
+
+def chooses_in_steps(profile: Profile) -> Bool[ndarray, " C"]:
+    """Which candidates choose anew for every decoded token."""
+    grid = BlockGrid(1, 1, profile.manifest.block_tokens)
+    return np.array([chooses_steps(rule, grid) for rule in profile.manifest.candidates])
 
 
 def _weights(objective: str, answer_weight: float) -> dict[str, float]:

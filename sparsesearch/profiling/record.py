@@ -131,7 +131,7 @@ class Profile:
         )
 
     def scores(self, length: int) -> dict[str, Tensor]:
-        """Tensors of one length, named `<layer>.<field>` with a leading sample axis (fields: see `tile_scores.LayerScores`)."""
+        """Tensors of one length, named `<layer>.<field>` with a leading sample axis (fields: see `layer_scores.LayerScores`)."""
         if length not in self.manifest.lengths:
             known = ", ".join(map(str, self.manifest.lengths))
             raise SpecError(f"length {length} must be one of the profiled ones ({known}). Profile it with --lengths.")

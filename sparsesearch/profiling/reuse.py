@@ -26,9 +26,10 @@ from sparsesearch.calibration import Sample
 from sparsesearch.plan import Plan
 from sparsesearch.profiling.capture import AttentionCall, forward_calls
 from sparsesearch.profiling.layer_inputs import calls_and_gradients, head_tiles, layer_input, repeated
+from sparsesearch.profiling.layer_scores import LayerScores
 from sparsesearch.profiling.reuse_menu import ReuseMenu
 from sparsesearch.profiling.run import frozen, silent
-from sparsesearch.profiling.tile_scores import LayerScores, score_layer, tile_mass
+from sparsesearch.profiling.tile_scores import score_layer, tile_mass
 from sparsesearch.rules.dense import Dense
 from sparsesearch.runtime.live import apply
 

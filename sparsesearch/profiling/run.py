@@ -19,12 +19,13 @@ from sparsesearch.plan import BaseModelInfo
 from sparsesearch.profiling.activations import InMemory, Key
 from sparsesearch.profiling.capture import AttentionCall, forward_calls, recorded
 from sparsesearch.profiling.layer_inputs import Calibrated, head_tiles, layer_inputs, repeated, swept_input
+from sparsesearch.profiling.layer_scores import LayerInput
 from sparsesearch.profiling.layer_stack import LayerStack
 from sparsesearch.profiling.record import Manifest, Profile, provenance_versions
 from sparsesearch.profiling.shards import ShardStore
 from sparsesearch.profiling.sweeps import Sweeps
 from sparsesearch.profiling.templates import FittedTemplates
-from sparsesearch.profiling.tile_scores import LayerInput, score_layer, tile_mass
+from sparsesearch.profiling.tile_scores import score_layer, tile_mass
 from sparsesearch.profiling.world import World
 from sparsesearch.rules import Rule
 from sparsesearch.search_space import SearchSpace

@@ -11,76 +11,19 @@ block_tokens queries (several such strips on a GPU, which wants large products) 
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
+from sparsesearch.profiling.layer_scores import LayerInput, LayerScores, add_errors, add_products
+from sparsesearch.profiling.step_outputs import chooses_steps, decoded_queries, step_outputs
 from sparsesearch.rules import Rule
 
 _GROUP_NUMBERS = 1 << 27
 """fp32 numbers of the largest tensor that a group of strips makes, half a GiB; some ten of them live at once."""
-LATE_SHARE = 0.125
-"""Of a sequence's queries, the share that stands for decoded ones: their context is nearly the whole prompt."""
-
-
-@dataclass(frozen=True)
-class LayerInput:
-    """One layer's tensors for one sequence; keys and values repeated to the query heads.
-
-    Attributes:
-        probes: gradients of R scalar losses; each error's product with them is kept signed.
-        answer: gradient of the answer log-odds.
-        answer_ce: gradient of the answer cross-entropy.
-        projection_gram: W_oᵀ W_o of each head's slice of the output projection; errors are measured behind it.
-        generated: queries that count as decoding for the answer: those that hold an answer token; None for the late ones.
-    """
-
-    q: Float[Tensor, "H S D"]
-    k: Float[Tensor, "H S D"]
-    v: Float[Tensor, "H S D"]
-    probes: Float[Tensor, "R H S D"]
-    answer: Float[Tensor, "H S D"]
-    answer_ce: Float[Tensor, "H S D"]
-    projection_gram: Float[Tensor, "H D D"]
-    sliding_window: int | None
-    num_kv_heads: int
-    generated: Bool[Tensor, " S"] | None = None
-
-
-@dataclass
-class LayerScores:
-    """Sums over one sequence, per head (H) or KV group (G) and candidate (C).
-
-    Attributes:
-        fisher: Σ_n g_n·δ_n per probe; signed, so that heads of a group, or of a plan, can be added before squaring.
-        answer: Σ_n (g_n·δ_n)² of the log-odds gradient.
-        answer_group: the same with the heads of a KV group added inside the square.
-        output_error: Σ_n |W_o δ_n|².
-        output_norm: Σ_n |W_o o_n|², the scale of the above.
-        kept_mass: attention mass inside the chosen tiles, averaged over queries.
-        tiles: computed tiles.
-        mass: attention mass per tile.
-        influence: MoA's first-order influence per tile, of the answer cross-entropy.
-        late_fisher: the part of `fisher` from the late queries, the last LATE_SHARE of the sequence: what decoding there adds.
-        decode_answer: the part of `answer` from the generated queries.
-        decode_answer_group: the part of `answer_group` from the generated queries.
-    """
-
-    fisher: Float[Tensor, "R H C"]
-    answer: Float[Tensor, "H C"]
-    answer_group: Float[Tensor, "G C"]
-    output_error: Float[Tensor, "H C"]
-    output_norm: Float[Tensor, " H"]
-    kept_mass: Float[Tensor, "H C"]
-    tiles: Float[Tensor, "H C"]
-    mass: Float[Tensor, "H N N"]
-    influence: Float[Tensor, "H N N"]
-    late_fisher: Float[Tensor, "R H C"]
-    decode_answer: Float[Tensor, "H C"]
-    decode_answer_group: Float[Tensor, "G C"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +39,11 @@ class _Strips:
         """Dense attention of the T = R·S queries."""
         output = self.numerator.sum(2) / self.denominator.sum(2)[..., None].clamp(min=1e-30)
         return output.flatten(1, 2)
+
+    def sums_of(self, queries: Int[Tensor, " Q"]) -> tuple[Float[Tensor, "H n Q D"], Float[Tensor, "H n Q"]]:
+        """Numerators and denominators of some of the queries, tile by tile."""
+        numerator, denominator = (x.transpose(1, 2).flatten(2, 3) for x in (self.numerator, self.denominator))
+        return numerator.index_select(2, queries), denominator.index_select(2, queries)
 
     def under(self, weight: Float[Tensor, "H R C n"]) -> tuple[Float[Tensor, "H C T D"], Float[Tensor, "H C R S"]]:
         """Attention of C choices of tiles, and the denominators they keep."""
@@ -117,11 +65,6 @@ class _Strips:
         products /= kept.transpose(1, 2).clamp(min=1e-30)[:, :, :, None]
         by_head: Tensor = products.permute(0, 2, 3, 1, 4).flatten(3, 4)
         return by_head
-
-
-def late_from(length: int) -> int:
-    """The first late query of a sequence."""
-    return length - max(1, round(LATE_SHARE * length))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -164,24 +107,10 @@ def score_layer(
         grid: the whole sequence against itself.
         current: which candidate each head runs now; errors are measured against its output. None: against dense.
     """
-    heads, _, _ = layer.q.shape
-    num_probes, count = layer.probes.shape[0], len(rules)
-    zeros = partial(torch.zeros, device=layer.q.device)
-    scores = LayerScores(
-        fisher=zeros(num_probes, heads, count),
-        answer=zeros(heads, count),
-        answer_group=zeros(layer.num_kv_heads, count),
-        output_error=zeros(heads, count),
-        output_norm=zeros(heads),
-        kept_mass=zeros(heads, count),
-        tiles=tiles.sum((-1, -2)).float(),
-        mass=zeros(heads, grid.num_k_blocks, grid.num_k_blocks),
-        influence=zeros(heads, grid.num_k_blocks, grid.num_k_blocks),
-        late_fisher=zeros(num_probes, heads, count),
-        decode_answer=zeros(heads, count),
-        decode_answer_group=zeros(layer.num_kv_heads, count),
-    )
+    scores = LayerScores.zeros(layer, len(rules), grid.num_k_blocks)
+    scores.tiles += tiles.sum((-1, -2))
     replaced = {rest: [i for i, rule in enumerate(rules) if rule.rest == rest] for rest in ("zero", "mean_value")}
+    stepping = [i for i, rule in enumerate(rules) if chooses_steps(rule, grid)]
     positions = torch.arange(1, grid.kv_len + 1, device=layer.v.device, dtype=torch.float64)
     mean_value = (layer.v.double().cumsum(1) / positions[:, None]).float()
     for rows in _row_groups(grid, layer.v):
@@ -197,15 +126,17 @@ def score_layer(
         for rest, stand_in in (("zero", torch.zeros_like(dense)), ("mean_value", mean_value[:, span])):
             output[:, replaced[rest]] = stand_in[:, None]
             products[:, replaced[rest]] = _along(gradients, stand_in)[:, None]
-        if current is None:
-            products -= _along(gradients, dense)[:, None]
-            output -= dense[:, None]
-        else:
-            own = torch.arange(heads, device=output.device), current
-            products -= products[own][:, None]
-            output -= output[own][:, None]
-        _accumulate_products(scores, products, layer, span)
-        _accumulate_errors(scores, output, dense, layer)
+        as_rows = products, output
+        decoded = as_rows
+        if stepping and len(queries := decoded_queries(layer, span)):
+            stepped = step_outputs(
+                [rules[i] for i in stepping], layer, grid, queries, *strips.sums_of(queries - span.start)
+            )
+            decoded = _replaced(as_rows, stepped, stepping, gradients, queries - span.start)
+        for own_products, own_output in (as_rows, decoded) if decoded is not as_rows else (as_rows,):
+            _subtract(own_products, own_output, gradients, dense, current)
+        add_products(scores, products, decoded[0], layer, span)
+        add_errors(scores, output, decoded[1], stepping, dense, layer, span)
         total = strips.denominator.sum(2, keepdim=True).clamp(min=1e-30)
         scores.kept_mass += (kept / total.transpose(1, 2)).sum((-1, -2)) / grid.q_len
         scores.mass[:, rows, : rows.stop] = (strips.denominator / total).sum(-1)
@@ -245,33 +176,37 @@ def _along(gradients: Float[Tensor, "K H T D"], output: Float[Tensor, "H T D"]) 
     return torch.einsum("khtd,htd->hkt", gradients, output)
 
 
-def _accumulate_products(
-    scores: LayerScores, products: Float[Tensor, "H C K T"], layer: LayerInput, span: slice
-) -> None:
-    """Add the products of one strip's errors with the probes and, last, with the answer's gradient."""
-    late = max(0, late_from(layer.v.shape[1]) - span.start)
-    probes, answer = products[:, :, :-1], products[:, :, -1]
-    scores.fisher += probes.sum(-1).permute(2, 0, 1)
-    scores.late_fisher += probes[..., late:].sum(-1).permute(2, 0, 1)
-    squares = answer.square(), answer.unflatten(0, (layer.num_kv_heads, -1)).sum(1).square()
-    scores.answer += squares[0].sum(-1)
-    scores.answer_group += squares[1].sum(-1)
-    if layer.generated is None:
-        generated = [square[..., late:].sum(-1) for square in squares]
-    else:
-        generated = [square @ layer.generated[span].float() for square in squares]
-    scores.decode_answer += generated[0]
-    scores.decode_answer_group += generated[1]
+def _replaced(
+    of_rows: tuple[Float[Tensor, "H C K T"], Float[Tensor, "H C T D"]],
+    stepped: Float[Tensor, "H c Q D"],
+    columns: Sequence[int],
+    gradients: Float[Tensor, "K H T D"],
+    queries: Int[Tensor, " Q"],
+) -> tuple[Float[Tensor, "H C K T"], Float[Tensor, "H C T D"]]:
+    """Copies of products and outputs with those of some queries and columns in their place."""
+    products, output = (x.clone() for x in of_rows)
+    along = torch.einsum("khqd,hcqd->chkq", gradients.index_select(2, queries), stepped)
+    for place, column in enumerate(columns):
+        output[:, column, queries] = stepped[:, place]
+        products[:, column, :, queries] = along[place]
+    return products, output
 
 
-def _accumulate_errors(
-    scores: LayerScores, delta: Float[Tensor, "H C T D"], dense: Float[Tensor, "H T D"], layer: LayerInput
+def _subtract(
+    products: Float[Tensor, "H C K T"],
+    output: Float[Tensor, "H C T D"],
+    gradients: Float[Tensor, "K H T D"],
+    dense: Float[Tensor, "H T D"],
+    current: Int[Tensor, " H"] | None,
 ) -> None:
-    """Add the energies of one strip's errors and outputs behind the projection."""
-    flat = delta.flatten(1, 2)
-    behind = flat @ layer.projection_gram
-    scores.output_error += behind.mul_(flat).sum(-1).unflatten(1, delta.shape[1:3]).sum(-1)
-    scores.output_norm += ((dense @ layer.projection_gram) * dense).sum((-1, -2))
+    """Turn products and outputs into those of the errors, in place: against dense, or against what each head runs now."""
+    if current is None:
+        products -= _along(gradients, dense)[:, None]
+        output -= dense[:, None]
+        return
+    own = torch.arange(len(output), device=output.device), current
+    products -= products[own][:, None]
+    output -= output[own][:, None]
 
 
 def _strips(layer: LayerInput, grid: BlockGrid, rows: slice) -> _Strips:

@@ -241,6 +241,10 @@ class Rule(BaseModel):
         """Most keys that decoding from this grid can still reach, hence must be cached; the sequence's length by default."""
         return grid.kv_len
 
+    def step_tokens(self, grid: BlockGrid) -> int:
+        """Keys that a query head reads for the only query of `grid`; the most it may read, where the data decide. All it keeps by default."""
+        return self.kept_tokens(grid)
+
     @classmethod
     @abstractmethod
     def examples(cls) -> list[Self]:

@@ -61,6 +61,13 @@ class BoundsTopk(Rule):
         count = self.keep.blocks_at(blocks.law_tokens, blocks.block_tokens).clamp(min=1)
         return there & (top_k(scores, count) | always)
 
+    def step_tokens(self, grid: BlockGrid) -> int:
+        """The budget in whole blocks, or the blocks that are always in if these are more; the newest block may be partly filled."""
+        first = blocks_of(self.sink, grid.block_tokens)
+        always = min(first + 1, grid.num_k_blocks)
+        count = min(max(1, self.keep.blocks(grid), always), grid.num_k_blocks)
+        return (count - grid.num_k_blocks) * grid.block_tokens + grid.kv_len
+
     def keeps_all(self, grid: BlockGrid) -> bool:
         """A prompt, unless it is chosen for."""
         return grid.q_len > 1 and not self.prefill

@@ -29,6 +29,7 @@ from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.compiled_layers import layers_compiled
 from sparsesearch.runtime.fused_step import FusedStep
 from sparsesearch.runtime.static_layer import StaticPlanLayer
+from sparsesearch.runtime.static_reads import same_choices
 
 _log = logging.getLogger(__name__)
 _AGREEMENT = {torch.bfloat16: 2**-3, torch.float32: 2**-10}
@@ -165,10 +166,12 @@ class DecodeStep:
         """
         assert self._fused is not None
         kept = _Kept(self.cache, self.positions)
-        plain = self._by_model(compiled=False).float()
-        kept.restore()
-        ours = self._fused(self.tokens, self.positions).float()
-        kept.restore()
+        layers: list[Any] = self.cache.layers
+        with same_choices([layer.reads for layer in layers if isinstance(layer, StaticPlanLayer)]):
+            plain = self._by_model(compiled=False).float()
+            kept.restore()
+            ours = self._fused(self.tokens, self.positions).float()
+            kept.restore()
         self._is_checked = True
         distance = float((ours - plain).square().mean().sqrt() / plain.std().clamp(min=1e-30))
         if distance <= _AGREEMENT[self.model.dtype]:

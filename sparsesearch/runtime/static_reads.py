@@ -5,7 +5,8 @@ head reads the blocks of its own rule; which ones those are is tabulated for eve
 choose their blocks at every token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Reads:
         self.budgets = queries.choosers.budgets(self.laws, layout.block_tokens)
         self.left = self._empty_selection() if queries.choosers.leaves else None
         self.taken: list[StepSelection] = []
+        self._repeated: list[tuple[Tensor, Tensor]] | None = None
 
     def _empty_selection(self) -> StepSelection:
         num_heads = self.queries.num_kv_heads * self.queries.size
@@ -158,9 +160,14 @@ class Reads:
     ) -> Float[Tensor, "B h D"]:
         choosers = self.queries.choosers
         budgets = self.budgets if kernel else None
-        table, lens = choosers.tables(
-            q, keys, self.low, self.high, seen, self.laws, self.layout, scale, self.left, self.taken, budgets
-        )
+        if self._repeated:
+            table, lens = self._repeated[0]
+        else:
+            table, lens = choosers.tables(
+                q, keys, self.low, self.high, seen, self.laws, self.layout, scale, self.left, self.taken, budgets
+            )
+        if self._repeated == []:
+            self._repeated.append((table, lens))
         start = self.layout.start.view(q.shape[0], -1).index_select(1, choosers.kv_heads).flatten()
         own = q if choosers.all else q.index_select(1, choosers.heads)
         return _read(own, keys, values, start, lens, table, scale, self.layout.block_tokens, kernel)
@@ -224,6 +231,21 @@ class Reads:
         self.layout = layout
         if self.left is not None and not same:
             self.left.tiles = self._empty_selection().tiles
+
+
+@contextmanager
+def same_choices(layers: Sequence[Reads]) -> Iterator[None]:
+    """Inside, heads choose for one token only once and read the same again: for ways to compute a step that round differently.
+
+    A choice may tip over by rounding, after which results say nothing of each other.
+    """
+    for reads in layers:
+        reads._repeated = []
+    try:
+        yield
+    finally:
+        for reads in layers:
+            reads._repeated = None
 
 
 def _tables(

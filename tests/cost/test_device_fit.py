@@ -75,6 +75,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = run_plan.RunPlan(
         tile_kinds=(), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_few=(64,), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)), skinny_rows=(1, 8), skinny=((32, 16, "normed"), (32, 16, "gated"), (16, 32, "added")),
+        step_blocks=(2, 3), step_keys=(64, 128), steps_held_out=((1, 2, 64),),
         pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(), layer_tokens=(), peak_side=32,
     )  # fmt: skip
     cases = [TileCase("window", 128, 16, 1, 32, 2, 1), TileCase("stream", 128, 16, 1, 32, 2, 1)]
@@ -90,6 +91,9 @@ def test_every_group_of_runs_reaches_the_file() -> None:
         "pointwise",
         "estimator",
         "permutation",
+        "step_choice",
+        "paged_decode",
+        "step_held_out",
     }
     settings = {"name": "tiny", "device": "a CPU", "memory_bytes": 1e9, "dtype_bytes": 4, "provenance": {}}
     table = fitted(rows, kernel="triton", workers=bench.workers, **settings)  # type: ignore[arg-type]
@@ -107,6 +111,7 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     """With the GPU's part played by the interpreter."""
     tiny = run_plan.RunPlan(
         tile_kinds=((16, 32),), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_few=(64,), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),), skinny_rows=(1, 2), skinny=((32, 16, "normed"), (32, 64, "added")),
+        step_batches=(1,), step_blocks=(2,), step_keys=(64,), steps_held_out=(),
         pointwise_tokens=(1, 2), estimator_tokens=(128,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
         longest_tokens=0, time_share=0.001,
     )  # fmt: skip
@@ -220,13 +225,15 @@ def test_every_kernel_is_compiled_ahead_and_nothing_is_measured() -> None:
     bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = run_plan.RunPlan(
         tile_kinds=(), decode=((1, 64),), decode_few=(64,), decode_head_dims=(16,), skinny_rows=(1,), skinny=((32, 16, "normed"),),
+        step_batches=(1,), step_blocks=(2,), step_keys=(64,), steps_held_out=((1, 2, 64),),
         estimator_tokens=(128,), layer_batches=(), layer_tokens=(),
     )  # fmt: skip
     launched: list[str] = []
     jobs = list(compile_ahead.jobs(micro_bench.CompilingBench(bench), tiny))
     rows = [row for job in jobs for row in job()]
     launched = [row["group"] for row in rows]
-    assert set(launched) == {"decode", "skinny", "estimator", "permutation"}
+    steps = {"step_choice", "paged_decode", "step_held_out"}
+    assert set(launched) == {"decode", "skinny", "estimator", "permutation"} | steps
     assert launched.count("estimator") == len(run_plan.estimators()) + len(run_plan.HAVE_KERNELS)
     assert all(math.isnan(row["seconds"]) for row in rows)
     compile_ahead.compile_ahead(bench, replace(tiny, estimator_tokens=()))

@@ -95,6 +95,7 @@ def test_many_rules_in_a_layer_cost_what_they_share_no_more() -> None:
 def test_a_model_that_prices_units_alone_is_no_call_model() -> None:
     class UnitsAlone:
         name, device, measured, decode_call_s = "x", "x", True, 0.0
+        step_choices = frozenset[str]()
 
         def unit_latency_s(self, work: object) -> float:
             return 1.0

@@ -116,6 +116,7 @@ def test_quick_calibration(tmp_path: Path) -> None:
     assert {"processor", "cores", "threads", "torch", "rounds", "dtype"} <= set(model.table.provenance)
     assert {"held_out_tiles_mape", "held_out_dense_mape", "tiles_mape"} <= set(model.table.fit)
     assert [cost.head_dim for cost in model.table.decode] == [32, 64]
+    assert model.step_choices == {"bounds_topk", "skip_softmax"}
     sparse = UnitWork("tiles", 4096, 4096, head_dim=64, tiles=200, query_blocks=64, dtype_bytes=4)
     dense = UnitWork("dense", 4096, 4096, head_dim=64, dtype_bytes=4)
     assert 0 < model.unit_latency_s(sparse) < model.unit_latency_s(dense)
@@ -152,5 +153,6 @@ def test_bookkeeping_is_found_in_calls_of_one_head_and_of_four() -> None:
     (cost,) = found.tiles
     for name in ("group_s", "launch_s", "call_s", "row_s", "tile_s"):
         assert getattr(cost, name) == pytest.approx(getattr(truth, name), rel=1e-3), name
+    assert not found.step_choices, "one length is no curve"
     assert found.estimators["pooled_topk"][0].seconds == pytest.approx((1e-5, 1e-5))
     assert found.estimator_calls["pooled_topk"][0].seconds == pytest.approx((5e-4, 5e-4))

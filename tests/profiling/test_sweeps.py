@@ -11,10 +11,10 @@ from sparsesearch.calibration import Sample
 from sparsesearch.profiling import losses
 from sparsesearch.profiling.activations import InMemory, OnDisk
 from sparsesearch.profiling.layer_inputs import layer_inputs, swept_input
+from sparsesearch.profiling.layer_scores import LayerInput
 from sparsesearch.profiling.layer_stack import LayerStack
 from sparsesearch.profiling.run import frozen
 from sparsesearch.profiling.sweeps import Sweeps
-from sparsesearch.profiling.tile_scores import LayerInput
 from sparsesearch.runtime.fingerprint import describe
 
 KEY = (70, 0)

@@ -1,5 +1,6 @@
 """Scoring through tile sums equals running every candidate through the oracle."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.kernels.reference import tile_attention
 from sparsesearch.profiling import tile_scores
-from sparsesearch.profiling.tile_scores import LayerInput, choose_tiles, late_from, score_layer, tile_mass
+from sparsesearch.profiling.layer_scores import LayerInput, late_from
+from sparsesearch.profiling.tile_scores import choose_tiles, score_layer, tile_mass
 from sparsesearch.rules import LengthLaw, Rule, rule_kinds
 from sparsesearch.rules.pooled_topk import PooledTopk
 from sparsesearch.rules.vertical_slash import VerticalSlash
@@ -39,6 +41,21 @@ def layer(length: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, win
     )
 
 
+def decoded_delta(
+    rule: Rule, data: LayerInput, delta: torch.Tensor, dense: torch.Tensor, queries: Iterable[int]
+) -> torch.Tensor:
+    """Errors with those of some queries as decoding makes them: each alone, choosing by `select` among the keys before it."""
+    if not rule.decodes:
+        return delta
+    decoded, length = delta.clone(), delta.shape[1]
+    for query in queries:
+        step = BlockGrid(1, query + 1, 32, law_len=length)
+        q, k, v = data.q[:, query : query + 1], data.k[:, : query + 1], data.v[:, : query + 1]
+        tiles = rule.select(step, q, k).expand(len(q), 1, step.num_k_blocks)
+        decoded[:, query] = tile_attention(q, k, v, tiles, step, scale=1.0)[:, 0] - dense[:, query]
+    return decoded
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_sum_equals_the_oracle(length: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,14 +74,20 @@ def test_every_sum_equals_the_oracle(length: int, rows: int, monkeypatch: pytest
     for index, rule in enumerate(RULES):
         delta = tile_attention(data.q, data.k, data.v, tiles[:, index], grid, scale=1.0, rest=rule.rest) - dense
         products = (delta * data.answer).sum(-1)
+        decoded = decoded_delta(rule, data, delta, dense, range(late, length))
+        generated = (decoded * data.answer).sum(-1)[:, late:]
         expected = {
             "fisher": torch.einsum("hsd,rhsd->rh", delta, data.probes),
             "answer": products.square().sum(-1),
             "answer_group": products.unflatten(0, (2, 2)).sum(1).square().sum(-1),
             "output_error": torch.einsum("hsd,hde,hse->h", delta, data.projection_gram, delta),
-            "late_fisher": torch.einsum("hsd,rhsd->rh", delta[:, late:], data.probes[:, :, late:]),
-            "decode_answer": products[:, late:].square().sum(-1),
-            "decode_answer_group": products[:, late:].unflatten(0, (2, 2)).sum(1).square().sum(-1),
+            "late_fisher": torch.einsum("hsd,rhsd->rh", decoded[:, late:], data.probes[:, :, late:]),
+            "prompt_fisher": torch.einsum("hsd,rhsd->rh", delta[:, :late], data.probes[:, :, :late]),
+            "decode_answer": generated.square().sum(-1),
+            "decode_answer_group": generated.unflatten(0, (2, 2)).sum(1).square().sum(-1),
+            "prompt_answer": products[:, :late].square().sum(-1),
+            "prompt_answer_group": products[:, :late].unflatten(0, (2, 2)).sum(1).square().sum(-1),
+            "late_error": torch.einsum("hsd,hde,hse->h", decoded[:, late:], data.projection_gram, decoded[:, late:]),
         }
         for name, value in expected.items():
             scale = dense.abs().sum() + value.abs().max()
@@ -82,7 +105,8 @@ def test_generated_queries_are_those_that_hold_answers() -> None:
     dense = tile_attention(data.q, data.k, data.v, grid.reachable(), grid, scale=1.0)
     for index, rule in enumerate(RULES):
         delta = tile_attention(data.q, data.k, data.v, tiles[:, index], grid, scale=1.0, rest=rule.rest) - dense
-        expected = (delta * data.answer).sum(-1)[:, generated].square().sum(-1)
+        decoded = decoded_delta(rule, data, delta, dense, [5, 64, 129])
+        expected = (decoded * data.answer).sum(-1)[:, generated].square().sum(-1)
         torch.testing.assert_close(
             scores.decode_answer[:, index], expected, rtol=1e-4, atol=float(1e-6 * dense.abs().sum()), msg=rule.label
         )

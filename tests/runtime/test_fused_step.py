@@ -12,6 +12,7 @@ from sparsesearch.kernels.step_ops import MOST_ROWS
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
 from sparsesearch.runtime.decode_step import DecodeStep
 from sparsesearch.runtime.fused_layers import recognise
+from sparsesearch.runtime.step_choices import Choosers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -207,3 +208,33 @@ def test_a_model_that_computes_more_than_its_parts_show_is_noticed():
             plain = DecodeStep(model, twin, first_position=PROMPT, fused=False)
             assert torch.equal(step(ids[:, 0]), plain(ids[:, 0]))
             assert "differ by" in step.fallback_reason
+
+
+def test_choices_that_rounding_tips_over_do_not_count_against_the_fused_step(monkeypatch):
+    """While both ways are compared, heads that choose read the same pages; afterwards the step chooses for itself, and the bounds are as before."""
+    model = build("qwen3")
+    ids = left_padded([PROMPT] * 2, 64)[0].to(DEVICE)
+    chosen, original = [], Choosers.tables
+
+    def tipping(self, *args):
+        """From the second step on all pages are read in place of the best."""
+        table, lens = original(self, *args)
+        chosen.append(len(chosen))
+        if len(chosen) > len(model.model.layers):  # after one step of all layers
+            table = torch.arange(table.shape[1], device=table.device, dtype=torch.int32).expand_as(table).contiguous()
+            lens = args[4].repeat_interleave(lens.numel() // args[4].numel()).contiguous()
+        return table, lens
+
+    with sparsesearch.apply(model, group_plan(model, ["bounds"])), torch.no_grad():
+        cache = sparsesearch.sparse_cache(model, max_tokens=80)
+        model(ids, **{CACHE_KEYWORD: cache})
+        with_kernels(cache)
+        monkeypatch.setattr(Choosers, "tables", tipping)
+        before = [layer.reads.low.clone() for layer in cache.layers]
+        step = DecodeStep(model, cache, first_position=PROMPT, fused=True)
+        step._check_fused()
+        assert len(chosen) == len(model.model.layers)
+        for layer, low in zip(cache.layers, before, strict=True):
+            assert torch.equal(layer.reads.low, low)
+        step(ids[:, 0])
+        assert len(chosen) == 2 * len(model.model.layers)

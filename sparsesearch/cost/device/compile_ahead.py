@@ -15,10 +15,10 @@ from typing import Any, Self
 
 import torch
 
-from sparsesearch.cost.device import runs
+from sparsesearch.cost.device import runs, step_runs
 from sparsesearch.cost.device.fused_chain import FusedChain
 from sparsesearch.cost.device.micro_bench import Bench, CompilingBench
-from sparsesearch.cost.device.run_plan import EVICTING, HAVE_KERNELS, MANY_HEADS, SHORT, RunPlan, estimators
+from sparsesearch.cost.device.run_plan import EVICTING, HAVE_KERNELS, MANY_HEADS, SHORT, RunPlan, estimators, step_rules
 from sparsesearch.cost.device.tile_cases import tile_cases
 from sparsesearch.model_shapes import ModelShape
 
@@ -106,6 +106,7 @@ def jobs(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
         yield partial(list, runs.decode_runs(bench, ((batch, FEW_TOKENS),), (head_dim,)))
     for head_dim in plan.decode_head_dims if plan.decode_few else ():
         yield partial(list, runs.decode_runs(bench, ((1, FEW_TOKENS),), (head_dim,), kv_heads=runs.FEW_KV_HEADS))
+    yield from steps(bench, plan)
     for product in plan.skinny:
         for rows in plan.skinny_rows:
             yield partial(list, runs.skinny_runs(bench, (rows,), (product,)))
@@ -123,6 +124,18 @@ def choices(bench: CompilingBench, tokens: Sequence[int], kinds: Sequence[str]) 
     for kind in set(kinds) & set(HAVE_KERNELS):
         for length in tokens[:2]:
             yield partial(list, runs.estimator_runs(bench, (length,), (kind,), heads=MANY_HEADS))
+
+
+def steps(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
+    """Those of `step_runs.step_runs`."""
+    for kind, rule in step_rules().items():
+        for blocks in plan.step_blocks:
+            yield partial(list, step_runs.choice_runs(bench, kind, rule, 1, (blocks,)))
+    for head_dim in plan.decode_head_dims:
+        for batch in plan.step_batches:
+            yield partial(list, step_runs.page_runs(bench, head_dim, batch, plan.step_keys[:1]))
+    for held_out in plan.steps_held_out:
+        yield partial(list, step_runs.held_out_runs(bench, (held_out,)))
 
 
 def _two_layers(bench: Bench, shape: ModelShape, batch: int) -> None:

@@ -1,6 +1,6 @@
 """From the rows of the micro-runs to a cost model, with its errors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.optimize import least_squares, nnls
 
+from sparsesearch.cost.base import DecodeWork, StepChoice
 from sparsesearch.cost.device.corrections import corrections, group_of
 from sparsesearch.cost.device.fused import fit_skinny
 from sparsesearch.cost.device.load import TileLoad, tile_load
@@ -23,6 +24,7 @@ from sparsesearch.cost.device.table import (
     PairPoints,
     Peaks,
     Points,
+    StepChoiceCost,
     TileKernelCost,
     rising,
 )
@@ -87,7 +89,9 @@ def fitted(
         peaks=peaks,
         tiles=tiles,
         dense=_dense(rows),
-        decode=_decode(rows, dtype_bytes),
+        decode=_decode(group_of(rows, "decode"), dtype_bytes),
+        step_choices=_step_choices(rows),
+        paged_decode=_decode(group_of(rows, "paged_decode"), dtype_bytes),
         linear=_linear(rows),
         pointwise=_pointwise(rows),
         estimators=fit_estimators(rows),
@@ -102,7 +106,9 @@ def fitted(
         },
         provenance=provenance | ({"skipped": skipped} if skipped else {}),
     )
-    return table.model_copy(update=corrections(DeviceCostModel(table), rows))
+    model = DeviceCostModel(table)
+    fit = table.fit | step_errors(model, rows)
+    return table.model_copy(update={"fit": fit} | corrections(model, rows))
 
 
 def fit_tiles(
@@ -234,9 +240,9 @@ def _dense(rows: Sequence[Row]) -> tuple[DenseCost, ...]:
 
 def _decode(rows: Sequence[Row], dtype_bytes: int) -> tuple[DecodeCost, ...]:
     costs = []
-    for head_dim in sorted({row["head_dim"] for row in group_of(rows, "decode")}):
-        own = [row for row in group_of(rows, "decode") if row["head_dim"] == head_dim]
-        pairs = np.array([row["batch"] * row["num_kv_heads"] for row in own])
+    for head_dim in sorted({row["head_dim"] for row in rows}):
+        own = [row for row in rows if row["head_dim"] == head_dim]
+        pairs = np.array([row["batch"] * row.get("readers", row.get("num_kv_heads")) for row in own])
         nbytes = 2.0 * pairs * np.array([row["tokens"] for row in own]) * head_dim * dtype_bytes
         seconds = np.array([row["seconds"] for row in own])
         features = np.stack([np.ones_like(nbytes), nbytes / nbytes.mean(), pairs / pairs.mean()], 1)
@@ -279,21 +285,34 @@ def _linear(rows: Sequence[Row]) -> tuple[LinearCost, ...]:
 
 def fit_estimators(rows: Sequence[Row]) -> tuple[EstimatorCost, ...]:
     """One entry per rule, from the smallest number of heads it was timed with and, where there is another, the largest."""
-    own = group_of(rows, "estimator")
+    return tuple(EstimatorCost(**fields) for fields in _by_heads(group_of(rows, "estimator"), "tokens"))
+
+
+def _step_choices(rows: Sequence[Row]) -> tuple[StepChoiceCost, ...]:
+    """Likewise, over blocks."""
+    return tuple(StepChoiceCost(**fields) for fields in _by_heads(group_of(rows, "step_choice"), "blocks"))
+
+
+def _by_heads(rows: Sequence[Row], amount: str) -> Iterator[dict[str, Any]]:
     heads: dict[str, set[int]] = {}
-    for row in own:
+    for row in rows:
         heads.setdefault(row["name"], set()).add(row["heads"])
 
     def points(kind: str, count: int) -> Points:
-        return rising([(r["tokens"], r["seconds"]) for r in own if (r["name"], r["heads"]) == (kind, count)])
+        return rising([(r[amount], r["seconds"]) for r in rows if (r["name"], r["heads"]) == (kind, count)])
 
-    return tuple(
-        EstimatorCost(
-            kind=kind,
-            heads=min(counts),
-            points=points(kind, min(counts)),
-            many_heads=max(counts) if len(counts) > 1 else None,
-            many_points=points(kind, max(counts)) if len(counts) > 1 else None,
+    for kind, counts in sorted(heads.items()):
+        few, many = min(counts), max(counts)
+        yield {"kind": kind, "heads": few, "points": points(kind, few)} | (
+            {"many_heads": many, "many_points": points(kind, many)} if many > few else {}
         )
-        for kind, counts in sorted(heads.items())
-    )
+
+
+def step_errors(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, float]:
+    """Of steps that choose and read, which nothing was fitted to: how far off the model is."""
+    errors = []
+    for row in group_of(rows, "step_held_out"):
+        choice = StepChoice(row["name"], row["blocks"] * row["block_tokens"], row["block_tokens"])
+        work = DecodeWork(row["tokens"], row["head_dim"], row["readers"], row["batch"], model.table.dtype_bytes, choice)
+        errors.append(abs(model.decode_attention_s([work]) / row["seconds"] - 1))
+    return {"held_out_steps_mape": float(np.mean(errors)), "held_out_steps_max": max(errors)} if errors else {}

@@ -9,16 +9,18 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsesearch.cost.base import DecodeWork, UnitWork
+from sparsesearch.cost.base import DecodeWork, StepChoice, UnitWork
 from sparsesearch.cost.device.fused import MeasuredFused
 from sparsesearch.cost.device.load import TileLoad, tile_load
-from sparsesearch.cost.device.table import DecodeCost, DeviceTable, EstimatorCost, TileKernelCost
+from sparsesearch.cost.device.table import DecodeCost, DeviceTable, EstimatorCost, StepChoiceCost, TileKernelCost
 from sparsesearch.cost.table import between_sizes
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.kernels.dispatch import Backend, tile_shape
 from sparsesearch.kernels.schedule import TileSchedule, Workers
 
 SHARPNESS = 8.0
+JOINING_LAUNCHES = 4
+"""Where some heads of a layer choose what they read and others do not: lengths, queries and output of one kind taken apart and put together."""
 
 
 def schedule_seconds(
@@ -132,16 +134,53 @@ class DeviceCostModel:
         return np.array([self._decode_s(work) for work in works])
 
     def _decode_s(self, work: DecodeWork) -> float:
-        cost = self._decode_cost(work.head_dim)
+        if work.choice is not None and work.choice.kind not in self.step_choices:
+            work = work.reading_all
+        index_s = 0.0
+        if work.choice is not None:  # a head's share of a call that others of the layer join
+            choosing = self._step_choice(work.choice.kind)
+            call_s = choosing.seconds(work.choice.num_blocks, choosing.heads * work.batch)
+            index_s = call_s * work.query_heads / choosing.heads
+        cost = self._decode_cost(work.head_dim, paged=work.choice is not None)
         flops = 4.0 * work.head_dim * work.query_heads * work.kv_tokens * work.batch
-        return max(work.kv_bytes * cost.byte_s, flops / self.table.peaks.matmul_flop_per_s) + work.batch * cost.pair_s
+        read_s = max(work.kv_bytes * cost.byte_s, flops / self.table.peaks.matmul_flop_per_s)
+        return index_s + read_s + work.batch * work.passes * cost.pair_s
 
     def decode_attention_s(self, works: Sequence[DecodeWork]) -> float:
-        """One layer's decoding attention in one step; `works` are all of its KV heads."""
+        """One layer's decoding attention in one step; `works` are all of its KV heads.
+
+        Heads that choose add a call per rule that does, and read in a launch of their own, whose output a few small ones put in its place.
+        """
+        priced = [work if work.choice and work.choice.kind in self.step_choices else work.reading_all for work in works]
+        shared, choosing = (
+            [work for work in priced if (work.choice is not None) == chosen] for chosen in (False, True)
+        )
+        seconds = self._layer_read_s(shared, paged=False) + self._layer_read_s(choosing, paged=True)
+        calls: dict[tuple[StepChoice, float], int] = {}
+        for work in choosing:
+            assert work.choice is not None
+            rule = work.choice, work.kv_tokens
+            calls[rule] = calls.get(rule, 0) + work.query_heads * work.batch
+        seconds += sum(
+            self._step_choice(choice.kind).seconds(choice.num_blocks, heads) for (choice, _), heads in calls.items()
+        )
+        if choosing and shared:
+            seconds += JOINING_LAUNCHES * self.table.peaks.launch_s
+        return seconds
+
+    def _layer_read_s(self, works: Sequence[DecodeWork], *, paged: bool) -> float:
         if not works:
             return 0.0
-        cost = self._decode_cost(works[0].head_dim)
-        return cost.at(sum(work.kv_bytes for work in works), sum(work.batch for work in works))
+        cost = self._decode_cost(works[0].head_dim, paged=paged)
+        return cost.at(sum(work.kv_bytes for work in works), sum(work.batch * work.passes for work in works))
+
+    @property
+    def step_choices(self) -> frozenset[str]:
+        """Rules whose choice for a decoded token was measured."""
+        return frozenset(cost.kind for cost in self.table.step_choices) if self.table.paged_decode else frozenset()
+
+    def _step_choice(self, kind: str) -> StepChoiceCost:
+        return next(cost for cost in self.table.step_choices if cost.kind == kind)
 
     def attention_s(
         self, schedule: TileSchedule, *, num_kv_heads: int, head_dim: int, hz: float | None = None
@@ -266,8 +305,9 @@ class DeviceCostModel:
                 f"measured, but got {dtype_bytes}. Serve in that type (--dtype), or calibrate in the other one."
             )
 
-    def _decode_cost(self, head_dim: int) -> DecodeCost:
-        return min(self.table.decode, key=lambda cost: abs(math.log(cost.head_dim / head_dim)))
+    def _decode_cost(self, head_dim: int, *, paged: bool = False) -> DecodeCost:
+        known = self.table.paged_decode if paged else self.table.decode
+        return min(known, key=lambda cost: abs(math.log(cost.head_dim / head_dim)))
 
     def _linear_roof_s(self, rows: int, outputs: int, inputs: int) -> float:
         moved = (rows * inputs + outputs * inputs + rows * outputs) * self.table.dtype_bytes

@@ -7,6 +7,7 @@ from sparsesearch.cost.device.tile_cases import tile_cases
 from sparsesearch.cost.layer_parts import linear_widths
 from sparsesearch.model_shapes import ModelShape
 from sparsesearch.rules import Rule, rule_kinds
+from sparsesearch.rules.dense_source import DenseSource
 
 PROBE = ModelShape("probe", "llama", 4, 3072, 8192, 32, 8, 128, 1024, False, 5e5, 1 << 18)
 """Whole layers of this shape, which no known model has, show what the parts leave out when they run together."""
@@ -25,6 +26,8 @@ HAVE_KERNELS = ("vertical_slash", "pooled_topk")
 """Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
 
 MANY_HEADS = 64
+STEP_GROUP, STEP_BLOCK_TOKENS = 4, 64
+"""Query heads per KV head and keys per block of steps whose heads choose what they read."""
 LAYER_WIDTHS: tuple[tuple[int, int], ...] = (
     (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (2048, 2048), (8192, 8192), (512, 512),
 )  # fmt: skip
@@ -46,6 +49,11 @@ def estimators() -> dict[str, Rule]:
     return {kind: r.examples()[-1] for kind, r in kinds if r.dynamic and not r.reuses and not r.needs_layout}
 
 
+def step_rules() -> dict[str, Rule]:
+    """An example of every dynamic rule that chooses by itself for a decoded token."""
+    return {kind: rule for kind, rule in estimators().items() if rule.decodes and not isinstance(rule, DenseSource)}
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """What a calibration measures.
@@ -56,6 +64,10 @@ class RunPlan:
         decode: (batch, keys per sequence); 8 KV heads of four query heads.
         decode_few: keys of one sequence; 2 KV heads, since every head's parts are merged from as many more workers as there are fewer heads.
         decode_head_dims: head sizes of decoding and of dense attention.
+        step_batches: batches of steps whose heads choose what they read; 32 query heads of 8 KV heads.
+        step_blocks: blocks among which a head chooses.
+        step_keys: keys that it reads.
+        steps_held_out: (batch, blocks, keys read) of steps that choose and read, to which nothing is fitted.
         gemm_tokens: rows of the activations of a linear layer.
         gemm_widths: (outputs, inputs) of a linear layer.
         skinny_rows: rows of the fused step's products.
@@ -77,6 +89,10 @@ class RunPlan:
     )  # fmt: skip
     decode_few: tuple[int, ...] = (256, 4096, 32768)
     decode_head_dims: tuple[int, ...] = (64, 128)
+    step_batches: tuple[int, ...] = (1, 8)
+    step_blocks: tuple[int, ...] = (128, 512, 2048)
+    step_keys: tuple[int, ...] = (512, 2048, 8192)
+    steps_held_out: tuple[tuple[int, int, int], ...] = ((1, 1024, 4096), (4, 768, 1024), (8, 1024, 2048))
     gemm_tokens: tuple[int, ...] = (1, 4, 8, 16, 32, 128, 512, 2048, 8192, 32768)
     gemm_widths: tuple[tuple[int, int], ...] = LAYER_WIDTHS
     skinny_rows: tuple[int, ...] = (1, 8, 16)
@@ -111,6 +127,8 @@ class RunPlan:
         skinny = len(self.skinny_rows) * len(self.skinny)
         layers = (3 + len(self.probe_widths)) * len(self.layer_batches) + len(self.layer_tokens)
         fused = 4 * len(self.fused_batches)
+        read = len(self.step_keys) * len(self.decode_head_dims)
+        steps = len(self.step_batches) * (len(self.step_blocks) * len(step_rules()) + read) + len(self.steps_held_out)
         return (
             4
             + tiles
@@ -122,6 +140,7 @@ class RunPlan:
             + 5 * len(self.pointwise_tokens)
             + len(self.estimator_tokens) * (1 + len(estimators()))
             + len(self.estimator_tokens[:2]) * len(HAVE_KERNELS)
+            + steps
         )
 
 
@@ -132,6 +151,8 @@ QUICK = RunPlan(
     decode=((1, 4096), (8, 32768)),
     decode_few=(),
     decode_head_dims=(128,),
+    step_blocks=(128, 1024),
+    step_keys=(512, 2048),
     gemm_tokens=(1, 512, 8192),
     gemm_widths=((4096, 4096), (14336, 4096)),
     pointwise_tokens=(1, 1024, 8192),

@@ -14,6 +14,7 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.device.layer_probes import layer_runs
 from sparsesearch.cost.device.micro_bench import Bench, Row
 from sparsesearch.cost.device.run_plan import HAVE_KERNELS, MANY_HEADS, RunPlan, SkinnyUse, estimators
+from sparsesearch.cost.device.step_runs import step_runs
 from sparsesearch.cost.device.tile_cases import TileCase, on_device, tile_cases
 from sparsesearch.cost.device.timing import Timed
 from sparsesearch.kernels.decode import ragged_decode
@@ -41,6 +42,7 @@ def all_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
     yield from decode_runs(bench, plan.decode, plan.decode_head_dims)
     few = [(1, tokens) for tokens in plan.decode_few]
     yield from decode_runs(bench, few, plan.decode_head_dims, kv_heads=FEW_KV_HEADS)
+    yield from step_runs(bench, plan)
     yield from gemm_runs(bench, plan.gemm_tokens, plan.gemm_widths)
     for row in gemm_runs(bench, plan.layer_batches, plan.probe_widths):
         yield row | {"group": "probe_gemm"}

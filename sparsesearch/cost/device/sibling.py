@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from sparsesearch.cost.device.run_plan import STEP_BLOCK_TOKENS, STEP_GROUP
 from sparsesearch.cost.device.table import DecodeCost, DeviceTable, LinearCost, PairPoints, Points, rising
 from sparsesearch.cost.roofline import DATASHEETS, PASSES, Datasheet
+from sparsesearch.rules import rule_kinds
 
 SIBLINGS = {"h100": "h200"}
 """GPU -> the measured one with as many multiprocessors of the same kind, clock and power limit."""
@@ -34,6 +36,17 @@ def sibling_table(table: DeviceTable, gpu: str) -> DeviceTable:
         "memory_bytes": sheet.memory_bytes,
         "peaks": table.peaks.model_copy(update=rates),
         "decode": tuple(memory.decode(cost) for cost in table.decode),
+        "step_choices": tuple(
+            cost.model_copy(
+                update={
+                    "points": memory.chosen(cost.points, cost.kind, cost.heads),
+                    "many_points": cost.many_points
+                    and memory.chosen(cost.many_points, cost.kind, cost.many_heads or 0),
+                }
+            )
+            for cost in table.step_choices
+        ),
+        "paged_decode": tuple(memory.decode(cost) for cost in table.paged_decode),
         "linear": tuple(memory.linear(cost) for cost in table.linear),
         "pointwise": {
             name: memory.points(points, PASSES[name] * table.dtype_bytes) for name, points in table.pointwise.items()
@@ -93,6 +106,12 @@ class _OtherMemory:
     def estimated(self, tokens: Points, heads: int) -> Points:
         """Queries and keys are read once more."""
         return self.points(tokens, 2.0 * heads * ESTIMATED_HEAD_DIM * self.table.dtype_bytes)
+
+    def chosen(self, blocks: Points, kind: str, heads: int) -> Points:
+        """The bounds of blocks are read once for the query heads of a KV head, or all keys where a rule looks at them."""
+        rows = 2 if rule_kinds()[kind].reads_bounds else STEP_BLOCK_TOKENS
+        row_bytes = ESTIMATED_HEAD_DIM * self.table.dtype_bytes
+        return self.points(blocks, float(heads // STEP_GROUP * rows * row_bytes))
 
     def _moved(self, points: Points, work: list[tuple[float, float]]) -> Points:
         """The curve with (bytes, FLOPs) of every point; nothing gets shorter than a launch."""

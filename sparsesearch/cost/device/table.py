@@ -12,7 +12,7 @@ from sparsesearch.cost.stored import Frozen, StoredModel
 from sparsesearch.errors import SpecError
 
 FORMAT = "sparsesearch.device_cost_model"
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 
 
 class Peaks(Frozen):
@@ -188,6 +188,13 @@ class EstimatorCost(Frozen):
         return few + per_head * (query_heads - self.heads)
 
 
+class StepChoiceCost(EstimatorCost):
+    """Choosing the blocks that one token reads, in all sequences: blocks per head -> seconds of a call of `heads` query heads.
+
+    The heads of all sequences count; how many of them share a KV head's bounds is not asked.
+    """
+
+
 class DeviceTable(StoredModel):
     """Everything that was measured."""
 
@@ -209,6 +216,14 @@ class DeviceTable(StoredModel):
         (), description="layers without a plan; the tile kernel stands for them if empty"
     )
     decode: tuple[DecodeCost, ...] = Field(min_length=1)
+    step_choices: tuple[StepChoiceCost, ...] = Field(
+        (),
+        description="rules that choose what a decoded token reads; one that is missing is priced as reading every key",
+    )
+    paged_decode: tuple[DecodeCost, ...] = Field(
+        (),
+        description="decoding of query heads that each read pages of their own: pairs are of sequence and query head",
+    )
     linear: tuple[LinearCost, ...] = Field(min_length=1)
     pointwise: dict[str, Points] = Field(description="norm, rotation, gate, residual, transpose: elements -> seconds")
     estimators: tuple[EstimatorCost, ...]
