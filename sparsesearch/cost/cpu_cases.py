@@ -46,7 +46,7 @@ class Grid:
     block_tokens: tuple[int, ...]
     held_out_tokens: tuple[int, ...]
     decode_tokens: tuple[int, ...]
-    layer_rows: tuple[int, ...]  # tokens of linear and pointwise layers
+    layer_rows: tuple[int, ...] = ()  # tokens of linear and pointwise layers
 
 
 FULL = Grid(

@@ -32,7 +32,7 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
         estimators={kind: curves[0] for kind, curves in choosing.items()},
         estimator_calls={kind: curves[1] for kind, curves in choosing.items()},
         tiles=tiles,
-        layers=fit_layers(cases),
+        layers=fit_layers(cases) if shapes.layer_rows else None,
         decode=decode,
         step_choices=_fit_steps(cases, decode),
         fit={"tiles_mape": float(np.mean(errors)), "repeat_spread_median": float(np.median(spread))},

@@ -227,8 +227,8 @@ class TableCostModel:
             SpecError: an older calibration left it out.
         """
         known = self._layers()
-        at = min(max(rows, known.rows[0]), known.rows[-1] - 1)
-        return 2.0 * rows * outputs * inputs * _power_law(at, known.rows, known.flop_s)
+        flop_s = known.flop_s[-1] if rows >= known.rows[-1] else _power_law(rows, known.rows, known.flop_s)
+        return 2.0 * rows * outputs * inputs * flop_s
 
     def pointwise_s(self, name: str, elements: float) -> float:
         """Norm, rotation, gate, residual or transpose over so many elements; errors as of `linear_s`."""
