@@ -52,7 +52,11 @@ def front(
     ] = 15,
     time_limit: Annotated[
         float,
-        typer.Option(help="Seconds per target after which budgets move no more.", min=1, rich_help_panel=TIMES),
+        typer.Option(
+            help="Seconds per target after which no step begins and plans that are off it move once more.",
+            min=1,
+            rich_help_panel=TIMES,
+        ),
     ] = 3600,
     cost_model: Annotated[
         str | None,

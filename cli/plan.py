@@ -50,17 +50,21 @@ def explain(
     json: o.Json = False,
 ) -> None:
     """Say what a plan does, or one of its heads. With a profile, also what that head could have done."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from sparsesearch.explanation import PlanExplanation
     from sparsesearch.explanation import explain as run
     from sparsesearch.plan import Plan
     from sparsesearch.planning import Question, score_table
+    from sparsesearch.search.budget import Budget
 
     opened = Plan.load(plan)
     scores = None
     if profile is not None:
-        scores = score_table(o.profile_for(opened, profile), Question((), granularity=opened.unit))
+        question = Question((), granularity=opened.unit)
+        if opened.decode:
+            question = replace(question, budgets=(Budget("kv_fraction", 1.0),), decode="separate")
+        scores = score_table(o.profile_for(opened, profile), question)
     found = run(opened, head, scores=scores)
     if json:
         emit_json(asdict(found))
@@ -75,6 +79,10 @@ def explain(
         if found.steps:
             shown = [[label, share, ", ".join(f"{k} {n}" for k, n in kinds)] for label, share, kinds in found.steps]
             table("denoising steps", ["steps", "density", "rules"], shown)
+        if found.decoding:
+            length = max(opened.lengths_tokens)
+            shown = [[share.rule, share.heads, share.kept, share.read] for share in found.decoding]
+            table(f"decoding at {length} tokens", ["rule", "query heads", "keys kept", "keys read"], shown)
         for name, summary in found.parts:
             lines(f"{name}: {summary}")
     else:
@@ -87,12 +95,11 @@ def explain(
         table("density", ["length", "share of dense"], list(found.densities.items()))
         if found.steps:
             table("denoising steps; the above is of the first", ["steps", "rule", "share of dense"], found.steps)
-        if found.alternatives:
-            table(
-                "alternatives",
-                ["rule", "loss", *found.alternatives[0].cost, "chosen"],
-                [[a.rule, a.loss, *a.cost.values(), "*" if a.chosen else ""] for a in found.alternatives],
-            )
+        phases = ("alternatives", found.alternatives), ("alternatives while decoding", found.decode_alternatives)
+        for title, own in phases:
+            if own:
+                rows = [[a.rule, a.loss, *a.cost.values(), "*" if a.chosen else ""] for a in own]
+                table(title, ["rule", "loss", *own[0].cost, "chosen"], rows)
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from .render import emit_json, lines, table
 if TYPE_CHECKING:
     from sparsesearch.plan import BudgetRecord, Plan
 
-ASSUMPTIONS = ("seconds", "memory", "extrapolated", "losses")
+ASSUMPTIONS = ("seconds", "choices", "memory", "extrapolated", "losses")
 """What a search writes into a plan's provenance about its prices and losses."""
 
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsesearch.comparison import PARTS, TileShares, spans_of
+from sparsesearch.decoding import DecodeShare, decode_shares
 from sparsesearch.errors import SpecError, nearest
 from sparsesearch.plan import Plan
 from sparsesearch.rules.base import Rule
 from sparsesearch.scores import ScoreTable
+from sparsesearch.shapes import Decoding
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class HeadExplanation:
         removed: whether the plan takes the head out of the model, so that no rule applies.
         steps: (range of denoising steps, rule, share of dense's tiles or None), of plans with a schedule; the rest speaks of the first range.
         alternatives: the profile's candidates for this head, least loss first; empty without scores.
+        decode_alternatives: likewise for decoding, where that was searched by itself.
     """
 
     module: str
@@ -42,6 +45,7 @@ class HeadExplanation:
     removed: bool
     steps: tuple[tuple[str, str, float | None], ...] = ()
     alternatives: tuple["Alternative", ...] = ()
+    decode_alternatives: tuple["Alternative", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class PlanExplanation:
         dense_heads: addresses `module:head` of the heads left dense: those that the search found it could not cut.
         parts: what the plan holds besides `kinds`, as (field, summary): rules of decoding, steps, removals.
         steps: (range of denoising steps, share of dense's tiles or None, kinds of its heads); empty without a schedule.
+        decoding: the rules of decoding at the longest length; empty where they are those of the prompt and none chooses token by token.
     """
 
     num_heads: int
@@ -75,6 +80,7 @@ class PlanExplanation:
     dense_heads: tuple[str, ...]
     parts: tuple[tuple[str, str], ...]
     steps: tuple[tuple[str, float | None, tuple[tuple[str, int], ...]], ...] = ()
+    decoding: tuple[DecodeShare, ...] = ()
 
 
 def explain(
@@ -121,6 +127,7 @@ def _explain_plan(plan: Plan) -> PlanExplanation:
         ()
         if plan.schedule is None
         else tuple((span.label, longest.mean(rules[span.label]), _counted(rules[span.label])) for span in spans),
+        decode_shares(plan, max(plan.lengths_tokens)),
     )
 
 
@@ -148,15 +155,27 @@ def _explain_head(plan: Plan, module: str, head: int, scores: ScoreTable | None)
         spans[0].plan.decode_rule(module, head).label,
         head in plan.removed_heads(module),
         () if plan.schedule is None else tuple((label, own.label, share.of(own)) for label, own in by_step),
-        () if scores is None else _alternatives(scores, module, head, rule),
+        *(() if scores is None else _all_alternatives(scores, plan, module, head, rule)),
     )
 
 
-def _alternatives(scores: ScoreTable, module: str, head: int, rule: Rule) -> tuple[Alternative, ...]:
-    units = [index for index, unit in enumerate(scores.units) if unit.module == module and head in unit.heads]
-    if not units:
+def _all_alternatives(
+    scores: ScoreTable, plan: Plan, module: str, head: int, rule: Rule
+) -> tuple[tuple[Alternative, ...], ...]:
+    """Of the prefill and, where the table has rows of its own for that, of decoding."""
+    prefill: list[int] = []
+    decode: list[int] = []
+    for index, address in enumerate(scores.units):
+        unit = address.unit if isinstance(address, Decoding) else address
+        if unit.module == module and head in unit.heads:
+            (decode if isinstance(address, Decoding) else prefill).append(index)
+    if not prefill:
         raise SpecError(f"the profile must cover {module}:{head}, but does not; give the profile the plan came from.")
-    unit = units[0]
+    found = [_alternatives(scores, prefill[0], rule)]
+    return (*found, *(_alternatives(scores, row, plan.decode_rule(module, head)) for row in decode))
+
+
+def _alternatives(scores: ScoreTable, unit: int, rule: Rule) -> tuple[Alternative, ...]:
     found = [
         Alternative(
             label,
@@ -164,6 +183,7 @@ def _alternatives(scores: ScoreTable, module: str, head: int, rule: Rule) -> tup
             {
                 metric: float((cost[unit, index] / cost[unit, scores.dense_index]).max())
                 for metric, cost in scores.costs.items()
+                if (cost[unit, scores.dense_index] > 0).all()
             },
             chosen=label == rule.label or rule.label.startswith(label.removesuffix(")") + ","),
         )

@@ -36,7 +36,7 @@ def prefill_growth(pricer: Pricer, lengths: Sequence[int]) -> Float[ndarray, "U 
 
 
 def decode_growth(pricer: Pricer, workloads: Sequence[Workload]) -> Float[ndarray, "U C"]:
-    """The same for what is decoded last, where the cached keys are what a candidate keeps."""
+    """The same for what is decoded last, where a candidate leaves out the keys that a token does not read, cached or not."""
     profiled = Workload(max(pricer.profile.manifest.lengths))
     return _growth([_skipped_keys(pricer, workload) for workload in (profiled, *workloads)])
 
@@ -56,5 +56,5 @@ def _skipped_tiles(pricer: Pricer, length: int) -> Float[ndarray, "U C"]:
 def _skipped_keys(pricer: Pricer, workload: Workload) -> Float[ndarray, "U C"]:
     context = workload.last_context_tokens
     grid = BlockGrid(1, context, pricer.profile.manifest.block_tokens, law_len=workload.prompt_tokens)
-    kept = np.array([float(rule.kept_tokens(grid)) for rule in pricer.profile.manifest.candidates])
-    return np.tile(1.0 - kept / context, (len(pricer.units), 1))
+    read = np.array([float(rule.step_tokens(grid)) for rule in pricer.profile.manifest.candidates])
+    return np.tile(1.0 - read / context, (len(pricer.units), 1))

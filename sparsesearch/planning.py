@@ -89,7 +89,9 @@ def _assumptions(profile: Profile, question: Question) -> dict[str, Any]:
         rules = profile.manifest.candidates if question.space is None else question.space.candidates
         generates = any(workload.generate_tokens for workload in question.workloads)
         if generates and (kinds := unpriced(rules, question.cost_model)):
-            found["unpriced_choices"] = f"{', '.join(kinds)}: priced as reading every key in decoding"
+            found["choices"] = (
+                f"{', '.join(kinds)} while decoding: no price in this cost model, so taken to read every key"
+            )
     if any(budget.metric == "memory" for budget in question.budgets):
         found["memory"] = "keys, values and weights" if question.shape else "keys and values; weights unknown"
     lengths = priced_lengths(profile, question)

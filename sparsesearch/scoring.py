@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost import NAME_ONE
 from sparsesearch.cost.base import CostModel
 from sparsesearch.cost.layer_costs import LayerCosts
@@ -239,8 +240,13 @@ def _losses(profile: Profile, question: Question, ledger: "_Ledger") -> Float[nd
     )
     decode = _grown(decode, decode_growth(ledger.decode, generating))
     static = [not (rule.dynamic or rule.needs_calibration or rule.reuses) for rule in profile.manifest.candidates]
-    acts = static | chooses_in_steps(profile)
-    return np.concatenate([_grown(prefill, growth), np.where(acts, decode, np.inf)])
+    stepping = chooses_in_steps(profile)
+    whole = BlockGrid(*(max(profile.manifest.lengths),) * 2, profile.manifest.block_tokens)
+    idle = stepping & [
+        rule.keeps_all(whole) for rule in profile.manifest.candidates
+    ]  # in prefill another name of dense
+    prefill = np.where(idle, np.inf, _grown(prefill, growth))
+    return np.concatenate([prefill, np.where(static | stepping, decode, np.inf)])
 
 
 def _grown(loss: Float[ndarray, "U C"], growth: Float[ndarray, "U C"]) -> Float[ndarray, "U C"]:

@@ -12,19 +12,25 @@ from sparsesearch.block_mask import BlockGrid
 from sparsesearch.calibration import Calibration, Sample
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.table import TableCostModel
+from sparsesearch.decoding import decode_shares
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate.head import Head
 from sparsesearch.evaluate.reference import DenseReference
+from sparsesearch.explanation import HeadExplanation, explain
+from sparsesearch.loss_growth import decode_growth
 from sparsesearch.plan import uniform_plan
 from sparsesearch.planning import Question, find_choice, write_plan
 from sparsesearch.pricing import Pricer
 from sparsesearch.profiling.proxies import chooses_in_steps, length_terms, objective_loss, phase_losses
 from sparsesearch.profiling.record import Profile
 from sparsesearch.profiling.run import Request, profile_model
+from sparsesearch.report.decoding import decoding_table
 from sparsesearch.rules import LengthLaw
 from sparsesearch.rules.bounds_topk import BoundsTopk
+from sparsesearch.rules.sink_window import SinkWindow
 from sparsesearch.runtime.fingerprint import describe
 from sparsesearch.runtime.live import apply
+from sparsesearch.scoring import score_table
 from sparsesearch.search.budget import parse_budgets
 from sparsesearch.search_space import SearchSpace
 from sparsesearch.shapes import Decoding
@@ -127,16 +133,30 @@ def test_a_search_takes_them_where_time_per_token_is_short(profile: Profile, dec
     rules = {plan.decode_rule(module, head) for module, heads in plan.assignments.items() for head in range(len(heads))}
     assert any(isinstance(rule, BoundsTopk) for rule in rules)
     assert max(plan.budgets[0].predicted.values()) <= 0.2
-    assert "unpriced_choices" not in plan.provenance
+    assert "choices" not in plan.provenance
     vertical = columns(profile)["vertical_slash(vertical=16,slash=32,probe=64)"]
     rows = [row for row, unit in enumerate(table.units) if isinstance(unit, Decoding)]
     assert not table.valid[rows, vertical].any()
+    if rows:  # a rule that leaves the prompt dense is no other choice there
+        prefill = [row for row in range(len(table.units)) if row not in rows]
+        assert table.valid[prefill].sum(0).tolist() == [4, 4, 4, 0, 0, 4, 4, 4]
     quest = columns(profile)["bounds_topk(keep=32,sink=16,prefill=False)"]
     pricer = Pricer(profile, "kv_group", asked.cost_model)
     kept = pricer.kept_elements(LENGTH)
     assert (kept[:, quest] == kept[:, 0]).all()
     held = pricer.kv_bytes(SERVED[0])
     assert held[:, quest] == pytest.approx(held[:, 0] * (1 + 1 / 16), rel=1e-3)
+
+
+def test_losses_grow_with_what_a_longer_prompt_makes_them_leave_out(profile: Profile) -> None:
+    """Although the cache stays whole: 32 of 96 keys are read where the profile was made, 32 of 64k where the plan is to serve."""
+    quest = columns(profile)["bounds_topk(keep=32,sink=16,prefill=False)"]
+    growth = decode_growth(Pricer(profile, "kv_group"), SERVED)
+    expected = (1 - 32 / (64 * 1024 + 64)) / (1 - 32 / 96)
+    assert growth[:, quest] == pytest.approx(expected, rel=1e-4)
+    table = score_table(profile, ask("tpot=0.9x", decode="separate"))
+    _, decode = phase_losses(profile, "combined", "kv_group", answer_weight=1.0)
+    assert table.loss[len(decode) :, quest] == pytest.approx(decode[:, quest] * growth[:, quest])
 
 
 def test_a_cost_model_without_their_price_is_named_in_the_plan(profile: Profile) -> None:
@@ -146,7 +166,7 @@ def test_a_cost_model_without_their_price_is_named_in_the_plan(profile: Profile)
     asked = ask("density=1", cost_model=silent, workloads=(Workload(256, 8),))
     table, solution = find_choice(profile, asked)
     plan = write_plan(profile, asked, table, solution.choice, solution)
-    assert plan.provenance["unpriced_choices"] == "bounds_topk: priced as reading every key in decoding"
+    assert plan.provenance["choices"].startswith("bounds_topk while decoding: no price")
 
 
 @pytest.mark.parametrize("keep", [16, 48])
@@ -187,3 +207,33 @@ def test_the_step_of_the_price_is_the_step_of_the_rule(profile: Profile) -> None
     )  # keys of two query heads; a block's bounds are two rows
     seconds = pricer.tpot_s(workload)[0, quest]
     assert seconds == pytest.approx(read * 2 * 8 * 4 * 2 / 3.35e12, rel=1e-6)
+
+
+def test_a_plan_says_what_its_heads_keep_and_read(profile: Profile) -> None:
+    asked = ask("tpot=0.2x", decode="separate")
+    table, solution = find_choice(profile, asked)
+    plan = write_plan(profile, asked, table, solution.choice, solution)
+    shares = decode_shares(plan, 64 * 1024)
+    assert sum(share.heads for share in shares) == 8
+    for share in shares:
+        if share.rule.startswith("bounds_topk"):
+            assert (share.kept, share.read) == (
+                1.0,
+                plan.rules[share.rule].step_tokens(BlockGrid(1, 64 * 1024, 16)) / 65536,
+            )
+    assert all(share.rule in decoding_table(plan, 96) for share in shares)
+    unlike = uniform_plan(
+        plan.base_model, SinkWindow(sink=16, window=LengthLaw(a=16)), block_tokens=16, lengths_tokens=(96,)
+    )
+    assert decode_shares(unlike, 96) == ()
+    assert decoding_table(unlike, 96) == ""
+    found = explain(plan, "0:0", scores=score_table(profile, replace(asked, budgets=parse_budgets("kv_fraction=1"))))
+    assert isinstance(found, HeadExplanation)
+    assert len(found.alternatives) == len(profile.labels) - 2, "those that leave the prompt dense"
+    own = {one.rule: one for one in found.decode_alternatives}
+    assert set(own) == set(profile.labels) - {
+        "vertical_slash(vertical=16,slash=32,probe=64)",
+        "skip_softmax(prefill_scale=10,decode_scale=None)",
+    }
+    assert own["bounds_topk(keep=32,sink=16,prefill=False)"].cost["kv_fraction"] == 1.0
+    assert [one.rule for one in found.decode_alternatives if one.chosen] == [plan.decode_rule(found.module, 0).label]

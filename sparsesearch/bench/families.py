@@ -59,7 +59,7 @@ def _arguments() -> argparse.Namespace:
     add("--num-sequences", type=int, default=8, help="judged")
     add("--choose-sequences", type=int, default=4, help="on which the first family chooses; 0: it does not")
     add("--rounds", type=int, default=9, help="of the final measurement")
-    add("--time-limit", type=float, default=3600, help="seconds per target after which budgets move no more")
+    add("--time-limit", type=float, default=3600, help="seconds per target after which no step begins")
     add("--refine", type=int, default=0, help="most steps that improve every family's plan")
     add("--space", default="mixture")
     add("--block-tokens", type=int, help="side of a tile; the space's own by default")

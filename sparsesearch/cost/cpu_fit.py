@@ -20,7 +20,7 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
     dtype_bytes = torch.finfo(dtype).bits // 8
     tiles, errors = _fit_tiles([case for case in cases if case.group == "tiles"])
     choosing = {kind: _choosing_curves([case for case in cases if case.group == kind], shapes) for kind in estimators()}
-    decode = _fit_decode([case for case in cases if case.group == "decode"])
+    decode = fit_decode([case for case in cases if case.group == "decode"])
     spread = [float(np.median(case.seconds)) / min(case.seconds) - 1 for case in cases]
     table = CostTable(
         name="cpu",
@@ -34,7 +34,7 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
         tiles=tiles,
         layers=fit_layers(cases) if shapes.layer_rows else None,
         decode=decode,
-        step_choices=_fit_steps(cases, decode),
+        step_choices=fit_steps(cases, decode),
         fit={"tiles_mape": float(np.mean(errors)), "repeat_spread_median": float(np.median(spread))},
         provenance=_provenance(dtype, settings),
     )
@@ -99,7 +99,8 @@ def _fit_tiles(cases: Sequence[Case]) -> tuple[tuple[TileCost, ...], list[float]
     return tuple(fits), errors
 
 
-def _fit_decode(cases: Sequence[Case]) -> tuple[DecodeCost, ...]:
+def fit_decode(cases: Sequence[Case]) -> tuple[DecodeCost, ...]:
+    """A line over keys, per head_dim."""
     fits = []
     for head_dim in sorted({case.head_dim for case in cases}):
         own = [case for case in cases if case.head_dim == head_dim]
@@ -110,7 +111,7 @@ def _fit_decode(cases: Sequence[Case]) -> tuple[DecodeCost, ...]:
     return tuple(fits)
 
 
-def _fit_steps(cases: Sequence[Case], decode: Sequence[DecodeCost]) -> dict[str, tuple[Curve, ...]]:
+def fit_steps(cases: Sequence[Case], decode: Sequence[DecodeCost]) -> dict[str, tuple[Curve, ...]]:
     """What choosing adds, per query head, to reading the keys that are chosen."""
     found: dict[str, tuple[Curve, ...]] = {}
     for kind, rule in step_rules().items():

@@ -26,7 +26,7 @@ def improved(
     *,
     first: str,
     num_steps: int,
-    fast: Callable[[Rung], bool],
+    fast: Callable[[Rung, bool], bool],
     deadline: float,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Standing]:
@@ -40,7 +40,7 @@ def improved(
         climb: brings them to the target's time.
         first: the family on trial. Where its plan does not lead, it also sets out from the plan of the rival that loses least over all positions.
         num_steps: at most.
-        fast: whether a plan is as fast as the target, which plans of families that give way must be.
+        fast: whether a plan is as fast as the target, given whether its family gives way; proposals must be.
         deadline: of `time.monotonic`, past which no step begins.
         progress: called with (stage, done, total).
     """
@@ -53,7 +53,7 @@ def improved(
         others = {
             f", {family}": Start(family, standing, gives_way=family == ANSWERS)
             for family, standing in found.items()
-            if family in open_families - {first} and is_worth_steps(standing, found[first])
+            if family in open_families - {first} and (family == ANSWERS or is_worth_steps(standing, found[first]))
         }
         better = step(number, others, steps, judge, climb, fast) if others else {}
         moved = {others[name].family: standing for name, standing in better.items()}

@@ -260,7 +260,7 @@ class Search:
 
         return improved(
             standings, parts, self.local, judge, climbed,
-            first=self.setting.families[0], num_steps=self.setting.steps, fast=lambda rung: self._near.as_fast(rung, target), deadline=deadline,
+            first=self.setting.families[0], num_steps=self.setting.steps, fast=lambda rung, gives_way: self._near.as_fast(rung, target, 1.0 if gives_way else RIVALS_MAY_BE_SLOWER), deadline=deadline,
             progress=lambda stage, done, total: self.progress(f"{stage} at {target:g}x", done, total),
         )  # fmt: skip
 

@@ -45,9 +45,9 @@ class Standing:
         return float(self.text.mean())
 
     @property
-    def at_answers(self) -> float:
-        """The part of the mean that is at answers."""
-        return self.mean - self.kl_text
+    def at_answers(self) -> Float[Tensor, " n"]:
+        """The part of the loss that is at answers."""
+        return self.loss - self.text
 
 
 def improves(new: Standing, old: Standing) -> bool:
@@ -66,15 +66,14 @@ def leads(one: Standing, rivals: Sequence[Standing]) -> bool:
 
 
 def chosen(candidates: Sequence[Standing], rivals: Sequence[Standing]) -> Standing:
-    """The plan of least loss among those that no rival beats, neither over all positions nor at answers; if there are any that lead, among them.
+    """The plan of least loss among those that no rival beats: none loses less over all positions, nor clearly less at answers, which are few tokens.
 
-    The weight of the answers is a convention. What is better in their sum alone is taken only where nothing else is left: where all candidates
-    lose more over all positions than some rival.
+    If any of them lead, it is among these. The weight of the answers is a convention. What is better in their sum alone is taken only where
+    nothing else is left: where all candidates lose more over all positions than some rival.
     """
     text = min((rival.kl_text for rival in rivals), default=float("inf"))
-    answers = min((rival.at_answers for rival in rivals), default=float("inf"))
     as_good = [one for one in candidates if one.kl_text <= text]
-    better = [one for one in as_good if one.at_answers <= answers]
+    better = [one for one in as_good if not any(clearly_less(rival.at_answers, one.at_answers) for rival in rivals)]
     leading = [one for one in better if leads(one, rivals)]
     return min(leading or better or as_good or candidates, key=lambda standing: standing.mean)
 

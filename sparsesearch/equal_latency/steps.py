@@ -155,7 +155,7 @@ def step(
     steps: Steps,
     judge: Judge,
     climb: Climb,
-    fast: Callable[[Rung], bool],
+    fast: Callable[[Rung, bool], bool],
 ) -> dict[str, Standing]:
     """The starts from which some proposal clearly improved, each with its best one.
 
@@ -165,7 +165,7 @@ def step(
         steps: the families' spaces.
         judge: replays the proposals.
         climb: brings proposals to the target.
-        fast: whether a plan is as fast as the target; of families that give way no other proposals are considered.
+        fast: whether a plan is as fast as the target, given whether its family gives way; no other proposals are considered.
     """
     ladder_of: dict[str, Ladder] = {}
     begin: dict[str, float] = {}
@@ -182,7 +182,7 @@ def step(
     for label, rung in rungs.items():
         name = origin[label]
         start = starts[name]
-        if start.gives_way and not fast(rung):
+        if not fast(rung, start.gives_way):
             continue
         found = judge.standing(start.family, label, ladder_of[label], rung)
         if is_better(start.family, found, start.standing) and (name not in better or found.mean < better[name].mean):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.runtime.cache_keyword import CACHE_KEYWORD
+from sparsesearch.runtime.prepare import sparse_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,11 +55,13 @@ class Head:
             return (args[0][:, -1:], *args[1:])
 
         ids, prompt = input_ids.to(self.model.device), input_ids.shape[1] - decode_tokens
+        options: dict[str, Any] = {"use_cache": use_cache}
+        if decode_tokens:  # its steps choose for all sequences at once
+            options = {"use_cache": True, CACHE_KEYWORD: sparse_cache(self.model, max_tokens=ids.shape[1])}
         with self._before_embedding(last_only):
-            out: Any = self.model(input_ids=ids[:, :prompt], use_cache=use_cache or decode_tokens > 0)
+            self.model(input_ids=ids[:, :prompt], **options)
             for at in range(prompt, ids.shape[1]):
-                cache = {CACHE_KEYWORD: getattr(out, CACHE_KEYWORD)}
-                out = self.model(input_ids=ids[:, at : at + 1], use_cache=True, **cache)
+                self.model(input_ids=ids[:, at : at + 1], **options)
         if len(seen) != 1 + decode_tokens or seen[0].shape[:2] != (len(ids), prompt):
             raise UnsupportedModelError(
                 f"a forward of {type(self.model).__name__} must call its output embedding once on all positions, but called it "

@@ -1,6 +1,6 @@
 """Decoding: one query per head against ragged keys, read once, at the memory's pace.
 
-Every (sequence, KV head) pair has its own number of keys. Their key blocks are laid end to end, an idle one before each pair for what it
+Every (sequence, KV head) pair has its own number of keys. Their key blocks are laid end to end, two idle ones before each pair for what it
 costs to begin one, and cut into equal shares, one per worker, wherever that falls (split-KV as in Flash-Decoding, Dao et al. 2023; even
 shares over ragged heads as in stream-K, Osama et al. 2023, arXiv:2301.03598). Workers find their share from the lengths, on the device:
 lengths may change from one replay of a CUDA graph to the next. The query heads of a pair share one pass over its keys. Worker w leaves its
@@ -16,15 +16,21 @@ add up in so few registers, or more heads than there are such rooms, the merge i
 the other took 13 to 40 % longer otherwise.
 
 Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
-blocks in turns, more than one block brought into L2 before or after the wait (1-4 %), shares in units of 16 keys (2-3 %), 2 workers with three
-blocks in flight (1-3 %), 4 with one (18-20 %), 3 with one (one sequence 8 %; 8 sequences 1 % faster), and shares whose last quarter is taken by
-whoever is done (20-40 %; every piece is a part of its own, so results stay bit-identical; why it lost was not found out). A ring in shared memory
-filled by the tensor copy engine across the borders of pairs was 3 to 5 % faster in trials of up to 64 pairs, slower in `bench decode`, and withdrawn.
+blocks in turns, more than one block brought into L2 before or after the wait (1-4 %; line by line or in bulk makes no difference), shares in units
+of 16 keys (2-3 %), 2 workers with three blocks in flight (1-3 %), 4 with one (18-20 %), 3 with one (one sequence 8 %; 8 sequences 1 % faster), queries
+loaded with the first keys (3-14 %: no shared memory is left for the merge), and shares whose last quarter is taken by whoever is done (20-40 %, as
+much as any form of more than 152 registers loses, which leave the merge no room: it had 154 to 158; its counter must be 0 before every call). More
+programs than fit, the last ones with what was held back, begin where others end: the first kernel alone is 1-2 % faster so, both are 4-15 % slower,
+because the merge and the workers of the next call are not launched before every program has begun (a single program more, without work, costs
+1-6 %). More for the workers that begin first, which stand on the fast multiprocessors named below in 94 of 100 cases, changes nothing. A ring in
+shared memory filled by the tensor copy engine across the borders of pairs was 3 to 5 % faster in trials of up to 64 pairs, slower in `bench decode`,
+and withdrawn.
 
 What limits it (H200, `bench.decode`, `bench.decode_counters`, clock stamps): a gigabyte is read at 1.03 of the copy bandwidth, the memory 93 % busy.
-134 MB are read at 0.81-0.85, the memory 72-77 % busy while the first kernel runs alone. In one sequence a call's workers may begin 2.3 us after the
-last one of the call before ended (its merge lies between), and of their equal shares 24 multiprocessors, always the same ones, are through after 30
-us on average, the other 108 after 34, the last worker after 37.
+134 MB are read at 0.81-0.85, the memory 72-77 % busy while the first kernel runs alone. In one sequence a call's workers may begin 2.4 us after the
+last one of the call before ended (its merge lies between; without it the first kernel alone would reach 0.91 in one sequence, 0.88 in 8), and of their
+equal shares 24 multiprocessors (which ones differs from card to card) are through after 30 us on average, the other 108 after 34, the last worker
+after 37.
 """
 
 import torch
@@ -42,7 +48,7 @@ MASKED = tl.constexpr(-1.0e30)
 
 BLOCK_KEYS = 64  # 128 leave room for one block per multiprocessor instead of three: half the loads in flight
 UNIT_KEYS = 64  # a share that ends inside a block pays for a whole one in latency
-IDLE_UNITS = 1  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
+IDLE_UNITS = 2  # a worker that goes on to another pair waits for memory about as long as it takes to read so many
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
 WORKERS_PER_SM = 3  # most loads in flight
 MANY_HEADS = 256
@@ -224,6 +230,8 @@ def is_late(num_pairs: int, num_heads: int) -> bool:
 def merge_shape(num_heads: int, num_pairs: int, workers: int, padded: int) -> tuple[int, int, int]:
     """Warps of one program of the merge, columns it merges, and parts it reads at once."""
     if num_heads >= MANY_HEADS and not is_late(num_pairs, num_heads):
+        if 2 * num_heads <= THIN_HEADS and padded > 16:  # half the columns each: as many registers hold twice the parts
+            return 1, padded // 2, 8
         return 1, padded, 4
     # few heads: their columns are shared out too; as many parts at once as a pair longer than the others may have
     parts = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))

@@ -112,9 +112,11 @@ def add_products(
     """Add the products of one strip's errors with the probes and, last, with the answer's gradient: by rows of tiles, and as decoding has them."""
     late = max(0, late_from(layer.v.shape[1]) - span.start)
     probes = products[:, :, :-1]
-    scores.fisher += probes.sum(-1).permute(2, 0, 1)
-    scores.prompt_fisher += probes[..., :late].sum(-1).permute(2, 0, 1)
-    scores.late_fisher += decoded[:, :, :-1, late:].sum(-1).permute(2, 0, 1)
+    prompt, rows = (part.sum(-1).permute(2, 0, 1) for part in (probes[..., :late], probes[..., late:]))
+    scores.fisher += prompt + rows
+    scores.prompt_fisher += prompt
+    as_rows = decoded is products
+    scores.late_fisher += rows if as_rows else decoded[:, :, :-1, late:].sum(-1).permute(2, 0, 1)
     position = torch.arange(span.start, span.stop, device=products.device)
     generated = position - span.start >= late if layer.generated is None else layer.generated[span]
     generated = generated.to(products.dtype)
@@ -123,7 +125,8 @@ def add_products(
     scores.answer_group += group.sum(-1)
     scores.prompt_answer += answer @ (1 - generated)
     scores.prompt_answer_group += group @ (1 - generated)
-    answer, group = _squares(decoded[:, :, -1], layer.num_kv_heads)
+    if not as_rows:
+        answer, group = _squares(decoded[:, :, -1], layer.num_kv_heads)
     scores.decode_answer += answer @ generated
     scores.decode_answer_group += group @ generated
 

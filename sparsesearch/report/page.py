@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsesearch.evaluate import Metrics
 from sparsesearch.plan import Plan
 from sparsesearch.report import tables
+from sparsesearch.report.decoding import decoding_table
 from sparsesearch.report.head_map import head_map
 from sparsesearch.report.masks import mask_cards
 from sparsesearch.report.palette import INK, kind_css, series_css, swatches
@@ -67,6 +68,7 @@ def render(
             "Which head follows which rule",
             legend(plan.kind_counts()) + f'<div class="scroll">{head_map(plan, length)}</div>',
         ),
+        ("While decoding", decoding_table(plan, length)),
         ("What the rules compute", mask_cards(plan, length)),
         ("The search", _pareto(pareto, pareto_y_label, timed)),
         ("Predicted and measured", tables.predictions_table(plan, metrics, variant) + tables.seconds_table(metrics)),

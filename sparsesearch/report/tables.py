@@ -53,6 +53,7 @@ def quality_table(metrics: Metrics, variant: str) -> str:
     )  # fmt: skip
     head = "<tr><th scope='col'>variant</th>" + "".join(f"<th scope='col'>{name}</th>" for name in columns) + "</tr>"
     parts = []
+    decoded = f", the last {metrics.decode_tokens} of them decoded" if metrics.decode_tokens else ""
     for length in metrics.lengths_tokens:
         rows = "".join(
             f'<tr{" class=own" if name == variant else ""}><th scope="row">{escape(name)}</th>'
@@ -61,7 +62,7 @@ def quality_table(metrics: Metrics, variant: str) -> str:
             for name in metrics.variants
         )
         parts.append(
-            f'<div class="scroll"><table><caption>{length} tokens</caption><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+            f'<div class="scroll"><table><caption>{length} tokens{decoded}</caption><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
         )
     return "".join(parts)
 

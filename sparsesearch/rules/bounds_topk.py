@@ -19,7 +19,8 @@ class BoundsTopk(Rule):
     """Top-k key blocks by an upper bound of q·k over the block; the first blocks and the newest one are always in.
 
     u[j] = Σ_d max(q_d·min_{i in j} k_{i,d}, q_d·max_{i in j} k_{i,d}) >= max_{i in j} q·k_i. A decoded token keeps the ⌈keep(N)/block⌉ best
-    blocks, N its prompt's length. The cache stays whole; what falls is what a step reads.
+    blocks, N its prompt's length. The cache stays whole; what falls is what a step reads. A search prices the choice and the blocks of every query
+    head (`cost.step_work`), and knows the loss from what the late queries of a profile would choose (`profiling.step_outputs`).
 
     Source: Tang et al. 2024, Quest, arXiv:2406.10774, section 3.3 and algorithm 1 (pages of 16 tokens, token budgets of 256 to 4096, the
     first two layers dense, the prompt dense). Differs: a page is a tile; with `prefill` the mean query of a block chooses for its block, at

@@ -185,7 +185,7 @@ def test_batches_are_numbers_or_max():
     [
         ("model_llama3_8b_h200", [1024, 4096, 32768, 131072], 2),
         ("model_llama3_8b_decode_h200", [], 6),
-        ("model_smollm2_135m_h200", [4096], 4),  # cut off by a time limit
+        ("model_smollm2_135m_h200", [4096], 6),
         ("model_qwen3_4b_h200", [4096, 32768], 6),
     ],
 )
@@ -256,15 +256,12 @@ def test_another_model_is_predicted_too():
 
 
 def test_small_models_steps_are_predicted_short():
-    """SmolLM2-135M: a step of 0.65 ms is predicted 14 % short at batch 1, 8 % at batch 8.
-
-    5 % are the turn between two steps, which no prediction counts; the rest is about what launches differ by from one captured graph to the
-    next (0.1 or 0.45 us between kernels, measured on a plain step).
-    """
+    """SmolLM2-135M: a step of 0.64 ms is predicted 13 % short at batch 1, 7 % at batch 8; the host takes a tenth of it to launch one."""
     rows = golden("model_smollm2_135m_h200")["rows"]
     steps = {row["batch"]: row for row in rows if row["phase"] == "decode" and row["variant"] == "plan"}
     for batch, most in ((1, 0.15), (8, 0.09)):
         assert -most <= steps[batch]["predicted_s"] / steps[batch]["step_s"] - 1 <= 0
+        assert steps[batch]["host_s"] <= 0.1 * steps[batch]["step_s"]
     (prompt,) = [row for row in rows if row["phase"] == "prefill"]
     assert prompt["predicted_s"] == pytest.approx(prompt["plan_graph_s"], rel=0.08)
     assert prompt["predicted_dense_s"] == pytest.approx(prompt["dense_graph_s"], rel=0.03)

@@ -94,6 +94,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
         "step_choice",
         "paged_decode",
         "step_held_out",
+        "step_joined",
     }
     settings = {"name": "tiny", "device": "a CPU", "memory_bytes": 1e9, "dtype_bytes": 4, "provenance": {}}
     table = fitted(rows, kernel="triton", workers=bench.workers, **settings)  # type: ignore[arg-type]
@@ -111,7 +112,7 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     """With the GPU's part played by the interpreter."""
     tiny = run_plan.RunPlan(
         tile_kinds=((16, 32),), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_few=(64,), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16),), skinny_rows=(1, 2), skinny=((32, 16, "normed"), (32, 64, "added")),
-        step_batches=(1,), step_blocks=(2,), step_keys=(64,), steps_held_out=(),
+        step_batches=(1,), step_blocks=(2, 3), step_keys=(64,), steps_held_out=(),
         pointwise_tokens=(1, 2), estimator_tokens=(128,), layer_batches=(1, 2), layer_tokens=(64, 128), peak_side=32,
         longest_tokens=0, time_share=0.001,
     )  # fmt: skip
@@ -225,14 +226,14 @@ def test_every_kernel_is_compiled_ahead_and_nothing_is_measured() -> None:
     bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = run_plan.RunPlan(
         tile_kinds=(), decode=((1, 64),), decode_few=(64,), decode_head_dims=(16,), skinny_rows=(1,), skinny=((32, 16, "normed"),),
-        step_batches=(1,), step_blocks=(2,), step_keys=(64,), steps_held_out=((1, 2, 64),),
+        step_batches=(1,), step_blocks=(2, 3), step_keys=(64,), steps_held_out=((1, 2, 64),),
         estimator_tokens=(128,), layer_batches=(), layer_tokens=(),
     )  # fmt: skip
     launched: list[str] = []
     jobs = list(compile_ahead.jobs(micro_bench.CompilingBench(bench), tiny))
     rows = [row for job in jobs for row in job()]
     launched = [row["group"] for row in rows]
-    steps = {"step_choice", "paged_decode", "step_held_out"}
+    steps = {"step_choice", "paged_decode", "step_joined", "step_held_out"}
     assert set(launched) == {"decode", "skinny", "estimator", "permutation"} | steps
     assert launched.count("estimator") == len(run_plan.estimators()) + len(run_plan.HAVE_KERNELS)
     assert all(math.isnan(row["seconds"]) for row in rows)

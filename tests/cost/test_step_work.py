@@ -8,9 +8,9 @@ import torch
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost import DecodeWork, load_cost_model
 from sparsesearch.cost.base import StepChoice
-from sparsesearch.cost.device.model import JOINING_LAUNCHES, DeviceCostModel
+from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.device.sibling import sibling_table
-from sparsesearch.cost.device.table import DecodeCost, PairPoints, Points, StepChoiceCost
+from sparsesearch.cost.device.table import Correction, DecodeCost, PairPoints, Points, StepChoiceCost
 from sparsesearch.cost.predict import predict
 from sparsesearch.cost.roofline import roofline
 from sparsesearch.cost.step_work import cached_tokens, head_works, unpriced
@@ -37,6 +37,7 @@ STEPS = {
             many_points=Points(amounts=(64, 1024), seconds=(8e-6, 3e-5)),
         ),
     ),
+    "step_joining_s": Correction(amounts=(1, 8), values=(1e-5, 2.5e-5)),
     "paged_decode": tuple(
         DecodeCost(
             head_dim=d,
@@ -91,7 +92,7 @@ def test_a_layer_pays_for_its_choices_once_per_rule_and_for_pages_per_head() -> 
     window = DecodeWork(640, 64, 4, 2)
     mixed_s = KNOWS.decode_attention_s([own] * 4 + [window] * 4)
     parts = STEPS["step_choices"][0].seconds(128, 32) + STEPS["paged_decode"][0].at(4 * own.kv_bytes, 32)
-    assert mixed_s == pytest.approx(parts + KNOWS.decode_attention_s([window] * 4) + JOINING_LAUNCHES * 2e-6)
+    assert mixed_s == pytest.approx(parts + KNOWS.decode_attention_s([window] * 4) + 1.5e-5)
     smaller = replace(own, kv_tokens=256)
     two_rules = KNOWS.decode_attention_s([own] * 4 + [smaller] * 4)
     choices = 2 * STEPS["step_choices"][0].seconds(128, 32)

@@ -10,9 +10,9 @@ from sparsesearch.equal_latency.record import Entry, EqualLatency
 from sparsesearch.measured_front import UNIFORM
 
 FOLDER = Path(__file__).parents[1] / "golden" / "equal_latency"
-ANSWERED, HALF = "smollm2-answers-h200.json", "smollm2-half-h200.json"
-NAMES = sorted(path.name for path in FOLDER.glob("*.json") if path.name != ANSWERED)
-"""Records that compare the mixture; `ANSWERED` is of plans for answers, found with calibration data of tasks alone."""
+ANSWERED, MULTIKEY = "smollm2-answers-h200.json", "smollm2-multikey-h200.json"
+NAMES = sorted(path.name for path in FOLDER.glob("*.json") if path.name not in (ANSWERED, MULTIKEY))
+"""Records that compare the mixture; the others are of plans for answers, found with calibration data of tasks."""
 
 
 def rows(name: str) -> list[tuple[float, dict[str, Entry]]]:
@@ -36,9 +36,9 @@ def test_the_mixture_takes_no_more_time_than_it_was_given(name: str) -> None:
         assert len(own.rules) > 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != HALF])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_mixture_loses_no_more_than_any_family_that_is_as_fast(name: str) -> None:
-    """Over all positions, within the paired standard error."""
+    """Over all positions, and in the loss that plans are chosen by."""
     for _, row in rows(name):
         own = row["mixture"]
         rivals = {family: one for family, one in row.items() if family not in ("mixture", ANSWERS)}
@@ -49,7 +49,7 @@ def test_the_mixture_loses_no_more_than_any_family_that_is_as_fast(name: str) ->
         }
         assert len(as_fast) >= 2
         for family, rival in as_fast.items():
-            assert rival.excess["kl"].mean >= -rival.excess["kl"].standard_error, family
+            assert all(rival.excess[loss].mean >= 0 for loss in ("kl", "loss") if loss in rival.excess), family
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,7 +105,7 @@ def test_plans_for_answers_keep_nineteen_in_twenty_at_two_fifths_of_the_time() -
 
 def test_calibrated_on_tasks_that_dense_does_not_answer_plans_for_answers_keep_less() -> None:
     """Half of the tasks' sequences were multi-key ones, which dense answers seldom, and the others no tasks at all: 155 for 168, still more than any family."""
-    ((_, row),) = rows("smollm2-h200.json")
+    ((_, row),) = rows(MULTIKEY)
     assert set(row[ANSWERS].answered) == {"needle", "needle_word"}
     assert row[ANSWERS].at_target
     assert 0.9 < kept(row[ANSWERS]) < 0.95
@@ -115,29 +115,21 @@ def test_calibrated_on_tasks_that_dense_does_not_answer_plans_for_answers_keep_l
 
 
 def test_on_smollm2_no_family_loses_less_at_the_same_time() -> None:
-    """All but two within one per cent of each other's time, every family's plan improved by steps. MoA's loss over all positions is equal within its
-    error; at answers, and in the loss by which plans are chosen, it is higher by more than thrice that. Every other family loses more in all."""
-    ((_, row),) = rows("smollm2-h200.json")
-    own = row["mixture"]
-    assert own.quality.kl_text.num_sequences == 48
-    for family in {"MoA", "DuoAttention", ANSWERS}:
-        assert row[family].share == pytest.approx(own.share, rel=0.012)
-    for family in set(row) - {"mixture", ANSWERS}:
-        for loss in ("loss", "kl_answer", "kl"):
-            excess = row[family].excess[loss]
-            assert excess.mean > 3 * excess.standard_error > 0 or ((family, loss) == ("MoA", "kl") and excess.mean > 0)
+    """At half and at two fifths of dense's time, every plan within half a per cent of it but windows of one width, which come in steps, and MInference's.
 
-
-def test_on_smollm2_at_half_of_the_time_moa_is_level() -> None:
-    """One search each, no steps: windows lose 3 per cent less over all positions (twice the error) and more at answers; in the loss by which plans
-    are chosen the mixture is ahead by a little more than the error. DuoAttention and uniform windows lose several times as much."""
-    ((target, row),) = rows(HALF)
-    assert target == 0.5
-    text, chosen_by = row["MoA"].excess["kl"], row["MoA"].excess["loss"]
-    assert abs(text.mean) < 0.035 * row["mixture"].quality.kl_text.mean
-    assert chosen_by.mean > chosen_by.standard_error > 0
-    for family in ("DuoAttention", UNIFORM):
-        assert row[family].quality.kl_text.mean > 4 * row["mixture"].quality.kl_text.mean
+    Every family that is near is improved by steps, on calibration sequences of the wordings that are judged. 96 sequences.
+    """
+    found = dict(rows("smollm2-h200.json"))
+    assert set(found) == {0.4, 0.5}
+    for target, row in found.items():
+        assert row["mixture"].quality.kl_text.num_sequences == 96
+        for family in ("mixture", "MoA", "DuoAttention"):
+            assert row[family].share == pytest.approx(target, rel=0.005)
+        assert row[UNIFORM].share == pytest.approx(target, rel=0.015)
+        for family in ("MInference", "DuoAttention", UNIFORM):
+            for loss in ("kl", "kl_answer", "loss"):
+                excess = row[family].excess[loss]
+                assert excess.mean > 3 * excess.standard_error > 0, (family, loss)
 
 
 def test_on_random_weights_in_the_8b_shape_the_mixture_beats_every_family() -> None:

@@ -100,6 +100,15 @@ def test_a_plan_that_leads_is_taken_before_one_that_is_level_over_all_positions(
     assert chosen([level, ahead], []) is level, "without rivals the sum decides"
 
 
+def test_at_answers_a_plan_is_beaten_only_by_more_than_their_noise() -> None:
+    """A rival that is better there by a hair does not bar a plan that loses an eighth less everywhere."""
+    rival, ahead = standing(1.0, 0.12), standing(0.88, 0.13, answer_noise=1.0)
+    assert chosen([ahead, rival], [rival]) is ahead
+    clearly_worse = standing(0.8, 0.25, answer_noise=1.0)
+    assert chosen([clearly_worse, ahead, rival], [rival]) is ahead
+    assert chosen([clearly_worse, rival], [rival]) is rival
+
+
 @pytest.mark.parametrize(("own", "starts"), [(0.99, ["", ", from b"]), (0.5, [""])])
 def test_the_family_on_trial_also_sets_out_from_the_best_rival_unless_it_leads(own: float, starts: list[str]) -> None:
     rivals = [

@@ -244,7 +244,7 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     for page_tokens in (0, 64):
         for num_pairs in (8, 64):
             yield f"decode {page_tokens} {num_pairs}", decode(page_tokens, num_pairs)
-    for num_pairs, group in ((64, 4), (triton_decode.THIN_PAIRS, 2)):
+    for num_pairs, group in ((64, 4), (128, 4), (triton_decode.THIN_PAIRS, 2)):
         yield f"merge {num_pairs}", decode_merge(num_pairs, group)
     yield from schedule()
     yield "index mass", index()

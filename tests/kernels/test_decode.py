@@ -92,8 +92,8 @@ def test_shares_of_any_number_of_workers(workers: int) -> None:
 
 @pytest.mark.parametrize(
     ("limits", "late"),
-    [({}, False), ({"THIN_PAIRS": 4}, True), ({"THIN_HEADS": 15}, True)],
-    ids=["thin merge", "late for its pairs", "late for its heads"],
+    [({}, False), ({"THIN_HEADS": 40}, False), ({"THIN_PAIRS": 4}, True), ({"THIN_HEADS": 15}, True)],
+    ids=["half the columns", "all columns", "late for its pairs", "late for its heads"],
 )
 def test_merges_of_many_heads(limits: dict[str, int], late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsesearch.kernels import triton_decode
@@ -102,7 +102,7 @@ def test_merges_of_many_heads(limits: dict[str, int], late: bool, monkeypatch: p
         monkeypatch.setattr(triton_decode, name, number)
     assert triton_decode.is_late(num_pairs=8, num_heads=32) == late
     lens = [33, 0, 200, 7, 1, 64, 130, 15]
-    q, k, v, starts, kv_lens = _case(lens, batch=2, heads=16, head_dim=16)
+    q, k, v, starts, kv_lens = _case(lens, batch=2, heads=16, head_dim=24)
     got = ragged_decode(q, k, v, starts, kv_lens, scale=0.3)
     keys = [torch.arange(int(a), int(a) + n) for a, n in zip(starts, lens, strict=True)]
     _assert_close(got, _expected(q, k, v, keys, 0.3))

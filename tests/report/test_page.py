@@ -141,6 +141,7 @@ def test_the_page_is_well_formed_and_each_figure_is_named(page: str) -> None:
     assert headings == [
         "What it costs and what it keeps",
         "Which head follows which rule",
+        "While decoding",
         "What the rules compute",
         "The search",
         "Predicted and measured",

@@ -134,6 +134,8 @@ def steps(bench: CompilingBench, plan: RunPlan) -> Iterator[Job]:
     for head_dim in plan.decode_head_dims:
         for batch in plan.step_batches:
             yield partial(list, step_runs.page_runs(bench, head_dim, batch, plan.step_keys[:1]))
+    for batch in plan.step_batches:
+        yield partial(list, step_runs.joined_runs(bench, (batch,), plan.step_blocks[-2]))
     for held_out in plan.steps_held_out:
         yield partial(list, step_runs.held_out_runs(bench, (held_out,)))
 

@@ -14,6 +14,7 @@ from sparsesearch.cost.device.fused import fit_skinny
 from sparsesearch.cost.device.load import TileLoad, tile_load
 from sparsesearch.cost.device.micro_bench import Row
 from sparsesearch.cost.device.model import DeviceCostModel, many_schedule_seconds
+from sparsesearch.cost.device.run_plan import STEP_GROUP
 from sparsesearch.cost.device.table import (
     Correction,
     DecodeCost,
@@ -106,6 +107,7 @@ def fitted(
         },
         provenance=provenance | ({"skipped": skipped} if skipped else {}),
     )
+    table = table.model_copy(update={"step_joining_s": _step_joining(DeviceCostModel(table), rows)})
     model = DeviceCostModel(table)
     fit = table.fit | step_errors(model, rows)
     return table.model_copy(update={"fit": fit} | corrections(model, rows))
@@ -306,6 +308,17 @@ def _by_heads(rows: Sequence[Row], amount: str) -> Iterator[dict[str, Any]]:
         yield {"kind": kind, "heads": few, "points": points(kind, few)} | (
             {"many_heads": many, "many_points": points(kind, many)} if many > few else {}
         )
+
+
+def _step_joining(model: DeviceCostModel, rows: Sequence[Row]) -> Correction | None:
+    """What layers in which some heads choose take beyond their parts, which the model prices without joining them."""
+    beyond = {}
+    for row in sorted(group_of(rows, "step_joined"), key=lambda row: int(row["batch"])):
+        choice = StepChoice(row["name"], row["blocks"] * row["block_tokens"], row["block_tokens"])
+        sizes = row["tokens"], row["head_dim"], STEP_GROUP, row["batch"], model.table.dtype_bytes
+        works = [DecodeWork(*sizes), DecodeWork(*sizes, choice)] * row["kv_heads"]
+        beyond[row["batch"]] = max(0.0, row["seconds"] - model.decode_attention_s(works))
+    return Correction(amounts=tuple(beyond), values=tuple(beyond.values())) if beyond else None
 
 
 def step_errors(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str, float]:

@@ -19,8 +19,6 @@ from sparsesearch.kernels.dispatch import Backend, tile_shape
 from sparsesearch.kernels.schedule import TileSchedule, Workers
 
 SHARPNESS = 8.0
-JOINING_LAUNCHES = 4
-"""Where some heads of a layer choose what they read and others do not: lengths, queries and output of one kind taken apart and put together."""
 
 
 def schedule_seconds(
@@ -164,9 +162,8 @@ class DeviceCostModel:
         seconds += sum(
             self._step_choice(choice.kind).seconds(choice.num_blocks, heads) for (choice, _), heads in calls.items()
         )
-        if choosing and shared:
-            seconds += JOINING_LAUNCHES * self.table.peaks.launch_s
-        return seconds
+        joining = self.table.step_joining_s
+        return seconds + (joining.at(choosing[0].batch) if choosing and shared and joining is not None else 0.0)
 
     def _layer_read_s(self, works: Sequence[DecodeWork], *, paged: bool) -> float:
         if not works:

@@ -128,7 +128,8 @@ class RunPlan:
         layers = (3 + len(self.probe_widths)) * len(self.layer_batches) + len(self.layer_tokens)
         fused = 4 * len(self.fused_batches)
         read = len(self.step_keys) * len(self.decode_head_dims)
-        steps = len(self.step_batches) * (len(self.step_blocks) * len(step_rules()) + read) + len(self.steps_held_out)
+        steps = len(self.step_batches) * (len(self.step_blocks) * len(step_rules()) + read + 1)
+        steps += len(self.steps_held_out)
         return (
             4
             + tiles

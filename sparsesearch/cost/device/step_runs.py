@@ -33,6 +33,7 @@ def step_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
     for head_dim in plan.decode_head_dims:
         for batch in plan.step_batches:
             yield from page_runs(bench, head_dim, batch, plan.step_keys)
+    yield from joined_runs(bench, plan.step_batches, plan.step_blocks[-2])
     yield from held_out_runs(bench, plan.steps_held_out)
 
 
@@ -56,11 +57,10 @@ def _turns(bench: Bench, batch: int, blocks: int) -> int:
     return bench.copies(8.0 * batch * KV_HEADS * blocks * CHOICE_DIM, most=32)
 
 
-def by_bounds(bench: Bench, batch: int, blocks: int, keep_blocks: int) -> Choose:
-    """The kernels of `page_ops`, on random bounds; the newest key is the last of the last block."""
-    bounds = [
-        [bench.normal(batch, KV_HEADS, blocks, CHOICE_DIM) for _ in "lh"] for _ in range(_turns(bench, batch, blocks))
-    ]
+def by_bounds(bench: Bench, batch: int, blocks: int, keep_blocks: int, kv_heads: int = KV_HEADS) -> Choose:
+    """The kernels of `page_ops` for the query heads of so many KV heads, on random bounds; the newest key is the last of the last block."""
+    turns = _turns(bench, batch, blocks)
+    bounds = [[bench.normal(batch, kv_heads, blocks, CHOICE_DIM) for _ in "lh"] for _ in range(turns)]
     pairs, newest = batch * KV_HEADS, blocks * BLOCK_TOKENS - 1
     q, keys = bench.normal(batch, HEADS, CHOICE_DIM), bench.normal(pairs, CHOICE_DIM)
     start = torch.arange(pairs, device=bench.device) - newest  # of all keys only the newest is read
@@ -68,10 +68,10 @@ def by_bounds(bench: Bench, batch: int, blocks: int, keep_blocks: int) -> Choose
         torch.full((n,), x, dtype=torch.int32, device=bench.device)
         for n, x in ((pairs, newest + 1), (batch, keep_blocks))
     )
-    kv_heads, places = (torch.arange(count, device=bench.device) for count in (KV_HEADS, HEADS))
+    own, places = (torch.arange(count, device=bench.device) for count in (kv_heads, kv_heads * GROUP))
 
     def choose(copy: int) -> tuple[Tensor, Tensor]:
-        where = start, seen, kv_heads, kv_heads, places, budget
+        where = start, seen, own, own, places, budget
         pages: tuple[Tensor, Tensor] = pages_by_bounds(q, keys, *bounds[copy], *where, 1, BLOCK_TOKENS)
         return pages
 
@@ -136,3 +136,32 @@ def held_out_runs(bench: Bench, steps: Sequence[tuple[int, int, int]]) -> Iterat
         timed = bench.time(run, copies=_turns(bench, batch, blocks), warm_s=0.02)
         fixed = {"name": BoundsTopk.kind_name(), "head_dim": CHOICE_DIM, "block_tokens": BLOCK_TOKENS, "readers": HEADS}
         yield bench.row("step_held_out", timed, batch=batch, blocks=blocks, tokens=keys, **fixed)
+
+
+def joined_runs(bench: Bench, batches: Sequence[int], blocks: int) -> Iterator[Row]:
+    """A layer of which half the KV heads stream and the query heads of the other half choose, put together as `runtime.static_reads` does it."""
+    half, tokens, keys = KV_HEADS // 2, blocks * BLOCK_TOKENS, min(2048, blocks * BLOCK_TOKENS // 2)
+    for batch in batches:
+        choose = by_bounds(bench, batch, blocks, keep_blocks=keys // BLOCK_TOKENS, kv_heads=half)
+        k, v = (bench.normal(batch * KV_HEADS * tokens, CHOICE_DIM) for _ in "kv")
+        q, heads = bench.normal(batch, HEADS, CHOICE_DIM), torch.arange(half * GROUP, device=bench.device)
+        start = torch.arange(batch * KV_HEADS, device=bench.device).view(batch, -1) * tokens
+        lens = torch.full((batch * KV_HEADS,), keys, dtype=torch.int32, device=bench.device)
+        streams = (torch.arange(KV_HEADS, device=bench.device) >= half).int()
+        turns = min(_turns(bench, batch, blocks), tokens // keys)
+        windows = [start.flatten() + turn * keys for turn in range(turns)]
+
+        def run(copy: int) -> object:
+            own = (lens.view(batch, -1) * streams).flatten()  # noqa: B023
+            scale = CHOICE_DIM**-0.5
+            out = ragged_decode(q, k, v, windows[copy], own, scale=scale)[0]  # noqa: B023
+            table, chosen_lens = choose(copy)  # noqa: B023
+            first = start.index_select(1, heads // GROUP).flatten()  # noqa: B023
+            asked = q.index_select(1, heads)  # noqa: B023
+            where = {"scale": scale, "table": table, "page_tokens": BLOCK_TOKENS}
+            chosen = ragged_decode(asked, k, v, first, chosen_lens, **where)[0]  # noqa: B023
+            return out.index_copy(1, heads, chosen)  # noqa: B023
+
+        timed = bench.time(run, copies=turns, warm_s=0.02)
+        fixed = {"name": BoundsTopk.kind_name(), "head_dim": CHOICE_DIM, "block_tokens": BLOCK_TOKENS}
+        yield bench.row("step_joined", timed, batch=batch, blocks=blocks, tokens=keys, kv_heads=half, **fixed)

@@ -224,6 +224,10 @@ class DeviceTable(StoredModel):
         (),
         description="decoding of query heads that each read pages of their own: pairs are of sequence and query head",
     )
+    step_joining_s: Correction | None = Field(
+        None,
+        description="batch -> seconds that a layer takes beyond its parts where some of its heads choose what a decoded token reads",
+    )
     linear: tuple[LinearCost, ...] = Field(min_length=1)
     pointwise: dict[str, Points] = Field(description="norm, rotation, gate, residual, transpose: elements -> seconds")
     estimators: tuple[EstimatorCost, ...]
