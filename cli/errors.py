@@ -17,7 +17,7 @@ from .render import say
 INTERRUPTED = 130
 CONTINUES = {
     **dict.fromkeys(("profile", "heal"), "what was finished is on disk; run the command again with --resume."),
-    "front": "what was finished is on disk; with --at, run the command again with --resume, else anew.",
+    "front": "what was finished is on disk; run the command again with --resume.",
     "tune": "finished trials are in the study; go on with --join and its name.",
     "quickstart": "what was finished is on disk; run the command again to go on.",
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TIMES = "With --at"
 OF_TIMES = (
-    *("part", "batch", "rounds", "time_limit", "cost_model", "choose_on", "choose_sequences", "refine", "resume"),
+    *("part", "batch", "rounds", "time_limit", "cost_model", "choose_on", "choose_sequences", "refine"),
     *("suite", "task_format", "shots", "task_sequences"),
 )
 """Options that mean something with --at only."""
@@ -86,19 +86,19 @@ def front(
             rich_help_panel=TIMES,
         ),
     ] = 0,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Keep the targets that an interrupted run of the same comparison left in --out; start others from the budgets there.",
-            rich_help_panel=TIMES,
-        ),
-    ] = False,
     suite: o.Suite = None,
     task_format: o.TaskFormat = "completion",
     shots: o.Shots = 0,
     task_sequences: o.TaskSequences = 24,
     plot: Annotated[Path | None, typer.Option(help="Also draw the front of the longest length as SVG.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep the families, with --at the targets, that an interrupted run of the same measurement left in --out. With --at, budgets of other "
+            "targets start from those there.",
+        ),
+    ] = False,
     lengths: o.Lengths = "2048",
     num_sequences: Annotated[int, typer.Option(help="Held-out needle sequences per length.", min=1)] = 96,
     device: o.Device = "cpu",
@@ -134,7 +134,7 @@ def front(
         return
     _at_densities(
         live, tokenizer, opened, names, o.parsed_shares(densities, "--densities"), o.parsed_lengths(lengths),
-        num_sequences, seed, out, plot, json,
+        num_sequences, seed, out, resume, plot, json,
     )  # fmt: skip
 
 
@@ -148,10 +148,12 @@ def _at_densities(
     num_sequences: int,
     seed: int,
     out: Path,
+    resume: bool,
     plot: Path | None,
     json: bool,
 ) -> None:
     from sparsesearch.artifacts import write_bytes
+    from sparsesearch.evaluate import Metrics
     from sparsesearch.measured_front import ALL_FAMILIES, front_table, measure_front
     from sparsesearch.report.front import front_plot
 
@@ -166,6 +168,8 @@ def _at_densities(
             num_sequences=num_sequences,
             seed=seed,
             command=o.command_line(),
+            begun=Metrics.load(out) if resume and out.exists() else None,
+            saved=lambda found: found.save(out),
             progress=progress,
         )
     metrics.save(out)

@@ -45,6 +45,8 @@ GROUPS = {
     "prefill": "prefill",
 }
 """Groups of rows, and the part that measures them."""
+SETTLE_S = 3.0
+"""Large products before the first row: the device may have been idle, which a calibration's rows have not met."""
 REPEATED = 6  # of the long plans every so many one is measured twice, for the noise
 SHORT_S = 1e-3
 """Plans shorter than this are measured in three rounds: two of 0.1 ms each differ by up to 8 % between two runs, as the clock happens to be."""
@@ -58,7 +60,7 @@ def measured(bench: Bench, *, model: str | None, parts: Sequence[str] = PARTS, p
 
 
 def _rows(bench: Bench, shape: ModelShape | None, parts: Sequence[str], per_shape: int) -> Iterator[Row]:
-    bench.settle()
+    bench.settle(SETTLE_S)
     if shape is not None and "fused" in parts:
         yield from fused_runs(bench, shape, FUSED)
     if "layers" in parts:

@@ -21,7 +21,7 @@ from sparsesearch.bench.cost_runs import DENSE_SEED, model_plans
 from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.device.micro_bench import Row
 from sparsesearch.cost.device.model import DeviceCostModel
-from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
+from sparsesearch.cost.layer_parts import WEIGHT_BYTES, activation_bytes, decode_rest_s, prefill_rest_s
 from sparsesearch.cost.roofline import DATASHEETS, Roofline, roofline
 from sparsesearch.kernels.dispatch import Backend
 from sparsesearch.kernels.schedule import TileSchedule, Workers
@@ -145,7 +145,7 @@ def model_summary(rows: Sequence[Row], model: DeviceCostModel) -> dict[str, Any]
         kept = {name: value for name, value in row.items() if name not in ("spread", "at_s")}
         if row["group"] == "fused_step":
             kept["kv_tokens"] = float(np.mean(row["kv_tokens"]))
-        results.append(kept | {"predicted_s": predicted, "error": predicted / row["seconds"] - 1})
+        results.append(kept | {"predicted_s": predicted, "error": predicted / row["seconds"] - 1} | _peak(row))
     errors = [abs(result["error"]) for result in results]
     return {"rows": results, "mape": float(np.mean(errors)), "max": float(np.max(errors))} if results else {"rows": []}
 
@@ -155,6 +155,16 @@ def _prefill_s(row: Row, model: DeviceCostModel) -> float:
     layers = [_attention_s(plan, model) for plan in model_plans(shape, row["length"], row["seed"])]
     attention_s = sum(layers[layer % len(layers)] for layer in range(shape.num_layers))
     return attention_s + prefill_rest_s(shape, model, rows=row["length"], batch=1)
+
+
+def _peak(row: Row) -> dict[str, float]:
+    """Peak memory of the prompt, as `cost.predict` has it, where it was measured."""
+    if "peak_bytes" not in row:
+        return {}
+    shape = model_shape(row["model"])
+    tokens = int(row["prompt_tokens" if row["group"] == "fused_step" else "length"])
+    held = WEIGHT_BYTES * shape.num_parameters + row.get("cache_bytes", 0)
+    return {"predicted_peak_bytes": held + activation_bytes(shape, tokens, WEIGHT_BYTES)}
 
 
 def _decode_s(row: Row, model: DeviceCostModel) -> float:

@@ -1,5 +1,6 @@
 """Measuring a device: `sparsesearch calibrate`. A CPU by `cpu_cases` and `cpu_fit`, an accelerator by `device.runs` and `device.fit`."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -113,9 +114,20 @@ def calibrate_cuda(
         dtype_bytes=torch.finfo(dtype).bits // 8,
         provenance=provenance,
     )
+    if (whole_s := since_start_s()) is not None:
+        table = table.model_copy(update={"provenance": provenance | {"whole_s": round(whole_s, 1)}})
     if out is not None:
         table.save(out)
     return DeviceCostModel(table)
+
+
+def since_start_s() -> float | None:
+    """Seconds since this process began, imports included; None where /proc does not tell."""
+    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
+    if not stat.exists() or not uptime.exists():
+        return None
+    started = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return float(uptime.read_text().split()[0]) - started
 
 
 def measured_rows(
@@ -128,7 +140,8 @@ def measured_rows(
     start, total = perf_counter(), plan.count
     rows: list[Row] = []
     progress("compile", 0, total)
-    compile_ahead(bench, plan)
+    with bench.busy():
+        compile_ahead(bench, plan)
     group_s, before = {"compile": perf_counter() - start}, perf_counter()
 
     def keep() -> None:

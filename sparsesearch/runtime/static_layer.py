@@ -47,7 +47,8 @@ class StaticPlanLayer(CacheLayerMixin):
         layout: where each KV head's rows lie, once there was a prompt.
         max_cache_len: slots of the longest sequence.
         is_prefilled: whether a prompt is there.
-        mates: the layers of the same cache by their modules' paths, for those that reuse.
+        mates: the layers before this one in the same cache by their modules' paths, for those that reuse. Not this one: a layer that led
+            back to itself would keep its memory until Python looks for cycles.
         last_change: a number that no layer had before, whenever something else than a decoding step may have moved a tensor.
         keys: rows of all regions, [rows, D].
         values: likewise.
@@ -67,7 +68,7 @@ class StaticPlanLayer(CacheLayerMixin):
 
     def __init__(self, binding: LayerBinding, max_tokens: int, mates: "dict[str, StaticPlanLayer]") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.mates = mates
+        self.mates = dict(mates)
         mates[binding.path] = self
         self.binding, self.max_cache_len = binding, max_tokens
         self.slots = torch.zeros((), dtype=torch.int64)

@@ -160,7 +160,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "space was not profiled": (SEARCH + "density=0.5 --space {bad}/unknown.yaml", 1, r"must have scored sink_window\(sink=0.*Profile again"),
     # plans
     "plan is missing": ("explain {bad}/none.json", 1, r"none.json must exist"),
-    "plan is a folder": ("explain {bad}/folder.json", 1, r"must be a file, but is a folder"),
+    "plan is a folder": ("explain {bad}/folder.json", 1, r"must be a plan file or a checkpoint with a plan, but has no config.json"),
     "plan below a file": ("explain {bad}/empty.json/plan.json", 1, r"must be readable, but Not a directory"),
     "plan is empty": ("explain {bad}/empty.json", 1, r"must be complete JSON"),
     "plan is truncated": ("explain {bad}/truncated.json", 1, r"must be complete JSON, but it breaks off"),

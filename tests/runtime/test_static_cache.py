@@ -1,5 +1,8 @@
 """Static ragged caches and the decoding step: equal to the recomputation, smaller, and the same tensors from step to step."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from runtime_plans import BLOCK_TOKENS, cycled_plan, greedy_oracle, group_plan, left_padded, oracle_logits
@@ -212,6 +215,22 @@ def test_memory_falls_and_is_used_again(tiny):
             again = model(ids, **{CACHE_KEYWORD: cache}).logits
         assert torch.equal(first, again)
         assert addresses == [layer.keys.data_ptr() for layer in cache.layers]
+
+
+def test_a_dropped_cache_gives_its_memory_back_at_once(tiny):
+    """Without waiting for the collector of cycles: the next prompt's cache would come beside it."""
+    model = tiny("llama", num_key_value_heads=4, max_position_embeddings=2048)
+    ids, _ = left_padded([200], 64)
+    with sparsesearch.apply(model, group_plan(model, ["stream", "zero", "mean", "dense"])):
+        gc.disable()
+        try:
+            cache, _ = prefilled(model, ids, 256)
+            layers = [weakref.ref(layer) for layer in cache.layers]
+            assert all(layer() is not None for layer in layers)
+            del cache
+            assert not any(layer() is not None for layer in layers)
+        finally:
+            gc.enable()
 
 
 def test_a_cache_with_memory_of_its_own_is_left_alone(tiny):

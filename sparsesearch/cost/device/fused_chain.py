@@ -44,7 +44,7 @@ class FusedChain:
 
     def step(self, batch: int, kv_tokens: int) -> Timed:
         """Time of one step of all layers; every pair reads `kv_tokens` keys."""
-        return self.bench.time(self._step(batch, kv_tokens), warm_s=0.05)
+        return self.bench.time(self._step(batch, kv_tokens), warm_s=0.1)
 
     def replayed(self, batch: int, kv_tokens: int) -> Callable[[], object]:
         """One step, ready to be run: on a GPU, as a graph."""

@@ -24,10 +24,11 @@ def layer_runs(bench: Bench, batches: Sequence[int], fused: Sequence[int], token
     bench.settle()
     for probe in (fitting(EVICTING, bench.memory_bytes, max(batches, default=1)), replace(EVICTING, num_layers=1)):
         yield from _decode_steps(bench, RandomLlama(probe, bench), batches)
-        yield from _fused_steps(bench, FusedChain(probe, bench), fused)
-    chain = FusedChain(SHORT, bench)
-    yield from _fused_steps(bench, chain, fused)
-    yield from _turns(bench, chain, fused)
+        chain = FusedChain(probe, bench)
+        yield from _fused_steps(bench, chain, fused)
+        if probe.num_layers == 1:  # beside more layers their noise would be as large
+            yield from _turns(bench, chain, fused)
+    yield from _fused_steps(bench, FusedChain(SHORT, bench), fused)
     model = RandomLlama(PROBE, bench)
     yield from _decode_steps(bench, model, batches)
     for length in tokens:

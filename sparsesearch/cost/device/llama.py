@@ -72,7 +72,7 @@ class RandomLlama:
             return self.model(ids, position_ids=positions, use_cache=False).logits
 
         with torch.inference_mode():
-            timed = bench.time(run, warm_s=0.05)
+            timed = bench.time(run, warm_s=0.1)
         self._caches = []
         return timed
 

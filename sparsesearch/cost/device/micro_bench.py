@@ -1,6 +1,8 @@
 """A device, what runs on it, and the time that a case may take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from time import perf_counter, sleep
 from typing import Any
 
@@ -13,7 +15,7 @@ from sparsesearch.kernels.schedule import Workers
 
 Row = dict[str, Any]
 HOST_BYTES = float(1 << 33)
-SETTLE_S = 3.0
+SETTLE_S = 1.0
 REST_S = 2.0
 
 
@@ -44,14 +46,30 @@ class Bench:
 
     def settle(self, seconds: float = SETTLE_S) -> None:
         """Keep a GPU busy with large products, so that what follows finds it as warm and as close to its power limit as in service."""
+        begin = perf_counter()
+        self._multiply(lambda: perf_counter() - begin < seconds)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Likewise while something else is done: a warmer chip leaks more, and so reaches its power limit at a lower clock."""
+        done = Event()
+        thread = Thread(target=self._multiply, args=(lambda: not done.is_set(),), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _multiply(self, wanted: Callable[[], bool]) -> None:
         if torch.device(self.device).type != "cuda":
             return
-        a = self.normal(8192, 8192)
-        begin = perf_counter()
-        while perf_counter() - begin < seconds:
-            for _ in range(10):
-                torch.matmul(a, a)
-            torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            a = torch.randn(8192, 8192, device=self.device, dtype=self.dtype)
+            while wanted():
+                for _ in range(10):
+                    torch.matmul(a, a)
+                torch.cuda.current_stream().synchronize()
 
     def rest(self, seconds: float = REST_S) -> None:
         """Let a GPU at its power limit find its clock again: for about a second afterwards, small kernels take up to a tenth longer."""
