@@ -48,8 +48,8 @@ FORMAT = "sparsesearch.bench.choosing_steps"
 STEPS = 32
 """Timed; half as many run before."""
 SINK = 64
-REST_S = 1.0
-"""After a prompt: small kernels take a tenth longer for so long after a device has been at its power limit."""
+REST_S, LONG_TOKENS = 1.0, 65536
+"""After a long prompt: small kernels take a tenth longer for so long after a device has been at its power limit."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def step_rows(bench: Bench, shape: ModelShape, cases: Sequence[Case]) -> Iterato
             cache: Any = sparse_cache(model, max_tokens=room)
             ids = torch.randint(shape.vocab_size, (1, case.prompt_tokens), device=bench.device)
             model(ids, use_cache=True, logits_to_keep=1, **{CACHE_KEYWORD: cache})
-            bench.rest(REST_S)
+            if case.prompt_tokens >= LONG_TOKENS:
+                bench.rest(REST_S)
             position, before = case.prompt_tokens, 1
             for batch in case.batches:
                 cache.batch_repeat_interleave(batch // before)

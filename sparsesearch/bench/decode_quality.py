@@ -25,7 +25,7 @@ from sparsesearch.evaluate.run import compare_all, held_out_parts, provenance
 from sparsesearch.plan import Plan
 from sparsesearch.planning import Question, find_choice, write_plan
 from sparsesearch.profiling.proxies import chooses_in_steps, length_terms
-from sparsesearch.profiling.record import Profile
+from sparsesearch.profiling.record import Profile, summary
 from sparsesearch.runtime.loading import load_model
 from sparsesearch.search.budget import Budget
 from sparsesearch.search_space import SearchSpace
@@ -112,7 +112,7 @@ def main() -> None:
     found, _ = compare_all(model, variants, samples, decode_tokens=given.decode_tokens)
     record = {
         "format": FORMAT, "workload": given.workload, "cost_model": given.cost_model, "length": length,
-        "decode_tokens": given.decode_tokens, "dense_needle": judged(found["dense"])["needle"],
+        "decode_tokens": given.decode_tokens, "profile": summary(profile), "dense_needle": judged(found["dense"])["needle"],
         "rows": [predicted | judged(found[name]) for name, (_, predicted) in rows.items()],
         "provenance": provenance(model, 1, " ".join(["python -m sparsesearch.bench.decode_quality", *sys.argv[1:]])),
     }  # fmt: skip

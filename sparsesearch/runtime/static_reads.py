@@ -143,16 +143,16 @@ class Reads:
             lens = (lens.view(-1, heads.num_kv_heads) * heads.alike).flatten()
         out = _read(q, keys, values, self.layout.start, lens, None, scale, 1, kernel)
         if heads.choosers.some:
-            out = out.index_copy(1, heads.choosers.heads, self._chosen(q, keys, values, seen, scale, kernel))
+            out.index_copy_(1, heads.choosers.heads, self._chosen(q, keys, values, seen, scale, kernel))
         if not (heads.has_mixed or heads.has_means):  # a launch here would keep the next product from starting early
             return out
         tokens = seen.view(q.shape[0], -1)[:, 0].long()
         if heads.has_mixed:
-            out = out.index_copy(1, heads.mixed_on_device, self._mixed(q, keys, values, tokens - 1, scale, kernel))
+            out.index_copy_(1, heads.mixed_on_device, self._mixed(q, keys, values, tokens - 1, scale, kernel))
         if heads.has_means:
             self.sums.add_(v.index_select(1, heads.mean_kv))
             mean = (self.sums / tokens[:, None, None]).to(out.dtype)
-            out = out.index_copy(1, heads.mean_heads, mean.repeat_interleave(heads.size, 1))
+            out.index_copy_(1, heads.mean_heads, mean.repeat_interleave(heads.size, 1))
         return out
 
     def _chosen(

@@ -128,6 +128,7 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
         monkeypatch.setattr(module, "EVICTING", evicting)
         monkeypatch.setattr(module, "SHORT", short)
         monkeypatch.setattr(module, "PROBE_KV_TOKENS", 64)
+    monkeypatch.setattr(layer_probes, "SHORT_KV_TOKENS", 48)
     monkeypatch.setattr(micro_bench, "Bench", partial(on_cpu, micro_bench.Bench))
     monkeypatch.setattr(compile_ahead, "compile_ahead", lambda bench, plan: compiled.append(plan))
     monkeypatch.setattr(runs, "tile_cases", lambda *kind: [TileCase("window", 0, 16, 1, 32, 2, 1)])
@@ -171,7 +172,8 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
         widths = fused_widths(probe)
         layer_s = sum(fused.product_s(2, *width) for width in widths)
         layer_s += fused.layer_s(2, model.table.dtype_bytes * sum(n * k for n, k in widths))
-        attention_s = model.decode_attention_s([DecodeWork(64, 16, 2, 2, 4)] * 2)
+        assert row["kv_tokens"] == (48 if probe is short else 64)
+        attention_s = model.decode_attention_s([DecodeWork(row["kv_tokens"], 16, 2, 2, 4)] * 2)
         assert layers * (layer_s + attention_s) + fused.start_s(2) == pytest.approx(row["seconds"])
     for row in (r for r in again if r["group"] == "turn"):
         own = ("layer_fused", row["probe"], row["layers"], row["batch"])

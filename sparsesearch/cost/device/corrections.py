@@ -61,7 +61,9 @@ def _decode_corrections(costs: _ProbeCosts, rows: Sequence[Row]) -> dict[str, Co
     for row in rows:
         shape = replace(shapes[row["probe"]], num_layers=row["layers"])
         batch = row["batch"]
-        parts = sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + _attention_s(shape, costs.model, batch)
+        parts = sum(parts_s(shape, costs, rows=batch, last_rows=batch)) + _attention_s(
+            shape, costs.model, batch, PROBE_KV_TOKENS
+        )
         beyond.setdefault((shape.name, shape.num_layers), {})[batch] = row["seconds"] - parts
     if not beyond:
         return {}
@@ -89,7 +91,8 @@ def _fused_corrections(model: DeviceCostModel, rows: Sequence[Row]) -> dict[str,
         probe = SHORT if row.get("probe") == SHORT.name else EVICTING
         shape, batch = replace(probe, num_layers=row["layers"]), row["batch"]
         layer_s = sum(products.product_s(batch, lines, inner) for lines, inner in fused_widths(shape))
-        parts = shape.num_layers * layer_s + _attention_s(shape, model, batch)
+        kv_tokens = row.get("kv_tokens", PROBE_KV_TOKENS)
+        parts = shape.num_layers * layer_s + _attention_s(shape, model, batch, kv_tokens)
         beyond.setdefault((probe.name, shape.num_layers), {})[batch] = row["seconds"] - parts
     layer, start = _per_layer({layers: own for (name, layers), own in beyond.items() if name == EVICTING.name})
     found: dict[str, Correction | ShortLayers] = {
@@ -115,10 +118,10 @@ def _turns(rows: Sequence[Row], steps: Sequence[Row]) -> dict[str, Correction | 
     return {"decode_turn_s": _correction(beyond)} if beyond else {}
 
 
-def _attention_s(shape: ModelShape, model: DeviceCostModel, batch: int) -> float:
+def _attention_s(shape: ModelShape, model: DeviceCostModel, batch: int, kv_tokens: int) -> float:
     """Of a probe's step."""
     group = shape.num_heads // shape.num_kv_heads
-    head = DecodeWork(PROBE_KV_TOKENS, shape.head_dim, group, batch, model.table.dtype_bytes)
+    head = DecodeWork(kv_tokens, shape.head_dim, group, batch, model.table.dtype_bytes)
     return shape.num_layers * model.decode_attention_s([head] * shape.num_kv_heads)
 
 

@@ -8,7 +8,7 @@ import torch
 from sparsesearch.cost.device.fused_chain import FusedChain
 from sparsesearch.cost.device.llama import RandomLlama
 from sparsesearch.cost.device.micro_bench import Bench, Row
-from sparsesearch.cost.device.run_plan import EVICTING, PROBE, PROBE_KV_TOKENS, SHORT
+from sparsesearch.cost.device.run_plan import EVICTING, PROBE, PROBE_KV_TOKENS, SHORT, SHORT_KV_TOKENS
 from sparsesearch.cost.device.tile_cases import TileCase
 from sparsesearch.model_shapes import ModelShape
 
@@ -25,10 +25,10 @@ def layer_runs(bench: Bench, batches: Sequence[int], fused: Sequence[int], token
     for probe in (fitting(EVICTING, bench.memory_bytes, max(batches, default=1)), replace(EVICTING, num_layers=1)):
         yield from _decode_steps(bench, RandomLlama(probe, bench), batches)
         chain = FusedChain(probe, bench)
-        yield from _fused_steps(bench, chain, fused)
+        yield from _fused_steps(bench, chain, fused, PROBE_KV_TOKENS)
         if probe.num_layers == 1:  # beside more layers their noise would be as large
             yield from _turns(bench, chain, fused)
-    yield from _fused_steps(bench, FusedChain(SHORT, bench), fused)
+    yield from _fused_steps(bench, FusedChain(SHORT, bench), fused, SHORT_KV_TOKENS)
     model = RandomLlama(PROBE, bench)
     yield from _decode_steps(bench, model, batches)
     for length in tokens:
@@ -65,8 +65,11 @@ def _turns(bench: Bench, chain: FusedChain, batches: Sequence[int]) -> Iterator[
         yield bench.row("turn", timed, batch=batch, probe=chain.shape.name, layers=chain.shape.num_layers)
 
 
-def _fused_steps(bench: Bench, chain: FusedChain, batches: Sequence[int]) -> Iterator[Row]:
+def _fused_steps(bench: Bench, chain: FusedChain, batches: Sequence[int], kv_tokens: int) -> Iterator[Row]:
+    shape = chain.shape
     for batch in batches:
         with torch.inference_mode():
-            timed = chain.step(batch, PROBE_KV_TOKENS)
-        yield bench.row("layer_fused", timed, batch=batch, probe=chain.shape.name, layers=chain.shape.num_layers)
+            timed = chain.step(batch, kv_tokens)
+        yield bench.row(
+            "layer_fused", timed, batch=batch, probe=shape.name, layers=shape.num_layers, kv_tokens=kv_tokens
+        )

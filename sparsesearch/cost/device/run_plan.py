@@ -22,6 +22,9 @@ SHORT = ModelShape("short", "llama", 24, 640, 1536, 12, 4, 64, 1024, False, 5e5,
 of two long, so that the last step along their weights is not a full one. All weights together are 3 times an H200's cache."""
 
 PROBE_KV_TOKENS = 4096
+SHORT_KV_TOKENS = 512
+"""What a small model keeps under a plan: reading it takes less than the launches around it."""
+
 HAVE_KERNELS = ("vertical_slash", "pooled_topk")
 """Dynamic rules whose choice is a few launches for any number of heads, which a graph can hold."""
 

@@ -33,7 +33,8 @@ def step_runs(bench: Bench, plan: RunPlan) -> Iterator[Row]:
     for head_dim in plan.decode_head_dims:
         for batch in plan.step_batches:
             yield from page_runs(bench, head_dim, batch, plan.step_keys)
-    yield from joined_runs(bench, plan.step_batches, plan.step_blocks[-2])
+    for blocks in plan.step_blocks[-2:-1]:
+        yield from joined_runs(bench, plan.step_batches, blocks)
     yield from held_out_runs(bench, plan.steps_held_out)
 
 
@@ -160,7 +161,7 @@ def joined_runs(bench: Bench, batches: Sequence[int], blocks: int) -> Iterator[R
             asked = q.index_select(1, heads)  # noqa: B023
             where = {"scale": scale, "table": table, "page_tokens": BLOCK_TOKENS}
             chosen = ragged_decode(asked, k, v, first, chosen_lens, **where)[0]  # noqa: B023
-            return out.index_copy(1, heads, chosen)  # noqa: B023
+            return out.index_copy_(1, heads, chosen)  # noqa: B023
 
         timed = bench.time(run, copies=turns, warm_s=0.02)
         fixed = {"name": BoundsTopk.kind_name(), "head_dim": CHOICE_DIM, "block_tokens": BLOCK_TOKENS}
