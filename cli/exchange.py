@@ -99,7 +99,7 @@ def convert(
         return
     kinds = ", ".join(f"{kind} {count}" for kind, count in plan.kind_counts().items())
     lines(f"written: {out} ({to}); query heads: {kinds}")
-    if "note" in plan.provenance:
+    if "note" in plan.provenance and from_ != "plan":
         lines(f"{from_} and a plan differ: {plan.provenance['note']}")
 
 

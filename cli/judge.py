@@ -299,12 +299,13 @@ def report(
     from sparsesearch.evaluate import Metrics
     from sparsesearch.plan import Plan
     from sparsesearch.report import render
-    from sparsesearch.report.front import front_curves
+    from sparsesearch.report.front import front_curves, timed_front
 
     opened, found = Plan.load(plan), Metrics.load(metrics)
     variant = found.variant_of(opened)
-    front = None if profile is None else front_curves(o.profile_for(opened, profile), opened.unit)
-    write_bytes(out, render(opened, found, variant=variant, pareto=front).encode())
+    own = None if profile is None else o.profile_for(opened, profile)
+    front, timed = (None, None) if own is None else (front_curves(own, opened.unit), timed_front(own, opened))
+    write_bytes(out, render(opened, found, variant=variant, pareto=front, timed=timed).encode())
     lines(f"written: {out}")
 
 

@@ -9,6 +9,7 @@ from .errors import guarded, usage
 from .render import emit_json, lines, table
 
 if TYPE_CHECKING:
+    from sparsesearch.cost.layer_calls import CallCosts
     from sparsesearch.cost.layer_costs import LayerCosts
     from sparsesearch.cost.predict import Prediction
     from sparsesearch.model_shapes import ModelShape
@@ -64,6 +65,8 @@ def predict(
         return
     for each, pair in zip(workloads, found, strict=True):
         table(f"{each} on {costs.device}, {sizes.name}", COLUMNS, [[name, *_row(one)] for name, one in pair.items()])
+    if any(one.tpot_s is None and one.workload.generate_tokens for pair in found for one in pair.values()):
+        lines("Of a decoded token, only the attention is known on a CPU; memory is cache alone.")
     if any(one.fused_step for pair in found for one in pair.values()):
         lines("Decoding is that of the fused step, dense and under the plan.")
     if unpriced := sorted({kind for pair in found for kind in pair["plan"].unpriced_choices}):
@@ -74,15 +77,18 @@ def predict(
         lines(f"{costs.name}: {caveat(costs.name)}")
 
 
-def _costs(device: str) -> "LayerCosts":
+def _costs(device: str) -> "LayerCosts | CallCosts":
     from sparsesearch.cost import load_cost_model
+    from sparsesearch.cost.layer_calls import CallCosts
     from sparsesearch.cost.layer_costs import LayerCosts
     from sparsesearch.errors import SpecError
 
     costs = load_cost_model(device)
+    if isinstance(costs, CallCosts) and costs.prices_layers:
+        return costs
     if not isinstance(costs, LayerCosts):
         raise SpecError(
-            f"--device must name an accelerator or a roofline, but {device!r} prices attention alone. Pass h200 or h100."
+            f"--device must name a cost model that knows whole layers, but {device!r} prices attention alone. Calibrate again, or pass h200."
         )
     return costs
 
@@ -101,9 +107,10 @@ def _shape(plan: "Plan", name: str | None) -> "ModelShape":
 
 
 def _row(found: "Prediction") -> list[object]:
-    per_token = (None, None) if found.tpot_s is None else (found.tpot_s * 1e3, found.decode_attention_s * 1e3)
-    sizes = (found.kv_bytes / 1e9, found.peak_bytes / 1e9)
-    return [found.density, found.ttft_s * 1e3, found.attention_s * 1e3, *per_token, *sizes]
+    step = None if found.tpot_s is None else found.tpot_s * 1e3
+    attention = found.decode_attention_s * 1e3 if found.workload.generate_tokens else None
+    peak = None if found.peak_bytes is None else found.peak_bytes / 1e9
+    return [found.density, found.ttft_s * 1e3, found.attention_s * 1e3, step, attention, found.kv_bytes / 1e9, peak]
 
 
 def _fields(found: "Prediction") -> dict[str, Any]:

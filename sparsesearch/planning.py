@@ -84,7 +84,14 @@ def _assumptions(profile: Profile, question: Question) -> dict[str, Any]:
     if question.max_groups_per_layer is not None:
         found["max_groups_per_layer"] = question.max_groups_per_layer
     if question.cost_model is not None:
-        scope = "attention only" if question.layer_costs is None else "whole model"
+        whole, prompts = question.layer_costs is not None, question.prefill_costs is not None
+        scope = (
+            "whole model"
+            if whole
+            else "whole prompts, and of decoded tokens attention"
+            if prompts
+            else "attention only"
+        )
         found["seconds"] = f"{scope}; decoding halfway through the generated tokens"
         rules = profile.manifest.candidates if question.space is None else question.space.candidates
         generates = any(workload.generate_tokens for workload in question.workloads)

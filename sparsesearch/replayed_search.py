@@ -249,10 +249,11 @@ class ReplayedSearch:
 
     def _seconds(self, metric: str, workload: Workload, layers: Layers) -> float:
         """Of the whole model, or of attention alone where its sizes or costs are not known, as in the score table."""
-        whole = self.question.layer_costs
         if metric == "tpot":
-            rest_s = 0.0 if whole is None else decode_rest_s(self.shape, whole, batch=workload.batch)
+            steps = self.question.layer_costs
+            rest_s = 0.0 if steps is None else decode_rest_s(self.shape, steps, batch=workload.batch)
             return rest_s + sum(layer.decode_attention_s for layer in layers)
+        whole = self.question.prefill_costs
         rows = workload.batch * workload.prompt_tokens
         rest_s = 0.0 if whole is None else prefill_rest_s(self.shape, whole, rows=rows, batch=workload.batch)
         return rest_s + sum(layer.attention_s + layer.index_s for layer in layers)

@@ -12,7 +12,8 @@ from numpy import ndarray
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost import NAME_ONE
 from sparsesearch.cost.base import CostModel
-from sparsesearch.cost.layer_costs import LayerCosts
+from sparsesearch.cost.layer_calls import CallCosts
+from sparsesearch.cost.layer_costs import LayerCosts, PrefillCosts
 from sparsesearch.cost.layer_parts import decode_rest_s, prefill_rest_s
 from sparsesearch.errors import SpecError
 from sparsesearch.loss_growth import beyond, decode_growth, prefill_growth
@@ -72,6 +73,14 @@ class Question:
     def layer_costs(self) -> LayerCosts | None:
         """The cost model, where seconds can be those of the whole model."""
         return self.cost_model if self.shape is not None and isinstance(self.cost_model, LayerCosts) else None
+
+    @property
+    def prefill_costs(self) -> PrefillCosts | None:
+        """The cost model, where seconds of a prompt can be those of the whole model: on a CPU too, whose steps are known by attention alone."""
+        costs = self.cost_model
+        if self.shape is not None and isinstance(costs, CallCosts) and costs.prices_layers:
+            return costs
+        return self.layer_costs
 
     @property
     def constraints(self) -> tuple[Budget, ...]:
@@ -207,11 +216,11 @@ def _enter_seconds(ledger: _Ledger, question: Question, served: Sequence[Workloa
 
 def _rest_s(question: Question, workload: Workload, *, step: bool = False) -> float:
     """Seconds of everything but attention, of the prefill or of one decoding step; 0 where it is not known."""
-    costs, shape = question.layer_costs, question.shape
+    shape, steps, costs = question.shape, question.layer_costs, question.prefill_costs
+    if step:
+        return 0.0 if steps is None or shape is None else decode_rest_s(shape, steps, batch=workload.batch)
     if costs is None or shape is None:
         return 0.0
-    if step:
-        return decode_rest_s(shape, costs, batch=workload.batch)
     return prefill_rest_s(shape, costs, rows=workload.batch * workload.prompt_tokens, batch=workload.batch)
 
 

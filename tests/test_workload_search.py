@@ -14,6 +14,7 @@ from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import DecodeWork
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.cost.layer_parts import prefill_rest_s
+from sparsesearch.cost.table import TableCostModel
 from sparsesearch.errors import BudgetInfeasibleError, PlanMismatchError, SpecError
 from sparsesearch.loss_growth import decode_growth, prefill_growth
 from sparsesearch.model_shapes import MODEL_SHAPES, ModelShape
@@ -136,6 +137,22 @@ def test_the_rest_of_the_model_counts_in_seconds_and_bytes(profile: Profile) -> 
     plan = write_plan(profile, asked, table, solution.choice, solution)
     assert plan.provenance["seconds"].startswith("whole model")
     assert plan.budgets[0].predicted["workload"] <= 0.9
+
+
+def test_a_processors_prompts_are_priced_whole_and_its_steps_by_attention(profile: Profile) -> None:
+    costs = load_cost_model("cpu")
+    assert isinstance(costs, TableCostModel)
+    shape = ModelShape("tiny", "llama", 2, 32, 48, 4, 2, 8, 64, True, 1e4, 512)
+    bare, whole = (score_table(profile, ask("ttft=1", cost_model=costs, shape=each)) for each in (None, shape))
+    for index, served in enumerate(SERVED):
+        rest_s = prefill_rest_s(shape, costs, rows=served.batch * served.prompt_tokens, batch=served.batch)
+        assert whole.dense_cost("ttft")[index] - bare.dense_cost("ttft")[index] == pytest.approx(rest_s)
+        assert rest_s > 0
+    assert (whole.dense_cost("tpot") == bare.dense_cost("tpot")).all()
+    asked = ask("ttft=0.99", cost_model=costs, shape=shape)
+    table, solution = find_choice(profile, asked)
+    said = write_plan(profile, asked, table, solution.choice, solution).provenance["seconds"]
+    assert said.startswith("whole prompts, and of decoded tokens attention")
 
 
 def test_the_shape_of_a_profiled_model_is_found_or_named() -> None:

@@ -1,4 +1,4 @@
-"""What a plan's attention takes on a processor over dense's, beside the prediction, at prompts short and long.
+"""What a plan's attention and its whole prefill take on a processor, beside dense and beside the predictions, at prompts short and long.
 
     OMP_NUM_THREADS=1 python -m sparsesearch.bench.cost_cpu --json out.json [--cost-model cpu.json]
 
@@ -30,18 +30,26 @@ FORMAT = "sparsesearch.bench.cost_cpu"
 
 
 def measured(plan: Plan, costs: CostModel, lengths: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
-    """Medians of dense's and of the plan's attention, interleaved, and what the cost model says of both."""
+    """Medians of dense's and of the plan's attention and prefill, interleaved, and what the cost model says of both."""
     model, _ = load_model(plan.base_model.name_or_path, with_plan=False)
     variants: dict[str, Plan | None] = {"dense": None, "plan": plan}
     for length in lengths:
         ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
-        runs = Stopwatch(Head(model), ids, apply)(variants, rounds=rounds, part="attention")
+        stopwatch = Stopwatch(Head(model), ids, apply)
+        runs = stopwatch(variants, rounds=rounds, part="attention")
+        whole = stopwatch(variants, rounds=rounds)
         predicted = predicted_seconds(model, variants, length, costs)
         yield {
             "length": length,
             "rounds": rounds,
             **{f"{name}_s": median(own) for name, own in runs.items()},
             **{f"predicted_{name}_s": found["attention_s"] for name, found in predicted.items()},
+            **{f"{name}_prefill_s": median(own) for name, own in whole.items()},
+            **{
+                f"predicted_{name}_prefill_s": found["prefill_s"]
+                for name, found in predicted.items()
+                if "prefill_s" in found
+            },
             "ratio": median(own / dense for own, dense in zip(runs["plan"], runs["dense"], strict=True)),
             "predicted_ratio": predicted["plan"]["attention_s"] / predicted["dense"]["attention_s"],
         }
@@ -61,7 +69,11 @@ def main() -> None:
         rows.append(row)
         sys.stderr.write(
             f"{row['length']:6} tokens: plan over dense {row['ratio']:.2f}, predicted {row['predicted_ratio']:.2f}; dense "
-            f"{1e3 * row['dense_s']:.1f} ms, predicted {1e3 * row['predicted_dense_s']:.1f} ms\n"
+            f"{1e3 * row['dense_s']:.1f} ms, predicted {1e3 * row['predicted_dense_s']:.1f} ms; prefill "
+            + ", ".join(
+                f"{1e3 * row[key]:.1f} ({key.removesuffix('_prefill_s')})" for key in row if key.endswith("prefill_s")
+            )
+            + " ms\n"
         )
     record = {
         "format": FORMAT,

@@ -65,12 +65,12 @@ def with_predictions(record: dict[str, Any], plan: Plan, shape: ModelShape, cost
     return record | {"rows": rows, "predicted_by": costs.name}
 
 
-def _predicted(row: dict[str, Any], plan: Plan, shape: ModelShape, costs: LayerCosts) -> dict[str, float]:
+def _predicted(row: dict[str, Any], plan: Plan, shape: ModelShape, costs: LayerCosts) -> dict[str, float | None]:
     if row["phase"] == "prefill":
         prompt = Workload(row["length"])
         found = predict(plan, shape, prompt, costs)
         dense = predict(None, shape, prompt, costs)
-        seconds = {"predicted_s": found.ttft_s, "predicted_attention_s": found.attention_s}
+        seconds: dict[str, float | None] = {"predicted_s": found.ttft_s, "predicted_attention_s": found.attention_s}
         if costs.own_dense_s(1.0, shape.head_dim) is not None:
             seconds["predicted_dense_s"] = dense.ttft_s
         return seconds | {"predicted_peak_bytes": found.peak_bytes, "predicted_dense_peak_bytes": dense.peak_bytes}

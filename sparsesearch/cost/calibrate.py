@@ -12,6 +12,7 @@ import torch
 from sparsesearch.artifacts import canonical_json, write_bytes
 from sparsesearch.cost.cpu_cases import FULL, QUICK, all_cases, measure
 from sparsesearch.cost.cpu_fit import fitted
+from sparsesearch.cost.cpu_layers import layer_cases
 from sparsesearch.cost.table import TableCostModel
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.dispatch import Backend
@@ -65,7 +66,7 @@ def calibrate(
 def _calibrate_cpu(out: Path | None, quick: bool, dtype: torch.dtype, seed: int, progress: Progress) -> TableCostModel:
     shapes = QUICK if quick else FULL
     generator = torch.Generator().manual_seed(seed)
-    cases = all_cases(shapes, generator)
+    cases = [*all_cases(shapes, generator), *layer_cases(shapes.layer_rows, generator)]
     rounds = measure(cases, 5.0 if quick else TIME_LIMIT_S, dtype, generator, progress)
     model = TableCostModel(fitted(cases, shapes, dtype, {"seed": seed, "quick": quick, "rounds": rounds}))
     if out is not None:

@@ -46,6 +46,7 @@ class Grid:
     block_tokens: tuple[int, ...]
     held_out_tokens: tuple[int, ...]
     decode_tokens: tuple[int, ...]
+    layer_rows: tuple[int, ...] = ()  # tokens of linear and pointwise layers
 
 
 FULL = Grid(
@@ -57,8 +58,9 @@ FULL = Grid(
     (32, 64, 128),
     (768, 3072),
     (256, 1024, 4096, 16384),
+    (1, 64, 256, 1024, 4096),
 )
-QUICK = Grid((128, 512, 1024), (128, 512), (512, 1024), (128, 256), (32, 64), (64,), (768,), (128, 1024))
+QUICK = Grid((128, 512, 1024), (128, 512), (512, 1024), (128, 256), (32, 64), (64,), (768,), (128, 1024), (16, 256))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from scipy.optimize import nnls
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.cpu_cases import Case, Grid, clock, estimators, step_group, step_rules
+from sparsesearch.cost.cpu_layers import fit_layers
 from sparsesearch.cost.table import CostTable, Curve, DecodeCost, TableCostModel, TileCost
 
 
@@ -31,6 +32,7 @@ def fitted(cases: Sequence[Case], shapes: Grid, dtype: torch.dtype, settings: di
         estimators={kind: curves[0] for kind, curves in choosing.items()},
         estimator_calls={kind: curves[1] for kind, curves in choosing.items()},
         tiles=tiles,
+        layers=fit_layers(cases) if shapes.layer_rows else None,
         decode=decode,
         step_choices=fit_steps(cases, decode),
         fit={"tiles_mape": float(np.mean(errors)), "repeat_spread_median": float(np.median(spread))},

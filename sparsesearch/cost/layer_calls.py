@@ -5,13 +5,22 @@ from typing import Protocol, runtime_checkable
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.cost.base import CostModel, UnitWork, WorkKind
+from sparsesearch.cost.layer_costs import PrefillCosts
 from sparsesearch.cost.layer_schedule import choice_of
 from sparsesearch.rules import Rule
 
 
 @runtime_checkable
-class CallCosts(CostModel, Protocol):
+class CallCosts(CostModel, PrefillCosts, Protocol):
     """A cost model that knows what a call takes, however many heads share it."""
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Per element of what was measured."""
+
+    @property
+    def prices_layers(self) -> bool:
+        """Whether it knows the rest of a prefill too."""
 
     def call_latency_s(self, work: UnitWork) -> float:
         """Seconds of one call of all the heads of `work`, for one sequence."""

@@ -35,8 +35,15 @@ class PartCosts(Protocol):
         """Norm, rotation, gate, residual or transpose."""
 
 
+class PrefillCosts(PartCosts, Protocol):
+    """What a prefill is made of but its attention."""
+
+    def prefill_relief(self, rows: int) -> float:
+        """Share of the pointwise time that whole layers of so many rows do not take."""
+
+
 @runtime_checkable
-class LayerCosts(OfDevice, PartCosts, Protocol):
+class LayerCosts(OfDevice, PrefillCosts, Protocol):
     """A cost model that knows whole layers: a calibrated accelerator, or a datasheet's roofline."""
 
     @property
@@ -58,9 +65,6 @@ class LayerCosts(OfDevice, PartCosts, Protocol):
 
     def estimator_s(self, kind: str, tokens: int, query_heads: int) -> float:
         """A dynamic rule's choice."""
-
-    def prefill_relief(self, rows: int) -> float:
-        """Share of the pointwise time that whole layers of so many rows do not take."""
 
     def decode_glue_s(self, batch: int, weight_bytes: float) -> float:
         """What a decoding layer takes beyond its parts; `weight_bytes` is its largest weight."""

@@ -1,6 +1,6 @@
 """All of a model's layers but their attention, priced by shape: linear layers, norms, rotation, gate, residuals, or a fused step's products."""
 
-from sparsesearch.cost.layer_costs import LayerCosts, PartCosts
+from sparsesearch.cost.layer_costs import LayerCosts, PartCosts, PrefillCosts
 from sparsesearch.errors import SpecError
 from sparsesearch.model_shapes import ModelShape
 
@@ -9,7 +9,7 @@ FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Architectures whose decoding steps the runtime fuses; `runtime.fused_layers` recognises them by their parts."""
 
 
-def prefill_rest_s(shape: ModelShape, costs: LayerCosts, *, rows: int, batch: int) -> float:
+def prefill_rest_s(shape: ModelShape, costs: PrefillCosts, *, rows: int, batch: int) -> float:
     """All of a prefill over `rows` tokens but its attention."""
     linear_s, pointwise_s = parts_s(shape, costs, rows=rows, last_rows=batch)
     return linear_s + pointwise_s * (1 - costs.prefill_relief(rows))

@@ -61,13 +61,14 @@ class Prediction:
         device: product.
         measured: False if nobody has measured this device; `cost.caveat` says what stands for it.
         ttft_s: time to first token, the whole batch prefilled at once.
-        tpot_s: time per output token, halfway through the generated ones; None if none is generated.
+        tpot_s: time per output token, halfway through the generated ones; None if none is generated, or on a CPU, where only the attention of
+            a step is known.
         attention_s: the share of `ttft_s` that is attention, choosing included.
         decode_attention_s: the share of `tpot_s` that is attention.
         kv_bytes: cache after the last token.
         weight_bytes: parameters.
         fused_step: whether `tpot_s` is that of the fused step.
-        peak_bytes: weights, cache and the largest activations of prefill.
+        peak_bytes: weights, cache and the largest activations of prefill; None on a CPU.
         layers: layer by layer.
         unpriced_choices: kinds of rules that choose while decoding but have no price on this device: `tpot_s` has them read every key.
     """
@@ -82,7 +83,7 @@ class Prediction:
     kv_bytes: float
     weight_bytes: float
     fused_step: bool
-    peak_bytes: float
+    peak_bytes: float | None
     layers: tuple[LayerPrediction, ...]
     unpriced_choices: tuple[str, ...] = ()
 
@@ -93,7 +94,12 @@ class Prediction:
 
 
 def predict(
-    plan: Plan | None, shape: ModelShape, workload: Workload, costs: LayerCosts, *, dtype_bytes: int = 2
+    plan: Plan | None,
+    shape: ModelShape,
+    workload: Workload,
+    costs: LayerCosts | CallCosts,
+    *,
+    dtype_bytes: int | None = None,
 ) -> Prediction:
     """Price a workload.
 
@@ -102,18 +108,21 @@ def predict(
         shape: the model's sizes.
         workload: prompt, generated tokens, batch.
         costs: the device.
-        dtype_bytes: of weights, activations and cache.
+        dtype_bytes: of weights, activations and cache; by default 2, or what was measured on a CPU.
 
     Raises:
         PlanMismatchError: plan and shape have different heads.
         SpecError: the device's model lacks something the plan needs.
     """
+    steps = costs if isinstance(costs, LayerCosts) else None
+    if dtype_bytes is None:
+        dtype_bytes = costs.dtype_bytes if isinstance(costs, CallCosts) else 2
     layers = predict_layers(plan, shape, workload, costs, dtype_bytes=dtype_bytes)
     tokens = workload.batch * workload.prompt_tokens
     attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
     decode_s = sum(layer.decode_attention_s for layer in layers)
     other_s = prefill_rest_s(shape, costs, rows=tokens, batch=workload.batch)
-    step_s = decode_rest_s(shape, costs, batch=workload.batch)
+    step_s = None if steps is None else decode_s + decode_rest_s(shape, steps, batch=workload.batch)
     kv_bytes = sum(layer.kv_bytes for layer in layers)
     weight_bytes = float(shape.num_parameters * dtype_bytes)
     return Prediction(
@@ -121,13 +130,13 @@ def predict(
         device=costs.device,
         measured=costs.measured,
         ttft_s=attention_s + other_s,
-        tpot_s=decode_s + step_s if workload.generate_tokens else None,
+        tpot_s=step_s if workload.generate_tokens else None,
         attention_s=attention_s,
         decode_attention_s=decode_s,
         kv_bytes=kv_bytes,
         weight_bytes=weight_bytes,
-        fused_step=workload.generate_tokens > 0 and is_fused(shape, costs, workload.batch),
-        peak_bytes=weight_bytes + kv_bytes + activation_bytes(shape, tokens, dtype_bytes),
+        fused_step=steps is not None and workload.generate_tokens > 0 and is_fused(shape, steps, workload.batch),
+        peak_bytes=None if steps is None else weight_bytes + kv_bytes + activation_bytes(shape, tokens, dtype_bytes),
         layers=layers,
         unpriced_choices=tuple(sorted({kind for one in layers for kind in one.step_choices} - costs.step_choices)),
     )

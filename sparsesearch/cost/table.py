@@ -74,6 +74,27 @@ class DecodeCost(Frozen):
     key_s: float = Field(gt=0, description="per cached key that is read")
 
 
+class PointwiseCost(Frozen):
+    """A norm, rotation, gate, residual or transpose: seconds at rising numbers of elements."""
+
+    elements: tuple[int, ...] = Field(min_length=2)
+    seconds: tuple[float, ...] = Field(description="never falling")
+
+    def at(self, elements: float) -> float:
+        """Log-log interpolation; constant below the first number, proportional beyond the last."""
+        if elements >= self.elements[-1]:
+            return self.seconds[-1] * elements / self.elements[-1]
+        return _power_law(elements, self.elements, self.seconds)
+
+
+class LayerTable(Frozen):
+    """What layers are made of besides attention: products, whose rate depends on their rows, and pointwise layers."""
+
+    rows: tuple[int, ...] = Field(min_length=2, description="rising")
+    flop_s: tuple[float, ...] = Field(description="seconds per floating-point operation of a product of so many rows")
+    pointwise: dict[str, PointwiseCost]
+
+
 class CostTable(StoredModel):
     """Everything that was measured on a device."""
 
@@ -94,6 +115,7 @@ class CostTable(StoredModel):
     )
     tiles: tuple[TileCost, ...] = Field(min_length=1)
     decode: tuple[DecodeCost, ...] = Field(min_length=1)
+    layers: LayerTable | None = Field(None, description="None in files of older calibrations")
     step_choices: dict[str, tuple[Curve, ...]] = Field(
         default={},
         description="dynamic rule kind -> what choosing the blocks that one token reads takes, per query head and cached keys; a rule that is "
@@ -187,6 +209,42 @@ class TableCostModel:
     def step_choices(self) -> frozenset[str]:
         """Rules whose choice for a decoded token was measured."""
         return frozenset(self.table.step_choices)
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Per element of what was measured."""
+        return self.table.dtype_bytes
+
+    @property
+    def prices_layers(self) -> bool:
+        """Whether everything but attention was measured too."""
+        return self.table.layers is not None
+
+    def linear_s(self, rows: int, outputs: int, inputs: int) -> float:
+        """A linear layer.
+
+        Raises:
+            SpecError: an older calibration left it out.
+        """
+        known = self._layers()
+        flop_s = known.flop_s[-1] if rows >= known.rows[-1] else _power_law(rows, known.rows, known.flop_s)
+        return 2.0 * rows * outputs * inputs * flop_s
+
+    def pointwise_s(self, name: str, elements: float) -> float:
+        """Norm, rotation, gate, residual or transpose over so many elements; errors as of `linear_s`."""
+        return self._layers().pointwise[name].at(elements)
+
+    def prefill_relief(self, rows: int) -> float:
+        """Nothing: on a CPU, layers take what their parts take."""
+        return 0.0
+
+    def _layers(self) -> LayerTable:
+        if self.table.layers is None:
+            raise SpecError(
+                f"cost model {self.name} must know more than attention, but was calibrated without linear layers. Run `sparsesearch calibrate -o FILE` "
+                "and give that file."
+            )
+        return self.table.layers
 
     def _check_dtype(self, dtype_bytes: int | None) -> None:
         if dtype_bytes not in (None, self.table.dtype_bytes):

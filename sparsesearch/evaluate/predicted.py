@@ -34,14 +34,14 @@ def predicted_seconds(
     info = next((plan.base_model for plan in variants.values() if plan is not None), None)
     if info is None or not isinstance(costs, (LayerCosts, CallCosts)):
         return {}
-    whole = _shape(model, info) if isinstance(costs, LayerCosts) else None
+    whole = _shape(model, info) if isinstance(costs, LayerCosts) or costs.prices_layers else None
     shape = whole or heads_alone(info.name_or_path, info.geometry)
     found = {}
     for name, plan in variants.items():
         layers = predict_layers(plan, shape, Workload(length), costs)
         attention_s = sum(layer.attention_s + layer.index_s for layer in layers)
         found[name] = {"attention_s": attention_s}
-        if whole is not None and isinstance(costs, LayerCosts):
+        if whole is not None:
             found[name]["prefill_s"] = attention_s + prefill_rest_s(whole, costs, rows=length, batch=1)
     return found
 

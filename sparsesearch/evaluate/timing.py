@@ -21,7 +21,7 @@ from sparsesearch.plan import Plan
 from sparsesearch.runtime.live import AppliedPlan
 
 Part = Literal["prefill", "attention"]
-"""prefill: wall time of the whole call; attention: the device's time in attention, choosing tiles included, gaps between launches not."""
+"""prefill: wall time of the whole call, or on a CPU with one thread its own time, without other processes'; attention: the device's time in attention, choosing tiles included, gaps between launches not."""
 
 FASTEST_DENSE = [
     SDPBackend.CUDNN_ATTENTION,
@@ -145,10 +145,11 @@ class _Variant:
     def _prefill_s(self) -> float:
         self._head.hidden(self._input_ids, use_cache=True)
         _synchronize(self._head.model.device)
-        start = time.perf_counter()
+        now = time.perf_counter if self._head.model.device.type == "cuda" else clock().now
+        start = now()
         self._head.hidden(self._input_ids, use_cache=True)
         _synchronize(self._head.model.device)
-        return time.perf_counter() - start
+        return now() - start
 
     def _attention_s(self) -> float:
         """Sum over the layers' attention calls; keys and values go to no cache.

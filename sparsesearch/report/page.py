@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsesearch.evaluate import Metrics
 from sparsesearch.plan import Plan
@@ -15,6 +15,9 @@ from sparsesearch.report.palette import INK, kind_css, series_css, swatches
 from sparsesearch.report.plot import PLOT_CSS, Curve, Panel, plot
 from sparsesearch.report.svg import FONT, MONO
 
+if TYPE_CHECKING:
+    from sparsesearch.report.front import TimedFront
+
 _SMALLEST_LOSS = 1e-4
 
 
@@ -25,6 +28,7 @@ def render(
     variant: str = "plan",
     pareto: Sequence[Curve] | None = None,
     pareto_y_label: str = "predicted loss",
+    timed: "TimedFront | None" = None,
     profile_summary: Mapping[str, Any] | None = None,
     title: str | None = None,
 ) -> str:
@@ -36,6 +40,7 @@ def render(
         variant: the plan's name in `metrics`.
         pareto: predicted loss against density: the search's front and the uniform baselines in the same unit.
         pareto_y_label: what `pareto` shows, with its unit.
+        timed: the same against seconds.
         profile_summary: what to say about the profile: name -> value.
         title: heading; the model's name by default.
 
@@ -65,7 +70,7 @@ def render(
         ),
         ("While decoding", decoding_table(plan, length)),
         ("What the rules compute", mask_cards(plan, length)),
-        ("The search", _pareto(pareto, pareto_y_label)),
+        ("The search", _pareto(pareto, pareto_y_label, timed)),
         ("Predicted and measured", tables.predictions_table(plan, metrics, variant) + tables.seconds_table(metrics)),
         ("Where answers are found", tables.needle_table(metrics, variant)),
         ("Task by task", tables.task_table(metrics, variant)),
@@ -116,19 +121,26 @@ def _quality_plot(metrics: Metrics, length: int, variant: str) -> str:
     return f'<div class="scroll">{picture}</div><p class="soft">Measured at {length} tokens; bars are standard errors over sequences.</p>'
 
 
-def _pareto(curves: Sequence[Curve] | None, y_label: str) -> str:
-    if not curves:
+def _pareto(curves: Sequence[Curve] | None, y_label: str, timed: "TimedFront | None") -> str:
+    fronts = [("density", curves or []), *([(timed.x_label, timed.curves)] if timed else [])]
+    panels = [
+        Panel("Least predicted loss at each budget", x_label, y_label, shown, log_y=True, x_range=(0, 1))
+        for x_label, own in fronts
+        if (shown := _lossy(own))
+    ]
+    if not panels:
         return ""
-    # a logarithm cannot show that dense loses nothing, and losses of rounding would take most of the height
-    least = max((point[1] for curve in curves for point in curve.points), default=0.0) * _SMALLEST_LOSS
-    lossy = [replace(curve, points=[point for point in curve.points if point[1] > least]) for curve in curves]
-    shown = [curve for curve in lossy if curve.points]
-    if not shown:
-        return ""
-    panel = Panel("Least predicted loss at each budget", "density", y_label, shown, log_y=True, x_range=(0, 1))
-    picture = plot([panel], title="Predicted loss against density", width=960, standalone=False)
+    axes = " and ".join(panel.x_label for panel in panels)
+    picture = plot(panels, title=f"Predicted loss against {axes}", width=960, standalone=False)
     note = f"Loss of the objective that was searched; plans with less than {_SMALLEST_LOSS:g} of the greatest, such as dense, are not drawn."
     return f'<div class="scroll">{picture}</div><p class="soft">{note}</p>'
+
+
+def _lossy(curves: Sequence[Curve]) -> list[Curve]:
+    """What a logarithm can show: not that dense loses nothing, nor losses of rounding, which would take most of the height."""
+    least = max((point[1] for curve in curves for point in curve.points), default=0.0) * _SMALLEST_LOSS
+    lossy = [replace(curve, points=[point for point in curve.points if point[1] > least]) for curve in curves]
+    return [curve for curve in lossy if curve.points]
 
 
 def legend(counts: Mapping[str, int]) -> str:

@@ -51,6 +51,9 @@ class Point(Protocol):
 
 P = TypeVar("P", bound=Point)
 
+NO_PRICE = 1e-12
+"""Prices below this part of what is to be expected are none: a neighbouring bound's, where the limit hardly binds."""
+
 
 @dataclass(frozen=True)
 class Dual:
@@ -174,7 +177,8 @@ def ascend(
     """
     reach, before = 8.0, np.inf
     for _ in range(MAX_EVALUATIONS):
-        largest = reach * (float(best.prices.max()) or first)
+        highest = float(best.prices.max())
+        largest = reach * (highest if highest > NO_PRICE * first else first)
         rise, outermost = cuts.maximum(limit, best, largest)
         if rise <= max(tolerance, FINEST) * abs(best.bound) + best.rounding:
             if outermost.max() < 0.99 * largest or reach > FURTHEST:

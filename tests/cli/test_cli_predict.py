@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.table import TableCostModel
 from sparsesearch.cut import Cut, LayerCut
 from sparsesearch.plan import Plan
 
@@ -41,10 +43,33 @@ def test_a_datasheet_says_that_it_was_not_measured(run: Any) -> None:
     assert "nobody has" not in run("predict", PLAN, "--device", "h200", *WORK).stdout
 
 
+def test_a_processor_knows_prompts_but_of_a_decoded_token_its_attention_alone(run: Any, run_json: Any) -> None:
+    shown = run("predict", PLAN, "--device", "cpu", *WORK).stdout
+    assert "only the attention is known on a CPU" in shown
+    (found,) = run_json("predict", PLAN, "--device", "cpu", *WORK)["workloads"]
+    dense, plan = found["dense"], found["plan"]
+    assert (plan["tpot_s"], plan["peak_bytes"]) == (None, None)
+    rest = [one["ttft_s"] - one["attention_s"] for one in (dense, plan)]
+    assert rest[0] == pytest.approx(rest[1])
+    assert rest[0] > 0
+    assert plan["attention_s"] < 0.5 * dense["attention_s"]
+    assert (
+        dense["weight_bytes"]
+        == 4 * run_json("predict", PLAN, "--device", "h200", *WORK)["workloads"][0]["dense"]["weight_bytes"] / 2
+    )
+
+
+def test_a_calibration_of_attention_alone_predicts_no_model(run: Any, tmp_path: Path) -> None:
+    older = load_cost_model("cpu")
+    assert isinstance(older, TableCostModel)
+    older.table.model_copy(update={"layers": None}).save(tmp_path / "older.json")
+    refused = run("predict", PLAN, "--device", tmp_path / "older.json", *WORK, code=1)
+    assert "prices attention alone" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--device", "cpu", *WORK), 1, "prices attention alone"),
         (("--device", "h20", *WORK), 1, "Did you mean 'h200'"),
         (("--device", "h200", "--workload", "promt=5"), 2, "--workload"),
         (("--device", "h200", *WORK, "--model-shape", "llama3-8b"), 5, "Name the model's own shape"),

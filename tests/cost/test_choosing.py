@@ -86,7 +86,7 @@ def test_a_calibration_times_choices_in_a_graph_where_the_device_makes_them() ->
     """Launched one by one they would show the host's pace: 1.9 ms whatever the length."""
     bench = Watched()
     nothing = {field.name: () for field in fields(RunPlan) if isinstance(getattr(RunPlan(), field.name), tuple)}
-    plan = RunPlan(**{**nothing, "estimator_tokens": (256,)}, peak_side=64)
+    plan = RunPlan(**{**nothing, "estimator_tokens": (256,), "step_blocks": (1, 2)}, peak_side=64)
     rows = [
         (row, graph)
         for row, graph in zip(all_runs(bench, plan), bench.graphs, strict=False)

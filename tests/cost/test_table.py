@@ -9,7 +9,7 @@ from sparsesearch.cost.base import DecodeWork, UnitWork
 from sparsesearch.cost.calibrate import calibrate
 from sparsesearch.cost.cpu_cases import CPU_TIME, WALL, Grid, all_cases, clock, estimators
 from sparsesearch.cost.cpu_fit import fitted
-from sparsesearch.cost.table import CostTable, Curve, DecodeCost, TableCostModel, TileCost
+from sparsesearch.cost.table import CostTable, Curve, DecodeCost, LayerTable, PointwiseCost, TableCostModel, TileCost
 from sparsesearch.errors import ArtifactError, SpecError
 
 
@@ -49,6 +49,25 @@ def test_curves_pass_through_their_points_and_extrapolate() -> None:
     longer = replace(DENSE, q_len=4000, kv_len=4000)
     assert model.unit_latency_s(longer) == pytest.approx(16 * 0.32, rel=1e-2)
     assert model.unit_latency_s(replace(DENSE, query_heads=3)) == pytest.approx(3 * model.unit_latency_s(DENSE))
+
+
+def test_products_cost_their_operations_at_the_rate_of_their_rows() -> None:
+    pointwise = PointwiseCost(elements=(100, 10_000), seconds=(1e-6, 1e-5))
+    layers = LayerTable(rows=(1, 64, 1024), flop_s=(1e-10, 2e-11, 1e-11), pointwise={"norm": pointwise})
+    model = TableCostModel(table().model_copy(update={"layers": layers}))
+    assert model.prices_layers
+    assert model.linear_s(64, 300, 200) == pytest.approx(2 * 64 * 300 * 200 * 2e-11)
+    assert model.linear_s(4096, 300, 200) == pytest.approx(2 * 4096 * 300 * 200 * 1e-11), (
+        "as fast as the most rows measured"
+    )
+    seconds = [model.linear_s(rows, 300, 200) for rows in (1, 2, 63, 64, 65, 500, 1023, 1024, 1025, 9000)]
+    assert seconds == sorted(seconds)
+    assert [model.pointwise_s("norm", n) for n in (1, 100, 1000, 10_000, 40_000)] == pytest.approx(
+        [1e-6, 1e-6, 10**-5.5, 1e-5, 4e-5]
+    )
+    assert not TableCostModel(table()).prices_layers
+    with pytest.raises(SpecError, match="must know more than attention"):
+        TableCostModel(table()).linear_s(64, 300, 200)
 
 
 def test_tiles_follow_the_line_and_scale_with_the_block() -> None:

@@ -10,8 +10,11 @@ from embedded_model import INFO, plan_of, silencing
 from sparsesearch.cut import Cut, LayerCut
 from sparsesearch.errors import SpecError
 from sparsesearch.evaluate import Metrics
-from sparsesearch.plan import BaseModelInfo, Plan, uniform_plan
+from sparsesearch.plan import BaseModelInfo, BudgetRecord, Plan, uniform_plan
+from sparsesearch.presets import preset_path
+from sparsesearch.profiling.record import Profile
 from sparsesearch.report import Curve, Panel, corridor, plot, render
+from sparsesearch.report.front import timed_front
 from sparsesearch.report.head_map import head_map
 from sparsesearch.report.masks import example_grid, example_tiles
 from sparsesearch.report.palette import swatches
@@ -95,6 +98,29 @@ def test_losses_of_rounding_do_not_take_the_height_of_the_search() -> None:
     assert section.count('class="mark') == 1 + 2, "one in the legend"
     assert ">1e-12<" not in section
     assert "nothing" not in section
+
+
+def test_the_front_is_drawn_in_the_seconds_that_the_search_limited() -> None:
+    profile = Profile.load(preset_path("profiles", "needle-7m"))
+    plan = Plan.load(preset_path("profiles", "needle-7m-plan"))
+    assert timed_front(profile, plan) is None
+    record = BudgetRecord(metric="ttft", bound=0.9, predicted={"8192": 0.9}, cost_model="roofline:a100")
+    served = {"workloads": ["prompt=8192,generate=16,batch=2,weight=1"]}
+    timed = plan.model_copy(update={"budgets": (record,), "unit": "kv_group", "provenance": plan.provenance | served})
+    found = timed_front(profile, timed)
+    assert found is not None
+    assert found.x_label == "ttft over dense's, predicted by roofline:a100"
+    assert [curve.name for curve in found.curves] == [
+        "searched plans",
+        *(f"searched, at most {n} of the cache" for n in ("50%", "25%")),
+    ]
+    free, *bounded = (dict(curve.points) for curve in found.curves)
+    losses = list(free.values())
+    assert losses == sorted(losses, reverse=True)
+    assert all(0 < share <= 1 for share in free)
+    assert min(min(own.values()) for own in bounded) > min(losses)
+    section = render(plan, _metrics(), timed=found).split("<h2>The search</h2>")[1].split("</section>")[0]
+    assert "predicted by roofline:a100" in section
 
 
 def test_the_page_needs_nothing_from_outside(page: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparsesearch.scores import ScoreTable
 from sparsesearch.search.budget import Budget
-from sparsesearch.search.feasible import round_up
+from sparsesearch.search.feasible import feasible_plan, round_up
 from sparsesearch.search.knapsack import dominated, knapsack_of
 from sparsesearch.search.lagrangian import Cuts, evaluate, maximise
 from sparsesearch.search.pareto import feasible_bounds, pareto
@@ -59,6 +59,18 @@ def test_bound_is_concave_maximum_and_plans_keep_limits() -> None:
     assert problem.fits(plan)
     assert problem.fits(better)
     assert dual.bound <= problem.loss_of(better) <= problem.loss_of(plan)
+
+
+def test_prices_of_nothing_are_no_prices() -> None:
+    """A neighbouring bound that hardly bound leaves prices such as 1e-310, by which nothing can be divided."""
+    budgets = [Budget("density", 0.3)]
+    problem = knapsack_of(synthetic_table(16, 6, (1024, 8192)), budgets)
+    floor = feasible_plan(problem, budgets)
+    plain = maximise(problem, floor, Cuts(), tolerance=1e-6)
+    for price in (5e-324, 1e-310, 1e-200, 1e-20):
+        start = evaluate(problem, np.full(len(problem.limit), price))
+        again = maximise(problem, floor, Cuts(), tolerance=1e-6, start=start)
+        assert again.bound == pytest.approx(plain.bound, rel=1e-5)
 
 
 @given(st.floats(1e-6, 1.0))
