@@ -255,13 +255,13 @@ def test_another_model_is_predicted_too():
         assert row["predicted_s"] == pytest.approx(row["step_s"], rel=0.07)
 
 
-def test_small_models_steps_are_predicted_short():
-    """SmolLM2-135M: a step of 0.64 ms is predicted 13 % short at batch 1, 7 % at batch 8; the host takes a tenth of it to launch one."""
+def test_a_small_models_steps_are_predicted_too():
+    """SmolLM2-135M: steps of 0.64 and 0.98 ms within 7 %, replayed prompts of 8 ms within 9 %; the host takes a tenth of a step to launch one."""
     rows = golden("model_smollm2_135m_h200")["rows"]
     steps = {row["batch"]: row for row in rows if row["phase"] == "decode" and row["variant"] == "plan"}
-    for batch, most in ((1, 0.15), (8, 0.09)):
-        assert -most <= steps[batch]["predicted_s"] / steps[batch]["step_s"] - 1 <= 0
+    for batch in (1, 8):
+        assert steps[batch]["predicted_s"] == pytest.approx(steps[batch]["step_s"], rel=0.07)
         assert steps[batch]["host_s"] <= 0.1 * steps[batch]["step_s"]
     (prompt,) = [row for row in rows if row["phase"] == "prefill"]
-    assert prompt["predicted_s"] == pytest.approx(prompt["plan_graph_s"], rel=0.08)
-    assert prompt["predicted_dense_s"] == pytest.approx(prompt["dense_graph_s"], rel=0.03)
+    assert prompt["predicted_s"] == pytest.approx(prompt["plan_graph_s"], rel=0.09)
+    assert prompt["predicted_dense_s"] == pytest.approx(prompt["dense_graph_s"], rel=0.04)
