@@ -10,8 +10,8 @@ All four tensors are read through rank-4 descriptors [B, H, S, D] of any strides
 beyond the tensor read zeros. Rows of V that a list reaches must be finite: a masked weight is 0, and 0 · NaN is NaN.
 
 What limits it (H200, tests/golden/attention_h200.json; counters by `sparsesearch.bench.counters`, tests/golden/counters_h200.json). head_dim 128 at
-32k: power. It computes 645-744 TFLOP/s on its blocks, cuBLAS 684 in a product of 8192 cubed on the same card; the matrix units are busy 91 % of the
-time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (470-540, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (58 % each)
+32k: power. It computes 670-770 TFLOP/s on its blocks, cuBLAS 687 in a product of 8192 cubed on the same card; the matrix units are busy 91 % of the
+time, at 1.6 of 1.98 GHz. head_dim 64 at 32k (480-550, with HELD and TURNS, see `hopper_prefill`): neither matrix units nor exponentials (58 % each)
 nor issue slots (40 %) are full. With two arrivals a step (57 and 39 %), of its 1,810 cycles (instructions sampled, sparse) exponentials took
 890-1,130, where 560 would do alone: the other warpgroup's products read and write their sums through the same registers, and its exponentials
 overlap. 90-130 were waits at barriers (its turn, its scores, its own threads before each arrival), 70 two tests whether a copy has come, 80 four

@@ -11,9 +11,9 @@ On Hopper both kernels are launched while the one before still runs (programmati
 The merge waits beside the workers, and a worker's first block is brought into L2 before the wait (at 134 MB 3 % faster, H200). Programs of the
 merge must leave room for three workers on every multiprocessor: each quarter of one has 16,384 registers, of which the workers' warps take
 14,592, so it has room for a warp of up to 56 registers per thread (8 and 16 sequences of 134 MB: 3 and 5 % faster than a merge that is
-launched when the workers have read their shares, which is faster than one that takes a third worker's room). With more pairs than a warp can
-add up in so few registers, or more heads than there are such rooms, the merge is launched late: with 1,024 heads (32 sequences) calls one after
-the other took 13 to 40 % longer otherwise.
+launched when the workers have read their shares, which is faster than one that takes a third worker's room). With more heads than there are such
+rooms a program takes several of a pair one after the other; with more pairs than a warp can add up in so few registers, or pairs of too few heads,
+the merge is launched late: programs that find no room make calls one after the other take 13 to 40 % longer.
 
 Tried and slower: a pair's last worker merging in place of the second kernel (in 8 sequences 3 %, in one 20-40 %), a pair's workers taking its
 blocks in turns, more than one block brought into L2 before or after the wait (1-4 %; line by line or in bulk makes no difference), shares in units
@@ -52,7 +52,8 @@ IDLE_UNITS = 2  # a worker that goes on to another pair waits for memory about a
 IN_REGISTERS = tl.constexpr(512)  # pairs whose first rows a worker holds
 WORKERS_PER_SM = 3  # most loads in flight
 MANY_HEADS = 256
-THIN_HEADS = 512  # merges that find room beside the workers: one on each quarter of a Hopper's 132 multiprocessors
+THIN_PROGRAMS = 512  # of the merge find room beside the workers: one on each quarter of a Hopper's 132 multiprocessors
+WORKER_REGISTERS = 152  # leave that room
 THIN_PAIRS = 256  # pairs that a warp of the merge adds up in 56 registers per thread
 
 
@@ -182,13 +183,12 @@ def ragged_decode_parts(
 def merge_decode_parts(
     out, lse, kv_lens, parts, lse_parts, num_pairs, workers,
     GROUP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
-    UNIT: tl.constexpr, IDLE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
+    UNIT: tl.constexpr, IDLE: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """O = Σ exp(lse_i - lse) O_i over the workers that had a part of one pair. Grid: (query heads, D / COLS)."""
+    """O = Σ exp(lse_i - lse) O_i over the workers that had a part of one pair. Grid: (query heads / HEADS, D / COLS)."""
     if EARLY:
         gdc_launch_dependents()
-    head = tl.program_id(0)
-    pair = head // GROUP
+    pair = tl.program_id(0) * HEADS // GROUP
     pairs = tl.arange(0, PAIRS)
     lens = tl.load(kv_lens + pairs, mask=pairs < num_pairs, other=0)
     ends, _, share, longer = _units(lens, workers, BN, UNIT, IDLE)
@@ -202,40 +202,56 @@ def merge_decode_parts(
         EARLY
     ):  # the lengths are older than the parts: whoever wrote them was done before any worker let this kernel start
         gdc_wait()
-    top = NO_KEY
-    total = 0.0
-    acc = tl.zeros([COLS], tl.float32)
-    for start in range(lo, hi, CHUNK):
-        part = (start + steps + pair).to(tl.int64) * GROUP + head - pair * GROUP
-        real = start + steps < hi
-        part_lse = tl.load(lse_parts + part, mask=real, other=MASKED)
-        tile = tl.load(parts + part[:, None] * D + cols[None, :], mask=real[:, None], other=0.0)
-        new_top = tl.maximum(top, tl.max(part_lse, 0))
-        weight = tl.exp(part_lse - new_top)
-        decay = tl.exp(top - new_top)
-        acc = acc * decay + tl.sum(weight[:, None] * tile, 0)
-        total = total * decay + tl.sum(weight, 0)
-        top = new_top
-    seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)
-    tl.store(lse + head, tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), -float("inf")))
-    tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
+    for own in tl.static_range(HEADS):
+        head = tl.program_id(0) * HEADS + own
+        top = NO_KEY
+        total = 0.0
+        acc = tl.zeros([COLS], tl.float32)
+        for start in range(lo, hi, CHUNK):
+            part = (start + steps + pair).to(tl.int64) * GROUP + head - pair * GROUP
+            real = start + steps < hi
+            part_lse = tl.load(lse_parts + part, mask=real, other=MASKED)
+            tile = tl.load(parts + part[:, None] * D + cols[None, :], mask=real[:, None], other=0.0)
+            new_top = tl.maximum(top, tl.max(part_lse, 0))
+            weight = tl.exp(part_lse - new_top)
+            decay = tl.exp(top - new_top)
+            acc = acc * decay + tl.sum(weight[:, None] * tile, 0)
+            total = total * decay + tl.sum(weight, 0)
+            top = new_top
+        seen = total > 0
+        acc = acc / tl.where(seen, total, 1.0)
+        tl.store(lse + head, tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), -float("inf")))
+        tl.store(out + head.to(tl.int64) * DV + cols, acc.to(out.dtype.element_ty), mask=cols < DV)
 
 
-def is_late(num_pairs: int, num_heads: int) -> bool:
+def heads_per_merge(num_heads: int, group: int) -> int:
+    """Fewest heads of one pair that a program of the merge takes one after the other so that all programs find room; more if a pair has too few."""
+    return next(
+        (heads for heads in range(1, group + 1) if group % heads == 0 and num_heads <= heads * THIN_PROGRAMS), group + 1
+    )
+
+
+def is_late(num_pairs: int, group: int) -> bool:
     """Whether the merge is launched only when the workers have read their shares."""
-    return num_pairs > THIN_PAIRS or num_heads > THIN_HEADS
+    return num_pairs > THIN_PAIRS or heads_per_merge(num_pairs * group, group) > group
 
 
-def merge_shape(num_heads: int, num_pairs: int, workers: int, padded: int) -> tuple[int, int, int]:
-    """Warps of one program of the merge, columns it merges, and parts it reads at once."""
-    if num_heads >= MANY_HEADS and not is_late(num_pairs, num_heads):
-        if 2 * num_heads <= THIN_HEADS and padded > 16:  # half the columns each: as many registers hold twice the parts
-            return 1, padded // 2, 8
-        return 1, padded, 4
+def merge_shape(num_pairs: int, group: int, workers: int, padded: int) -> tuple[int, int, int, int]:
+    """Warps of one program of the merge, heads it takes one after the other, columns it merges, and parts it reads at once."""
+    num_heads = num_pairs * group
+    if num_heads >= MANY_HEADS and not is_late(num_pairs, group):
+        # half the columns each: as many registers hold twice the parts
+        if 2 * num_heads <= THIN_PROGRAMS and padded > 16:
+            return 1, 1, padded // 2, 8
+        return 1, heads_per_merge(num_heads, group), padded, 4
     # few heads: their columns are shared out too; as many parts at once as a pair longer than the others may have
     parts = min(64, max(4, triton.next_power_of_2(2 * workers // num_pairs)))
-    return 4, padded if num_heads >= MANY_HEADS else min(padded, 32), parts
+    return 4, 1, padded if num_heads >= MANY_HEADS else min(padded, 32), parts
+
+
+def register_limit(num_pairs: int) -> dict[str, int]:
+    """The workers' share of registers, where they would take more; with 256 pairs four are kept elsewhere while a worker reads keys."""
+    return {"maxnreg": WORKER_REGISTERS} if 128 < num_pairs <= THIN_PAIRS else {}
 
 
 def launch(
@@ -257,12 +273,12 @@ def launch(
     options = OPTIONS | ({"launch_pdl": True} if early else {})
     ragged_decode_parts[(workers,)](
         q, k, v, kv_start, kv_lens, pages, parts, lse_parts, num_pairs, k.shape[0], k.stride(0), v.stride(0), pages.stride(0), scale,
-        **fixed, **options,
+        **fixed, **options, **register_limit(num_pairs),
     )  # fmt: skip
     shared = {name: fixed[name] for name in MERGE_CONSTANTS}
-    warps, cols, chunk = merge_shape(num_heads, num_pairs, workers, padded)
-    merge_decode_parts[(num_heads, padded // cols)](
-        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, CHUNK=chunk, COLS=cols,
+    warps, heads, cols, chunk = merge_shape(num_pairs, group, workers, padded)
+    merge_decode_parts[(num_heads // heads, padded // cols)](
+        out, lse, kv_lens, parts, lse_parts, num_pairs, workers, **shared, HEADS=heads, CHUNK=chunk, COLS=cols,
         **(options | {"num_warps": warps, "num_stages": 1}),
     )  # fmt: skip
 
@@ -283,8 +299,8 @@ def constants(
         "PAGE": page_tokens,
         "PRECISION": "ieee" if fp32 else "tf32",
         "EARLY": early,
-        "AHEAD": 0 if is_late(num_pairs, group * num_pairs) else 1,  # blocks brought into L2 before the wait
-        "LATE": is_late(num_pairs, group * num_pairs),
+        "AHEAD": 0 if is_late(num_pairs, group) else 1,  # blocks brought into L2 before the wait
+        "LATE": is_late(num_pairs, group),
     }
 
 

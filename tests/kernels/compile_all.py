@@ -88,7 +88,8 @@ def decode(page_tokens: int, num_pairs: int) -> CompileReport:
     constants = triton_decode.constants(
         group=4, head_dim=128, num_pairs=num_pairs, page_tokens=page_tokens, fp32=False, early=True
     )
-    return compile_report(kernel, types, constants, options=triton_decode.OPTIONS)
+    options = triton_decode.OPTIONS | triton_decode.register_limit(num_pairs)
+    return compile_report(kernel, types, constants, options=options)
 
 
 def decode_merge(num_pairs: int, group: int) -> CompileReport:
@@ -103,11 +104,11 @@ def decode_merge(num_pairs: int, group: int) -> CompileReport:
         group=group, head_dim=128, num_pairs=num_pairs, page_tokens=0, fp32=False, early=True
     )
     constants = {name: shared[name] for name in triton_decode.MERGE_CONSTANTS}
-    warps, cols, chunk = triton_decode.merge_shape(group * num_pairs, num_pairs, 396, 128)
+    warps, heads, cols, chunk = triton_decode.merge_shape(num_pairs, group, 396, 128)
     return compile_report(
         kernel,
         types,
-        constants | {"COLS": cols, "CHUNK": chunk},
+        constants | {"HEADS": heads, "COLS": cols, "CHUNK": chunk},
         options=triton_decode.OPTIONS | {"num_warps": warps, "num_stages": 1},
     )
 
@@ -242,9 +243,9 @@ def every() -> Iterator[tuple[str, CompileReport]]:
     for head_dim, block in ((64, 64), (64, 128), (128, 64), (128, 128)):
         yield f"triton {head_dim} {block}", portable(head_dim, block)
     for page_tokens in (0, 64):
-        for num_pairs in (8, 64):
+        for num_pairs in (8, 64, triton_decode.THIN_PAIRS):
             yield f"decode {page_tokens} {num_pairs}", decode(page_tokens, num_pairs)
-    for num_pairs, group in ((64, 4), (128, 4), (triton_decode.THIN_PAIRS, 2)):
+    for num_pairs, group in ((64, 4), (128, 4), (triton_decode.THIN_PAIRS, 4)):
         yield f"merge {num_pairs}", decode_merge(num_pairs, group)
     yield from schedule()
     yield "index mass", index()

@@ -27,7 +27,10 @@ def tolerated(row: dict[str, Any]) -> bool:
 
     head_dim 64 and 256: a few scalars of a tile, outside the loop over keys or under its branch for partial blocks (Triton 3.9 makes ptxas
     allocate less well; 3.6 keeps them in registers). Portable kernel with bitmaps: a few values under the branch that partial tiles take.
+    Decoding 256 pairs: four scalars, read again where a worker has read its keys of a pair (Triton 3.6).
     """
+    if row["name"].startswith("decode") and row["name"].endswith(" 256"):
+        return row["spill_bytes"] <= 32 and not row["warnings"]
     if row["name"] == "triton 128 128 bitmaps":
         return row["spill_bytes"] == 0 and row["local_accesses"] <= 32 and not row["warnings"]
     if row["name"].startswith("gluon 64 128 long"):

@@ -92,15 +92,21 @@ def test_shares_of_any_number_of_workers(workers: int) -> None:
 
 @pytest.mark.parametrize(
     ("limits", "late"),
-    [({}, False), ({"THIN_HEADS": 40}, False), ({"THIN_PAIRS": 4}, True), ({"THIN_HEADS": 15}, True)],
-    ids=["half the columns", "all columns", "late for its pairs", "late for its heads"],
+    [
+        ({}, False),
+        ({"THIN_PROGRAMS": 40}, False),
+        ({"THIN_PROGRAMS": 16}, False),
+        ({"THIN_PAIRS": 4}, True),
+        ({"THIN_PROGRAMS": 7}, True),
+    ],
+    ids=["half the columns", "all columns", "two heads each", "late for its pairs", "late for its heads"],
 )
 def test_merges_of_many_heads(limits: dict[str, int], late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsesearch.kernels import triton_decode
 
     for name, number in (limits | {"MANY_HEADS": 8}).items():
         monkeypatch.setattr(triton_decode, name, number)
-    assert triton_decode.is_late(num_pairs=8, num_heads=32) == late
+    assert triton_decode.is_late(num_pairs=8, group=4) == late
     lens = [33, 0, 200, 7, 1, 64, 130, 15]
     q, k, v, starts, kv_lens = _case(lens, batch=2, heads=16, head_dim=24)
     got = ragged_decode(q, k, v, starts, kv_lens, scale=0.3)
@@ -111,7 +117,7 @@ def test_merges_of_many_heads(limits: dict[str, int], late: bool, monkeypatch: p
 @pytest.mark.gpu
 @pytest.mark.parametrize(("batch", "num_kv_heads", "group"), [(8, 8, 4), (32, 8, 4), (150, 2, 1), (260, 2, 1)])
 def test_many_pairs(batch: int, num_kv_heads: int, group: int) -> None:
-    """Merges of one warp, merges launched late for their heads or their pairs, and more pairs than a worker holds the first rows of."""
+    """Merges of one warp, of two heads each, launched late for their pairs, and more pairs than a worker holds the first rows of."""
     generator = torch.Generator().manual_seed(batch)
     lens = torch.randint(0, 300, (batch * num_kv_heads,), generator=generator).tolist()
     q, k, v, starts, kv_lens = _case(lens, batch=batch, heads=num_kv_heads * group, head_dim=64)
