@@ -15,7 +15,7 @@ import torch
 
 from sparsesearch.cost import DecodeWork, load_cost_model
 from sparsesearch.cost.calibrate import calibrate, measured_rows, short_name
-from sparsesearch.cost.device import compile_ahead, corrections, layer_probes, micro_bench, run_plan, runs
+from sparsesearch.cost.device import compile_ahead, corrections, layer_probes, micro_bench, run_plan, runs, step_runs
 from sparsesearch.cost.device.fit import boost_clock, case_load, fit_tiles, fitted
 from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
 from sparsesearch.cost.device.refit import joined, refitted
@@ -29,6 +29,13 @@ from tests.cost.device_tables import tile_cost
 WORKERS = Workers(132, 6e7)
 TRUTH = tile_cost()
 READ = 4e12
+
+
+@pytest.fixture(autouse=True)
+def few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program after the other."""
+    monkeypatch.setattr(step_runs, "KV_HEADS", 2)
+    monkeypatch.setattr(step_runs, "HEADS", 2 * step_runs.GROUP)
 
 
 def made_up_rows(noise: float) -> list[micro_bench.Row]:
@@ -75,7 +82,7 @@ def test_every_group_of_runs_reaches_the_file() -> None:
     bench = micro_bench.Bench("cpu", "triton", torch.float32, time_share=0.001)
     tiny = run_plan.RunPlan(
         tile_kinds=(), dense_tokens=(32, 64), decode=((1, 64), (2, 64)), decode_few=(64,), decode_head_dims=(16,), gemm_tokens=(1, 8), gemm_widths=((32, 16), (16, 32)), skinny_rows=(1, 8), skinny=((32, 16, "normed"), (32, 16, "gated"), (16, 32, "added")),
-        step_blocks=(2, 3), step_keys=(64, 128), steps_held_out=((1, 2, 64),),
+        step_batches=(1,), step_blocks=(2, 3), step_keys=(64,), steps_held_out=((1, 2, 64),),
         pointwise_tokens=(1, 2), estimator_tokens=(256,), layer_batches=(), layer_tokens=(), peak_side=32,
     )  # fmt: skip
     cases = [TileCase("window", 128, 16, 1, 32, 2, 1), TileCase("stream", 128, 16, 1, 32, 2, 1)]

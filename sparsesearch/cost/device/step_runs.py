@@ -42,7 +42,7 @@ def choice_runs(bench: Bench, kind: str, rule: Rule, batch: int, blocks: Sequenc
     """Choosing for one token per sequence, as `runtime.step_choices` does: by kernels where there are any, else by the rule itself."""
     for count in blocks:
         if isinstance(rule, BoundsTopk):
-            choose = by_bounds(bench, batch, count, keep_blocks=32)
+            choose = by_bounds(bench, batch, count, 32, KV_HEADS)
         else:
             choose = _by_rule(bench, rule, batch, count)
         try:
@@ -58,7 +58,7 @@ def _turns(bench: Bench, batch: int, blocks: int) -> int:
     return bench.copies(8.0 * batch * KV_HEADS * blocks * CHOICE_DIM, most=32)
 
 
-def by_bounds(bench: Bench, batch: int, blocks: int, keep_blocks: int, kv_heads: int = KV_HEADS) -> Choose:
+def by_bounds(bench: Bench, batch: int, blocks: int, keep_blocks: int, kv_heads: int) -> Choose:
     """The kernels of `page_ops` for the query heads of so many KV heads, on random bounds; the newest key is the last of the last block."""
     turns = _turns(bench, batch, blocks)
     bounds = [[bench.normal(batch, kv_heads, blocks, CHOICE_DIM) for _ in "lh"] for _ in range(turns)]
@@ -122,7 +122,7 @@ def _pages(bench: Bench, readers: int, count: int) -> Tensor:
 def held_out_runs(bench: Bench, steps: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
     """A layer's attention whose heads all choose by bounds; `steps` are (batch, blocks, keys read)."""
     for batch, blocks, keys in steps:
-        choose = by_bounds(bench, batch, blocks, keep_blocks=keys // BLOCK_TOKENS)
+        choose = by_bounds(bench, batch, blocks, keys // BLOCK_TOKENS, KV_HEADS)
         pairs, tokens = batch * KV_HEADS, blocks * BLOCK_TOKENS
         k, v = (bench.normal(pairs * tokens, CHOICE_DIM) for _ in "kv")
         q, kv_head = bench.normal(batch, HEADS, CHOICE_DIM), torch.arange(HEADS, device=bench.device) // GROUP
@@ -143,7 +143,7 @@ def joined_runs(bench: Bench, batches: Sequence[int], blocks: int) -> Iterator[R
     """A layer of which half the KV heads stream and the query heads of the other half choose, put together as `runtime.static_reads` does it."""
     half, tokens, keys = KV_HEADS // 2, blocks * BLOCK_TOKENS, min(2048, blocks * BLOCK_TOKENS // 2)
     for batch in batches:
-        choose = by_bounds(bench, batch, blocks, keep_blocks=keys // BLOCK_TOKENS, kv_heads=half)
+        choose = by_bounds(bench, batch, blocks, keys // BLOCK_TOKENS, half)
         k, v = (bench.normal(batch * KV_HEADS * tokens, CHOICE_DIM) for _ in "kv")
         q, heads = bench.normal(batch, HEADS, CHOICE_DIM), torch.arange(half * GROUP, device=bench.device)
         start = torch.arange(batch * KV_HEADS, device=bench.device).view(batch, -1) * tokens
