@@ -83,8 +83,9 @@ def test_the_record_covers_what_the_bars_speak_of() -> None:
 
 
 def test_one_whole_cold_calibration(model: DeviceCostModel) -> None:
+    """Fitted once more to the same micro-runs, since decoding is interpolated along straight lines in its bytes."""
     provenance = model.table.provenance
-    assert not {"from_another_calibration", "refitted", "skipped"} & set(provenance)
+    assert not {"from_another_calibration", "skipped"} & set(provenance)
     assert not provenance["quick"]
     assert provenance["group_s"]["compile"] > 8  # nothing was compiled before
     groups = {"peak", "tiles", "dense", "decode", "gemm", "skinny", "pointwise", "layer_decode", "layer_fused", "turn"}
@@ -155,7 +156,7 @@ def test_decoding_rows_of_the_kernel_benchmark(model: DeviceCostModel) -> None:
         if row["kernel"] == "ragged_decode":
             heads = [DecodeWork(row["bytes"] / 4 / 128 / 8 / row["batch"], 128, 4, row["batch"])] * 8
             errors.append(abs(model.decode_attention_s(heads) / row["seconds"] - 1))
-    assert np.mean(errors) <= 0.05
+    assert np.mean(errors) <= 0.025
 
 
 def test_peak_memory_of_prompts() -> None:
