@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TIMES = "With --at"
 OF_TIMES = (
-    *("part", "batch", "rounds", "time_limit", "cost_model", "choose_on", "choose_sequences", "refine"),
+    *("part", "batch", "rounds", "time_limit", "cost_model", "choose_on", "choose_sequences", "refine", "folder"),
     *("suite", "task_format", "shots", "task_sequences"),
 )
 """Options that mean something with --at only."""
@@ -86,6 +86,13 @@ def front(
             rich_help_panel=TIMES,
         ),
     ] = 0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for every family's plan, written as soon as it is found, before it is judged.",
+            rich_help_panel=TIMES,
+        ),
+    ] = None,
     suite: o.Suite = None,
     task_format: o.TaskFormat = "completion",
     shots: o.Shots = 0,
@@ -125,7 +132,7 @@ def front(
     check_context(live.config, o.parsed_lengths(lengths))
     if at is not None:
         found = at_latency(
-            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model, out=out, resume=resume,
+            live, tokenizer, opened, names, at, part=part, batch=batch, rounds=rounds, time_limit_s=time_limit, cost_model=cost_model, out=out, resume=resume, folder=folder,
             choose=(choose_on, choose_sequences), steps=refine,
             lengths=o.parsed_lengths(lengths), num_sequences=num_sequences, seed=seed,
             suite=o.parsed_suite(suite, task_format, shots, task_sequences, seed, generate=False),

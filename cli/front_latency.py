@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsesearch.cost import CostModel
     from sparsesearch.equal_latency.record import Entry, EqualLatency
     from sparsesearch.evaluate import SuiteSpec
+    from sparsesearch.plan import Plan
     from sparsesearch.profiling.record import Profile
 
 
@@ -34,6 +35,7 @@ def at_latency(
     cost_model: str | None,
     out: Path,
     resume: bool,
+    folder: Path | None,
     choose: tuple[str, int],
     steps: int,
     lengths: list[int],
@@ -70,9 +72,17 @@ def at_latency(
             data={each.description: each.id for each in (*parts, *fresh)},
             command=o.command_line(),
             begun=EqualLatency.load(out) if resume and out.exists() else None,
+            settled=lambda target, plans: _write(plans, target, folder),
             saved=lambda record: record.save(out),
             progress=progress,
         )
+
+
+def _write(plans: "Mapping[str, Plan]", target: float, folder: Path | None) -> None:
+    """A file per family, such as `mixture-0.5x.json`."""
+    if folder is not None:
+        for family, plan in plans.items():
+            plan.save(folder / f"{family.replace(',', '').replace(' ', '-')}-{target:g}x.json")
 
 
 def _fresh(

@@ -22,6 +22,7 @@ from . import (
     plan,
     predict,
     quickstart,
+    report,
     reuse,
     search,
     tune,
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 ROOMS = (
     *(quickstart, measure, calibrate, search, plan, reuse, heal, tune, lint, predict),
-    *(deploy, exchange, judge, front, bench, listing),
+    *(deploy, exchange, judge, report, front, bench, listing),
 )
 for room in ROOMS:
     room.register(app)

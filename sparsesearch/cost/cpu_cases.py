@@ -65,7 +65,10 @@ QUICK = Grid((128, 512, 1024), (128, 512), (512, 1024), (128, 256), (32, 64), (6
 
 @dataclass
 class Case:
-    """One thing to time: `run` on the next buffer; `taken_s` is its cost, from all its rounds."""
+    """One thing to time: `run` on the next buffer; `taken_s` is its cost, from all its rounds.
+
+    Where a case is a point of a curve by itself, and many others do not even out its noise, a round has several `runs` of it.
+    """
 
     group: str
     head_dim: int
@@ -73,6 +76,7 @@ class Case:
     heads: int
     run: Callable[[Tensor, Tensor, Tensor], object]
     work: UnitWork | None = None
+    runs: int = 1
     seconds: list[float] = field(default_factory=list)
     taken_s: float = float("nan")
 
@@ -105,7 +109,7 @@ def _curve_cases(shapes: Grid) -> list[Case]:
     for head_dim in shapes.head_dims:
         for tokens in shapes.dense_tokens:
             heads = 8 if tokens <= 2048 else 2
-            cases.append(Case("dense", head_dim, tokens, heads, _dense(head_dim)))
+            cases.append(Case("dense", head_dim, tokens, heads, _dense(head_dim), runs=4 if tokens <= 2048 else 1))
         for tokens in shapes.decode_tokens:
             cases.append(Case("decode", head_dim, tokens, 4, _one_query))
             grid = BlockGrid(1, tokens, 64)
@@ -254,20 +258,26 @@ def measure(
     with torch.inference_mode():
         while rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or perf_counter() - start < time_limit_s):
             for case in cases:
-                shape = (1, case.heads, case.tokens, case.head_dim)
-                q, k, v = (flat[: int(np.prod(shape))].view(shape) for flat in pools[rounds % NUM_BUFFERS])
-                if not case.seconds or min(case.seconds) < BETWEEN_S:
-                    _linear_layers(*between)
-                before = read.now()
-                case.run(q, k, v)
-                if rounds >= 0:
-                    case.seconds.append(read.now() - before)
+                _timed(case, pools[rounds % NUM_BUFFERS], between, read, warm=rounds >= 0)
             rounds += 1
             progress("calibrate", min(round(perf_counter() - start), round(time_limit_s)), round(time_limit_s))
     for case in cases:
         case.taken_s = read.typical(case.seconds)
     progress("calibrate", round(time_limit_s), round(time_limit_s))
     return rounds
+
+
+def _timed(case: Case, pool: Sequence[Tensor], between: Sequence[Tensor], read: Clock, *, warm: bool) -> None:
+    """A round's runs of one case; a first one is not kept."""
+    shape = (1, case.heads, case.tokens, case.head_dim)
+    q, k, v = (flat[: int(np.prod(shape))].view(shape) for flat in pool)
+    for _ in range(case.runs):
+        if not case.seconds or min(case.seconds) < BETWEEN_S:
+            _linear_layers(*between)
+        before = read.now()
+        case.run(q, k, v)
+        if warm:
+            case.seconds.append(read.now() - before)
 
 
 def _linear_layers(x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"]) -> None:

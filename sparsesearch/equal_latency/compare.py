@@ -51,6 +51,7 @@ def compare_at_latency(
     apply: ApplyPlan = apply,
     command: str | None = None,
     begun: EqualLatency | None = None,
+    settled: Callable[[float, Mapping[str, Plan]], None] = lambda target, plans: None,
     saved: Callable[[EqualLatency], None] = lambda record: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> EqualLatency:
@@ -74,6 +75,7 @@ def compare_at_latency(
         command: how this was started, for the record.
         begun: an earlier record, perhaps without its last targets. What it has of the same comparison on such a device is kept; otherwise budgets start
             from where it ended.
+        settled: given every family's plan at a target, before it is judged.
         saved: given the record so far after every target and every task, so that an interrupted run loses little.
         progress: called with (stage, done, total).
 
@@ -119,18 +121,19 @@ def compare_at_latency(
         if begun is not None and there is not None:
             record = (record or begun.model_copy(update={"targets": {}})).with_target(target, there)
             continue
-        settled = search.settled(target, begun.bounds(target) if begun is not None else {})
-        plans = settled.plans
-        walls = settled.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)
+        at_target = search.settled(target, begun.bounds(target) if begun is not None else {})
+        plans = at_target.plans
+        settled(target, {family: rung.plan for family, rung in at_target.rungs.items()})
+        walls = at_target.times if setting.part == "prefill" else search.stopwatch(plans, rounds=setting.rounds)
         found, density = compare_all(model, plans, [*needles, *text], apply, progress, f"judge {target:g}x")
         record = record or EqualLatency(
-            dense_s=median(settled.times["dense"]),
+            dense_s=median(at_target.times["dense"]),
             dense_prefill_s=median(walls["dense"]),
             dense_quality=summary(needles, found["dense"], found["dense"], density["dense"]),
             targets={},
             **stated,
         )
-        record = record.with_target(target, _entries(settled, walls, found, density, needles, setting, target))
+        record = record.with_target(target, _entries(at_target, walls, found, density, needles, setting, target))
         saved(record)
         for task, cells in _tasks(model, tokenizer, suite, plans, workload.prompt_tokens, apply, progress):
             record = record.with_task(target, task, cells)

@@ -12,7 +12,8 @@ from sparsesearch.clustering import Clusters
 from sparsesearch.kernels.dispatch import Backend, Prefill, choose_backend, prefill
 from sparsesearch.kernels.schedule import HeadTiles, Span
 from sparsesearch.order import Order
-from sparsesearch.rules.base import RestRule, Rule
+from sparsesearch.rules.base import Rule
+from sparsesearch.rules.base_rest import RestRule
 from sparsesearch.rules.block_mass import BlockMass
 from sparsesearch.rules.cluster_mass import ClusterMass
 from sparsesearch.rules.dense import Dense

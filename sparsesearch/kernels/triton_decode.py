@@ -26,8 +26,8 @@ because the merge and the workers of the next call are not launched before every
 shared memory filled by the tensor copy engine across the borders of pairs was 3 to 5 % faster in trials of up to 64 pairs, slower in `bench decode`,
 and withdrawn.
 
-What limits it (H200, `bench.decode`, `bench.decode_counters`, clock stamps): a gigabyte is read at 1.03 of the copy bandwidth, the memory 93 % busy.
-134 MB are read at 0.81-0.85, the memory 72-77 % busy while the first kernel runs alone. In one sequence a call's workers may begin 2.4 us after the
+What limits it (H200, `bench.decode`, `bench.decode_counters`, clock stamps): a gigabyte is read at 1.05-1.06 of the copy bandwidth, the memory 94 %
+busy. 134 MB are read at 0.84-0.87 (32 sequences 0.78), the memory 74-76 % busy while the first kernel runs alone. In one sequence a call's workers may begin 2.4 us after the
 last one of the call before ended (its merge lies between; without it the first kernel alone would reach 0.91 in one sequence, 0.88 in 8), and of their
 equal shares 24 multiprocessors (which ones differs from card to card) are through after 30 us on average, the other 108 after 34, the last worker
 after 37.

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from sparsesearch.errors import SpecError, first_problem, nearest
 from sparsesearch.rules.base import LengthLaw, Rule
 
-for _module in sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"):
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("base")):
     importlib.import_module(f"{__name__}.{_module}")  # no try/except: a broken rule must be loud
 
 __all__ = ["LengthLaw", "Rule", "parse_rule", "rule_kinds"]

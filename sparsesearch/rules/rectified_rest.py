@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.estimators import block_means, blocked, rows_per_block
-from sparsesearch.rules.base import Rest, RestRule
+from sparsesearch.rules.base import Rest
+from sparsesearch.rules.base_rest import RestRule
 from sparsesearch.tile_cover import dense_pairs
 
 

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
-from sparsesearch.rules.base import LengthLaw, Rest, RestRule
+from sparsesearch.rules.base import LengthLaw, Rest
+from sparsesearch.rules.base_rest import RestRule
 
 
 class TaylorRest(RestRule):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sparsesearch.block_mask import BlockGrid
 from sparsesearch.order import Order
-from sparsesearch.rules.base import Operand, Rule
+from sparsesearch.rules.base import Rule
+from sparsesearch.rules.base_rest import Operand
 
 
 class Union(Rule):

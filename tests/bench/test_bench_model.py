@@ -215,7 +215,7 @@ def test_what_the_shipped_record_holds():
     decode = {(row["variant"], row["batch"]): row for row in rows if row["phase"] == "decode"}
     fits = next(row["largest_batch"] for row in record["rows"] if row["phase"] == "fit")
     for batch in (1, 8, fits["plan"]):
-        assert decode["plan", batch]["bound_share"] >= 0.85
+        assert decode["plan", batch]["bound_share"] >= (0.89 if batch <= 8 else 0.85)
         assert decode["plan", batch]["fused"] == (batch <= 16)
     for batch in (1, 8):
         assert decode["plan", batch]["tokens_per_s"] > 1.15 * decode["dense_fused", batch]["tokens_per_s"]
@@ -225,7 +225,7 @@ def test_what_the_shipped_record_holds():
 
 
 def test_whole_models_are_predicted_as_they_run():
-    """Prompts from 4k tokens and fused steps of the 8B shape within 7 %, through the runtime; dense prompts, which cuDNN computes, within 8 %."""
+    """Prompts of the 8B shape from 4k tokens within 7 %, fused steps within 2 %, through the runtime; dense prompts, cuDNN's, within 8 %."""
     record = golden("model_llama3_8b_h200")
     prefill = [row for row in record["rows"] if row["phase"] == "prefill" and row["length"] >= 4096]
     assert {row["length"] for row in prefill} == {4096, 32768, 131072}
@@ -237,7 +237,8 @@ def test_whole_models_are_predicted_as_they_run():
     ]
     assert [row["batch"] for row in steps] == [8, 1]
     for row in steps:
-        assert row["predicted_s"] == pytest.approx(row["step_s"], rel=0.07)
+        assert row["predicted_s"] == pytest.approx(row["step_s"], rel=0.02)
+        assert row["host_s"] <= 0.01 * row["step_s"], "the host waits for the device, not the other way round"
 
 
 def test_another_model_is_predicted_too():

@@ -254,6 +254,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "video without --video": ("quickstart --mode i2v -o {out}/q", 2, r"--mode: is for --video"),
     "sequences of a video": ("quickstart --video --num-sequences 4 -o {out}/q", 2, r"--num-sequences: is for the embedded language model"),
     "times of a front over densities": ("front {good}/profile --batch 4 -o {out}/f.json", 2, r"--batch: is for --at, which was not given"),
+    "plans of a front over densities": ("front {good}/profile --folder {out}/plans -o {out}/f.json", 2, r"--folder: is for --at, which was not given"),
     "densities of a front at times": ("front {good}/profile --at latency=0.5x --densities 0.3 -o {out}/f.json", 2, r"--densities: is not for --at"),
     "format without tasks": ("eval {good}/plan.json --format chat", 2, r"--format: is for --suite, which was not given"),
     "answers without tasks": ("eval {good}/plan.json --generate", 2, r"--generate: is for --suite"),

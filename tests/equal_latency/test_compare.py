@@ -1,5 +1,6 @@
 """The whole comparison on a tiny model, with a clock that counts computed tiles."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,16 @@ def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
     monkeypatch.setattr(compare, "Stopwatch", lambda *_: clocks.append(CountedTiles()) or clocks[-1])
     judged = random_samples(64, LENGTH, 2, seed=1)
     setting = Setting((0.6, 0.5), ("mixture", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
-    costs, grown = load_cost_model("roofline:h100"), list[EqualLatency]()
-    found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], saved=grown.append)
+    costs, grown, settled = load_cost_model("roofline:h100"), list[EqualLatency](), dict[float, dict[str, str]]()
+
+    def keep(target: float, plans: Mapping[str, Plan]) -> None:
+        assert len(grown) == len(settled), "before they are judged"
+        settled[target] = {family: plan.sha256 for family, plan in plans.items()}
+
+    found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], settled=keep, saved=grown.append)
+    assert settled == {
+        float(at): {family: entry.plan_sha256 for family, entry in row.items()} for at, row in found.targets.items()
+    }
     assert [list(record.targets) for record in grown] == [["0.6"], ["0.6", "0.5"]]
     assert grown[-1] == found
     looser = replace(setting, tolerance=0.051)

@@ -11,6 +11,8 @@ from sparsesearch.measured_front import UNIFORM
 
 FOLDER = Path(__file__).parents[1] / "golden" / "equal_latency"
 ANSWERED, MULTIKEY = "smollm2-answers-h200.json", "smollm2-multikey-h200.json"
+TWO_TARGETS = "smollm2-two-targets-h200.json"
+"""Of a run in which any rival's mean at answers, however noisy, barred a plan: the mixture took MoA's at both."""
 NAMES = sorted(path.name for path in FOLDER.glob("*.json") if path.name not in (ANSWERED, MULTIKEY))
 """Records that compare the mixture; the others are of plans for answers, found with calibration data of tasks."""
 
@@ -114,20 +116,38 @@ def test_calibrated_on_tasks_that_dense_does_not_answer_plans_for_answers_keep_l
     assert max(rivals.values()) < kept(row["mixture"]) < kept(row[ANSWERS])
 
 
-def test_on_smollm2_no_family_loses_less_at_the_same_time() -> None:
-    """At half and at two fifths of dense's time, every plan within half a per cent of it but windows of one width, which come in steps, and MInference's.
+def test_on_smollm2_every_family_loses_more_at_the_same_time() -> None:
+    """At two fifths of dense's time, all but MInference within 0.6 per cent of it and the mixture in no more time than MoA; families that are near are
+    improved by two steps, on calibration sequences of the wordings that are judged. MoA's KL is 3 per cent higher, its answers are level.
+    66 sequences; paired errors."""
+    ((target, row),) = rows("smollm2-h200.json")
+    own = row["mixture"]
+    assert target == 0.4
+    assert own.quality.kl_text.num_sequences == 66
+    assert own.share <= row["MoA"].share
+    for family in ("mixture", "MoA", "DuoAttention", UNIFORM):
+        assert row[family].share == pytest.approx(target, rel=0.006)
+    for family in set(row) - {"mixture"}:
+        for loss in ("kl", "kl_answer", "loss"):
+            excess = row[family].excess[loss]
+            level = (family, loss) == ("MoA", "kl_answer") and abs(excess.mean) < excess.standard_error
+            assert level or excess.mean > 3 * excess.standard_error > 0, (family, loss)
+    assert row["MoA"].excess["kl"].mean > 0.03 * own.quality.kl_text.mean
 
-    Every family that is near is improved by steps, on calibration sequences of the wordings that are judged. 96 sequences.
-    """
-    found = dict(rows("smollm2-h200.json"))
+
+def test_on_smollm2_the_mixture_takes_moas_plan_where_it_knows_none_that_leads() -> None:
+    """At half of the time, and in that run at two fifths too: both families' losses are the same, all others' higher. 96 sequences."""
+    found = dict(rows(TWO_TARGETS))
     assert set(found) == {0.4, 0.5}
     for target, row in found.items():
+        assert row["mixture"].plan_sha256 == row["MoA"].plan_sha256
         assert row["mixture"].quality.kl_text.num_sequences == 96
         for family in ("mixture", "MoA", "DuoAttention"):
             assert row[family].share == pytest.approx(target, rel=0.005)
         assert row[UNIFORM].share == pytest.approx(target, rel=0.015)
-        for family in ("MInference", "DuoAttention", UNIFORM):
-            for loss in ("kl", "kl_answer", "loss"):
+        for loss in ("kl", "kl_answer", "loss"):
+            assert row["MoA"].excess[loss].mean == 0
+            for family in ("MInference", "DuoAttention", UNIFORM):
                 excess = row[family].excess[loss]
                 assert excess.mean > 3 * excess.standard_error > 0, (family, loss)
 

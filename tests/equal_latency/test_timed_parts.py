@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from sparsesearch.bench.families import random_samples
 from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.table import TableCostModel
 from sparsesearch.errors import UnsupportedModelError
 from sparsesearch.evaluate import timing
 from sparsesearch.evaluate.head import Head
@@ -75,10 +76,13 @@ def test_attention_that_no_interface_knows_cannot_be_timed(model: PreTrainedMode
 
 def test_predictions_of_either_kind_of_cost_model(model: PreTrainedModel) -> None:
     variants = {"dense": None, "window": window(model, 64)}
-    summed = predicted_seconds(model, variants, 4096, load_cost_model("cpu"))
-    replayed = predicted_seconds(model, variants, 4096, load_cost_model("h200"))
-    assert all(set(found) == {"attention_s"} for found in summed.values())
-    assert all(0 < found["attention_s"] < found["prefill_s"] for found in replayed.values())
-    for found in (summed, replayed):
+    cpu = load_cost_model("cpu")
+    assert isinstance(cpu, TableCostModel)
+    of_calls = TableCostModel(cpu.table.model_copy(update={"layers": None}))
+    attention = predicted_seconds(model, variants, 4096, of_calls)
+    assert all(set(found) == {"attention_s"} for found in attention.values())
+    for costs in (cpu, load_cost_model("h200")):
+        found = predicted_seconds(model, variants, 4096, costs)
+        assert all(0 < one["attention_s"] < one["prefill_s"] for one in found.values())
         assert found["window"]["attention_s"] < found["dense"]["attention_s"]
     assert predicted_seconds(model, {"dense": None}, 4096, load_cost_model("cpu")) == {}

@@ -10,10 +10,11 @@ RECORD = Path(__file__).parents[1] / "golden" / "decode_h200.json"
 Case = tuple[int, int, float]
 """Sequences, keys of each, share of them kept."""
 MISSED: dict[Case, float] = {
-    (1, 32768, 1.0): 0.851,
-    (1, 131072, 0.25): 0.837,
-    (8, 16384, 0.25): 0.812,
-    (16, 8192, 0.25): 0.813,
+    (1, 32768, 1.0): 0.868,
+    (1, 131072, 0.25): 0.852,
+    (8, 16384, 0.25): 0.842,
+    (16, 8192, 0.25): 0.845,
+    (32, 4096, 0.25): 0.783,
 }
 """Shares of the copy bandwidth below 0.90, all at 134 MB: `triton_decode` says what limits them. A bar that is reached must leave this list."""
 
@@ -30,7 +31,7 @@ def rows() -> dict[tuple[str, Case], dict[str, Any]]:
 
 def test_share_of_the_copy_bandwidth(rows: dict[tuple[str, Case], dict[str, Any]]) -> None:
     shares = {case: row["copy_share"] for (kind, case), row in rows.items() if kind == "ragged"}
-    assert len(shares) >= 12
+    assert len(shares) >= 20
     assert (8, 16384, 0.25) in shares  # 134 MB of many short heads: the hardest
     missed = {case: share for case, share in shares.items() if share < 0.90}
     assert set(missed) == set(MISSED), missed
