@@ -156,7 +156,7 @@ def test_decoding_rows_of_the_kernel_benchmark(model: DeviceCostModel) -> None:
         if row["kernel"] == "ragged_decode":
             heads = [DecodeWork(row["bytes"] / 4 / 128 / 8 / row["batch"], 128, 4, row["batch"])] * 8
             errors.append(abs(model.decode_attention_s(heads) / row["seconds"] - 1))
-    assert np.mean(errors) <= 0.025
+    assert np.mean(errors) <= 0.03
 
 
 def test_peak_memory_of_prompts() -> None:
