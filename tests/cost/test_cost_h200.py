@@ -83,8 +83,9 @@ def test_the_record_covers_what_the_bars_speak_of() -> None:
 
 
 def test_one_whole_cold_calibration(model: DeviceCostModel) -> None:
+    """Fitted once more to the same micro-runs, since decoding is interpolated along straight lines in its bytes."""
     provenance = model.table.provenance
-    assert not {"from_another_calibration", "refitted", "skipped"} & set(provenance)
+    assert not {"from_another_calibration", "skipped"} & set(provenance)
     assert not provenance["quick"]
     assert provenance["group_s"]["compile"] > 8  # nothing was compiled before
     groups = {"peak", "tiles", "dense", "decode", "gemm", "skinny", "pointwise", "layer_decode", "layer_fused", "turn"}
@@ -130,8 +131,9 @@ def test_rows_that_take_turns_are_predicted_at_the_clock_they_met(model: DeviceC
     """In turns with cuDNN a kernel meets a clock a tenth higher than alone for long, where the prediction is too long by about as much."""
     rows = [
         row
-        for row in json.loads((GOLDEN / "attention_clock_h200.json").read_text())["rows"]
-        if row["kernel"] == "gluon"
+        for run in json.loads((GOLDEN / "attention_h200.json").read_text())["runs"]
+        for row in run["rows"]
+        if row["kernel"] == "gluon" and row["causal"] and row["length"] in (8192, 32768)
     ]
     errors: dict[tuple[int, bool], list[float]] = {}
     for row in rows:
@@ -145,8 +147,9 @@ def test_rows_that_take_turns_are_predicted_at_the_clock_they_met(model: DeviceC
             errors.setdefault((row["head_dim"], met), []).append(error)
     assert len(rows) == 24
     means = {key: float(np.mean(np.abs(own))) for key, own in errors.items()}
-    assert means[128, True] < 0.6 * means[128, False]
-    assert max(means[128, True], means[64, True]) <= 0.05
+    for head_dim in (64, 128):
+        assert means[head_dim, True] < 0.6 * means[head_dim, False]
+        assert means[head_dim, True] <= 0.05
 
 
 def test_decoding_rows_of_the_kernel_benchmark(model: DeviceCostModel) -> None:
@@ -155,7 +158,7 @@ def test_decoding_rows_of_the_kernel_benchmark(model: DeviceCostModel) -> None:
         if row["kernel"] == "ragged_decode":
             heads = [DecodeWork(row["bytes"] / 4 / 128 / 8 / row["batch"], 128, 4, row["batch"])] * 8
             errors.append(abs(model.decode_attention_s(heads) / row["seconds"] - 1))
-    assert np.mean(errors) <= 0.05
+    assert np.mean(errors) <= 0.03
 
 
 def test_peak_memory_of_prompts() -> None:

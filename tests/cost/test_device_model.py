@@ -105,11 +105,13 @@ def test_linear_layers_pass_through_their_points() -> None:
 def test_decoding_follows_its_bytes() -> None:
     head = DecodeWork(32768, 128, 4)
     assert MODEL.decode_attention_s([]) == 0.0
+    points = Points(amounts=(1e6, 3e6), seconds=(1e-5, 2e-5))  # so much to start, so much per byte
+    assert [points.affine_at(x) for x in (5e5, 1e6, 2e6, 3e6, 6e6)] == pytest.approx([1e-5, 1e-5, 1.5e-5, 2e-5, 4e-5])
     one_layer = MODEL.decode_attention_s([head] * 8)
     assert 1e-5 < one_layer < 2.6e-4
     more_pairs = [replace(head, kv_tokens=head.kv_tokens / 2, batch=2)] * 8
     cost = MODEL.table.decode[1]
-    few, many = (curve.points.at(8 * head.kv_bytes) for curve in cost.curves)  # of 8 and of 256 pairs
+    few, many = (curve.points.affine_at(8 * head.kv_bytes) for curve in cost.curves)  # of 8 and of 256 pairs
     assert one_layer == pytest.approx(few)
     assert MODEL.decode_attention_s(more_pairs) == pytest.approx(few * (many / few) ** (1 / 5))
     assert cost.at(1e8, 4) == cost.at(1e8, 8) < cost.at(1e8, 256) == cost.at(1e8, 512)

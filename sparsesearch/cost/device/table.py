@@ -74,6 +74,12 @@ class Points(Frozen):
         (a, b), (s, t) = self.amounts[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
         return float(s * (t / s) ** (math.log(amount / a) / math.log(b / a)))
 
+    def affine_at(self, amount: float) -> float:
+        """The same with a straight line in the amount itself: of what takes so long to start and so long per amount."""
+        if not self.amounts[0] < amount < self.amounts[-1]:
+            return self.at(amount)
+        return float(np.interp(amount, self.amounts, self.seconds))
+
 
 class Correction(Frozen):
     """A number over rising amounts, straight between two in the logarithm of the amount and constant beyond the ends."""
@@ -111,8 +117,8 @@ class DecodeCost(Frozen):
     byte_s: float = Field(gt=0)
 
     def at(self, nbytes: float, pairs: float) -> float:
-        """Seconds; straight in log-log between two numbers of pairs, constant beyond the fewest and the most."""
-        seconds = [math.log(curve.points.at(nbytes)) for curve in self.curves]
+        """Seconds; straight in the bytes, and in log-log between two numbers of pairs, constant beyond the fewest and the most."""
+        seconds = [math.log(curve.points.affine_at(nbytes)) for curve in self.curves]
         return math.exp(float(np.interp(math.log(pairs), [math.log(curve.pairs) for curve in self.curves], seconds)))
 
 
