@@ -65,6 +65,9 @@ def predict(
         return
     for each, pair in zip(workloads, found, strict=True):
         table(f"{each} on {costs.device}, {sizes.name}", COLUMNS, [[name, *_row(one)] for name, one in pair.items()])
+    lines(
+        "Density is of tiles as this device's kernels cut them; dynamic rules choose from random queries and keys here."
+    )
     if any(one.tpot_s is None and one.workload.generate_tokens for pair in found for one in pair.values()):
         lines("Of a decoded token, only the attention is known on a CPU; memory is cache alone.")
     if any(one.fused_step for pair in found for one in pair.values()):

@@ -72,11 +72,10 @@ def test_cases_choose_in_the_heads_that_they_say() -> None:
     assert shares == {"all": 1.0, "half": 0.5, "whole": 0.0}
 
 
-@pytest.mark.slow
 def test_steps_run_through_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing_steps, "STEPS", 2)
     monkeypatch.setattr(choosing_steps, "event_times", lambda step, count: [float(step() is not None)] * count)
-    shape = ModelShape("tiny", "llama", 2, 32, 48, 4, 2, 16, 50, False, 1e4, 1024)
+    shape = ModelShape("tiny", "llama", 1, 32, 48, 4, 2, 16, 50, False, 1e4, 1024)
     bench = Bench("cpu", "triton", torch.float32, time_share=0.001)
     (one, two) = step_rows(bench, shape, [Case("half", 40, 16, 16, batches=(1, 2))])
     assert (one["batch"], one["context_tokens"], two["batch"], two["context_tokens"]) == (1, 42, 2, 45)
