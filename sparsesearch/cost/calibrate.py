@@ -37,7 +37,7 @@ def calibrate(
     runs_out: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> "TableCostModel | DeviceCostModel":
-    """Measure what attention costs here, and on an accelerator what a whole layer costs; in under 90 s.
+    """Measure what attention costs here, and on an accelerator what a whole layer costs; in about 90 s.
 
     Args:
         device: `cpu` or `cuda`.

@@ -150,6 +150,8 @@ def test_calibrating_a_gpu_writes_its_model_and_its_runs(monkeypatch: pytest.Mon
     assert isinstance(model, DeviceCostModel)
     assert (model.name, model.device, model.kernel) == ("900", "Some GPU 900", "triton")
     assert np.isfinite(model.prefill_relief(64))
+    if Path("/proc/uptime").exists():
+        assert model.table.provenance["whole_s"] >= model.table.provenance["micro_runs_s"] - 0.1
     for correction in (model.table.decode_glue_s, model.table.decode_glue_evicting_s, model.table.decode_step_s):
         assert correction is not None
         assert correction.amounts == (1, 2)
