@@ -98,7 +98,7 @@ def test_simpler_ways_are_worse(way: str) -> None:
 
 
 def test_what_is_left_is_the_clock() -> None:
-    """At the clock that each layer met, its replay is off by half of what the prediction is off, which must guess the clock."""
+    """At the clock that each layer met, its replay has no tail: the prediction must guess the clock."""
     mape, p95, _ = figures("ours_at_their_clock")
     assert mape <= 0.02
     assert p95 <= 0.05
