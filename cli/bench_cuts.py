@@ -126,13 +126,14 @@ def _wanted(
 
 
 def _priced(profile: "PruningProfile", cost_model: str, tokens: int) -> "CostModel":
-    """A cost model for whole layers; linear layers that it does not know are timed here."""
+    """A cost model for whole layers; a CPU's linear layers are timed here."""
     from sparsesearch.bench.priced_here import PricedHere
     from sparsesearch.cost import load_cost_model
+    from sparsesearch.cost.layer_costs import LayerCosts
 
     found = load_cost_model(cost_model)
     shape = next((layer for layer in profile.manifest.layers if layer.num_heads), None)
-    if shape is None or hasattr(found, "linear_s"):
+    if shape is None or isinstance(found, LayerCosts):
         return found
     return PricedHere(found, num_heads=shape.num_heads, head_dim=shape.head_dim, tokens=tokens)
 

@@ -14,11 +14,13 @@ from sparsesearch.pruning.prices import dense_work
 
 
 class PricedHere:
-    """A CPU's cost model that has timed no matrix products, with those of this machine.
+    """A CPU's cost model with the matrix products of this machine.
 
     Every product a plan may need is timed once. Attention keeps the model's ratios, scaled so that a dense layer takes what it takes here,
     because the model may have been measured with other threads.
     """
+
+    prices_layers = True
 
     def __init__(self, base: CostModel, *, num_heads: int, head_dim: int, tokens: int) -> None:
         self._base = base

@@ -49,7 +49,7 @@ def projection_s(shape: LayerShape, size: SublayerSize, length: int, cost_model:
     if size.channels:
         products += [(shape.hidden, size.channels * shape.into_feed_forward), (size.channels, shape.hidden)]
     timed = getattr(cost_model, "linear_s", None)
-    if timed is not None:
+    if timed is not None and getattr(cost_model, "prices_layers", True):  # a CPU's older tables know attention alone
         return float(sum(timed(length, outputs, inputs) for inputs, outputs in products))
     rate = _attention_flop_per_s(cost_model, max(shape.head_dim, 1))
     return sum(2 * length * inputs * outputs for inputs, outputs in products) / rate

@@ -22,12 +22,14 @@ from sparsesearch.bench.cuts import (
 )
 from sparsesearch.bench.priced_here import PricedHere
 from sparsesearch.cost import load_cost_model
+from sparsesearch.cost.table import TableCostModel
 from sparsesearch.cut import Compensation
 from sparsesearch.errors import SpecError
 from sparsesearch.pruning.live import narrowed
-from sparsesearch.pruning.prices import dense_work
+from sparsesearch.pruning.prices import SublayerSize, dense_work, projection_s
 from sparsesearch.pruning.profile_run import PruningRequest, profile_pruning
 from sparsesearch.pruning.quality import dense_rows, mean_distance
+from sparsesearch.pruning.record import LayerShape
 from sparsesearch.pruning.search import PruningQuestion
 from sparsesearch.search.budget import Budget
 from sparsesearch.search_space import PruningMenu
@@ -96,11 +98,20 @@ def test_kinds_are_compared_at_the_joint_plans_time():
 
 def test_products_are_timed_here_and_attention_is_scaled_to_them():
     base = load_cost_model("cpu")
-    assert not hasattr(base, "linear_s")
     priced = PricedHere(base, num_heads=4, head_dim=32, tokens=128)
     assert priced.linear_s(128, 64, 32) > 0
     assert priced.linear_s(128, 64, 32) == priced.linear_s(128, 64, 32), "timed once"
+    assert priced.linear_s(128, 64, 32) != base.linear_s(128, 64, 32), "not what the table says"
     one, two = (dense_work(tokens, 32, 1) for tokens in (128, 256))
     ratio = priced.unit_latency_s(two) / priced.unit_latency_s(one)
     assert ratio == pytest.approx(base.unit_latency_s(two) / base.unit_latency_s(one))
     assert priced.latency_s([one, two]).tolist() == pytest.approx([priced.unit_latency_s(w) for w in (one, two)])
+
+
+def test_a_table_of_attention_alone_prices_products_by_its_rate():
+    known = load_cost_model("cpu")
+    older = TableCostModel(known.table.model_copy(update={"layers": None}))
+    shape = LayerShape(num_heads=4, num_kv_heads=2, head_dim=32, num_channels=256, hidden=128, into_feed_forward=2, biased=False)  # fmt: skip
+    size = SublayerSize(heads=4, kv_heads=2, channels=256)
+    assert 0 < projection_s(shape, size, 64, older) != projection_s(shape, size, 64, known)
+    assert projection_s(shape, size, 128, older) == pytest.approx(2 * projection_s(shape, size, 64, older))
