@@ -16,10 +16,12 @@ import torch
 from sparsesearch.cost import DecodeWork, load_cost_model
 from sparsesearch.cost.calibrate import calibrate, measured_rows, short_name
 from sparsesearch.cost.device import compile_ahead, corrections, layer_probes, micro_bench, run_plan, runs, step_runs
-from sparsesearch.cost.device.fit import boost_clock, case_load, fit_tiles, fitted
-from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
+from sparsesearch.cost.device.fit import fitted
+from sparsesearch.cost.device.fit_tiles import boost_clock, case_load, fit_tiles
+from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.device.refit import joined, refitted
 from sparsesearch.cost.device.tile_cases import TileCase, tile_cases
+from sparsesearch.cost.device.tile_seconds import schedule_seconds
 from sparsesearch.cost.layer_parts import fused_widths, parts_s
 from sparsesearch.errors import SpecError
 from sparsesearch.kernels.schedule import Workers

@@ -9,9 +9,10 @@ import pytest
 from sparsesearch.cost import load_cost_model
 from sparsesearch.cost.base import CostModel, DecodeWork, UnitWork
 from sparsesearch.cost.device.load import TileLoad
-from sparsesearch.cost.device.model import DeviceCostModel, schedule_seconds
+from sparsesearch.cost.device.model import DeviceCostModel
 from sparsesearch.cost.device.table import DeviceTable, Points, rising
 from sparsesearch.cost.device.tile_cases import TileCase
+from sparsesearch.cost.device.tile_seconds import schedule_seconds
 from sparsesearch.cost.layer_costs import LayerCosts
 from sparsesearch.errors import ArtifactError, SpecError
 from tests.cost.device_tables import device_table, tile_cost
