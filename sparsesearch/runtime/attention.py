@@ -89,7 +89,10 @@ def sparse_attention(
     if refusal:
         raise UnsupportedModelError(f"{binding.path}: {refusal}.")
     sliding_window = kwargs.get("sliding_window")
-    if binding.all_dense:
+    attend = getattr(
+        key, "attend", None
+    )  # a cache layer of ours keeps the keys, and answers even where every head is dense
+    if binding.all_dense and attend is None:
         mask = element_mask(attention_mask, query.shape[2], key.shape[2], sliding_window, query.device)
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal)
     if dropout:
@@ -97,7 +100,6 @@ def sparse_attention(
             f"{binding.path}: attention dropout must be 0 under a sparse plan, but is {dropout}. Call model.eval() or set it to 0."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = getattr(key, "attend", None)
     if attend is not None:
         output: Tensor = attend(binding, query, attention_mask, scale, sliding_window)
     else:

@@ -116,6 +116,28 @@ def test_generate_equals_the_recomputation(tiny, architecture, names):
         assert torch.equal(ours[row], greedy_oracle(model, plan, ids[row, -length:], 64)), row
 
 
+def test_a_layer_whose_heads_are_all_dense(tiny):
+    """Its keys lie in the plan's cache like those of the other layers: prompt with padding, chunks of a second turn, single tokens, steps."""
+    model = tiny("llama")
+    plan = group_plan(model, EVICTING)
+    first = plan.base_model.modules[0]
+    dense = tuple("dense" for _ in plan.assignments[first])
+    plan = plan.model_copy(update={"assignments": {**plan.assignments, first: dense}})
+    ids, mask = left_padded(ROWS, 64)
+    with sparsesearch.apply(model, plan):
+        settings = {"do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+        ours = model.generate(ids, attention_mask=mask, max_new_tokens=9, **settings)[:, ids.shape[1] :]
+        cache, logits = prefilled(model, ids[:1, :90], 180)
+        step = DecodeStep(model, cache, first_position=90)
+        stepped = [step(token)[None] for token in ids[0, 90:95, None]]
+        with torch.no_grad():
+            last = model(ids[:1, 95:120], **{CACHE_KEYWORD: cache}).logits
+    for row, length in enumerate(ROWS):
+        assert torch.equal(ours[row], greedy_oracle(model, plan, ids[row, -length:], 9)), row
+    exact = oracle_logits(model, plan, ids[0, :120], 90, calls=[90, 1, 1, 1, 1, 1, 25])
+    close(torch.cat([logits[0], *(each.flatten(0, -2) for each in stepped), last[0]]), exact)
+
+
 @pytest.mark.parametrize("plan_of", [group_plan, cycled_plan])
 @pytest.mark.parametrize("chunk", [1, 37])
 def test_chunks_and_a_second_turn_equal_the_oracle(tiny, plan_of, chunk):
