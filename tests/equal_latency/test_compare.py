@@ -47,26 +47,36 @@ def test_families_meet_and_are_compared_pairwise(
     assert equal_latency_plot(found).startswith("<svg")
 
 
+TWO_TARGETS = Setting((0.6, 0.5), ("mixture", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> list[CountedTiles]:
+    """The stopwatch of every comparison of the test, in order."""
+    made: list[CountedTiles] = []
+    monkeypatch.setattr(compare, "Stopwatch", lambda *_: made.append(CountedTiles()) or made[-1])
+    return made
+
+
 def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
-    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, profile: Profile, clocks: list[CountedTiles]
 ) -> None:
-    clocks: list[CountedTiles] = []
-    monkeypatch.setattr(compare, "Stopwatch", lambda *_: clocks.append(CountedTiles()) or clocks[-1])
     judged = random_samples(64, LENGTH, 2, seed=1)
-    setting = Setting((0.6, 0.5), ("mixture", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
     costs, grown, settled = load_cost_model("roofline:h100"), list[EqualLatency](), dict[float, dict[str, str]]()
 
     def keep(target: float, plans: Mapping[str, Plan]) -> None:
         assert len(grown) == len(settled), "before they are judged"
         settled[target] = {family: plan.sha256 for family, plan in plans.items()}
 
-    found = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], settled=keep, saved=grown.append)
+    found = compare_at_latency(
+        model, profile, TWO_TARGETS, costs, judged[:1], judged[1:], settled=keep, saved=grown.append
+    )
     assert settled == {
         float(at): {family: entry.plan_sha256 for family, entry in row.items()} for at, row in found.targets.items()
     }
     assert [list(record.targets) for record in grown] == [["0.6"], ["0.6", "0.5"]]
     assert grown[-1] == found
-    looser = replace(setting, tolerance=0.051)
+    looser = replace(TWO_TARGETS, tolerance=0.051)
     again = compare_at_latency(model, profile, looser, costs, judged[:1], judged[1:], begun=found)
     assert 0 < clocks[1].calls < clocks[0].calls, "budgets start where they ended"
     ends = [[entry.plan_sha256 for entry in one.targets["0.5"].values()] for one in (found, again)]
@@ -75,12 +85,9 @@ def test_a_record_is_saved_as_it_grows_and_begins_the_next_run(
 
 
 def test_an_interrupted_comparison_goes_on_after_its_last_whole_target(
-    model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, profile: Profile, clocks: list[CountedTiles]
 ) -> None:
-    clocks: list[CountedTiles] = []
-    monkeypatch.setattr(compare, "Stopwatch", lambda *_: clocks.append(CountedTiles()) or clocks[-1])
     judged = random_samples(64, LENGTH, 2, seed=1)
-    setting = Setting((0.6, 0.5), ("mixture", "uniform window"), rounds=1, final_rounds=1, tolerance=0.05)
     costs, grown = load_cost_model("roofline:h100"), list[EqualLatency]()
 
     def interrupted(record: EqualLatency) -> None:
@@ -88,12 +95,12 @@ def test_an_interrupted_comparison_goes_on_after_its_last_whole_target(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], saved=interrupted)
-    whole = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:])
-    rest = compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=grown[0])
+        compare_at_latency(model, profile, TWO_TARGETS, costs, judged[:1], judged[1:], saved=interrupted)
+    whole = compare_at_latency(model, profile, TWO_TARGETS, costs, judged[:1], judged[1:])
+    rest = compare_at_latency(model, profile, TWO_TARGETS, costs, judged[:1], judged[1:], begun=grown[0])
     assert clocks[2].calls == clocks[1].calls - clocks[0].calls > 0, "the first target is not timed again"
     assert rest == whole
-    compare_at_latency(model, profile, setting, costs, judged[:1], judged[1:], begun=whole)
+    compare_at_latency(model, profile, TWO_TARGETS, costs, judged[:1], judged[1:], begun=whole)
     assert clocks[3].calls == 0
 
 
